@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+/// One function per bound class or group, each in its own file, called from module.cpp.
+namespace moq::bindings {
+
+void bind_build_info(pybind11::module_& m);
+
+}  // namespace moq::bindings

@@ -1,0 +1,1 @@
+"""The inference engine: serves exported moq checkpoints and plain Hugging Face models."""

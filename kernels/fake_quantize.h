@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/common/dtype.h"
+#include "kernels/quant_grid.h"
+
+struct CUstream_st;
+
+namespace moq::kernels {
+
+/// Which elements of a weight share one scale. Rows are output features, columns input features.
+enum class Granularity : std::uint8_t {
+  kPerTensor,   ///< one scale
+  kPerChannel,  ///< one scale per row
+  kPerGroup,    ///< one scale per `group_size` consecutive columns of a row
+};
+
+/// One weight matrix of a multi-tensor fake-quantize.
+///
+/// The matrix is [rows, cols] = [output features, input features] whatever its storage: strides
+/// describe both torch's Linear ([out, in], row_stride = cols, col_stride = 1) and Hugging Face's
+/// Conv1D ([in, out], row_stride = 1, col_stride = rows).
+struct FakeQuantizeTensor {
+  const void* input;          ///< [rows, cols], strided, input_dtype
+  void* output = nullptr;     ///< the same strides, output_dtype; may alias input; null: not written
+  void* codes = nullptr;      ///< [rows, cols] contiguous, int8 (num_bits <= 8) or int16; null: not written
+  void* scales = nullptr;     ///< [num_groups], scale_dtype, row-major by (row, group); null: not written
+  std::int32_t* zero_points = nullptr;  ///< [num_groups]; null: not written
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;  ///< elements
+  std::int64_t col_stride = 0;  ///< elements
+  std::int64_t group_size = 0;  ///< columns per scale; read only when granularity is kPerGroup; divides cols
+  /// Number of the matrix's first element within the whole, unsharded parameter, counted row-major
+  /// over [rows, cols] as above. Stochastic rounding draws by element number, so that every
+  /// sharding of a parameter draws the same bits.
+  std::int64_t first_element = 0;
+  std::uint32_t name_hash = 0;  ///< FNV-1a of the parameter's name: separates the streams of two parameters
+  DType input_dtype = DType::kFloat32;
+  DType output_dtype = DType::kFloat32;
+  DType codes_dtype = DType::kInt8;
+  DType scale_dtype = DType::kFloat32;
+  Granularity granularity = Granularity::kPerChannel;
+  QuantMode mode = QuantMode::kSymmetric;
+  Rounding rounding = Rounding::kNearest;
+};
+
+/// Simulates quantization of many weight matrices in one call (one launch on CUDA):
+///
+///   q      = clamp(round(w / scale) + zero_point, qmin, qmax)
+///   output = r * w + (1 - r) * scale * (q - zero_point),   r = blend_ratio
+///
+/// Statistics, scales and codes are computed in float32 as quant_grid.h defines; CPU (every
+/// instruction set) and CUDA give the same bits. Bit widths, blend ratios and the random step are
+/// data in the tensors' memory, not launch parameters: a CUDA graph replays across bit drops.
+///
+/// Stochastic rounding: element e of parameter p in step s uses lane e % 4 of Philox4x32-10 with
+/// key = seed and counter = {low 32 bits of e / 4, high 32 bits of e / 4, s, name_hash(p)}; its
+/// uniform is (word >> 8) * 2^-24. Source: Salmon et al., SC 2011.
+///
+/// With blend_ratio == 0 output is exactly the dequantized code. A group that holds a NaN or an
+/// infinity gives NaN throughout its output; callers that must refuse such weights check first.
+struct FakeQuantizeArgs {
+  std::span<const FakeQuantizeTensor> tensors;      ///< host memory
+  const std::int32_t* num_bits = nullptr;           ///< [tensors.size()], each in [2, 16]; 0: copy unchanged
+  const float* blend_ratio = nullptr;               ///< [tensors.size()], each in [0, 1]; null: all 0
+  std::uint64_t seed = 0;                           ///< Philox key
+  const std::int64_t* step = nullptr;               ///< [1]; null: 0
+  const float* skip = nullptr;                      ///< [1]; non-zero: nothing is written (overflow step); null: never
+};
+
+namespace cpu {
+/// All pointers are host memory.
+/// @throws moq::Error for an unsupported dtype, a group_size that does not divide cols, or a bit
+///         width outside the grid.
+void fake_quantize(const FakeQuantizeArgs& args);
+}  // namespace cpu
+
+namespace cuda {
+/// Tensor data and num_bits, blend_ratio, step, skip are device memory of the current device.
+/// @throws moq::Error as on the CPU (bit widths excepted: they are device data), and if a launch fails.
+void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream);
+}  // namespace cuda
+
+}  // namespace moq::kernels

@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/common/dtype.h"
+#include "kernels/common/half.h"
+#include "kernels/common/host_device.h"
+
+/// THE integer grid: the one definition of qmin, qmax, scale, zero point and rounding that the
+/// trainer, the exporter, the engine, the CPU and the CUDA kernels share.
+///
+///   real = scale * (q - zero_point),   q an integer in [qmin, qmax]
+///
+///   symmetric    qmax = 2^(b-1) - 1, qmin = -qmax (narrow range), zero_point = 0,
+///                scale = absmax / qmax: the largest magnitude lies on the end of the grid
+///   asymmetric   qmin = -2^(b-1), qmax = 2^(b-1) - 1, lo = min(w, 0), hi = max(w, 0),
+///                scale = (hi - lo) / (qmax - qmin), zero_point = clamp(rint(qmin - lo / scale))
+///
+/// A scale is rounded to the dtype it will be stored in *before* any code is computed: readers
+/// load scales in the model's dtype, and only then is scale * code the number that was trained.
+/// Every operation below is one correctly rounded IEEE operation in float32, in the order written;
+/// build files that include it with contraction off (-ffp-contract=off, -fmad=false), and host and
+/// device agree bit for bit.
+namespace moq {
+
+enum class QuantMode : std::uint8_t { kSymmetric, kAsymmetric };
+enum class Rounding : std::uint8_t { kNearest, kStochastic };
+
+/// The widths that have a grid.
+constexpr int kMinBits = 2;
+constexpr int kMaxBits = 16;
+
+/// The end points of the integer grid.
+struct GridRange {
+  std::int32_t qmin;
+  std::int32_t qmax;
+};
+
+MOQ_HOST_DEVICE constexpr GridRange grid_range(int num_bits, QuantMode mode) {
+  const std::int32_t qmax = (std::int32_t{1} << (num_bits - 1)) - 1;
+  return {mode == QuantMode::kSymmetric ? -qmax : -qmax - 1, qmax};
+}
+
+/// What one group of weights shares.
+struct GridParams {
+  float scale;              ///< step size, a number of the scale's storage dtype, > 0
+  float inverse_scale;      ///< 1 / scale
+  std::int32_t zero_point;  ///< 0 when symmetric
+  GridRange range;
+};
+
+/// The smallest scale that `dtype` stores as a normal number: what an all-zero group gets, and the
+/// floor that keeps a tiny group from dividing by a scale that was rounded to zero.
+MOQ_HOST_DEVICE constexpr float min_scale(DType dtype) {
+  return dtype == DType::kFloat16 ? 0x1p-14F : 0x1p-126F;
+}
+
+/// Grid of a group from its statistics.
+///
+/// @param lo, hi       smallest and largest element of the group, finite; symmetric grids use only
+///                     max(|lo|, |hi|)
+/// @param num_bits     in [kMinBits, kMaxBits]
+/// @param scale_dtype  float32, float16 or bfloat16: the dtype that stores the scale
+MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, QuantMode mode,
+                                            DType scale_dtype) {
+  const GridRange range = grid_range(num_bits, mode);
+  float extent;
+  float levels;
+  if (mode == QuantMode::kSymmetric) {
+    extent = fmaxf(fabsf(lo), fabsf(hi));
+    levels = static_cast<float>(range.qmax);
+  } else {
+    lo = fminf(lo, 0.0F);
+    hi = fmaxf(hi, 0.0F);
+    extent = hi - lo;
+    levels = static_cast<float>(range.qmax - range.qmin);
+  }
+  // The reciprocal of min_scale must stay finite, hence the float32 floor of 2^-126 and not less.
+  const float scale = fmaxf(round_to(extent / levels, scale_dtype), min_scale(scale_dtype));
+  const float inverse_scale = 1.0F / scale;
+  std::int32_t zero_point = 0;
+  if (mode == QuantMode::kAsymmetric) {
+    const float exact = static_cast<float>(range.qmin) - lo * inverse_scale;
+    zero_point = static_cast<std::int32_t>(
+        fminf(fmaxf(rintf(exact), static_cast<float>(range.qmin)), static_cast<float>(range.qmax)));
+  }
+  return {scale, inverse_scale, zero_point, range};
+}
+
+/// Code of one element. `uniform` in [0, 1) is used by stochastic rounding only: an element that
+/// lies a fraction f above a grid point is rounded up with probability f. Comparing the exact
+/// fraction (rather than adding the uniform before floor) keeps wide grids unbiased.
+MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& grid,
+                                                 Rounding rounding, float uniform) {
+  const float position = value * grid.inverse_scale;
+  float rounded;
+  if (rounding == Rounding::kNearest) {
+    rounded = rintf(position);  // half to even
+  } else {
+    rounded = floorf(position);
+    rounded += uniform < position - rounded ? 1.0F : 0.0F;
+  }
+  rounded += static_cast<float>(grid.zero_point);
+  return static_cast<std::int32_t>(fminf(fmaxf(rounded, static_cast<float>(grid.range.qmin)),
+                                         static_cast<float>(grid.range.qmax)));
+}
+
+/// The real number that a code stands for, in float32; storing it in a 16-bit dtype rounds once.
+MOQ_HOST_DEVICE inline float dequantize_one(std::int32_t code, const GridParams& grid) {
+  return static_cast<float>(code - grid.zero_point) * grid.scale;
+}
+
+}  // namespace moq

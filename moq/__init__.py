@@ -1,0 +1,22 @@
+"""MoQ: training at a bit width that falls, and fused INT8 inference of what was trained."""
+
+from importlib import metadata as _metadata
+
+for _distribution in _metadata.distributions(name="moq"):
+    raise ImportError(
+        "two packages share the import name 'moq': torch-moq (this one) and the PyPI package 'moq' "
+        f"{_distribution.version} are installed side by side and overwrite each other's files. "
+        "Remedy: pip uninstall -y moq torch-moq && pip install torch-moq"
+    )
+
+import torch as _torch  # noqa: E402, F401  (its libraries must be loaded before the extension's)
+
+try:
+    from moq import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"moq's compiled extension did not load ({error}). In a checkout, build it with `make build` and use "
+        ".venv/bin/python; if torch was changed since, build again."
+    ) from error
+
+__version__ = "0.1.0"
