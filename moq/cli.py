@@ -1,0 +1,61 @@
+"""The `moq` command: one subcommand per thing a user does with a configuration, a run or a checkpoint."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module with add_arguments(parser) and run(args) -> exit status, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "schedule": ("moq.schedule", "print the step at which every layer reaches every bit width"),
+    "export": ("moq.export_command", "turn a saved training run into a checkpoint directory"),
+    "inspect": ("moq.inspect", "show the bit map and the sizes of a checkpoint directory"),
+    "verify": (
+        "moq.verify",
+        "check every byte of a checkpoint directory and replay its logit probe",
+    ),
+    "generate": ("moq.inference.generate", "generate text from a checkpoint directory"),
+    "bench": ("moq.inference.bench", "measure the speed of a checkpoint directory on this machine"),
+    "doctor": ("moq.doctor", "compare what this installation was built for with what it finds"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """Returns the parser; only the module of `command` is imported, so that `moq --help` stays fast."""
+    parser = argparse.ArgumentParser(
+        prog="moq",
+        description="Mixture-of-quantization training and INT8 inference.",
+        epilog="moq COMMAND --help teaches one command.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary.capitalize() + "."
+        )
+        if name == command:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line without the program's name; None reads sys.argv.
+
+    Returns:
+        The exit status: 0 if the command did what it says, 1 if it found something wrong, 2 for a
+        command line that it could not use.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in arguments if word in COMMANDS), None)
+    options = build_parser(command).parse_args(arguments)
+    try:
+        return int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        print(f"moq {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
