@@ -33,7 +33,7 @@ def check_build_environment() -> None:
     """Refuses an unsuitable Python, torch or compiler before anything is compiled."""
     require(
         (3, 11) <= sys.version_info[:2] <= (3, 12),
-        f"needs Python 3.11 or 3.12, got {sys.version.split()[0]}: create the environment with one of them",
+        f"needs Python 3.11 or 3.12, got {sys.version.split()[0]}: use one of these",
     )
     spec = importlib.util.find_spec("torch")
     require(
@@ -55,12 +55,12 @@ def check_build_environment() -> None:
     )
     require(
         Path(sysconfig.get_paths()["include"], "Python.h").exists(),
-        f"needs Python's headers: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev",
+        "needs Python's headers: apt install python3-dev (or the -dev package of this Python)",
     )
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt; the build folder is kept, so a second build is incremental."""
+    """Configures and builds CMakeLists.txt, incrementally: the build folder is kept."""
 
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension module, moq._C, to where setuptools expects it."""

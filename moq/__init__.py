@@ -15,8 +15,8 @@ try:
     from moq import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"moq's compiled extension did not load ({error}). In a checkout, build it with `make build` and use "
-        ".venv/bin/python; if torch was changed since, build again."
+        f"moq's compiled extension did not load ({error}). In a checkout, build it with "
+        "`make build` and use .venv/bin/python; if torch was changed since, build again."
     ) from error
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The `moq` command: one subcommand per thing a user does with a configuration, a run or a checkpoint."""
+"""The `moq` command: one subcommand per thing a user does."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """Returns the parser; only the module of `command` is imported, so that `moq --help` stays fast."""
+    """Returns the parser; imports only the module of `command`, so that `moq --help` is fast."""
     parser = argparse.ArgumentParser(
         prog="moq",
         description="Mixture-of-quantization training and INT8 inference.",

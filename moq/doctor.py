@@ -1,4 +1,4 @@
-"""`moq doctor`: what this installation was built for against what it finds, with one remedy a line."""
+"""`moq doctor`: what this installation was built for against what it finds."""
 
 import argparse
 import importlib.metadata
@@ -48,7 +48,7 @@ def _cuda_finding(info: dict[str, str | None]) -> Finding:
                 else ""
             ),
             not torch.cuda.is_available(),
-            "install nvcc (the CUDA toolkit of torch.version.cuda) and build again: MOQ_CUDA=on make build",
+            "install nvcc (the CUDA version of torch.version.cuda), then MOQ_CUDA=on make build",
         )
     if not torch.cuda.is_available():
         return Finding("CUDA kernels", f"built for {architectures}, no GPU is visible here", True)
@@ -74,7 +74,7 @@ def _peer_finding() -> Finding | None:
         "GPU peer access",
         "every pair" if not blocked else f"no access between {blocked}",
         not blocked,
-        "collectives between these go through NCCL's host path, which is slower: check the PCIe/NVLink topology",
+        "collectives go through host memory, which is slower: check the PCIe/NVLink topology",
     )
 
 
