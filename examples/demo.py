@@ -1,0 +1,146 @@
+"""The whole path on one machine's CPU: train -> export -> verify -> serve with torchrun.
+
+    python examples/demo.py            # what `make demo` runs
+    python examples/demo.py --quick    # fewer training steps, for a check of the path alone
+
+Every step is a command that a user would type; each is printed before it runs.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+EXAMPLES = Path(__file__).resolve().parent
+ROOT = EXAMPLES.parent
+PROMPT = "My fellow Americans, the state of our Union"
+NEW_TOKENS = 64
+console = Console(highlight=False)
+
+
+def run(*command: str | Path, expect: int = 0, capture: bool = False) -> str:
+    """Prints and runs one command in the checkout's root; stops the demo on another exit status."""
+    words = [str(word) for word in command]
+    console.print("\n[bold]$ " + shlex.join(words).replace(sys.executable, "python"))
+    done = subprocess.run(
+        words, cwd=ROOT, check=False, text=True, stdout=subprocess.PIPE if capture else None
+    )
+    if done.returncode != expect:
+        sys.exit(f"demo: exit status {expect} was expected, got {done.returncode}")
+    return done.stdout or ""
+
+
+def python(*arguments: str | Path, **options: bool | int) -> str:
+    """Runs a Python command in this environment."""
+    return run(sys.executable, *arguments, **options)
+
+
+def show_verify_catches_a_flipped_bit(directory: Path) -> None:
+    """Flips one bit of each kind of file in a copy; `moq verify` must refuse every one."""
+    console.rule("one flipped bit in any file")
+    copy = directory.with_name(directory.name + "-flipped")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(directory, copy)
+    for file in sorted(path for path in copy.rglob("*") if path.is_file()):
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 2)
+            byte = stream.read(1)[0]
+            stream.seek(-1, 1)
+            stream.write(bytes([byte ^ 1]))
+            stream.flush()
+            python("-m", "moq", "verify", copy, expect=1)
+            stream.seek(-1, 1)
+            stream.write(bytes([byte]))
+    shutil.rmtree(copy)
+
+
+def serve(directory: Path, ranks: int) -> dict[str, object]:
+    """Generates with torchrun on `ranks` processes of one thread each; returns the JSON result."""
+    console.rule(f"serve on {ranks} process{'es' if ranks > 1 else ''}")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    generate = ["-m", "moq.inference", "generate", directory, "--prompt", PROMPT]
+    length = ["--max-new-tokens", str(NEW_TOKENS)]
+    python(*torchrun, *generate, *length, "--stream")
+    result = python(*torchrun, *generate, *length, "--json", capture=True)
+    return json.loads(result.strip().splitlines()[-1])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    """Runs every step and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("out"), help="folder for everything written"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer training steps")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    decoder, encoder = args.output / "decoder", args.output / "encoder"
+
+    console.rule("train, export")
+    steps = ["--fp32-steps", "8", "--moq-steps", "12"] if args.quick else []
+    python(EXAMPLES / "train_decoder.py", "--output", decoder, *steps)
+
+    console.rule("inspect, verify")
+    python("-m", "moq", "inspect", decoder)
+    python("-m", "moq", "verify", decoder)
+    show_verify_catches_a_flipped_bit(decoder)
+
+    one, two = serve(decoder, 1), serve(decoder, 2)
+    if one["token_ids"] != two["token_ids"]:
+        sys.exit("demo: one and two processes generated different tokens")
+    console.print("one and two processes generated the same tokens")
+
+    console.rule("speed beside transformers FP32")
+    peer = json.loads(
+        python(EXAMPLES / "transformers_speed.py", "--prompt", PROMPT, capture=True).splitlines()[
+            -1
+        ]
+    )
+
+    console.rule("encoder")
+    short = ["--warmup-steps", "20", "--steps", "15", "--held-out", "200"] if args.quick else []
+    python(EXAMPLES / "classify_text.py", "--output", encoder, *short)
+
+    perplexities = json.loads(decoder.with_name("decoder-perplexity.json").read_text())
+    table = Table(title="SmolLM2-135M on speeches from 2001 on (4,096 tokens)")
+    for column in ("model", "perplexity", "size on disk", "decode, tokens/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    size = f"{folder_bytes(ROOT / decoder) / 1e6:.0f} MB"
+    fp32_size = f"{peer['bytes'] / 1e6:.0f} MB"
+    speeds = {
+        "original": (fp32_size, f"{peer['tokens_per_second']:.1f} (transformers, 1 thread)"),
+        "MoQ INT8, exported, in the engine": (
+            size,
+            f"{one['decode_tokens_per_second']:.1f} (1 process), "
+            f"{two['decode_tokens_per_second']:.1f} (2 processes)",
+        ),
+    }
+    for name, row in perplexities.items():
+        value = f"{row['perplexity']:.3f} ± {row['standard_error']:.3f}"
+        table.add_row(name, value, *speeds.get(name, ("", "")))
+    console.print(table)
+    simulated = perplexities["MoQ INT8, simulated in PyTorch"]["perplexity"]
+    served = perplexities["MoQ INT8, exported, in the engine"]["perplexity"]
+    difference = abs(served / simulated - 1)
+    console.print(f"simulated and served perplexity differ by {difference:.5%}")
+    if difference > 1e-3:
+        sys.exit("demo: simulated and served perplexity must agree within 0.1 %")
+    console.print(f"the demo took {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
