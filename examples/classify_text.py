@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 import moq
 
+Batch = dict[str, Tensor]
+
 BATCH_SIZE = 32
 PROBE_BATCHES = 2
 
@@ -45,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_batches(
     tokenizer: PreTrainedTokenizerBase, data: LabelledText, rows: Sequence[int]
-) -> list[dict[str, Tensor]]:
+) -> list[Batch]:
     """Tokenized batches of BATCH_SIZE with their labels, each padded to its longest text."""
     batches = []
     for start in range(0, len(rows), BATCH_SIZE):
@@ -59,7 +61,7 @@ def make_batches(
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[Batch],
     title: str,
 ) -> None:
     """Trains one step a batch."""
@@ -77,8 +79,8 @@ def train(
 
 
 def predict(
-    logits_of: Callable[[dict[str, Tensor]], Tensor],
-    batches: Sequence[dict[str, Tensor]],
+    logits_of: Callable[[Batch], Tensor],
+    batches: Sequence[Batch],
     title: str,
 ) -> Tensor:
     """The most likely class of every example."""
@@ -96,9 +98,8 @@ def main() -> None:
     data = wordnet_glosses()
     model, tokenizer = load_encoder(data.num_classes)
 
-    rows = torch.randperm(
-        len(data.texts), generator=torch.Generator().manual_seed(args.seed)
-    ).tolist()
+    shuffle = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(data.texts), generator=shuffle).tolist()
     held_out_rows, train_rows = rows[: args.held_out], rows[args.held_out :]
     steps = args.warmup_steps + args.steps
     batches = make_batches(tokenizer, data, train_rows[: (steps + PROBE_BATCHES) * BATCH_SIZE])
@@ -110,7 +111,7 @@ def main() -> None:
     def adamw(module: nn.Module) -> torch.optim.AdamW:
         return torch.optim.AdamW(module.parameters(), lr=args.learning_rate, weight_decay=0.01)
 
-    def measure(name: str, logits_of: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+    def measure(name: str, logits_of: Callable[[Batch], Tensor]) -> Tensor:
         answers = predict(logits_of, held_out, name)
         accuracy[name] = (answers == labels).double().mean().item()
         return answers
@@ -155,12 +156,10 @@ def main() -> None:
         raise SystemExit("the engine's predictions differ from the simulated model's")
 
 
-def engine_logits(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
+def engine_logits(engine: Engine, batch: Batch) -> Tensor:
     """Classification logits of a padded batch from the engine, which takes rows without padding."""
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    padded = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    rows = [ids[mask.bool()].tolist() for ids, mask in padded]
     return engine.encode(rows).logits
 
 

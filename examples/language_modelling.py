@@ -1,4 +1,4 @@
-"""What the decoder examples share: windows of tokens, a training loop, perplexity with its error."""
+"""What the decoder examples share: windows of tokens, a training loop, perplexity."""
 
 import math
 from collections.abc import Callable, Iterator

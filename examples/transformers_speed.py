@@ -1,4 +1,4 @@
-"""Tokens per second of transformers on the demo's decoder in FP32: the yardstick beside the engine's.
+"""Tokens per second of transformers on the demo's decoder in FP32, beside the engine's.
 
 python examples/transformers_speed.py --threads 1
 """
