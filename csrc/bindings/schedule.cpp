@@ -1,0 +1,213 @@
+#include "csrc/schedule/schedule.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/bindings/bindings.h"
+#include "kernels/common/check.h"
+
+namespace moq::bindings {
+
+namespace {
+
+namespace py = pybind11;
+using schedule::BlockConfig;
+using schedule::Geometric;
+using schedule::Measurement;
+using schedule::Plan;
+using schedule::Schedule;
+using schedule::ScheduleConfig;
+using schedule::Table;
+
+constexpr int kStateVersion = 1;
+
+/// Plans cross the boundary as [[(step, bits), …], …].
+std::vector<std::vector<std::pair<std::int64_t, int>>> as_pairs(const Plan& plan) {
+  std::vector<std::vector<std::pair<std::int64_t, int>>> blocks;
+  for (const schedule::BlockPlan& drops : plan) {
+    auto& block = blocks.emplace_back();
+    for (const schedule::Drop& drop : drops) {
+      block.emplace_back(drop.step, drop.bits);
+    }
+  }
+  return blocks;
+}
+
+py::dict as_dict(const BlockConfig& block) {
+  py::dict dict;
+  dict["name"] = block.name;
+  if (const auto* table = std::get_if<Table>(&block.rule)) {
+    // Pairs, since the keys of a JSON object come back as strings.
+    dict["table"] = std::vector<std::pair<std::int64_t, int>>(table->begin(), table->end());
+    return dict;
+  }
+  const auto& rule = std::get<Geometric>(block.rule);
+  dict["start_bits"] = rule.start_bits;
+  dict["target_bits"] = rule.target_bits;
+  dict["period"] = rule.period;
+  dict["offset"] = rule.offset;
+  dict["growth"] = rule.growth;
+  return dict;
+}
+
+BlockConfig block_from(const py::dict& dict) {
+  BlockConfig block{.name = dict["name"].cast<std::string>(), .rule = Geometric{}};
+  if (dict.contains("table")) {
+    const auto entries = dict["table"].cast<std::vector<std::pair<std::int64_t, int>>>();
+    block.rule = Table(entries.begin(), entries.end());
+  } else {
+    block.rule = Geometric{.start_bits = dict["start_bits"].cast<int>(),
+                           .target_bits = dict["target_bits"].cast<int>(),
+                           .period = dict["period"].cast<std::int64_t>(),
+                           .offset = dict["offset"].cast<std::int64_t>(),
+                           .growth = dict["growth"].cast<double>()};
+  }
+  return block;
+}
+
+py::dict state_dict(const Schedule& self) {
+  py::list blocks;
+  for (const BlockConfig& block : self.config().blocks) {
+    blocks.append(as_dict(block));
+  }
+  py::list measurements;
+  for (const Measurement& measurement : self.measurements()) {
+    measurements.append(py::dict(py::arg("step") = measurement.step,
+                                 py::arg("sensitivities") = measurement.sensitivities));
+  }
+  py::dict state;
+  state["version"] = kStateVersion;
+  state["blocks"] = blocks;
+  state["total_steps"] = self.config().total_steps;
+  state["finish_at"] = self.config().finish_at;
+  state["on_unfinished"] = schedule::name_of(self.config().on_unfinished);
+  state["stretch_rule"] = self.config().stretch_rule;
+  state["measurements"] = measurements;
+  return state;
+}
+
+Schedule from_state_dict(const py::dict& state) {
+  const int version = state["version"].cast<int>();
+  MOQ_CHECK(version == kStateVersion, "Schedule.from_state_dict: version must be ", kStateVersion,
+            ", got ", version);
+  ScheduleConfig config{
+      .blocks = {},
+      .total_steps = state["total_steps"].cast<std::int64_t>(),
+      .finish_at = state["finish_at"].cast<std::optional<double>>(),
+      .on_unfinished = schedule::parse_on_unfinished(state["on_unfinished"].cast<std::string>()),
+      .stretch_rule = state["stretch_rule"].cast<std::string>()};
+  for (const py::handle block : state["blocks"]) {
+    config.blocks.push_back(block_from(py::cast<py::dict>(block)));
+  }
+  std::vector<Measurement> measurements;
+  for (const py::handle entry : state["measurements"]) {
+    measurements.push_back(
+        {entry["step"].cast<std::int64_t>(), entry["sensitivities"].cast<std::vector<double>>()});
+  }
+  return Schedule(std::move(config), std::move(measurements));
+}
+
+py::list unfinished_of(const Schedule& self) {
+  py::list late;
+  for (const schedule::Unfinished& block : schedule::unfinished(self.config())) {
+    py::dict entry;
+    entry["block"] = block.block;
+    entry["arrival"] = block.arrival;
+    entry["bits"] = block.bits;
+    entry["largest_period"] = block.largest_period;
+    late.append(entry);
+  }
+  return late;
+}
+
+}  // namespace
+
+void bind_schedule(py::module_& m) {
+  py::class_<BlockConfig>(
+      m, "ScheduledBlock",
+      "One block of a Schedule: a name for messages and the rule its width follows.")
+      .def(py::init([](std::string name, int start_bits, int target_bits, std::int64_t period,
+                       std::int64_t offset, double growth) {
+             return BlockConfig{std::move(name),
+                                Geometric{start_bits, target_bits, period, offset, growth}};
+           }),
+           py::arg("name"), py::kw_only(), py::arg("start_bits") = 16, py::arg("target_bits") = 8,
+           py::arg("period") = 1, py::arg("offset") = 0, py::arg("growth") = 2.0,
+           "One bit less at a time: `offset` steps, then `period` steps at start_bits, then "
+           "`growth` times as "
+           "long at each following width. With finish_at only the ratio of the blocks' periods "
+           "counts.")
+      .def_static(
+          "from_table",
+          [](std::string name, Table table) {
+            return BlockConfig{std::move(name), std::move(table)};
+          },
+          py::arg("name"), py::arg("table"),
+          "A fixed {step: bits}; the first entry is at step 0, bits fall strictly.")
+      .def_readonly("name", &BlockConfig::name);
+
+  py::class_<Schedule>(
+      m, "Schedule",
+      "The bit width of every block after every optimizer step: a pure function of the "
+      "configuration and of the sensitivities given so far (csrc/schedule/schedule.h).")
+      .def(py::init([](std::vector<BlockConfig> blocks, std::int64_t total_steps,
+                       std::optional<double> finish_at, const std::string& on_unfinished,
+                       std::string stretch_rule) {
+             return Schedule(
+                 ScheduleConfig{.blocks = std::move(blocks),
+                                .total_steps = total_steps,
+                                .finish_at = finish_at,
+                                .on_unfinished = schedule::parse_on_unfinished(on_unfinished),
+                                .stretch_rule = std::move(stretch_rule)});
+           }),
+           py::arg("blocks"), py::arg("total_steps"), py::kw_only(),
+           py::arg("finish_at") = py::none(), py::arg("on_unfinished") = "error",
+           py::arg("stretch_rule") = "none",
+           "Raises moq._C.Error if a value is out of range, or if a block might not reach its "
+           "target by "
+           "total_steps and on_unfinished is 'error'.")
+      .def("bits_at", &Schedule::bits_at, py::arg("block"), py::arg("step"),
+           "Width of block number `block` after `step` completed optimizer steps.")
+      .def("finished", &Schedule::finished, py::arg("step"),
+           "True if every block has its target width after `step` steps.")
+      .def("set_sensitivities", &Schedule::set_sensitivities, py::arg("step"),
+           py::arg("sensitivities"),
+           "Re-plans everything after `step` with one sensitivity in [0, 1] per block.")
+      .def(
+          "plan", [](const Schedule& self) { return as_pairs(self.plan()); },
+          "[[(step, bits), ...], ...]: per block each width and the step from which it holds.")
+      .def(
+          "bounds",
+          [](const Schedule& self) {
+            const schedule::Bounds bounds = schedule::bounds(self.config());
+            return std::pair(as_pairs(bounds.earliest), as_pairs(bounds.latest));
+          },
+          "(earliest, latest): two plans between which each drop lies, whatever one measurement "
+          "says.")
+      .def("unfinished", &unfinished_of,
+           "Blocks that might miss total_steps: dicts of block, arrival, bits, largest_period.")
+      .def_property_readonly("num_blocks", &Schedule::num_blocks)
+      .def_property_readonly("total_steps",
+                             [](const Schedule& self) { return self.config().total_steps; })
+      .def_property_readonly("block_names",
+                             [](const Schedule& self) {
+                               std::vector<std::string> names;
+                               for (const BlockConfig& block : self.config().blocks) {
+                                 names.push_back(block.name);
+                               }
+                               return names;
+                             })
+      .def("state_dict", &state_dict,
+           "A plain dict (numbers, strings, lists) from which from_state_dict makes an equal "
+           "schedule.")
+      .def_static("from_state_dict", &from_state_dict, py::arg("state"));
+
+  m.def("stretch_rules", &schedule::stretch_rules,
+        "Names of the rules by which a sensitivity stretches residence times.");
+}
+
+}  // namespace moq::bindings

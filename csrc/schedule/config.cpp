@@ -1,0 +1,204 @@
+#include "csrc/schedule/config.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "kernels/common/check.h"
+
+namespace moq::schedule {
+
+namespace {
+
+struct StretchRule {
+  const char* name;
+  double (*factor)(double sensitivity);
+};
+
+constexpr double kLargestFactor = 5.0;
+
+// A rule is one row. It must not fall with the sensitivity, start at 1 and end at kLargestFactor or
+// below, since the bounds of a plan are taken at 0 and 1.
+constexpr std::array kStretchRules = {
+    StretchRule{"none", [](double) { return 1.0; }},
+    StretchRule{"stepped", [](double s) { return 1.0 + std::floor(4.0 * s); }},
+    StretchRule{"linear", [](double s) { return 1.0 + 4.0 * s; }},
+};
+
+const StretchRule& find_stretch_rule(const std::string& name) {
+  const auto* rule = std::find_if(kStretchRules.begin(), kStretchRules.end(),
+                                  [&](const StretchRule& row) { return name == row.name; });
+  MOQ_CHECK(rule != kStretchRules.end(),
+            "schedule: stretch_rule must be 'none', 'stepped' or 'linear', got '", name, "'");
+  return *rule;
+}
+
+/// floor(fraction * steps) for decimal fractions too: 0.29 * 100 is 28.999999999999996 in binary.
+std::int64_t share_of(double fraction, std::int64_t steps) {
+  return static_cast<std::int64_t>(std::floor(fraction * static_cast<double>(steps) + 1e-6));
+}
+
+/// The smallest number of steps of which `fraction` is at least `share`.
+std::int64_t steps_for_share(double fraction, std::int64_t share) {
+  auto steps = static_cast<std::int64_t>(std::ceil(static_cast<double>(share) / fraction));
+  while (share_of(fraction, steps) < share) {
+    ++steps;
+  }
+  while (steps > 1 && share_of(fraction, steps - 1) >= share) {
+    --steps;
+  }
+  return steps;
+}
+
+void check_rule(const std::string& name, const Geometric& rule) {
+  MOQ_CHECK(rule.target_bits >= 1, "schedule: target_bits of '", name, "' must be >= 1, got ",
+            rule.target_bits);
+  MOQ_CHECK(rule.start_bits >= rule.target_bits && rule.start_bits <= 32,
+            "schedule: start_bits of '", name, "' must be in [target_bits, 32] = [",
+            rule.target_bits, ", 32], got ", rule.start_bits);
+  MOQ_CHECK(rule.period >= 1 && rule.period <= kMaxSteps, "schedule: period of '", name,
+            "' must be in [1, 2^40] steps, got ", rule.period);
+  MOQ_CHECK(rule.offset >= 0 && rule.offset <= kMaxSteps, "schedule: offset of '", name,
+            "' must be in [0, 2^40] steps, got ", rule.offset);
+  MOQ_CHECK(rule.growth >= 1.0 && rule.growth <= 16.0, "schedule: growth of '", name,
+            "' must be in [1, 16], got ", rule.growth);
+  residence_times(rule);
+}
+
+void check_rule(const std::string& name, const Table& table) {
+  MOQ_CHECK(!table.empty() && table.begin()->first == 0, "schedule: the table of '", name,
+            "' must have an entry at step 0 (its start width), got ",
+            table.empty() ? std::string("an empty table")
+                          : "step " + std::to_string(table.begin()->first) + " first");
+  int previous = 33;
+  for (const auto& [step, bits] : table) {
+    MOQ_CHECK(step <= kMaxSteps, "schedule: the steps of the table of '", name,
+              "' must be <= 2^40, got ", step);
+    MOQ_CHECK(bits >= 1 && bits < previous, "schedule: the table of '", name,
+              "' must fall strictly from at most 32 bits to at least 1, got ", bits,
+              " bits at step ", step, step == 0 ? "" : " after " + std::to_string(previous));
+    previous = bits;
+  }
+}
+
+/// The step that must lie before the deadline for the block to be able to meet it exactly.
+std::int64_t last_fixed_step(const BlockConfig& block) {
+  if (const auto* table = std::get_if<Table>(&block.rule)) {
+    return table->rbegin()->first - 1;
+  }
+  const auto& rule = std::get<Geometric>(block.rule);
+  return rule.start_bits == rule.target_bits ? -1 : rule.offset;
+}
+
+/// finish_at is hard, so a block that cannot meet it is an error whatever on_unfinished says.
+void check_finish_at(const ScheduleConfig& config) {
+  const double finish_at = config.finish_at.value();
+  MOQ_CHECK(finish_at > 0.0 && finish_at <= 1.0, "schedule: finish_at must be in (0, 1], got ",
+            finish_at);
+  const std::int64_t last = deadline(config);
+  for (const BlockConfig& block : config.blocks) {
+    const std::int64_t needed = last_fixed_step(block) + 1;
+    const bool is_table = std::holds_alternative<Table>(block.rule);
+    const double fraction = static_cast<double>(needed) / static_cast<double>(config.total_steps);
+    MOQ_CHECK(needed <= last,
+              "schedule: ", is_table ? "the last entry of the table of '" : "the offset of '",
+              block.name, is_table ? "' must not lie after" : "' must lie before",
+              " step floor(finish_at * total_steps) = ", last, ", got ",
+              is_table ? needed : needed - 1, ". Smallest change: ",
+              is_table ? "last entry <= " : "offset <= ", is_table ? last : last - 1,
+              last == 0 ? " (impossible)" : "",
+              ", or total_steps >= ", steps_for_share(finish_at, needed),
+              fraction <= 1.0 ? ", or finish_at >= " + std::to_string(fraction) : std::string());
+  }
+}
+
+}  // namespace
+
+OnUnfinished parse_on_unfinished(const std::string& name) {
+  for (const OnUnfinished policy :
+       {OnUnfinished::kError, OnUnfinished::kClamp, OnUnfinished::kAllow}) {
+    if (name == name_of(policy)) {
+      return policy;
+    }
+  }
+  detail::fail("schedule: on_unfinished must be 'error', 'clamp' or 'allow', got '", name, "'");
+}
+
+const char* name_of(OnUnfinished policy) {
+  switch (policy) {
+    case OnUnfinished::kError:
+      return "error";
+    case OnUnfinished::kClamp:
+      return "clamp";
+    case OnUnfinished::kAllow:
+      return "allow";
+  }
+  return "unknown";
+}
+
+std::vector<std::string> stretch_rules() {
+  std::vector<std::string> names;
+  for (const StretchRule& rule : kStretchRules) {
+    names.emplace_back(rule.name);
+  }
+  return names;
+}
+
+std::int64_t stretch(const std::string& rule, double sensitivity) {
+  const double factor = find_stretch_rule(rule).factor(sensitivity);
+  return static_cast<std::int64_t>(std::clamp(factor, 1.0, kLargestFactor) * kOne);
+}
+
+std::int64_t deadline(const ScheduleConfig& config) {
+  return config.finish_at ? share_of(*config.finish_at, config.total_steps) : config.total_steps;
+}
+
+std::vector<std::int64_t> residence_times(const Geometric& rule) {
+  const auto growth = static_cast<std::int64_t>(std::nearbyint(rule.growth * kOne));
+  std::vector<std::int64_t> times;
+  std::int64_t sum = 0;
+  std::int64_t time = rule.period << kFractionBits;
+  for (int bits = rule.start_bits; bits > rule.target_bits; --bits) {
+    MOQ_CHECK(time <= kMaxDuration - sum, "schedule: the residence times from ", rule.start_bits,
+              " to ", rule.target_bits, " bits must sum to at most 2^44 steps, got period ",
+              rule.period, " growing by ", rule.growth, " at each drop");
+    times.push_back(time);
+    sum += time;
+    // Both factors are below 2^61 and 2^21: the product needs more than 64 bits.
+    time = static_cast<std::int64_t>(static_cast<__int128>(time) * growth >> kFractionBits);
+  }
+  return times;
+}
+
+void check_config(const ScheduleConfig& config) {
+  MOQ_CHECK(config.total_steps >= 1 && config.total_steps <= kMaxSteps,
+            "schedule: total_steps must be in [1, 2^40], got ", config.total_steps);
+  find_stretch_rule(config.stretch_rule);
+  for (const BlockConfig& block : config.blocks) {
+    std::visit([&](const auto& rule) { check_rule(block.name, rule); }, block.rule);
+  }
+  if (config.finish_at) {
+    check_finish_at(config);
+  }
+}
+
+void check_measurement(const ScheduleConfig& config, const Measurement& measurement,
+                       std::int64_t previous_step) {
+  MOQ_CHECK(
+      config.stretch_rule != "none",
+      "set_sensitivities: stretch_rule must be 'stepped' or 'linear' for a schedule that follows "
+      "measurements, got 'none'");
+  MOQ_CHECK(measurement.step >= previous_step && measurement.step <= kMaxSteps,
+            "set_sensitivities: step must be in [", previous_step,
+            ", 2^40], the first of them being the previous measurement's, got ", measurement.step);
+  MOQ_CHECK(measurement.sensitivities.size() == config.blocks.size(),
+            "set_sensitivities: there must be one sensitivity per block, got ",
+            measurement.sensitivities.size(), " for ", config.blocks.size(), " blocks");
+  for (std::size_t i = 0; i < config.blocks.size(); ++i) {
+    const double value = measurement.sensitivities[i];
+    MOQ_CHECK(value >= 0.0 && value <= 1.0, "set_sensitivities: the sensitivity of '",
+              config.blocks[i].name, "' must be in [0, 1], got ", value);
+  }
+}
+
+}  // namespace moq::schedule

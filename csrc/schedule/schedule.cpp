@@ -1,0 +1,72 @@
+#include "csrc/schedule/schedule.h"
+
+#include <algorithm>
+#include <sstream>
+#include <utility>
+
+#include "csrc/schedule/config.h"
+#include "kernels/common/check.h"
+
+namespace moq::schedule {
+
+namespace {
+
+/// The sentence a user reads instead of finding out after the training.
+std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>& late) {
+  const Unfinished& slowest = *std::max_element(
+      late.begin(), late.end(),
+      [](const Unfinished& a, const Unfinished& b) { return a.arrival < b.arrival; });
+  int reached = 0;
+  for (const Unfinished& block : late) {
+    reached = std::max(reached, block.bits);
+  }
+  std::ostringstream text;
+  text << "schedule: every block must reach its target by total_steps = " << config.total_steps
+       << ", got " << late.size() << " of " << config.blocks.size()
+       << " that might not; the slowest, '" << slowest.block << "', arrives at step "
+       << slowest.arrival;
+  if (config.stretch_rule != "none") {
+    text << " if its sensitivity is 1";
+  }
+  text << ". Smallest change: ";
+  if (slowest.largest_period) {
+    text << "its period <= " << *slowest.largest_period << ", or ";
+  }
+  text << "total_steps >= " << slowest.arrival << ", or target_bits >= " << reached
+       << ", or finish_at (at most 1.0), which scales the periods to fit; on_unfinished='clamp' "
+          "shortens "
+          "only the late blocks, 'allow' accepts the width reached";
+  return text.str();
+}
+
+}  // namespace
+
+Schedule::Schedule(ScheduleConfig config, std::vector<Measurement> measurements)
+    : config_(std::move(config)),
+      measurements_(std::move(measurements)),
+      plan_(schedule::plan(config_, measurements_)) {
+  if (config_.on_unfinished == OnUnfinished::kError) {
+    const std::vector<Unfinished> late = unfinished(config_);
+    MOQ_CHECK(late.empty(), describe(config_, late));
+  }
+}
+
+int Schedule::bits_at(std::int64_t block, std::int64_t step) const {
+  MOQ_CHECK(block >= 0 && block < num_blocks(), "bits_at: block must be in [0, ", num_blocks(),
+            "), got ", block);
+  return schedule::bits_at(plan_[static_cast<std::size_t>(block)], step);
+}
+
+bool Schedule::finished(std::int64_t step) const {
+  return std::all_of(plan_.begin(), plan_.end(),
+                     [&](const BlockPlan& block) { return block.back().step <= step; });
+}
+
+void Schedule::set_sensitivities(std::int64_t step, std::vector<double> sensitivities) {
+  std::vector<Measurement> measurements = measurements_;
+  measurements.push_back({step, std::move(sensitivities)});
+  plan_ = schedule::plan(config_, measurements);
+  measurements_ = std::move(measurements);
+}
+
+}  // namespace moq::schedule
