@@ -1,0 +1,129 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moq::kernels {
+
+/// How a packed weight stores its elements. The integer formats hold codes of quant_grid.h.
+enum class WeightFormat : std::uint8_t { kInt8, kInt4, kInt2, kFloat32, kBFloat16, kFloat16 };
+
+constexpr bool is_integer(WeightFormat format) {
+  return format <= WeightFormat::kInt2;
+}
+
+/// Bits that one element takes: 8, 4, 2, 32, 16, 16.
+constexpr int bits_of(WeightFormat format) {
+  constexpr int kBits[] = {8, 4, 2, 32, 16, 16};
+  return kBits[static_cast<int>(format)];
+}
+
+/// "int8", "int4", "int2", "float32", "bfloat16" or "float16".
+const char* name_of(WeightFormat format);
+
+/// Applied to a linear layer's output. kGelu is x * Phi(x) by erf, kGeluTanh its tanh
+/// approximation.
+enum class Activation : std::uint8_t { kNone, kGelu, kGeluTanh, kRelu, kSilu };
+
+/// How `linear` reads its float32 input when the weight holds integers (float weights: kFloat32).
+enum class InputMode : std::uint8_t {
+  kFloat32,      ///< the input as it is: exact weight-only arithmetic
+  kDynamicInt8,  ///< each row rounded to the symmetric 8-bit grid of its own absmax
+  kStaticInt8,   ///< every row rounded to the symmetric 8-bit grid of LinearArgs::input_scale
+};
+
+/// Geometry of a weight [n, k] = [output features, input features].
+struct LinearShape {
+  std::int64_t n = 0;
+  std::int64_t k = 0;
+  WeightFormat format = WeightFormat::kInt8;
+  /// Columns that share a scale: k for one scale a row, else a divisor of k. Float formats:
+  /// ignored.
+  std::int64_t group_size = 0;
+  bool asymmetric = false;  ///< codes have zero points; integer formats only
+
+  bool operator==(const LinearShape&) const = default;
+};
+
+/// Scales of one row: k / group_size.
+constexpr std::int64_t num_groups(const LinearShape& shape) {
+  return shape.k == 0 ? 0 : shape.k / shape.group_size;
+}
+
+/// A weight in the order the kernels stream it. A view: the bytes belong to the caller.
+struct PackedLinear {
+  LinearShape shape;
+  const void* data = nullptr;  ///< packed_linear_size(shape) bytes, 64-byte aligned
+};
+
+/// Input of pack_linear.
+struct PackLinearArgs {
+  LinearShape shape;
+  /// [n, k], strided: int8 codes for every integer format (in the format's range), else values of
+  /// the format's own dtype.
+  const void* weight = nullptr;
+  std::int64_t row_stride = 0;    ///< elements; k for torch's Linear, 1 for Conv1D's [in, out]
+  std::int64_t col_stride = 0;    ///< elements; 1 for torch's Linear, n for Conv1D
+  const float* scales = nullptr;  ///< [n, num_groups], contiguous; integer formats
+  const std::int32_t* zero_points = nullptr;  ///< [n, num_groups], contiguous; when asymmetric
+  void* packed = nullptr;  ///< packed_linear_size(shape) bytes, 64-byte aligned, written
+};
+
+/// Arguments of `linear`.
+struct LinearArgs {
+  const float* input = nullptr;  ///< [m, k]
+  std::int64_t m = 0;
+  std::int64_t input_stride = 0;  ///< elements from row to row
+  PackedLinear weight;
+  const float* bias = nullptr;  ///< [n], or null
+  Activation activation = Activation::kNone;
+  const float* residual =
+      nullptr;  ///< [m, n], added after the activation; may be `output`; or null
+  std::int64_t residual_stride = 0;
+  InputMode input_mode = InputMode::kFloat32;
+  float input_scale = 0.0F;  ///< step size of kStaticInt8, > 0
+  float* output = nullptr;   ///< [m, n]; must not overlap `input`
+  std::int64_t output_stride = 0;
+};
+
+namespace cpu {
+
+/// Bytes of a packed weight, padding included.
+/// @throws moq::Error for a negative size, a group_size that does not divide k, or an asymmetric
+///         float weight.
+std::size_t packed_linear_size(const LinearShape& shape);
+
+/// Lays a weight out for `linear`.
+/// @throws moq::Error as packed_linear_size, for a null or misaligned pointer, for a code or zero
+///         point outside the format's range, or for a scale that is not finite.
+void pack_linear(const PackLinearArgs& args);
+
+/// Reads row `row` of a packed weight back: output[c] = scale * (code - zero_point), or the value,
+/// as float32 [k]. What an embedding table that shares the head's weight looks tokens up with.
+void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* output);
+
+/// output = activation(input · weightᵀ + bias) + residual for any m >= 0, n >= 0, k >= 0.
+///
+/// Integer weights. The input row is written as integers x = rint(input * 2^e) (kFloat32; e puts
+/// the row's absmax between 2^29 and 2^30, so that elements down to 2^-6 of it are represented
+/// exactly and the others within 2^-30 of it), or as codes of the 8-bit grid. Then
+///
+///   sum_g  = Σ over the columns of group g of x * (code - zero_point)      exact, in integers
+///   output = float(Σ_g scale_g * sum_g * input_scale + bias)               in float64, rounded
+///   once
+///
+/// (a group wider than 8192 columns is cut into pieces of that width). Because the sums are exact,
+/// a row's output before the activation depends on nothing but that row and the weight: not on m,
+/// the number of threads or the instruction set.
+///
+/// Float weights: float32 products and sums in blocks of columns; a row's output depends on the
+/// instruction set, not on m or the number of threads.
+///
+/// A row that holds a NaN or an infinity gives NaN throughout its output for integer weights.
+/// Runs on up to num_threads() threads (kernels/common/parallel.h).
+/// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, an
+///         INT8 input mode with float weights, or kStaticInt8 without a positive, finite scale.
+void linear(const LinearArgs& args);
+
+}  // namespace cpu
+}  // namespace moq::kernels
