@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstdint>
+
+namespace moq::kernels {
+
+/// How the next token of one row is chosen. The defaults leave the model's distribution as it is.
+struct SamplingParams {
+  float temperature = 1.0F;  ///< >= 0; 0: greedy, the largest logit, ties to the lowest index
+  std::int64_t top_k = 0;    ///< keep the k largest logits and what ties with the last; 0: all
+  float top_p = 1.0F;        ///< in (0, 1]: keep the fewest tokens that reach this probability
+  float min_p = 0.0F;        ///< in [0, 1]: drop below this share of the largest probability
+  float repetition_penalty = 1.0F;  ///< > 0: logits of tokens in the history are divided by it if
+                                    ///< positive, multiplied if negative
+  std::uint64_t seed = 0;
+};
+
+/// One row of a sampling batch.
+struct SamplingRow {
+  SamplingParams params;
+  const std::int64_t* history =
+      nullptr;  ///< [history_length]: the row's prompt and generated tokens
+  std::int64_t history_length = 0;
+  std::uint32_t stream = 0;  ///< separates rows that share a seed
+  std::uint64_t step = 0;    ///< number of the token being drawn
+};
+
+/// Draws one token per row. Processors apply in the order of Hugging Face's generate(), each on the
+/// result of the one before: repetition penalty, temperature, top-k, top-p, min-p; at least one
+/// token is always kept. Greedy rows apply the repetition penalty only.
+///
+/// top-p keeps a token while the tokens of larger probability together have less than top_p; equal
+/// probabilities rank by index, lowest first.
+///
+/// The draw inverts the distribution function over the kept tokens in index order, at the uniform
+/// that Philox4x32-10 gives for key = seed, counter = {step low, step high, stream, 0}: it depends
+/// on nothing outside the row. Probabilities are float32, their sums float64.
+struct SamplingArgs {
+  const float* logits;      ///< [batch_size, vocab_size], rows logits_stride apart
+  std::int64_t batch_size;  ///< >= 0
+  std::int64_t vocab_size;  ///< >= 1
+  std::int64_t logits_stride;
+  const SamplingRow* rows;         ///< [batch_size]
+  std::int64_t* tokens = nullptr;  ///< [batch_size], the drawn tokens; null: not drawn
+  float* probabilities =
+      nullptr;  ///< [batch_size, vocab_size] contiguous: the distribution drawn
+                ///< from, 0 where removed (greedy: 1 at the chosen token); null: not written
+};
+
+namespace cpu {
+/// @throws moq::Error if a parameter is out of range, a history token lies outside the vocabulary,
+/// or
+///         a row has a NaN, a +infinity or no logit above -infinity.
+void sample(const SamplingArgs& args);
+}  // namespace cpu
+
+}  // namespace moq::kernels
