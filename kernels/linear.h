@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/activation.h"
+
 namespace moq::kernels {
 
 /// How a packed weight stores its elements. The integer formats hold codes of quant_grid.h.
@@ -20,10 +22,6 @@ constexpr int bits_of(WeightFormat format) {
 
 /// "int8", "int4", "int2", "float32", "bfloat16" or "float16".
 const char* name_of(WeightFormat format);
-
-/// Applied to a linear layer's output. kGelu is x * Phi(x) by erf, kGeluTanh its tanh
-/// approximation.
-enum class Activation : std::uint8_t { kNone, kGelu, kGeluTanh, kRelu, kSilu };
 
 /// How `linear` reads its float32 input when the weight holds integers (float weights: kFloat32).
 enum class InputMode : std::uint8_t {

@@ -81,6 +81,10 @@ float activate(double x, Activation activation) {
       return static_cast<float>(x < 0.0 ? 0.0 : x);
     case Activation::kSilu:
       return static_cast<float>(x / (1.0 + std::exp(-x)));
+    case Activation::kQuickGelu:
+      return static_cast<float>(x / (1.0 + std::exp(-1.702 * x)));
+    case Activation::kTanh:
+      return static_cast<float>(std::tanh(x));
   }
   return static_cast<float>(x);
 }
