@@ -65,12 +65,13 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Builds the one extension module, moq._C, to where setuptools expects it."""
         check_build_environment()
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / sys.implementation.cache_tag
+        in_checkout = self.editable_mode or self.inplace
+        output = ROOT / "moq" if in_checkout else Path(self.get_ext_fullpath(ext.name)).parent
+        build = ROOT / "build" / (sys.implementation.cache_tag + ("" if in_checkout else "-wheel"))
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "Python3_EXECUTABLE": sys.executable,
-            "MOQ_OUTPUT_DIRECTORY": output,
+            "MOQ_OUTPUT_DIRECTORY": output.resolve(),
             "MOQ_CUDA": os.environ.get("MOQ_CUDA", "auto"),
             "MOQ_CUDA_ARCHITECTURES": os.environ.get("MOQ_CUDA_ARCHITECTURES", "80;90a"),
             "MOQ_BUILD_TESTS": "ON" if os.environ.get("MOQ_BUILD_TESTS") == "1" else "OFF",
@@ -88,6 +89,9 @@ class CMakeBuild(build_ext):
         for command in (configure, compile_all):
             if subprocess.run(command, env=environment, check=False).returncode != 0:
                 sys.exit(f"moq: the build stopped at: {' '.join(command)}")
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to copy: an editable build writes the module into the checkout itself."""
 
 
 setup(ext_modules=[Extension("moq._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -9,14 +9,19 @@ for _distribution in _metadata.distributions(name="moq"):
         "Remedy: pip uninstall -y moq torch-moq && pip install torch-moq"
     )
 
-import torch as _torch  # noqa: E402, F401  (its libraries must be loaded before the extension's)
+_REMEDY = (
+    "In a checkout, build it with `make build` and use .venv/bin/python; if torch was changed "
+    "since, build again."
+)
+
+try:
+    import torch as _torch  # noqa: F401  (its libraries must be loaded before the extension's)
+except ImportError as error:
+    raise ImportError(f"moq needs torch, which did not load here ({error}). {_REMEDY}") from error
 
 try:
     from moq import _C  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f"moq's compiled extension did not load ({error}). In a checkout, build it with "
-        "`make build` and use .venv/bin/python; if torch was changed since, build again."
-    ) from error
+    raise ImportError(f"moq's compiled extension did not load ({error}). {_REMEDY}") from error
 
 __version__ = "0.1.0"

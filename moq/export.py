@@ -57,7 +57,11 @@ class QuantizedParameter:
             if not condition:
                 raise ValueError(f"{self.name}: {rule}, got {got!r}")
 
-        require(self.simulated.dim() == 2, "a weight matrix must have 2 dimensions", self.simulated.dim())
+        require(
+            self.simulated.dim() == 2,
+            "a weight matrix must have 2 dimensions",
+            self.simulated.dim(),
+        )
         require(
             self.master.shape == self.simulated.shape,
             f"master must have the shape {list(self.simulated.shape)} of simulated",
