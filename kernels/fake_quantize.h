@@ -23,21 +23,25 @@ enum class Granularity : std::uint8_t {
 /// describe both torch's Linear ([out, in], row_stride = cols, col_stride = 1) and Hugging Face's
 /// Conv1D ([in, out], row_stride = 1, col_stride = rows).
 struct FakeQuantizeTensor {
-  const void* input;          ///< [rows, cols], strided, input_dtype
-  void* output = nullptr;     ///< the same strides, output_dtype; may alias input; null: not written
-  void* codes = nullptr;      ///< [rows, cols] contiguous, int8 (num_bits <= 8) or int16; null: not written
-  void* scales = nullptr;     ///< [num_groups], scale_dtype, row-major by (row, group); null: not written
+  const void* input;       ///< [rows, cols], strided, input_dtype
+  void* output = nullptr;  ///< the same strides, output_dtype; may alias input; null: not written
+  void* codes =
+      nullptr;  ///< [rows, cols] contiguous, int8 (num_bits <= 8) or int16; null: not written
+  void* scales =
+      nullptr;  ///< [num_groups], scale_dtype, row-major by (row, group); null: not written
   std::int32_t* zero_points = nullptr;  ///< [num_groups]; null: not written
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t row_stride = 0;  ///< elements
   std::int64_t col_stride = 0;  ///< elements
-  std::int64_t group_size = 0;  ///< columns per scale; read only when granularity is kPerGroup; divides cols
+  std::int64_t group_size =
+      0;  ///< columns per scale; read only when granularity is kPerGroup; divides cols
   /// Number of the matrix's first element within the whole, unsharded parameter, counted row-major
   /// over [rows, cols] as above. Stochastic rounding draws by element number, so that every
   /// sharding of a parameter draws the same bits.
   std::int64_t first_element = 0;
-  std::uint32_t name_hash = 0;  ///< FNV-1a of the parameter's name: separates the streams of two parameters
+  std::uint32_t name_hash =
+      0;  ///< FNV-1a of the parameter's name: separates the streams of two parameters
   DType input_dtype = DType::kFloat32;
   DType output_dtype = DType::kFloat32;
   DType codes_dtype = DType::kInt8;
@@ -63,12 +67,12 @@ struct FakeQuantizeTensor {
 /// With blend_ratio == 0 output is exactly the dequantized code. A group that holds a NaN or an
 /// infinity gives NaN throughout its output; callers that must refuse such weights check first.
 struct FakeQuantizeArgs {
-  std::span<const FakeQuantizeTensor> tensors;      ///< host memory
-  const std::int32_t* num_bits = nullptr;           ///< [tensors.size()], each in [2, 16]; 0: copy unchanged
-  const float* blend_ratio = nullptr;               ///< [tensors.size()], each in [0, 1]; null: all 0
-  std::uint64_t seed = 0;                           ///< Philox key
-  const std::int64_t* step = nullptr;               ///< [1]; null: 0
-  const float* skip = nullptr;                      ///< [1]; non-zero: nothing is written (overflow step); null: never
+  std::span<const FakeQuantizeTensor> tensors;  ///< host memory
+  const std::int32_t* num_bits = nullptr;  ///< [tensors.size()], each in [2, 16]; 0: copy unchanged
+  const float* blend_ratio = nullptr;      ///< [tensors.size()], each in [0, 1]; null: all 0
+  std::uint64_t seed = 0;                  ///< Philox key
+  const std::int64_t* step = nullptr;      ///< [1]; null: 0
+  const float* skip = nullptr;  ///< [1]; non-zero: nothing is written (overflow step); null: never
 };
 
 namespace cpu {
@@ -80,7 +84,8 @@ void fake_quantize(const FakeQuantizeArgs& args);
 
 namespace cuda {
 /// Tensor data and num_bits, blend_ratio, step, skip are device memory of the current device.
-/// @throws moq::Error as on the CPU (bit widths excepted: they are device data), and if a launch fails.
+/// @throws moq::Error as on the CPU (bit widths excepted: they are device data), and if a launch
+/// fails.
 void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream);
 }  // namespace cuda
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -16,6 +17,9 @@
 ///                scale = absmax / qmax: the largest magnitude lies on the end of the grid
 ///   asymmetric   qmin = -2^(b-1), qmax = 2^(b-1) - 1, lo = min(w, 0), hi = max(w, 0),
 ///                scale = (hi - lo) / (qmax - qmin), zero_point = clamp(rint(qmin - lo / scale))
+///
+/// A group that holds a NaN or an infinity has no grid: its scale is NaN, its codes are 0, and so
+/// everything it dequantizes to is NaN.
 ///
 /// A scale is rounded to the dtype it will be stored in *before* any code is computed: readers
 /// load scales in the model's dtype, and only then is scale * code the number that was trained.
@@ -56,6 +60,19 @@ MOQ_HOST_DEVICE constexpr float min_scale(DType dtype) {
   return dtype == DType::kFloat16 ? 0x1p-14F : 0x1p-126F;
 }
 
+/// The largest finite number of `dtype`: what a scale too large for it becomes, so that the group
+/// is clamped to the ends of its grid.
+MOQ_HOST_DEVICE constexpr float max_scale(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return 65504.0F;
+    case DType::kBFloat16:
+      return 0x1.fep127F;
+    default:
+      return 0x1.fffffep127F;
+  }
+}
+
 /// Grid of a group from its statistics.
 ///
 /// @param lo, hi       smallest and largest element of the group, finite; symmetric grids use only
@@ -77,7 +94,8 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
     levels = static_cast<float>(range.qmax - range.qmin);
   }
   // The reciprocal of min_scale must stay finite, hence the float32 floor of 2^-126 and not less.
-  const float scale = fmaxf(round_to(extent / levels, scale_dtype), min_scale(scale_dtype));
+  const float scale = fminf(fmaxf(round_to(extent / levels, scale_dtype), min_scale(scale_dtype)),
+                            max_scale(scale_dtype));
   const float inverse_scale = 1.0F / scale;
   std::int32_t zero_point = 0;
   if (mode == QuantMode::kAsymmetric) {
@@ -88,9 +106,44 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
   return {scale, inverse_scale, zero_point, range};
 }
 
-/// Code of one element. `uniform` in [0, 1) is used by stochastic rounding only: an element that
-/// lies a fraction f above a grid point is rounded up with probability f. Comparing the exact
-/// fraction (rather than adding the uniform before floor) keeps wide grids unbiased.
+/// What the elements of one group decide their grid by, collected on bit patterns with integer
+/// minimum and maximum: exact, independent of the order, and a NaN cannot slip through.
+/// A default one is that of an all-zero group.
+struct GroupStatistics {
+  std::int32_t lowest = 0;  ///< asymmetric: ordered_bits of the smallest element or 0
+  std::int32_t highest =
+      0;  ///< asymmetric: ordered_bits of the largest or 0; symmetric: bits of absmax
+};
+
+constexpr std::int32_t kMagnitudeMask = 0x7fffffff;
+constexpr std::int32_t kInfinityBits = 0x7f800000;
+
+/// An integer that is ordered as the numbers are, NaN outside both infinities. Its own inverse.
+MOQ_HOST_DEVICE inline std::int32_t ordered_bits(std::int32_t bits) {
+  return bits ^ ((bits >> 31) & kMagnitudeMask);
+}
+
+/// True if a NaN or an infinity is among the group's elements.
+MOQ_HOST_DEVICE inline bool has_nonfinite(const GroupStatistics& group) {
+  return group.highest >= kInfinityBits ||
+         group.lowest <= ordered_bits(~kMagnitudeMask | kInfinityBits);
+}
+
+/// Grid of a group from what was collected over its elements.
+MOQ_HOST_DEVICE inline GridParams make_grid(const GroupStatistics& group, int num_bits,
+                                            QuantMode mode, DType scale_dtype) {
+  if (has_nonfinite(group)) {
+    const float nan = std::bit_cast<float>(0x7fc00000);
+    return {nan, nan, 0, grid_range(num_bits, mode)};
+  }
+  return make_grid(std::bit_cast<float>(ordered_bits(group.lowest)),
+                   std::bit_cast<float>(ordered_bits(group.highest)), num_bits, mode, scale_dtype);
+}
+
+/// Code of one element of a group that has a grid. `uniform` in [0, 1) is used by stochastic
+/// rounding only: an element that lies a fraction f above a grid point is rounded up with
+/// probability f. Comparing the exact fraction (rather than adding the uniform before floor) keeps
+/// wide grids unbiased.
 MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& grid,
                                                  Rounding rounding, float uniform) {
   const float position = value * grid.inverse_scale;

@@ -7,8 +7,18 @@
 #include "kernels/common/host_device.h"
 
 /// Conversions between float32 and the two 16-bit formats, rounding to nearest even.
-/// Written on bit patterns so that host and device compile the same arithmetic.
+/// Written on bit patterns so that host and device compile the same arithmetic, which is also that
+/// of the processors' conversion instructions: a NaN stays a NaN, made quiet, with the leading bits
+/// of its payload.
 namespace moq {
+
+/// Storage of one element: the bits and nothing else. Kernels compute in float32.
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
 
 MOQ_HOST_DEVICE inline float bfloat16_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
@@ -25,8 +35,11 @@ MOQ_HOST_DEVICE inline std::uint16_t float_to_bfloat16(float value) {
 MOQ_HOST_DEVICE inline float float16_to_float(std::uint16_t bits) {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
   const std::uint32_t magnitude = bits & 0x7fffU;
-  if (magnitude >= 0x7c00U) {  // infinity and NaN
-    return std::bit_cast<float>(sign | 0x7f800000U | ((magnitude & 0x3ffU) << 13));
+  if (magnitude > 0x7c00U) {
+    return std::bit_cast<float>(sign | 0x7fc00000U | (magnitude << 13));
+  }
+  if (magnitude == 0x7c00U) {
+    return std::bit_cast<float>(sign | 0x7f800000U);
   }
   if (magnitude >= 0x0400U) {  // normal: rebias the exponent from 15 to 127
     return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000U));
@@ -40,7 +53,7 @@ MOQ_HOST_DEVICE inline std::uint16_t float_to_float16(float value) {
   const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000U);
   const std::uint32_t magnitude = bits & 0x7fffffffU;
   if (magnitude > 0x7f800000U) {
-    return sign | 0x7e00U;
+    return static_cast<std::uint16_t>(sign | 0x7e00U | ((magnitude >> 13) & 0x3ffU));
   }
   if (magnitude >= 0x477ff000U) {  // 65520 and above round to infinity
     return sign | 0x7c00U;
@@ -53,6 +66,27 @@ MOQ_HOST_DEVICE inline std::uint16_t float_to_float16(float value) {
   // addition itself rounds to nearest even.
   const float aligned = std::bit_cast<float>(magnitude) + 0.5F;
   return sign | static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(aligned) - 0x3f000000U);
+}
+
+MOQ_HOST_DEVICE inline float to_float(float value) {
+  return value;
+}
+MOQ_HOST_DEVICE inline float to_float(Float16 value) {
+  return float16_to_float(value.bits);
+}
+MOQ_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return bfloat16_to_float(value.bits);
+}
+
+/// Stores `value` as the element type that `output` points to, rounded once.
+MOQ_HOST_DEVICE inline void store_float(float* output, float value) {
+  *output = value;
+}
+MOQ_HOST_DEVICE inline void store_float(Float16* output, float value) {
+  output->bits = float_to_float16(value);
+}
+MOQ_HOST_DEVICE inline void store_float(BFloat16* output, float value) {
+  output->bits = float_to_bfloat16(value);
 }
 
 /// `value` rounded to the nearest representable number of `dtype` (a floating-point type).
