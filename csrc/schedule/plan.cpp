@@ -219,8 +219,7 @@ std::vector<Unfinished> unfinished(const ScheduleConfig& config) {
     }
     Unfinished block{.block = config.blocks[i].name,
                      .arrival = latest[i].back().step,
-                     .bits = bits_at(latest[i], config.total_steps),
-                     .largest_period = std::nullopt};
+                     .bits = bits_at(latest[i], config.total_steps)};
     if (const auto* rule = std::get_if<Geometric>(&config.blocks[i].rule)) {
       block.largest_period =
           largest_period(*rule, stretch(config.stretch_rule, 1.0), config.total_steps);

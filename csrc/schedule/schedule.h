@@ -34,7 +34,7 @@ struct Geometric {
 using Table = std::map<std::int64_t, int>;
 
 struct BlockConfig {
-  std::string name;  ///< used in messages; need not be unique
+  std::string name = {};  ///< used in messages; need not be unique
   std::variant<Geometric, Table> rule;
 };
 
@@ -55,12 +55,12 @@ const char* name_of(OnUnfinished policy);
 ///   "stepped"  1 + floor(4 s), the rule of MoQ
 ///   "linear"   1 + 4 s
 struct ScheduleConfig {
-  std::vector<BlockConfig> blocks;
+  std::vector<BlockConfig> blocks = {};
   std::int64_t total_steps = 0;  ///< optimizer steps of the whole training, in [1, 2^40]
   /// In (0, 1]: all residence times are scaled by one common factor, anew after each measurement,
   /// so that the slowest block arrives exactly at floor(finish_at * total_steps). Several widths
   /// may then fall in one step. (A product within 1e-6 below an integer counts as that integer.)
-  std::optional<double> finish_at;
+  std::optional<double> finish_at = std::nullopt;
   OnUnfinished on_unfinished = OnUnfinished::kError;
   std::string stretch_rule = "none";
 };
@@ -109,7 +109,7 @@ struct Unfinished {
   std::int64_t arrival = 0;  ///< the latest step at which the target can be reached
   int bits = 0;              ///< the width at total_steps if it comes that late
   /// The largest period that is certain to finish; empty for a Table, or if even 1 is too long.
-  std::optional<std::int64_t> largest_period;
+  std::optional<std::int64_t> largest_period = std::nullopt;
 };
 
 /// All unfinished blocks of a configuration without finish_at, whatever on_unfinished says.

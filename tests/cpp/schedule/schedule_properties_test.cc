@@ -1,0 +1,160 @@
+// Rules that hold for every configuration, checked on random ones.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "csrc/schedule/schedule.h"
+
+namespace moq::schedule {
+namespace {
+
+class RandomSchedule : public ::testing::TestWithParam<int> {
+ protected:
+  std::int64_t draw(std::int64_t low, std::int64_t high) {
+    return std::uniform_int_distribution<std::int64_t>(low, high)(generator_);
+  }
+
+  ScheduleConfig draw_config(bool with_finish_at) {
+    ScheduleConfig config{.total_steps = draw(64, 5000),
+                          .on_unfinished = OnUnfinished::kAllow,
+                          .stretch_rule = draw(0, 1) == 0 ? "stepped" : "linear"};
+    if (with_finish_at) {
+      config.finish_at = static_cast<double>(draw(50, 100)) / 100.0;
+    }
+    for (std::int64_t i = draw(1, 8); i > 0; --i) {
+      const int target = static_cast<int>(draw(1, 12));
+      config.blocks.push_back(
+          {"b", Geometric{.start_bits = target + static_cast<int>(draw(0, 8)),
+                          .target_bits = target,
+                          .period = draw(1, 40),
+                          .offset = draw(0, 31),
+                          .growth = 1.0 + static_cast<double>(draw(0, 8)) / 4.0}});
+    }
+    return config;
+  }
+
+  std::vector<double> draw_sensitivities(std::size_t count) {
+    std::vector<double> values(count);
+    for (double& value : values) {
+      value = std::uniform_real_distribution<double>(0.0, 1.0)(generator_);
+    }
+    return values;
+  }
+
+  std::vector<Measurement> draw_measurements(const ScheduleConfig& config) {
+    std::vector<std::int64_t> steps(static_cast<std::size_t>(draw(0, 5)));
+    std::generate(steps.begin(), steps.end(), [&] { return draw(0, config.total_steps); });
+    std::sort(steps.begin(), steps.end());
+    std::vector<Measurement> measurements;
+    for (const std::int64_t step : steps) {
+      measurements.push_back({step, draw_sensitivities(config.blocks.size())});
+    }
+    return measurements;
+  }
+
+  std::mt19937_64 generator_{static_cast<std::uint64_t>(GetParam())};
+};
+
+TEST_P(RandomSchedule, StepsNeverFallAndBitsFallByOne) {
+  const ScheduleConfig config = draw_config(GetParam() % 2 == 0);
+  for (const BlockPlan& block : plan(config, draw_measurements(config))) {
+    EXPECT_EQ(block.front().step, 0);
+    for (std::size_t i = 1; i < block.size(); ++i) {
+      EXPECT_EQ(block[i].bits, block[i - 1].bits - 1);
+      EXPECT_GE(block[i].step, std::max<std::int64_t>(1, block[i - 1].step));
+    }
+  }
+}
+
+TEST_P(RandomSchedule, TheSlowestBlockArrivesExactlyAtFinishAt) {
+  const ScheduleConfig config = draw_config(true);
+  std::int64_t last = 0;
+  bool any = false;
+  for (const BlockPlan& block : plan(config, draw_measurements(config))) {
+    any = any || block.size() > 1;
+    last = std::max(last, block.back().step);
+  }
+  if (any) {
+    EXPECT_EQ(last, static_cast<std::int64_t>(*config.finish_at * config.total_steps + 1e-6));
+  }
+}
+
+TEST_P(RandomSchedule, ClampedBlocksAllArriveInTime) {
+  ScheduleConfig config = draw_config(false);
+  config.on_unfinished = OnUnfinished::kClamp;
+  const Schedule schedule(config, draw_measurements(config));
+  EXPECT_TRUE(schedule.finished(config.total_steps));
+}
+
+TEST_P(RandomSchedule, ThePlanIsWhatHappensStepByStep) {
+  const ScheduleConfig config = draw_config(GetParam() % 2 == 0);
+  const std::vector<Measurement> measurements = draw_measurements(config);
+  Schedule walked(config);
+  std::vector<std::vector<int>> history;
+  std::size_t next = 0;
+  for (std::int64_t step = 0; step <= config.total_steps; ++step) {
+    // What a trainer does: read the widths of this step, then measure.
+    auto& bits = history.emplace_back();
+    for (std::int64_t block = 0; block < walked.num_blocks(); ++block) {
+      bits.push_back(walked.bits_at(block, step));
+    }
+    while (next < measurements.size() && measurements[next].step == step) {
+      walked.set_sensitivities(step, measurements[next++].sensitivities);
+    }
+  }
+  const Plan planned = plan(config, measurements);
+  for (std::int64_t step = 0; step <= config.total_steps; ++step) {
+    for (std::size_t block = 0; block < planned.size(); ++block) {
+      ASSERT_EQ(bits_at(planned[block], step), history[static_cast<std::size_t>(step)][block])
+          << "block " << block << ", step " << step;
+    }
+  }
+}
+
+TEST_P(RandomSchedule, OneMeasurementKeepsEveryDropWithinItsBounds) {
+  const ScheduleConfig config = draw_config(GetParam() % 2 == 0);
+  const Bounds limits = bounds(config);
+  const std::int64_t step = draw(0, config.total_steps);
+  const Plan drops =
+      plan(config, std::vector<Measurement>{{step, draw_sensitivities(config.blocks.size())}});
+  for (std::size_t block = 0; block < drops.size(); ++block) {
+    for (std::size_t i = 0; i < drops[block].size(); ++i) {
+      EXPECT_GE(drops[block][i].step, limits.earliest[block][i].step);
+      EXPECT_LE(drops[block][i].step, limits.latest[block][i].step + 1);
+    }
+  }
+}
+
+TEST_P(RandomSchedule, AScheduleThatIsAcceptedFinishesWhateverIsMeasured) {
+  ScheduleConfig config = draw_config(false);
+  config.on_unfinished = OnUnfinished::kError;
+  for (const Unfinished& late : unfinished(config)) {
+    config.total_steps = std::max(config.total_steps, late.arrival);
+  }
+  const Schedule schedule(config, draw_measurements(config));
+  EXPECT_TRUE(schedule.finished(config.total_steps));
+}
+
+TEST_P(RandomSchedule, TheLargestPeriodFitsAndTheNextDoesNot) {
+  const ScheduleConfig config = draw_config(false);
+  for (const Unfinished& late : unfinished(config)) {
+    ScheduleConfig single = config;
+    single.blocks = {*std::find_if(config.blocks.begin(), config.blocks.end(),
+                                   [&](const auto& block) { return block.name == late.block; })};
+    auto& rule = std::get<Geometric>(single.blocks[0].rule);
+    rule.period = late.largest_period.value_or(0) + 1;
+    EXPECT_EQ(unfinished(single).size(), 1U);
+    if (late.largest_period) {
+      rule.period = *late.largest_period;
+      EXPECT_TRUE(unfinished(single).empty());
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, RandomSchedule, ::testing::Range(0, 60));
+
+}  // namespace
+}  // namespace moq::schedule

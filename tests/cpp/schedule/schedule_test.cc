@@ -1,0 +1,312 @@
+#include "csrc/schedule/schedule.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/common/check.h"
+
+namespace moq::schedule {
+namespace {
+
+/// Expects `call` to throw moq::Error with a message that has all the `parts`.
+void expect_error(const std::function<void()>& call, const std::vector<std::string>& parts) {
+  try {
+    call();
+    ADD_FAILURE() << "no error, expected one with: " << parts.front();
+  } catch (const Error& error) {
+    for (const std::string& part : parts) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+          << "'" << part << "' is missing in: " << error.what();
+    }
+  }
+}
+
+BlockConfig block(Geometric rule, std::string name = "layers.0") {
+  return {.name = std::move(name), .rule = rule};
+}
+
+TEST(GeometricPlan, DoublesTheResidenceTimeAfterEachDrop) {
+  const Plan drops = plan({.blocks = {block({.period = 10, .offset = 5})}, .total_steps = 3000});
+  const BlockPlan expected = {{0, 16},   {15, 15},  {35, 14},  {75, 13}, {155, 12},
+                              {315, 11}, {635, 10}, {1275, 9}, {2555, 8}};
+  EXPECT_EQ(drops.at(0), expected);
+}
+
+TEST(GeometricPlan, GrowthOneDropsEveryPeriod) {
+  const Plan drops =
+      plan({.blocks = {block({.start_bits = 8, .target_bits = 4, .period = 7, .growth = 1.0})},
+            .total_steps = 28});
+  const BlockPlan expected = {{0, 8}, {7, 7}, {14, 6}, {21, 5}, {28, 4}};
+  EXPECT_EQ(drops.at(0), expected);
+}
+
+TEST(GeometricPlan, FractionalGrowthRoundsEachDropUp) {
+  const Plan drops =
+      plan({.blocks = {block({.start_bits = 8, .target_bits = 5, .period = 3, .growth = 1.5})},
+            .total_steps = 15});
+  const BlockPlan expected = {{0, 8}, {3, 7}, {8, 6}, {15, 5}};  // 3, 3 + 4.5, 7.5 + 6.75
+  EXPECT_EQ(drops.at(0), expected);
+}
+
+TEST(GeometricPlan, EqualStartAndTargetNeverDrops) {
+  const Plan drops = plan(
+      {.blocks = {block({.start_bits = 8, .target_bits = 8, .period = 50})}, .total_steps = 1});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 8}}));
+}
+
+TEST(GeometricPlan, OneStepOfTrainingHoldsOneDrop) {
+  const Plan drops =
+      plan({.blocks = {block({.start_bits = 9, .target_bits = 8})}, .total_steps = 1});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 9}, {1, 8}}));
+}
+
+TEST(TablePlan, IsTheTable) {
+  const Plan drops =
+      plan({.blocks = {{"head", Table{{0, 16}, {10, 12}, {11, 8}}}}, .total_steps = 20});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 16}, {10, 12}, {11, 8}}));
+}
+
+TEST(FinishAt, BringsTheSlowestBlockToTheDeadlineAndKeepsRatios) {
+  const Plan drops = plan(
+      {.blocks = {block({.start_bits = 10, .period = 1}), block({.start_bits = 10, .period = 3})},
+       .total_steps = 100,
+       .finish_at = 0.6});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 10}, {7, 9}, {20, 8}}));  // 60 / 9 = 6.67, then 20
+  EXPECT_EQ(drops.at(1), BlockPlan({{0, 10}, {20, 9}, {60, 8}}));
+}
+
+TEST(FinishAt, LetsSeveralWidthsFallInOneStep) {
+  const Plan drops = plan({.blocks = {block({})}, .total_steps = 4, .finish_at = 1.0});
+  const BlockPlan expected = {{0, 16}, {1, 15}, {1, 14}, {1, 13}, {1, 12},
+                              {1, 11}, {1, 10}, {2, 9},  {4, 8}};
+  EXPECT_EQ(drops.at(0), expected);
+  EXPECT_EQ(bits_at(drops.at(0), 0), 16);
+  EXPECT_EQ(bits_at(drops.at(0), 1), 10);
+}
+
+TEST(FinishAt, ReadsDecimalFractionsAsWritten) {
+  const ScheduleConfig config{.blocks = {block({})}, .total_steps = 100, .finish_at = 0.29};
+  EXPECT_EQ(plan(config).at(0).back().step, 29);  // 0.29 * 100 is 28.999… in binary
+}
+
+TEST(FinishAt, CountsTheOffsetInFullSteps) {
+  const Plan drops = plan({.blocks = {block({.start_bits = 9, .period = 1, .offset = 50})},
+                           .total_steps = 100,
+                           .finish_at = 0.8});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 9}, {80, 8}}));
+}
+
+TEST(FinishAt, RefusesAnOffsetBeyondTheDeadlineWithTheSmallestChange) {
+  const auto make = [](std::int64_t offset, std::int64_t total, double finish_at) {
+    return plan(
+        {.blocks = {block({.offset = offset})}, .total_steps = total, .finish_at = finish_at});
+  };
+  expect_error([&] { make(60, 100, 0.6); },
+               {"'layers.0'", "offset <= 59", "total_steps >= 102", "finish_at >= 0.61"});
+  EXPECT_NO_THROW(make(59, 100, 0.6));
+  EXPECT_NO_THROW(make(60, 102, 0.6));
+  EXPECT_NO_THROW(make(60, 100, 0.61));
+  expect_error([&] { make(60, 101, 0.6); }, {"total_steps >= 102"});
+}
+
+TEST(FinishAt, RefusesATrainingTooShortForAnyDrop) {
+  expect_error([] { plan({.blocks = {block({})}, .total_steps = 1, .finish_at = 0.6}); },
+               {"total_steps >= 2"});
+}
+
+TEST(FinishAt, RefusesATableBeyondTheDeadline) {
+  expect_error(
+      [] {
+        plan({.blocks = {{"head", Table{{0, 16}, {61, 8}}}}, .total_steps = 100, .finish_at = 0.6});
+      },
+      {"last entry <= 60", "total_steps >= 102"});
+}
+
+TEST(Unfinished, IsRefusedWithChangesThatEachFixIt) {
+  const auto make = [](std::int64_t period, std::int64_t total, int target) {
+    return Schedule({.blocks = {block({.target_bits = target, .period = period}, "layers.3")},
+                     .total_steps = total});
+  };
+  expect_error([&] { make(10, 2000, 8); }, {"'layers.3'", "step 2550", "period <= 7",
+                                            "total_steps >= 2550", "target_bits >= 9"});
+  EXPECT_NO_THROW(make(7, 2000, 8));
+  expect_error([&] { make(8, 2000, 8); }, {"period <= 7"});
+  EXPECT_NO_THROW(make(10, 2550, 8));
+  expect_error([&] { make(10, 2549, 8); }, {"total_steps >= 2550"});
+  EXPECT_NO_THROW(make(10, 2000, 9));
+}
+
+TEST(Unfinished, OffersNoPeriodWhereNoneFits) {
+  const ScheduleConfig config{.blocks = {block({.period = 2})}, .total_steps = 254};
+  EXPECT_FALSE(unfinished(config).at(0).largest_period.has_value());
+  expect_error([&] { Schedule{config}; }, {"Smallest change: total_steps >= 510"});
+}
+
+TEST(Unfinished, CountsTheLongestStretchOfAnAdaptiveSchedule) {
+  const ScheduleConfig config{
+      .blocks = {block({})}, .total_steps = 1274, .stretch_rule = "stepped"};
+  expect_error([&] { Schedule{config}; }, {"1275", "sensitivity is 1"});
+  ScheduleConfig longer = config;
+  longer.total_steps = 1275;
+  EXPECT_NO_THROW(Schedule{longer});
+}
+
+TEST(Unfinished, ClampShortensOnlyTheLateBlock) {
+  const Schedule schedule({.blocks = {block({.start_bits = 10, .period = 10}),
+                                      block({.start_bits = 10, .period = 100})},
+                           .total_steps = 60,
+                           .on_unfinished = OnUnfinished::kClamp});
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {10, 9}, {30, 8}}));
+  EXPECT_EQ(schedule.plan().at(1), BlockPlan({{0, 10}, {20, 9}, {60, 8}}));
+}
+
+TEST(Unfinished, ClampMovesLateTableEntriesAndOffsetsIntoTheTraining) {
+  const Schedule schedule({.blocks = {{"head", Table{{0, 16}, {5, 12}, {90, 8}}},
+                                      block({.start_bits = 9, .period = 3, .offset = 70})},
+                           .total_steps = 60,
+                           .on_unfinished = OnUnfinished::kClamp});
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 16}, {5, 12}, {60, 8}}));
+  EXPECT_EQ(schedule.plan().at(1), BlockPlan({{0, 9}, {60, 8}}));
+}
+
+TEST(Unfinished, AllowEndsAtTheWidthReached) {
+  const Schedule schedule({.blocks = {block({.period = 10})},
+                           .total_steps = 100,
+                           .on_unfinished = OnUnfinished::kAllow});
+  EXPECT_EQ(schedule.bits_at(0, 100), 13);
+  EXPECT_FALSE(schedule.finished(100));
+  const std::vector<Unfinished> late = unfinished(schedule.config());
+  ASSERT_EQ(late.size(), 1U);
+  EXPECT_EQ(late[0].arrival, 2550);
+  EXPECT_EQ(late[0].bits, 13);
+  EXPECT_FALSE(late[0].largest_period.has_value());
+}
+
+TEST(Sensitivities, StretchTheResidenceTimesAhead) {
+  Schedule schedule(
+      {.blocks = {block({.start_bits = 10, .period = 10}), block({.start_bits = 10, .period = 10})},
+       .total_steps = 150,
+       .stretch_rule = "stepped"});
+  schedule.set_sensitivities(0, {0.5, 1.0});
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {30, 9}, {90, 8}}));
+  EXPECT_EQ(schedule.plan().at(1), BlockPlan({{0, 10}, {50, 9}, {150, 8}}));
+}
+
+TEST(Sensitivities, ProRateTheWidthTheyFallInto) {
+  Schedule schedule({.blocks = {block({.start_bits = 10, .period = 10})},
+                     .total_steps = 150,
+                     .stretch_rule = "stepped"});
+  schedule.set_sensitivities(14, {0.25});  // 16 of the 20 steps at 9 bits are left: 32 stretched
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {10, 9}, {46, 8}}));
+  schedule.set_sensitivities(30, {0.0});  // 16 of those 32 are left: 8 unstretched
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {10, 9}, {38, 8}}));
+}
+
+TEST(Sensitivities, WithinFinishAtTheMostSensitiveArrivesAtTheDeadline) {
+  Schedule schedule({.blocks = {block({.start_bits = 10}), block({.start_bits = 10})},
+                     .total_steps = 100,
+                     .finish_at = 0.6,
+                     .stretch_rule = "stepped"});
+  schedule.set_sensitivities(0, {0.0, 1.0});
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {4, 9}, {12, 8}}));
+  EXPECT_EQ(schedule.plan().at(1), BlockPlan({{0, 10}, {20, 9}, {60, 8}}));
+}
+
+TEST(Sensitivities, LinearRuleUsesTheWholeRange) {
+  Schedule schedule({.blocks = {block({.start_bits = 9, .period = 10})},
+                     .total_steps = 50,
+                     .stretch_rule = "linear"});
+  schedule.set_sensitivities(0, {0.3});
+  EXPECT_EQ(schedule.plan().at(0).back().step, 22);
+}
+
+TEST(Sensitivities, LeaveTablesAlone) {
+  Schedule schedule({.blocks = {{"head", Table{{0, 16}, {10, 8}}}, block({})},
+                     .total_steps = 100,
+                     .finish_at = 1.0,
+                     .stretch_rule = "stepped"});
+  schedule.set_sensitivities(3, {1.0, 0.0});
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 16}, {10, 8}}));
+}
+
+TEST(Sensitivities, AfterTheLastDropChangeNothing) {
+  Schedule schedule(
+      {.blocks = {block({})}, .total_steps = 100, .finish_at = 0.5, .stretch_rule = "stepped"});
+  const Plan before = schedule.plan();
+  schedule.set_sensitivities(50, {1.0});
+  EXPECT_EQ(schedule.plan(), before);
+}
+
+TEST(Sensitivities, ThatAreRefusedLeaveTheScheduleUnchanged) {
+  Schedule schedule(
+      {.blocks = {block({})}, .total_steps = 100, .finish_at = 0.5, .stretch_rule = "stepped"});
+  schedule.set_sensitivities(10, {0.5});
+  const Plan before = schedule.plan();
+  expect_error([&] { schedule.set_sensitivities(9, {0.5}); }, {"got 9"});
+  expect_error([&] { schedule.set_sensitivities(20, {0.5, 0.5}); }, {"got 2 for 1 blocks"});
+  expect_error([&] { schedule.set_sensitivities(20, {1.5}); }, {"'layers.0'", "got 1.5"});
+  expect_error([&] { schedule.set_sensitivities(20, {std::nan("")}); }, {"must be in [0, 1]"});
+  EXPECT_EQ(schedule.plan(), before);
+  EXPECT_EQ(schedule.measurements().size(), 1U);
+}
+
+TEST(Sensitivities, AreRefusedByAScheduleThatDoesNotAdapt) {
+  Schedule schedule({.blocks = {block({})}, .total_steps = 300});
+  expect_error([&] { schedule.set_sensitivities(0, {0.5}); }, {"stretch_rule must be"});
+}
+
+struct BadConfig {
+  ScheduleConfig config;
+  std::string message;
+};
+
+class RefusedConfig : public ::testing::TestWithParam<BadConfig> {};
+
+TEST_P(RefusedConfig, NamesTheValue) {
+  expect_error([&] { plan(GetParam().config); }, {GetParam().message});
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, RefusedConfig,
+    ::testing::Values(
+        BadConfig{{.blocks = {block({.period = 0})}, .total_steps = 9}, "period of 'layers.0'"},
+        BadConfig{{.blocks = {block({.start_bits = 4})}, .total_steps = 9}, "start_bits of"},
+        BadConfig{{.blocks = {block({.start_bits = 33})}, .total_steps = 9}, "start_bits of"},
+        BadConfig{{.blocks = {block({.target_bits = 0})}, .total_steps = 9}, "target_bits of"},
+        BadConfig{{.blocks = {block({.offset = -1})}, .total_steps = 9}, "offset of"},
+        BadConfig{{.blocks = {block({.growth = 0.5})}, .total_steps = 9}, "growth of"},
+        BadConfig{{.blocks = {block({.growth = std::nan("")})}, .total_steps = 9}, "growth of"},
+        BadConfig{
+            {.blocks = {block({.period = std::int64_t{1} << 40, .growth = 16})}, .total_steps = 9},
+            "must sum to at most 2^44 steps"},
+        BadConfig{{.blocks = {block({})}, .total_steps = 0}, "total_steps must be"},
+        BadConfig{{.blocks = {block({})}, .total_steps = 9, .finish_at = 0.0}, "finish_at must be"},
+        BadConfig{{.blocks = {block({})}, .total_steps = 9, .finish_at = 1.1}, "finish_at must be"},
+        BadConfig{{.blocks = {block({})}, .total_steps = 9, .stretch_rule = "steep"},
+                  "got 'steep'"},
+        BadConfig{{.blocks = {{"t", Table{}}}, .total_steps = 9}, "an empty table"},
+        BadConfig{{.blocks = {{"t", Table{{3, 8}}}}, .total_steps = 9}, "entry at step 0"},
+        BadConfig{{.blocks = {{"t", Table{{0, 8}, {3, 8}}}}, .total_steps = 9},
+                  "got 8 bits at step 3 after 8"}));
+
+TEST(OnUnfinishedName, RoundTripsAndRefusesOthers) {
+  EXPECT_EQ(parse_on_unfinished(name_of(OnUnfinished::kClamp)), OnUnfinished::kClamp);
+  expect_error([] { parse_on_unfinished("warn"); }, {"got 'warn'"});
+}
+
+TEST(BitsAt, RefusesABlockOrStepThatDoesNotExist) {
+  const Schedule schedule({.blocks = {block({})}, .total_steps = 300});
+  expect_error([&] { schedule.bits_at(1, 0); }, {"[0, 1), got 1"});
+  expect_error([&] { schedule.bits_at(0, -1); }, {"got -1"});
+}
+
+TEST(EmptySchedule, IsFinished) {
+  EXPECT_TRUE(Schedule({.blocks = {}, .total_steps = 1, .finish_at = 0.5}).finished(0));
+}
+
+}  // namespace
+}  // namespace moq::schedule
