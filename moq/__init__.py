@@ -25,3 +25,13 @@ except ImportError as error:
     raise ImportError(f"moq's compiled extension did not load ({error}). {_REMEDY}") from error
 
 __version__ = "0.1.0"
+
+from moq.config import (  # noqa: E402
+    MoQConfig,
+    QuantSpec,
+    Rule,
+    ScheduleConfig,
+    SensitivityConfig,
+)
+
+__all__ = ["MoQConfig", "QuantSpec", "Rule", "ScheduleConfig", "SensitivityConfig"]

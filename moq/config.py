@@ -1,0 +1,365 @@
+"""What is quantized, how, and when: the configuration of MoQOptimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moq.strict import Strict
+
+Mode = Literal["symmetric", "asymmetric"]
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+Rounding = Literal["nearest", "stochastic"]
+ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
+MIN_BITS, MAX_BITS = 2, 16
+
+
+def _require(condition: bool, rule: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec(Strict):
+    """The grid of one weight matrix and the widths it passes through.
+
+    Attributes:
+        start_bits: Width at the first step, 2 to 16.
+        target_bits: Width at the end, 2 to start_bits.
+        mode: ``symmetric`` (zero point 0, codes in [-qmax, qmax]) or ``asymmetric``.
+        granularity: Which weights share a scale: ``per_tensor``, ``per_channel`` (one scale per
+            output feature) or ``per_group`` (`group_size` consecutive input features).
+        group_size: Input features per scale, for ``per_group`` only (otherwise 0); divides the
+            number of input features.
+        rounding: ``nearest`` (half to even) or ``stochastic`` (the same draws on every device,
+            rank and sharding).
+        blend_steps: Steps over which the weight fades from full precision to the grid after each
+            drop: r * w + (1 - r) * Q(w), r falling from 1 to 0. 0: at once.
+    """
+
+    start_bits: int = 16
+    target_bits: int = 8
+    mode: Mode = "symmetric"
+    granularity: Granularity = "per_channel"
+    group_size: int = 0
+    rounding: Rounding = "nearest"
+    blend_steps: int = 0
+
+    def validate(self) -> None:
+        """Refuses widths, group sizes and blends that no grid has.
+
+        Raises:
+            ValueError: naming the field, its range and the value.
+        """
+        bounds = f"must lie in [{MIN_BITS}, {MAX_BITS}]"
+        for name in ("start_bits", "target_bits"):
+            bits = getattr(self, name)
+            _require(MIN_BITS <= bits <= MAX_BITS, f"{name} {bounds}", bits)
+        _require(
+            self.start_bits >= self.target_bits,
+            f"start_bits must be at least target_bits ({self.target_bits})",
+            self.start_bits,
+        )
+        if self.granularity == "per_group":
+            _require(
+                self.group_size >= 1,
+                "group_size must be at least 1 when granularity is 'per_group'",
+                self.group_size,
+            )
+        else:
+            _require(
+                self.group_size == 0,
+                f"group_size must be 0 unless granularity is 'per_group' (it is "
+                f"{self.granularity!r})",
+                self.group_size,
+            )
+        _require(self.blend_steps >= 0, "blend_steps must be at least 0", self.blend_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Strict):
+    """Which modules deviate from the configuration's own values, and how.
+
+    Attributes:
+        match: Exact module name (``model.layers.0.mlp.up_proj``; with ``.weight`` it means the
+            same), glob (``*.mlp.*``) or ``re:`` and a regular expression that the whole name must
+            match. Names are those of ``model.named_modules()``.
+        modules: Kinds of modules that a glob or regular expression reaches: ``linear``,
+            ``conv1d`` (transformers' Conv1D), ``embedding``, ``head`` (the last linear layer). An
+            exact name reaches any of them.
+        exclude: True keeps the modules in full precision.
+        start_bits, target_bits, mode, granularity, group_size, rounding, blend_steps: As in
+            QuantSpec; None takes the configuration's own value.
+    """
+
+    match: str = field(kw_only=False)
+    modules: tuple[ModuleKind, ...] = ("linear", "conv1d")
+    exclude: bool = False
+    start_bits: int | None = None
+    target_bits: int | None = None
+    mode: Mode | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    rounding: Rounding | None = None
+    blend_steps: int | None = None
+
+    def validate(self) -> None:
+        """Refuses an empty pattern and values beside `exclude`.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        _require(bool(self.match), "match must name a module or hold a pattern", self.match)
+        _require(bool(self.modules), "modules must name at least one kind", self.modules)
+        given = [name for name in QuantSpec.keys() if getattr(self, name) is not None]
+        _require(
+            not (self.exclude and given),
+            "exclude must be false when the rule sets other values",
+            given,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Strict):
+    """When the widths fall; time is completed optimizer steps and nothing else.
+
+    Three shapes: `finish_at` alone (the default), `period` with `offset`, or `table`. Residence
+    times grow by the factor `growth` from width to width in the first two.
+
+    Attributes:
+        finish_at: Share of total_steps, in (0, 1], at which the slowest layer arrives exactly.
+        period: Steps at start_bits.
+        offset: Steps at start_bits before the first period begins.
+        growth: Factor between the residence times of two consecutive widths, in [1, 16].
+        table: {step: bits} for every layer, first entry at step 0 with start_bits, last one with
+            target_bits. A rule with narrower bounds of its own stays within them.
+        on_unfinished: What to do about a layer that would not reach its target by total_steps:
+            ``error`` (before training, with the smallest change that helps), ``clamp`` or
+            ``allow``.
+    """
+
+    finish_at: float | None = None
+    period: int | None = None
+    offset: int = 0
+    growth: float = 2.0
+    table: dict[int, int] | None = None
+    on_unfinished: Literal["error", "clamp", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        """Fills in the default shape, then checks."""
+        if self.finish_at is None and self.period is None and self.table is None:
+            object.__setattr__(self, "finish_at", 0.6)
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Refuses mixed shapes and values out of range.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        shapes = [
+            name for name in ("finish_at", "period", "table") if getattr(self, name) is not None
+        ]
+        _require(
+            len(shapes) == 1, "finish_at, period and table exclude each other: give one", shapes
+        )
+        if self.finish_at is not None:
+            _require(0 < self.finish_at <= 1, "finish_at must lie in (0, 1]", self.finish_at)
+        if self.period is not None:
+            _require(self.period >= 1, "period must be at least 1 step", self.period)
+        _require(self.offset >= 0, "offset must be at least 0 steps", self.offset)
+        _require(
+            self.offset == 0 or self.period is not None,
+            "offset must be 0 unless period is given",
+            self.offset,
+        )
+        _require(1 <= self.growth <= 16, "growth must lie in [1, 16]", self.growth)
+        if self.table is not None:
+            self._validate_table(self.table)
+
+    @staticmethod
+    def _validate_table(table: dict[int, int]) -> None:
+        steps = sorted(table)
+        _require(bool(steps) and steps[0] == 0, "table must begin at step 0", steps)
+        widths = [table[step] for step in steps]
+        _require(
+            all(MIN_BITS <= bits <= MAX_BITS for bits in widths),
+            f"table must hold widths in [{MIN_BITS}, {MAX_BITS}]",
+            widths,
+        )
+        _require(
+            all(a > b for a, b in zip(widths, widths[1:], strict=False)),
+            "table must fall strictly from step to step",
+            widths,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig(Strict):
+    """How second-order sensitivity is measured by MoQOptimizer.probe and what it does.
+
+    Attributes:
+        measure: ``trace`` (Hutchinson, all blocks from one product) or ``eigenvalue`` (largest
+            |λ| of each block by Lanczos).
+        rule: How a normalised sensitivity s stretches the residence times of a block:
+            ``stepped`` 1 + floor(4 s), ``linear`` 1 + 4 s, ``none`` not at all.
+        probes: Random vectors of the trace estimate.
+        max_iterations: Lanczos steps per block of the eigenvalue measure.
+        tolerance: Relative residual at which Lanczos stops.
+    """
+
+    measure: Literal["trace", "eigenvalue"] = "trace"
+    rule: Literal["stepped", "linear", "none"] = "stepped"
+    probes: int = 8
+    max_iterations: int = 20
+    tolerance: float = 1e-2
+
+    def validate(self) -> None:
+        """Refuses counts below 1 and a tolerance outside (0, 1).
+
+        Raises:
+            ValueError: naming the field.
+        """
+        _require(self.probes >= 1, "probes must be at least 1", self.probes)
+        _require(self.max_iterations >= 1, "max_iterations must be at least 1", self.max_iterations)
+        _require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoQConfig(QuantSpec):
+    """The whole configuration; every field has a default.
+
+    The fields of QuantSpec, given here, hold for every Linear and Conv1D but the head. `rules`
+    deviate from them, in order: the last rule that matches a module decides.
+
+    Attributes:
+        rules: Deviations; each must match at least one module of the model.
+        schedule: When widths fall.
+        sensitivity: How layers are compared.
+        seed: Key of stochastic rounding and of the sensitivity's random vectors, >= 0.
+        master_dtype: Dtype of the full-precision values: ``float32``, or ``parameter`` for the
+            model's own dtype (BF16 weights then hardly move at small learning rates).
+
+    Example:
+        >>> config = MoQConfig(target_bits=8, rules=[Rule("*.mlp.*", target_bits=6)])
+        >>> config.spec(config.rules[0]).target_bits
+        6
+    """
+
+    rules: tuple[Rule, ...] = ()
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    seed: int = 0
+    master_dtype: Literal["float32", "parameter"] = "float32"
+
+    def validate(self) -> None:
+        """Checks the values here, and each rule's together with those it inherits.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        super().validate()
+        _require(0 <= self.seed < 2**63, "seed must lie in [0, 2^63)", self.seed)
+        if self.schedule.table is not None:
+            table = sorted(self.schedule.table.items())
+            for name, bits in (("start_bits", table[0][1]), ("target_bits", table[-1][1])):
+                _require(
+                    getattr(self, name) == bits,
+                    f"{name} must be the {bits} bits of schedule.table",
+                    getattr(self, name),
+                )
+        for index, rule in enumerate(self.rules):
+            try:
+                self.spec(rule)
+            except ValueError as error:
+                raise ValueError(f"rules[{index}] ({rule.match!r}).{error}") from None
+
+    def spec(self, rule: Rule | None = None) -> QuantSpec:
+        """Returns the configuration's own QuantSpec, or the one of a rule.
+
+        Raises:
+            ValueError: if the rule's values and the inherited ones contradict each other.
+        """
+        values = {name: getattr(self, name) for name in QuantSpec.keys()}
+        if rule is not None:
+            own = {name: getattr(rule, name) for name in values}
+            values |= {name: value for name, value in own.items() if value is not None}
+            if rule.granularity not in (None, "per_group") and rule.group_size is None:
+                values["group_size"] = 0
+            if rule.target_bits is None and rule.start_bits is not None:
+                values["target_bits"] = min(values["target_bits"], rule.start_bits)
+        return QuantSpec(**values)
+
+    @classmethod
+    def load(
+        cls, source: MoQConfig | Mapping[str, Any] | str | os.PathLike[str] | None
+    ) -> MoQConfig:
+        """Returns a configuration, whatever form it is given in.
+
+        Args:
+            source: A MoQConfig, a mapping, the path of a .json, .yaml or .yml file, or None for
+                the defaults.
+
+        Raises:
+            TypeError: for another form or a wrong type inside.
+            ValueError: for unknown keys, values out of range, or a file with another suffix.
+            OSError: if the file cannot be read.
+        """
+        if source is None:
+            return cls()
+        if isinstance(source, MoQConfig):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        if isinstance(source, str | os.PathLike):
+            return cls.from_dict(_read(Path(source)), str(Path(source).name))
+        raise TypeError(f"config must be a MoQConfig, a mapping, a path or None, got {source!r}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a dict, refusing the second of two equal keys."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} is given twice")
+        result[key] = value
+    return result
+
+
+def _read(path: Path) -> Any:
+    """Parses a JSON or YAML file.
+
+    Raises:
+        ValueError: naming the file, for another suffix, a syntax error or a key given twice.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_unique)
+        if path.suffix in (".yaml", ".yml"):
+            return _parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    raise ValueError(f"{path}: a configuration must end in .json, .yaml or .yml")
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parses YAML, refusing keys given twice (PyYAML keeps the last one silently)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[str, Any]:
+        loader.flatten_mapping(node)
+        return _unique(loader.construct_pairs(node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

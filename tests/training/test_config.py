@@ -1,0 +1,148 @@
+"""The configuration: what it accepts, and how it refuses the rest."""
+
+import json
+
+import pytest
+
+from moq.config import MoQConfig, QuantSpec, Rule, ScheduleConfig, SensitivityConfig
+
+FULL = {
+    "start_bits": 12,
+    "target_bits": 6,
+    "mode": "asymmetric",
+    "granularity": "per_group",
+    "group_size": 32,
+    "rounding": "stochastic",
+    "blend_steps": 5,
+    "rules": [
+        {"match": "lm_head", "exclude": True},
+        {"match": "re:.*mlp.*", "target_bits": 4, "modules": ["linear", "head"]},
+    ],
+    "schedule": {"table": {"0": 12, "30": 9, "50": 6}, "on_unfinished": "clamp"},
+    "sensitivity": {"measure": "eigenvalue", "tolerance": 0.1},
+    "seed": 7,
+    "master_dtype": "parameter",
+}
+
+
+def test_all_fields_have_defaults_and_the_default_schedule_ends_at_sixty_percent():
+    assert MoQConfig().schedule == ScheduleConfig(finish_at=0.6)
+    assert MoQConfig().spec() == QuantSpec(start_bits=16, target_bits=8)
+
+
+def test_dict_json_yaml_and_python_make_equal_configurations(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    (tmp_path / "config.json").write_text(json.dumps(FULL))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FULL))
+    from_python = MoQConfig(
+        start_bits=12,
+        target_bits=6,
+        mode="asymmetric",
+        granularity="per_group",
+        group_size=32,
+        rounding="stochastic",
+        blend_steps=5,
+        rules=(
+            Rule("lm_head", exclude=True),
+            Rule("re:.*mlp.*", target_bits=4, modules=("linear", "head")),
+        ),
+        schedule=ScheduleConfig(table={0: 12, 30: 9, 50: 6}, on_unfinished="clamp"),
+        sensitivity=SensitivityConfig(measure="eigenvalue", tolerance=0.1),
+        seed=7,
+        master_dtype="parameter",
+    )
+    assert MoQConfig.load(FULL) == from_python
+    assert MoQConfig.load(tmp_path / "config.json") == from_python
+    assert MoQConfig.load(str(tmp_path / "config.yaml")) == from_python
+    assert MoQConfig.load(from_python) is from_python
+
+
+def test_to_dict_survives_json():
+    config = MoQConfig.load(FULL)
+    assert MoQConfig.load(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_rule_inherits_what_it_does_not_say():
+    config = MoQConfig(rounding="stochastic", rules=(Rule("*.mlp.*", target_bits=5),))
+    assert config.spec(config.rules[0]) == QuantSpec(target_bits=5, rounding="stochastic")
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"start_bit": 12}, ValueError, r"config\.start_bit is not a known key.*'start_bits'"),
+        ({"schedule": {"finish": 1}}, ValueError, r"config\.schedule\.finish is .*'finish_at'"),
+        ({"rules": [{"match": "*", "bits": 4}]}, ValueError, r"config\.rules\[0\]\.bits"),
+        ({"rules": [{"target_bits": 4}]}, ValueError, r"config\.rules\[0\]\.match is missing"),
+        ({"rules": {"match": "*"}}, TypeError, r"config\.rules must be a list"),
+        ({"schedule": 3}, TypeError, r"config\.schedule must be a mapping, got 3"),
+        ({"start_bits": "12"}, TypeError, r"config\.start_bits must be an integer, got '12'"),
+        ({"start_bits": True}, TypeError, r"config\.start_bits must be an integer, got True"),
+        ({"start_bits": 8.0}, TypeError, r"config\.start_bits must be an integer, got 8\.0"),
+        ({"start_bits": 17}, ValueError, r"config\.start_bits must lie in \[2, 16\], got 17"),
+        ({"target_bits": -1}, ValueError, r"config\.target_bits must lie in \[2, 16\], got -1"),
+        ({"start_bits": 4}, ValueError, r"start_bits must be at least target_bits \(8\), got 4"),
+        ({"mode": "symetric"}, ValueError, r"config\.mode .*did you mean 'symmetric'"),
+        ({"mode": 3}, TypeError, r"config\.mode must be one of"),
+        ({"granularity": "per_group"}, ValueError, r"config\.group_size must be at least 1"),
+        ({"group_size": 32}, ValueError, r"config\.group_size must be 0 unless"),
+        ({"blend_steps": -1}, ValueError, r"config\.blend_steps"),
+        ({"seed": -1}, ValueError, r"config\.seed"),
+        ({"master_dtype": "float16"}, ValueError, r"config\.master_dtype must be one of"),
+        ({"schedule": {"finish_at": 0.0}}, ValueError, r"config\.schedule\.finish_at .*\(0, 1\]"),
+        ({"schedule": {"finish_at": 1.5}}, ValueError, r"config\.schedule\.finish_at .*\(0, 1\]"),
+        ({"schedule": {"period": 0}}, ValueError, r"config\.schedule\.period must be at least 1"),
+        ({"schedule": {"offset": 9}}, ValueError, r"config\.schedule\.offset must be 0 unless"),
+        ({"schedule": {"period": 9, "offset": -1}}, ValueError, r"config\.schedule\.offset"),
+        ({"schedule": {"period": 9, "growth": 0.5}}, ValueError, r"config\.schedule\.growth"),
+        ({"schedule": {"period": 9, "finish_at": 0.5}}, ValueError, r"exclude each other"),
+        ({"schedule": {"table": {"5": 16}}}, ValueError, r"table must begin at step 0"),
+        ({"schedule": {"table": {"0": 16, "5": 1}}}, ValueError, r"table must hold widths"),
+        ({"schedule": {"table": {"0": 8, "5": 8}}}, ValueError, r"table must fall strictly"),
+        ({"schedule": {"table": {"x": 8}}}, TypeError, r"a key of table must be an integer"),
+        ({"schedule": {"table": {"0": 12, "5": 8}}}, ValueError, r"start_bits must be the 12 bits"),
+        ({"schedule": {"on_unfinished": "err"}}, ValueError, r"did you mean 'error'"),
+        ({"sensitivity": {"measure": "hessian"}}, ValueError, r"config\.sensitivity\.measure"),
+        ({"sensitivity": {"probes": 0}}, ValueError, r"config\.sensitivity\.probes"),
+        ({"sensitivity": {"tolerance": 1.0}}, ValueError, r"config\.sensitivity\.tolerance"),
+        ({"sensitivity": {"max_iterations": 0}}, ValueError, r"config\.sensitivity\.max_iter"),
+        ({"rules": [{"match": ""}]}, ValueError, r"config\.rules\[0\]\.match must name"),
+        ({"rules": [{"match": "*", "modules": []}]}, ValueError, r"modules must name at least"),
+        (
+            {"rules": [{"match": "*", "exclude": True, "target_bits": 4}]},
+            ValueError,
+            r"config\.rules\[0\]\.exclude must be false",
+        ),
+        (
+            {"rules": [{"match": "*", "granularity": "per_group"}]},
+            ValueError,
+            r"config\.rules\[0\] \('\*'\)\.group_size must be at least 1",
+        ),
+        (3, TypeError, r"config must be a MoQConfig, a mapping, a path or None, got 3"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_the_key(data, error, message):
+    with pytest.raises(error, match=message):
+        MoQConfig.load(data)
+
+
+def test_wrong_types_are_refused_from_python_too():
+    with pytest.raises(TypeError, match="period must be an integer, got 2.5"):
+        ScheduleConfig(period=2.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.json", '{"seed": 1, "seed": 2}', "'seed' is given twice"),
+        ("c.yaml", "seed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("c.json", "{", r"c\.json"),
+        ("c.yaml", "a: [", r"c\.yaml"),
+        ("c.toml", "seed = 1", "must end in .json, .yaml or .yml"),
+        ("c.json", '{"sed": 1}', r"c\.json\.sed is not a known key \(did you mean 'seed'"),
+    ],
+)
+def test_an_unreadable_file_is_an_error_that_names_it(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MoQConfig.load(tmp_path / name)
