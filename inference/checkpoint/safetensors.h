@@ -65,8 +65,8 @@ class SafetensorsFile {
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   /// The tensor of that name; null if there is none.
   const TensorInfo* find(std::string_view name) const;
-  /// Bytes of a tensor of this file, little-endian, row-major. Not aligned to more than the writer
-  /// aligned it (moq writes 64 bytes): copy, or check, before reading wider types.
+  /// Bytes of a tensor of this file, little-endian, row-major. Their alignment is what the file has
+  /// (SafetensorsWriter aligns elements): copy, or check, before reading wider types in place.
   std::span<const std::byte> bytes(const TensorInfo& tensor) const;
 
  private:
