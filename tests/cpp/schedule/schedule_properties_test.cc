@@ -27,11 +27,11 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
     for (std::int64_t i = draw(1, 8); i > 0; --i) {
       const int target = static_cast<int>(draw(1, 12));
       config.blocks.push_back(
-          {"b", Geometric{.start_bits = target + static_cast<int>(draw(0, 8)),
-                          .target_bits = target,
-                          .period = draw(1, 40),
-                          .offset = draw(0, 31),
-                          .growth = 1.0 + static_cast<double>(draw(0, 8)) / 4.0}});
+          {std::to_string(i), Geometric{.start_bits = target + static_cast<int>(draw(0, 8)),
+                                        .target_bits = target,
+                                        .period = draw(1, 40),
+                                        .offset = draw(0, 31),
+                                        .growth = 1.0 + static_cast<double>(draw(0, 8)) / 4.0}});
     }
     return config;
   }
