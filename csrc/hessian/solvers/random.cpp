@@ -1,0 +1,56 @@
+#include "csrc/hessian/solvers/random.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "kernels/common/check.h"
+#include "kernels/common/philox.h"
+
+namespace moq::hessian {
+
+namespace {
+
+/// 128 random bits for the `index`-th block of a vector.
+PhiloxBlock draw(const RandomStream& stream, std::size_t index) {
+  return philox4x32(
+      {{static_cast<std::uint32_t>(index), stream.tensor, stream.probe, stream.batch}},
+      stream.seed);
+}
+
+void check_length(std::size_t length, std::size_t per_draw) {
+  MOQ_CHECK((length + per_draw - 1) / per_draw <= std::size_t{1} << 32,
+            "random vector: it must need at most 2^32 draws of ", per_draw, " elements, got ",
+            length, " elements");
+}
+
+}  // namespace
+
+void fill_rademacher(std::span<float> values, const RandomStream& stream) {
+  constexpr std::size_t kPerDraw = 128;
+  check_length(values.size(), kPerDraw);
+  for (std::size_t begin = 0; begin < values.size(); begin += kPerDraw) {
+    const PhiloxBlock bits = draw(stream, begin / kPerDraw);
+    const std::size_t count = std::min(kPerDraw, values.size() - begin);
+    for (std::size_t i = 0; i < count; ++i) {
+      values[begin + i] = (bits.word[i / 32] >> (i % 32) & 1U) != 0U ? 1.0F : -1.0F;
+    }
+  }
+}
+
+template <typename Scalar>
+void fill_uniform(std::span<Scalar> values, const RandomStream& stream) {
+  constexpr std::size_t kPerDraw = 4;
+  check_length(values.size(), kPerDraw);
+  for (std::size_t begin = 0; begin < values.size(); begin += kPerDraw) {
+    const PhiloxBlock bits = draw(stream, begin / kPerDraw);
+    const std::size_t count = std::min(kPerDraw, values.size() - begin);
+    for (std::size_t i = 0; i < count; ++i) {
+      values[begin + i] = static_cast<Scalar>(2.0F * uniform_from_word(bits.word[i]) - 1.0F);
+    }
+  }
+}
+
+template void fill_uniform<float>(std::span<float>, const RandomStream&);
+template void fill_uniform<double>(std::span<double>, const RandomStream&);
+
+}  // namespace moq::hessian
