@@ -1,13 +1,12 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/float_kernels.h"
 
 namespace moq::kernels::cpu {
 namespace {
@@ -46,46 +45,21 @@ void check(const AttentionArgs& args) {
   }
 }
 
-/// One query head of one token.
-void attend(const AttentionArgs& args, const AttentionSequence& sequence, std::int64_t token,
-            std::int64_t head) {
-  const std::int64_t kv_head = head / (args.num_heads / args.num_kv_heads);
-  const std::int64_t position = sequence.past_length + token;
-  const std::int64_t num_keys =
-      args.causal ? position + 1 : sequence.past_length + sequence.num_tokens;
-  const std::int64_t row = sequence.token_begin + token;
-  const float* query = args.query + row * args.query_stride + head * args.head_dim;
-  float* output = args.output + row * args.output_stride + head * args.head_dim;
-  const std::int64_t base = sequence.slot * args.slot_stride + kv_head * args.kv_head_stride;
-
-  std::vector<float> scores(static_cast<std::size_t>(num_keys));
-  float maximum = -std::numeric_limits<float>::infinity();
-  for (std::int64_t j = 0; j < num_keys; ++j) {
-    const float* key = args.keys + base + j * args.key_stride;
-    float dot = 0.0F;
-    for (std::int64_t d = 0; d < args.head_dim; ++d) {
-      dot += query[d] * key[d];
-    }
-    float& score = scores[static_cast<std::size_t>(j)];
-    score = args.scale * dot;
-    if (args.alibi_slopes != nullptr) {
-      score -= args.alibi_slopes[head] * static_cast<float>(std::abs(position - j));
-    }
-    maximum = std::max(maximum, score);
-  }
-  float sum = 0.0F;
-  std::fill_n(output, args.head_dim, 0.0F);
-  for (std::int64_t j = 0; j < num_keys; ++j) {
-    const float* value = args.values + base + j * args.key_stride;
-    const float weight = std::exp(scores[static_cast<std::size_t>(j)] - maximum);
-    sum += weight;
-    for (std::int64_t d = 0; d < args.head_dim; ++d) {
-      output[d] += weight * value[d];
+/// Every tile of the batch, those of one kv head in a row: neighbours in a thread's range share
+/// keys.
+std::vector<AttentionTile> tiles_of(const AttentionArgs& args) {
+  const std::int64_t group = args.num_heads / args.num_kv_heads;
+  std::vector<AttentionTile> tiles;
+  for (std::int64_t s = 0; s < args.num_sequences; ++s) {
+    const AttentionSequence& sequence = args.sequences[s];
+    const std::int64_t rows = sequence.num_tokens * group;
+    for (std::int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
+      for (std::int64_t row = 0; row < rows; row += kTileRows) {
+        tiles.push_back({&sequence, kv_head, row, std::min(kTileRows, rows - row)});
+      }
     }
   }
-  for (std::int64_t d = 0; d < args.head_dim; ++d) {
-    output[d] /= sum;
-  }
+  return tiles;
 }
 
 }  // namespace
@@ -112,15 +86,21 @@ void append_kv(const AppendKvArgs& args) {
 
 void attention(const AttentionArgs& args) {
   check(args);
-  for (std::int64_t s = 0; s < args.num_sequences; ++s) {
-    const AttentionSequence& sequence = args.sequences[s];
-    parallel_for(sequence.num_tokens * args.num_heads, 1,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t i = begin; i < end; ++i) {
-                     attend(args, sequence, i / args.num_heads, i % args.num_heads);
-                   }
-                 });
+  const std::vector<AttentionTile> tiles = tiles_of(args);
+  std::int64_t most_rows = 0;
+  for (const AttentionTile& tile : tiles) {
+    most_rows = std::max(most_rows, tile.num_rows);
   }
+  const std::int64_t scratch_size =
+      MOQ_DISPATCH_ISA(attention_scratch_size, most_rows, args.head_dim);
+  parallel_for(
+      static_cast<std::int64_t>(tiles.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+        const auto scratch =
+            std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(scratch_size));
+        for (std::int64_t i = begin; i < end; ++i) {
+          MOQ_DISPATCH_ISA(attention_tile, args, tiles[static_cast<std::size_t>(i)], scratch.get());
+        }
+      });
 }
 
 }  // namespace moq::kernels::cpu

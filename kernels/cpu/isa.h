@@ -29,3 +29,9 @@ const char* name_of(Isa isa);
         return scalar::FUNCTION(__VA_ARGS__);                      \
     }                                                              \
   }()
+
+/// Declares functions once in each of the namespaces that MOQ_DISPATCH_ISA chooses from.
+#define MOQ_FOR_EACH_ISA(...)       \
+  namespace scalar { __VA_ARGS__ }  \
+  namespace avx2 { __VA_ARGS__ }    \
+  namespace avx512 { __VA_ARGS__ }
