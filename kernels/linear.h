@@ -75,8 +75,8 @@ struct LinearArgs {
   PackedLinear weight;
   const float* bias = nullptr;  ///< [n], or null
   Activation activation = Activation::kNone;
-  const float* residual =
-      nullptr;  ///< [m, n], added after the activation; may be `output`; or null
+  /// [m, n], added after the activation, or null; may be `output` where there is no activation.
+  const float* residual = nullptr;
   std::int64_t residual_stride = 0;
   InputMode input_mode = InputMode::kFloat32;
   float input_scale = 0.0F;  ///< step size of kStaticInt8, > 0

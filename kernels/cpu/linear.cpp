@@ -1,22 +1,46 @@
+// Checks, batches and threads of the linear kernel; the arithmetic is in simd/linear_int.cpp and
+// simd/linear_float.cpp.
 #include "kernels/linear.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <limits>
-#include <vector>
+#include <memory>
+#include <new>
 
+#include "kernels/activation.h"
 #include "kernels/common/check.h"
-#include "kernels/cpu/linear_layout.h"
-#include "kernels/quant_grid.h"
+#include "kernels/common/parallel.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/linear_kernels.h"
 
 namespace moq::kernels::cpu {
 namespace {
+
+/// A batch of rows is rearranged at once; it should stay in the second-level cache or near it.
+constexpr std::int64_t kBatchBytes = 1 << 20;
+/// Bytes of a weight, and elements of an input, that are worth the hand-over to another thread.
+constexpr std::int64_t kGrainBytes = 32 << 10;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) {
+  return divide_up(a, b) * b;
+}
 
 void check(const LinearArgs& args) {
   const LinearShape& shape = args.weight.shape;
   const std::size_t packed_size = packed_linear_size(shape);
   MOQ_CHECK(args.m >= 0, "linear: m must be >= 0, got ", args.m);
+  MOQ_CHECK(is_integer(shape.format) || args.input_mode == InputMode::kFloat32,
+            "linear: INT8 input needs an integer weight, got ", name_of(shape.format));
+  MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 ||
+                (args.input_scale > 0.0F && std::isfinite(args.input_scale)),
+            "linear: input_scale must be positive and finite, got ", args.input_scale);
+  MOQ_CHECK(args.activation == Activation::kNone || args.residual == nullptr ||
+                args.residual != args.output,
+            "linear: the residual may be the output only without an activation, got ",
+            name_of(args.activation));
   if (args.m == 0 || shape.n == 0) {
     return;
   }
@@ -29,91 +53,179 @@ void check(const LinearArgs& args) {
             "linear: output_stride must be >= n, got ", args.output_stride, " and ", shape.n);
   MOQ_CHECK(args.residual == nullptr || args.m == 1 || args.residual_stride >= shape.n,
             "linear: residual_stride must be >= n, got ", args.residual_stride, " and ", shape.n);
-  MOQ_CHECK(is_integer(shape.format) || args.input_mode == InputMode::kFloat32,
-            "linear: INT8 input needs an integer weight, got ", name_of(shape.format));
-  MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 ||
-                (args.input_scale > 0.0F && std::isfinite(args.input_scale)),
-            "linear: input_scale must be positive and finite, got ", args.input_scale);
 }
 
-/// One row of the input as integers, and the real value of one unit.
-double to_integers(const LinearArgs& args, const float* row, std::vector<std::int32_t>& x) {
-  const std::int64_t k = args.weight.shape.k;
-  float absmax = 0.0F;
-  for (std::int64_t i = 0; i < k; ++i) {
-    if (!std::isfinite(row[i])) {
-      std::fill(x.begin(), x.end(), 0);
-      return std::numeric_limits<double>::quiet_NaN();
+/// Memory for the rearranged input: kept by the calling thread from call to call, since a decode
+/// step makes hundreds of them.
+class Scratch {
+ public:
+  /// `size` bytes, aligned to 64, valid until the next call on this thread.
+  static std::uint8_t* get(std::int64_t size) {
+    thread_local Scratch scratch;
+    if (scratch.size_ < size) {
+      scratch.data_.reset();
+      scratch.size_ = 0;
+      scratch.data_.reset(new (kAlignment) std::uint8_t[size]);
+      scratch.size_ = size;
     }
-    absmax = std::max(absmax, std::fabs(row[i]));
+    return scratch.data_.get();
   }
-  if (args.input_mode == InputMode::kFloat32) {
-    const int exponent = absmax > 0.0F ? 29 - std::ilogb(absmax) : 0;
-    for (std::int64_t i = 0; i < k; ++i) {
-      x[i] =
-          static_cast<std::int32_t>(std::rint(std::ldexp(static_cast<double>(row[i]), exponent)));
-    }
-    return std::ldexp(1.0, -exponent);
-  }
-  const float extent =
-      args.input_mode == InputMode::kDynamicInt8 ? absmax : args.input_scale * 127.0F;
-  GridParams grid = make_grid(-extent, extent, 8, QuantMode::kSymmetric, DType::kFloat32);
-  if (args.input_mode == InputMode::kStaticInt8) {
-    grid.scale = args.input_scale;
-    grid.inverse_scale = 1.0F / args.input_scale;
-  }
-  for (std::int64_t i = 0; i < k; ++i) {
-    x[i] = quantize_one(row[i], grid, Rounding::kNearest, 0.0F);
-  }
-  return grid.scale;
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(std::uint8_t* data) const { ::operator delete[](data, kAlignment); }
+  };
+  std::unique_ptr<std::uint8_t[], Delete> data_;
+  std::int64_t size_ = 0;
+};
+
+/// Rows of a batch: whole tiles of them, batches of about the same size.
+std::int64_t batch_rows(std::int64_t m, std::int64_t row_bytes, std::int64_t tile_rows) {
+  const std::int64_t batches = divide_up(m * row_bytes, kBatchBytes);
+  return round_up(divide_up(m, std::max<std::int64_t>(batches, 1)), tile_rows);
 }
 
-float activate(double x, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kGelu:
-      return static_cast<float>(0.5 * x * (1.0 + std::erf(x * M_SQRT1_2)));
-    case Activation::kGeluTanh:
-      return static_cast<float>(
-          0.5 * x * (1.0 + std::tanh(M_2_SQRTPI * M_SQRT1_2 * (x + 0.044715 * x * x * x))));
-    case Activation::kRelu:
-      return static_cast<float>(x < 0.0 ? 0.0 : x);
-    case Activation::kSilu:
-      return static_cast<float>(x / (1.0 + std::exp(-x)));
-    case Activation::kQuickGelu:
-      return static_cast<float>(x / (1.0 + std::exp(-1.702 * x)));
-    case Activation::kTanh:
-      return static_cast<float>(std::tanh(x));
+/// The rows of the result that a batch beginning at `row` writes. With an activation the residual
+/// comes after it, in finish().
+OutputRows output_rows(const LinearArgs& args, std::int64_t row, std::int64_t rows) {
+  const bool adds_residual = args.residual != nullptr && args.activation == Activation::kNone;
+  return {.rows = rows,
+          .n = args.weight.shape.n,
+          .bias = args.bias,
+          .residual = adds_residual ? args.residual + row * args.residual_stride : nullptr,
+          .residual_stride = args.residual_stride,
+          .output = args.output + row * args.output_stride,
+          .output_stride = args.output_stride};
+}
+
+/// Applies the activation, and the residual after it, to the columns of some panels.
+void finish(const LinearArgs& args, std::int64_t row, std::int64_t rows, std::int64_t first_panel,
+            std::int64_t last_panel) {
+  if (args.activation == Activation::kNone) {
+    return;
   }
-  return static_cast<float>(x);
+  const std::int64_t first = first_panel * kPanelRows;
+  const std::int64_t size = std::min(last_panel * kPanelRows, args.weight.shape.n) - first;
+  for (std::int64_t i = row; i < row + rows; ++i) {
+    float* output = args.output + i * args.output_stride + first;
+    activation({.input = output, .output = output, .size = size, .activation = args.activation});
+    if (args.residual != nullptr) {
+      const float* residual = args.residual + i * args.residual_stride + first;
+      for (std::int64_t j = 0; j < size; ++j) {
+        output[j] += residual[j];
+      }
+    }
+  }
+}
+
+/// Calls multiply(first panel, last panel) for all panels of the weight on several threads.
+template <typename Multiply>
+void for_panels(const LinearArgs& args, std::int64_t row, std::int64_t rows,
+                const Multiply& multiply) {
+  const LinearShape& shape = args.weight.shape;
+  const std::int64_t panel_bytes =
+      std::max<std::int64_t>(kPanelRows * shape.k * bits_of(shape.format) / 8, 1);
+  const std::int64_t grain = divide_up(kGrainBytes, panel_bytes * rows);
+  parallel_for(divide_up(shape.n, kPanelRows), grain,
+               [&](std::int64_t first_panel, std::int64_t last_panel) {
+                 multiply(first_panel, last_panel);
+                 finish(args, row, rows, first_panel, last_panel);
+               });
+}
+
+/// Calls rearrange(first row, rows) for the tiles of a batch on several threads.
+template <typename Rearrange>
+void for_tiles(std::int64_t rows, std::int64_t tile_rows, std::int64_t k,
+               const Rearrange& rearrange) {
+  const std::int64_t grain =
+      round_up(divide_up(kGrainBytes, std::max<std::int64_t>(k, 1)), tile_rows);
+  parallel_for(rows, grain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; row += tile_rows) {
+      rearrange(row, std::min(tile_rows, end - row));
+    }
+  });
+}
+
+void linear_integer(const LinearArgs& args) {
+  const IntegerLayout layout = integer_layout(args.weight.shape);
+  const DigitFormat format = MOQ_DISPATCH_ISA(digit_format, args.input_mode);
+  const std::int64_t row_bytes = layout.padded_cols * format.digits * format.digit_bytes;
+  const std::int64_t capacity = batch_rows(args.m, row_bytes, format.tile_rows);
+  const std::int64_t digits_bytes = round_up(capacity * row_bytes, 64);
+  const std::int64_t sums_bytes =
+      capacity * layout.pieces * static_cast<std::int64_t>(sizeof(double));
+  const std::int64_t units_bytes = capacity * static_cast<std::int64_t>(sizeof(double));
+  std::uint8_t* scratch = Scratch::get(digits_bytes + sums_bytes + units_bytes);
+  const DigitRows input = {.digits = scratch,
+                           .sums = reinterpret_cast<double*>(scratch + digits_bytes),
+                           .units = reinterpret_cast<double*>(scratch + digits_bytes + sums_bytes)};
+
+  for (std::int64_t row = 0; row < args.m; row += capacity) {
+    const std::int64_t rows = std::min(capacity, args.m - row);
+    for_tiles(rows, format.tile_rows, layout.padded_cols, [&](std::int64_t i, std::int64_t count) {
+      const SplitArgs split = {.input = args.input + (row + i) * args.input_stride,
+                               .input_stride = args.input_stride,
+                               .rows = count,
+                               .mode = args.input_mode,
+                               .input_scale = args.input_scale,
+                               .output = {.digits = input.digits + i * row_bytes,
+                                          .sums = input.sums + i * layout.pieces,
+                                          .units = input.units + i}};
+      MOQ_DISPATCH_ISA(split_rows, split, layout);
+    });
+    const IntegerMultiplyArgs multiply = {
+        .input = input,
+        .exact = args.input_mode == InputMode::kFloat32,
+        .weight = static_cast<const std::uint8_t*>(args.weight.data),
+        .output = output_rows(args, row, rows)};
+    for_panels(args, row, rows, [&](std::int64_t first_panel, std::int64_t last_panel) {
+      MOQ_DISPATCH_ISA(multiply_integers, multiply, layout, first_panel, last_panel);
+    });
+  }
+}
+
+void linear_float(const LinearArgs& args) {
+  const LinearShape& shape = args.weight.shape;
+  const std::int64_t tile_rows = MOQ_DISPATCH_ISA(float_tile_rows);
+  const std::int64_t row_bytes = shape.k * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t capacity = batch_rows(args.m, row_bytes, tile_rows);
+  auto* input = reinterpret_cast<float*>(Scratch::get(capacity * row_bytes));
+
+  for (std::int64_t row = 0; row < args.m; row += capacity) {
+    const std::int64_t rows = std::min(capacity, args.m - row);
+    for_tiles(rows, tile_rows, shape.k, [&](std::int64_t i, std::int64_t count) {
+      float* tile = input + i * shape.k;  // [k, count]
+      for (std::int64_t j = 0; j < count; ++j) {
+        const float* values = args.input + (row + i + j) * args.input_stride;
+        for (std::int64_t col = 0; col < shape.k; ++col) {
+          tile[col * count + j] = values[col];
+        }
+      }
+    });
+    const FloatMultiplyArgs multiply = {.input = input,
+                                        .format = shape.format,
+                                        .weight = args.weight.data,
+                                        .k = shape.k,
+                                        .output = output_rows(args, row, rows)};
+    for_panels(args, row, rows, [&](std::int64_t first_panel, std::int64_t last_panel) {
+      MOQ_DISPATCH_ISA(multiply_floats, multiply, first_panel, last_panel);
+    });
+  }
 }
 
 }  // namespace
 
 void linear(const LinearArgs& args) {
   check(args);
-  const LinearShape& shape = args.weight.shape;
-  std::vector<float> weight_row(shape.k);
-  std::vector<std::int32_t> x(shape.k);
-  PackedLinear codes = args.weight;
-  for (std::int64_t i = 0; i < args.m; ++i) {
-    const float* input = args.input + i * args.input_stride;
-    const double unit = is_integer(shape.format) ? to_integers(args, input, x) : 1.0;
-    for (std::int64_t j = 0; j < shape.n; ++j) {
-      unpack_linear_row(codes, j, weight_row.data());
-      double sum = 0.0;
-      for (std::int64_t c = 0; c < shape.k; ++c) {
-        sum += static_cast<double>(weight_row[c]) *
-               (is_integer(shape.format) ? x[c] : static_cast<double>(input[c]));
-      }
-      double result = sum * unit + (args.bias != nullptr ? args.bias[j] : 0.0F);
-      float value = activate(static_cast<float>(result), args.activation);
-      if (args.residual != nullptr) {
-        value += args.residual[i * args.residual_stride + j];
-      }
-      args.output[i * args.output_stride + j] = value;
-    }
+  if (args.m == 0 || args.weight.shape.n == 0) {
+    return;
+  }
+  // Without columns there is nothing to multiply, whatever the format: the bias remains.
+  if (is_integer(args.weight.shape.format) && args.weight.shape.k > 0) {
+    linear_integer(args);
+  } else {
+    linear_float(args);
   }
 }
 

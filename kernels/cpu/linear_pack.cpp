@@ -1,4 +1,5 @@
 // Between the row-major weight and the packed one: linear_layout.h says what goes where.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -9,6 +10,13 @@
 #include "kernels/linear.h"
 
 namespace moq::kernels {
+namespace {
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
 
 const char* name_of(WeightFormat format) {
   constexpr const char* kNames[] = {"int8", "int4", "int2", "float32", "bfloat16", "float16"};
@@ -16,6 +24,28 @@ const char* name_of(WeightFormat format) {
 }
 
 namespace cpu {
+
+IntegerLayout integer_layout(const LinearShape& shape) {
+  IntegerLayout layout{};
+  layout.bits = bits_of(shape.format);
+  layout.offset = std::int64_t{1} << (layout.bits - 1);
+  layout.groups = num_groups(shape);
+  layout.group_size = shape.group_size;
+  layout.block_cols = kStepCols * (8 / layout.bits);
+  layout.blocks_per_group = divide_up(shape.group_size, layout.block_cols);
+  layout.piece_blocks = kPieceCols / layout.block_cols;
+  layout.pieces = layout.groups * divide_up(layout.blocks_per_group, layout.piece_blocks);
+  layout.padded_cols = layout.groups * layout.blocks_per_group * layout.block_cols;
+  layout.panels = divide_up(shape.n, kPanelRows);
+  layout.scales_offset = layout.groups * layout.blocks_per_group * kBlockBytes;
+  layout.bases_offset =
+      layout.scales_offset + layout.groups * kPanelRows * static_cast<std::int64_t>(sizeof(float));
+  layout.panel_bytes =
+      shape.asymmetric ? 2 * layout.bases_offset - layout.scales_offset : layout.bases_offset;
+  layout.asymmetric = shape.asymmetric;
+  return layout;
+}
+
 namespace {
 
 void check_shape(const LinearShape& shape) {
@@ -34,76 +64,84 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0;
 }
 
-/// One panel of an integer weight, written and read element by element.
-class IntegerPanel {
- public:
-  IntegerPanel(const IntegerLayout& layout, void* data, std::int64_t index)
-      : layout_(layout), data_(static_cast<std::uint8_t*>(data) + index * layout.panel_bytes) {}
-
-  float& scale(std::int64_t row, std::int64_t group) {
-    return reinterpret_cast<float*>(data_ + layout_.scales_offset())[group * kPanelRows + row];
-  }
-  std::int32_t& base(std::int64_t row, std::int64_t group) {
-    return reinterpret_cast<std::int32_t*>(data_ +
-                                           layout_.bases_offset())[group * kPanelRows + row];
-  }
-  void set(std::int64_t row, std::int64_t col, std::int64_t element) {
-    *byte(row, col) |= static_cast<std::uint8_t>(element << shift(col));
-  }
-  std::int64_t get(std::int64_t row, std::int64_t col) {
-    return (*byte(row, col) >> shift(col)) & ((1 << layout_.bits) - 1);
-  }
-
- private:
-  std::int64_t in_block(std::int64_t col) const {
-    return col % layout_.group_size % layout_.block_cols();
-  }
-  std::int64_t shift(std::int64_t col) const { return in_block(col) / kStepCols * layout_.bits; }
-  std::uint8_t* byte(std::int64_t row, std::int64_t col) {
-    const std::int64_t block = col / layout_.group_size * layout_.blocks_per_group +
-                               col % layout_.group_size / layout_.block_cols();
-    return data_ + block * kBlockBytes + row * kStepCols + in_block(col) % kStepCols;
-  }
-
-  const IntegerLayout& layout_;
-  std::uint8_t* data_;
-};
-
-void pack_integers(const PackLinearArgs& args) {
-  const LinearShape& shape = args.shape;
-  const IntegerLayout layout(shape);
-  const auto* codes = static_cast<const std::int8_t*>(args.weight);
-  const std::int64_t offset = layout.offset();
-  const auto in_range = [&](std::int64_t value) { return value >= -offset && value < offset; };
-  parallel_for(layout.panels, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t index = begin; index < end; ++index) {
-      IntegerPanel panel(layout, args.packed, index);
-      const std::int64_t first_row = index * kPanelRows;
-      for (std::int64_t i = 0; i < kPanelRows && first_row + i < shape.n; ++i) {
-        const std::int64_t row = first_row + i;
-        for (std::int64_t col = 0; col < shape.k; ++col) {
-          const std::int64_t code = codes[row * args.row_stride + col * args.col_stride];
-          MOQ_CHECK(in_range(code), "pack_linear: codes must be in [", -offset, ", ", offset - 1,
-                    "] for ", name_of(shape.format), ", got ", code, " in row ", row, ", column ",
-                    col);
-          panel.set(i, col, code + offset);
-        }
-        for (std::int64_t group = 0; group < layout.groups; ++group) {
-          const float scale = args.scales[row * layout.groups + group];
-          MOQ_CHECK(std::isfinite(scale), "pack_linear: scales must be finite, got ", scale,
-                    " in row ", row, ", group ", group);
-          panel.scale(i, group) = scale;
-          if (shape.asymmetric) {
-            const std::int64_t zero_point = args.zero_points[row * layout.groups + group];
-            MOQ_CHECK(in_range(zero_point), "pack_linear: zero points must be in [", -offset, ", ",
-                      offset - 1, "] for ", name_of(shape.format), ", got ", zero_point, " in row ",
-                      row, ", group ", group);
-            panel.base(i, group) = static_cast<std::int32_t>(offset + zero_point);
-          }
+/// Calls visit(col, byte, shift) for every column of row `row` of a panel: its element lies in
+/// *byte, `shift` bits up.
+template <typename Byte, typename Visit>
+void for_each_element(const IntegerLayout& layout, Byte* panel, std::int64_t row,
+                      const Visit& visit) {
+  Byte* bytes = panel + row * kStepCols;
+  for (std::int64_t group = 0; group < layout.groups; ++group) {
+    const std::int64_t end = (group + 1) * layout.group_size;
+    std::int64_t col = group * layout.group_size;
+    for (std::int64_t block = 0; block < layout.blocks_per_group; ++block, bytes += kBlockBytes) {
+      for (std::int64_t shift = 0; shift < 8; shift += layout.bits) {
+        for (std::int64_t i = 0; i < kStepCols && col < end; ++i, ++col) {
+          visit(col, bytes + i, shift);
         }
       }
     }
+  }
+}
+
+/// Packs one row; `panel` is zero so far.
+void pack_row(const PackLinearArgs& args, const IntegerLayout& layout, std::int64_t row,
+              std::uint8_t* panel) {
+  const std::int64_t offset = layout.offset;
+  const auto check_range = [&](const char* what, std::int64_t value, const char* of,
+                               std::int64_t place) {
+    MOQ_CHECK(value >= -offset && value < offset, "pack_linear: ", what, " must be in [", -offset,
+              ", ", offset - 1, "] for ", name_of(args.shape.format), ", got ", value, " in row ",
+              row, ", ", of, " ", place);
+  };
+  const auto* codes = static_cast<const std::int8_t*>(args.weight) + row * args.row_stride;
+  for_each_element(layout, panel, row % kPanelRows,
+                   [&](std::int64_t col, std::uint8_t* byte, std::int64_t shift) {
+                     const std::int64_t code = codes[col * args.col_stride];
+                     check_range("codes", code, "column", col);
+                     *byte |= static_cast<std::uint8_t>((code + offset) << shift);
+                   });
+  auto* scales = reinterpret_cast<float*>(panel + layout.scales_offset) + row % kPanelRows;
+  auto* bases = reinterpret_cast<std::int32_t*>(panel + layout.bases_offset) + row % kPanelRows;
+  for (std::int64_t group = 0; group < layout.groups; ++group) {
+    const float scale = args.scales[row * layout.groups + group];
+    MOQ_CHECK(std::isfinite(scale), "pack_linear: scales must be finite, got ", scale, " in row ",
+              row, ", group ", group);
+    scales[group * kPanelRows] = scale;
+    if (layout.asymmetric) {
+      const std::int64_t zero_point = args.zero_points[row * layout.groups + group];
+      check_range("zero points", zero_point, "group", group);
+      bases[group * kPanelRows] = static_cast<std::int32_t>(offset + zero_point);
+    }
+  }
+}
+
+void pack_integers(const PackLinearArgs& args) {
+  const IntegerLayout layout = integer_layout(args.shape);
+  parallel_for(layout.panels, 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t last_row = std::min(end * kPanelRows, args.shape.n);
+    for (std::int64_t row = begin * kPanelRows; row < last_row; ++row) {
+      pack_row(args, layout, row,
+               static_cast<std::uint8_t*>(args.packed) + row / kPanelRows * layout.panel_bytes);
+    }
   });
+}
+
+void unpack_integer_row(const PackedLinear& weight, std::int64_t row, float* output) {
+  const IntegerLayout layout = integer_layout(weight.shape);
+  const auto* panel =
+      static_cast<const std::uint8_t*>(weight.data) + row / kPanelRows * layout.panel_bytes;
+  const auto* scales =
+      reinterpret_cast<const float*>(panel + layout.scales_offset) + row % kPanelRows;
+  const auto* bases =
+      reinterpret_cast<const std::int32_t*>(panel + layout.bases_offset) + row % kPanelRows;
+  const std::int64_t mask = 2 * layout.offset - 1;
+  for_each_element(layout, panel, row % kPanelRows,
+                   [&](std::int64_t col, const std::uint8_t* byte, std::int64_t shift) {
+                     const std::int64_t group = col / layout.group_size * kPanelRows;
+                     const std::int64_t base = layout.asymmetric ? bases[group] : layout.offset;
+                     output[col] =
+                         static_cast<float>(((*byte >> shift) & mask) - base) * scales[group];
+                   });
 }
 
 template <typename Element>
@@ -121,13 +159,26 @@ void pack_floats(const PackLinearArgs& args) {
   });
 }
 
+template <typename Element>
+void unpack_float_row(const PackedLinear& weight, std::int64_t row, float* output) {
+  const LinearShape& shape = weight.shape;
+  const Element* column = static_cast<const Element*>(weight.data) +
+                          row / kPanelRows * kPanelRows * shape.k + row % kPanelRows;
+  for (std::int64_t col = 0; col < shape.k; ++col) {
+    output[col] = to_float(column[col * kPanelRows]);
+  }
+}
+
 }  // namespace
 
 std::size_t packed_linear_size(const LinearShape& shape) {
   check_shape(shape);
+  if (shape.k == 0) {
+    return 0;
+  }
   if (is_integer(shape.format)) {
-    const IntegerLayout layout(shape);
-    return shape.k == 0 ? 0 : layout.panels * layout.panel_bytes;
+    const IntegerLayout layout = integer_layout(shape);
+    return layout.panels * layout.panel_bytes;
   }
   return divide_up(shape.n, kPanelRows) * kPanelRows * shape.k * bits_of(shape.format) / 8;
 }
@@ -150,9 +201,12 @@ void pack_linear(const PackLinearArgs& args) {
     case WeightFormat::kFloat32:
       return pack_floats<float>(args);
     case WeightFormat::kBFloat16:
+      return pack_floats<BFloat16>(args);
     case WeightFormat::kFloat16:
-      return pack_floats<std::uint16_t>(args);
-    default:
+      return pack_floats<Float16>(args);
+    case WeightFormat::kInt8:
+    case WeightFormat::kInt4:
+    case WeightFormat::kInt2:
       return pack_integers(args);
   }
 }
@@ -162,29 +216,20 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
   check_shape(shape);
   MOQ_CHECK(row >= 0 && row < shape.n, "unpack_linear_row: row must be in [0, ", shape.n, "), got ",
             row);
-  const std::int64_t panel_index = row / kPanelRows;
-  const std::int64_t in_panel = row % kPanelRows;
-  if (!is_integer(shape.format)) {
-    const std::int64_t first = panel_index * kPanelRows * shape.k + in_panel;
-    for (std::int64_t col = 0; col < shape.k; ++col) {
-      const std::int64_t i = first + col * kPanelRows;
-      if (shape.format == WeightFormat::kFloat32) {
-        output[col] = static_cast<const float*>(weight.data)[i];
-      } else {
-        const std::uint16_t bits = static_cast<const std::uint16_t*>(weight.data)[i];
-        output[col] = shape.format == WeightFormat::kBFloat16 ? bfloat16_to_float(bits)
-                                                              : float16_to_float(bits);
-      }
-    }
+  if (shape.k == 0) {
     return;
   }
-  const IntegerLayout layout(shape);
-  IntegerPanel panel(layout, const_cast<void*>(weight.data), panel_index);
-  for (std::int64_t col = 0; col < shape.k; ++col) {
-    const std::int64_t group = col / shape.group_size;
-    const std::int64_t base = shape.asymmetric ? panel.base(in_panel, group) : layout.offset();
-    output[col] =
-        static_cast<float>(panel.get(in_panel, col) - base) * panel.scale(in_panel, group);
+  switch (shape.format) {
+    case WeightFormat::kFloat32:
+      return unpack_float_row<float>(weight, row, output);
+    case WeightFormat::kBFloat16:
+      return unpack_float_row<BFloat16>(weight, row, output);
+    case WeightFormat::kFloat16:
+      return unpack_float_row<Float16>(weight, row, output);
+    case WeightFormat::kInt8:
+    case WeightFormat::kInt4:
+    case WeightFormat::kInt2:
+      return unpack_integer_row(weight, row, output);
   }
 }
 

@@ -180,6 +180,17 @@ template <typename Vector>
   return a < b ? a : b;
 }
 
+/// a * b + c, rounded once where the instruction set can (avx2, avx512), twice where it cannot.
+[[gnu::always_inline]] inline F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(MOQ_ISA_avx512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(MOQ_ISA_avx2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 /// Nearest integer, half to even.
 [[gnu::always_inline]] inline F32 round_nearest(F32 value) {
 #if defined(MOQ_ISA_avx512)

@@ -2,33 +2,516 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
+
+#include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
+#include "kernels/quant_grid.h"
+#include "tests/cpp/kernels/linear_problem.h"
 
 namespace moq::kernels {
 namespace {
 
-TEST(Linear, MultipliesByScaledCodes) {
-  const std::vector<std::int8_t> codes = {1, -2, 3, 4, 5, -6};  // [2, 3]
-  const std::vector<float> scales = {0.5F, 2.0F};
-  const LinearShape shape{.n = 2, .k = 3, .format = WeightFormat::kInt8, .group_size = 3};
-  alignas(64) std::byte packed[4096];
-  ASSERT_LE(cpu::packed_linear_size(shape), sizeof packed);
-  cpu::pack_linear({.shape = shape,
-                    .weight = codes.data(),
-                    .row_stride = 3,
-                    .col_stride = 1,
-                    .scales = scales.data(),
-                    .packed = packed});
-  const std::vector<float> input = {1.0F, 10.0F, 100.0F};
-  std::vector<float> output(2);
-  cpu::linear({.input = input.data(),
-               .m = 1,
-               .input_stride = 3,
-               .weight = {.shape = shape, .data = packed},
-               .output = output.data(),
-               .output_stride = 2});
-  EXPECT_EQ(output[0], 140.5F);
-  EXPECT_EQ(output[1], -1092.0F);
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+/// The integers that stand for a row of the input and the value of one, as kernels/linear.h says.
+double split(const float* row, std::int64_t k, InputMode mode, float static_scale,
+             std::vector<std::int64_t>& x) {
+  float absmax = 0.0F;
+  for (std::int64_t i = 0; i < k; ++i) {
+    absmax = std::max(absmax, std::fabs(row[i]));
+  }
+  GridParams grid = make_grid(-absmax, absmax, 8, QuantMode::kSymmetric, DType::kFloat32);
+  if (mode == InputMode::kStaticInt8) {
+    grid = {static_scale, 1.0F / static_scale, 0, grid_range(8, QuantMode::kSymmetric)};
+  }
+  const int exponent = absmax > 0.0F ? 29 - std::ilogb(absmax) : 0;
+  x.clear();
+  for (std::int64_t i = 0; i < k; ++i) {
+    x.push_back(mode == InputMode::kFloat32
+                    ? std::llrint(std::ldexp(static_cast<double>(row[i]), exponent))
+                    : quantize_one(row[i], grid, Rounding::kNearest, 0.0F));
+  }
+  return mode == InputMode::kFloat32 ? std::ldexp(1.0, -exponent) : grid.scale;
+}
+
+/// The definition: integer sums of at most 8192 columns, put together in float64.
+std::vector<float> by_definition(const LinearProblem& problem, InputMode mode) {
+  const LinearShape& shape = problem.shape;
+  std::vector<float> output;
+  std::vector<std::int64_t> x;
+  for (std::int64_t i = 0; i < problem.m; ++i) {
+    const double unit = split(problem.input.data() + i * shape.k, shape.k, mode, 0.02F, x);
+    for (std::int64_t j = 0; j < shape.n; ++j) {
+      double total = 0.0;
+      for (std::int64_t group = 0; group < num_groups(shape); ++group) {
+        const std::int64_t g = j * num_groups(shape) + group;
+        const std::int64_t zero_point = shape.asymmetric ? problem.zero_points[g] : 0;
+        for (std::int64_t piece = 0; piece < shape.group_size; piece += 8192) {
+          std::int64_t sum = 0;
+          for (std::int64_t c = piece; c < std::min(piece + 8192, shape.group_size); ++c) {
+            const std::int64_t col = group * shape.group_size + c;
+            sum += x[col] * (problem.codes[j * shape.k + col] - zero_point);
+          }
+          total += static_cast<double>(sum) * problem.scales[g];
+        }
+      }
+      output.push_back(static_cast<float>(total * unit + problem.bias[j]));
+    }
+  }
+  return output;
+}
+
+/// Largest errors against float64 of `output` and of the plain float32 loop.
+struct Errors {
+  double ours = 0.0;
+  double naive = 0.0;
+};
+
+Errors errors_of(const LinearProblem& problem, const std::vector<float>& output) {
+  const auto [n, k] = std::pair(problem.shape.n, problem.shape.k);
+  Errors errors;
+  for (std::int64_t i = 0; i < problem.m; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double exact = 0.0;
+      float naive = 0.0F;
+      for (std::int64_t c = 0; c < k; ++c) {
+        const double weight = problem.weight_at(j, c);
+        exact += problem.input[i * k + c] * weight;
+        naive += problem.input[i * k + c] * static_cast<float>(weight);
+      }
+      exact += problem.bias[j];
+      naive += problem.bias[j];
+      errors.ours = std::max(errors.ours, std::fabs(output[i * n + j] - exact));
+      errors.naive = std::max(errors.naive, std::fabs(naive - exact));
+    }
+  }
+  return errors;
+}
+
+// --------------------------------------------------------------------------------- every shape
+
+struct Case {
+  std::int64_t m;
+  std::int64_t n;
+  std::int64_t k;
+  std::int64_t group_size;
+  WeightFormat format;
+  bool asymmetric;
+};
+
+std::string name_of_case(const testing::TestParamInfo<Case>& info) {
+  const Case& c = info.param;
+  return std::string(name_of(c.format)) + (c.asymmetric ? "_asymmetric_m" : "_m") +
+         std::to_string(c.m) + "_n" + std::to_string(c.n) + "_k" + std::to_string(c.k) + "_g" +
+         std::to_string(c.group_size) + "_" + std::to_string(info.index);
+}
+
+std::vector<Case> integer_cases() {
+  std::vector<Case> cases;
+  for (const WeightFormat format :
+       {WeightFormat::kInt8, WeightFormat::kInt4, WeightFormat::kInt2}) {
+    for (const bool asymmetric : {false, true}) {
+      cases.push_back({1, 1, 1, 1, format, asymmetric});
+      cases.push_back({1, 31, 17, 17, format, asymmetric});
+      cases.push_back({2, 33, 64, 16, format, asymmetric});
+      cases.push_back({5, 97, 105, 35, format, asymmetric});
+      cases.push_back({13, 64, 101, 101, format, asymmetric});
+      cases.push_back({29, 5, 6, 1, format, asymmetric});
+      cases.push_back({3, 96, 576, 576, format, asymmetric});
+    }
+  }
+  return cases;
+}
+
+class IntegerLinear : public testing::TestWithParam<Case> {
+ protected:
+  LinearProblem problem_ =
+      LinearProblem::random(GetParam().m, GetParam().n, GetParam().k, GetParam().format,
+                            GetParam().group_size, GetParam().asymmetric);
+};
+
+TEST_P(IntegerLinear, GivesTheBitsOfTheDefinition) {
+  EXPECT_EQ(problem_.run(), by_definition(problem_, InputMode::kFloat32));
+}
+
+TEST_P(IntegerLinear, GivesTheBitsOfTheDefinitionForDynamicInt8Input) {
+  EXPECT_EQ(problem_.run(InputMode::kDynamicInt8),
+            by_definition(problem_, InputMode::kDynamicInt8));
+}
+
+TEST_P(IntegerLinear, GivesTheBitsOfTheDefinitionForStaticInt8Input) {
+  EXPECT_EQ(problem_.run(InputMode::kStaticInt8), by_definition(problem_, InputMode::kStaticInt8));
+}
+
+TEST_P(IntegerLinear, IsAsExactAsAPlainFloat32Loop) {
+  const Errors errors = errors_of(problem_, problem_.run());
+  EXPECT_LE(errors.ours, 2.0 * errors.naive + 1e-7);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, IntegerLinear, testing::ValuesIn(integer_cases()), name_of_case);
+
+std::vector<Case> float_cases() {
+  std::vector<Case> cases;
+  for (const WeightFormat format :
+       {WeightFormat::kFloat32, WeightFormat::kBFloat16, WeightFormat::kFloat16}) {
+    cases.push_back({1, 1, 1, 0, format, false});
+    cases.push_back({1, 31, 17, 0, format, false});
+    cases.push_back({5, 97, 523, 0, format, false});
+    cases.push_back({29, 64, 768, 0, format, false});
+  }
+  return cases;
+}
+
+class FloatLinear : public testing::TestWithParam<Case> {};
+
+TEST_P(FloatLinear, IsAsExactAsAPlainFloat32Loop) {
+  const auto problem =
+      LinearProblem::random(GetParam().m, GetParam().n, GetParam().k, GetParam().format);
+  const Errors errors = errors_of(problem, problem.run());
+  EXPECT_LE(errors.ours, 2.0 * errors.naive + 1e-7);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, FloatLinear, testing::ValuesIn(float_cases()), name_of_case);
+
+// -------------------------------------------------------------------- what a result depends on
+
+class EveryFormat : public testing::TestWithParam<WeightFormat> {};
+
+TEST_P(EveryFormat, GivesARowOfABatchTheBitsOfTheRowAlone) {
+  const LinearProblem batch = LinearProblem::random(67, 70, 300, GetParam());
+  const std::vector<float> together = batch.run();
+  for (std::int64_t i = 0; i < batch.m; ++i) {
+    LinearProblem row = batch;
+    row.m = 1;
+    row.input.assign(batch.input.begin() + i * 300, batch.input.begin() + (i + 1) * 300);
+    const std::vector<float> expected(together.begin() + i * 70, together.begin() + (i + 1) * 70);
+    EXPECT_EQ(row.run(), expected) << "row " << i;
+  }
+}
+
+TEST_P(EveryFormat, GivesTheSameBitsOnAnyNumberOfThreads) {
+  const LinearProblem problem = LinearProblem::random(40, 1000, 768, GetParam());
+  const std::vector<float> expected = problem.run();
+  for (const int threads : {2, 3, 7}) {
+    const ThreadScope scope(threads);
+    EXPECT_EQ(problem.run(), expected) << threads << " threads";
+  }
+}
+
+TEST_P(EveryFormat, ReadsAPackedRowBack) {
+  const LinearProblem problem = LinearProblem::random(1, 45, 70, GetParam(), 35);
+  std::vector<float> row(70);
+  for (const std::int64_t i : {0, 31, 32, 44}) {
+    cpu::unpack_linear_row(problem.args(nullptr).weight, i, row.data());
+    for (std::int64_t col = 0; col < 70; ++col) {
+      EXPECT_EQ(row[col], static_cast<float>(problem.weight_at(i, col)));
+    }
+  }
+}
+
+TEST_P(EveryFormat, PacksATransposedWeightAlike) {
+  const LinearProblem problem = LinearProblem::random(2, 37, 53, GetParam());
+  const std::vector<std::byte> weight = problem.weight_data();
+  const std::size_t size = weight.size() / (37 * 53);
+  std::vector<std::byte> transposed(weight.size());
+  for (std::int64_t i = 0; i < 37; ++i) {
+    for (std::int64_t j = 0; j < 53; ++j) {
+      std::copy_n(weight.begin() + (i * 53 + j) * size, size,
+                  transposed.begin() + (j * 37 + i) * size);
+    }
+  }
+  LinearProblem other = problem;
+  other.packed = std::make_shared<AlignedBytes>(cpu::packed_linear_size(problem.shape));
+  PackLinearArgs args = other.pack_args(transposed.data());
+  args.row_stride = 1;
+  args.col_stride = 37;
+  cpu::pack_linear(args);
+  EXPECT_EQ(other.run(), problem.run());
+}
+
+TEST_P(EveryFormat, LeavesTheActivationOfTheBiasWithoutColumns) {
+  LinearProblem problem = LinearProblem::random(3, 5, 0, GetParam());
+  const std::vector<float> output = problem.run();
+  for (std::int64_t i = 0; i < 15; ++i) {
+    EXPECT_EQ(output[i], problem.bias[i % 5]);
+  }
+}
+
+TEST_P(EveryFormat, DoesNothingForNoRowsOrNoOutputs) {
+  EXPECT_TRUE(LinearProblem::random(0, 5, 7, GetParam()).run().empty());
+  EXPECT_TRUE(LinearProblem::random(3, 0, 7, GetParam()).run().empty());
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, EveryFormat,
+                         testing::Values(WeightFormat::kInt8, WeightFormat::kInt4,
+                                         WeightFormat::kInt2, WeightFormat::kFloat32,
+                                         WeightFormat::kBFloat16, WeightFormat::kFloat16),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
+
+// --------------------------------------------------------------------------- numbers at the edge
+
+TEST(Linear, KeepsEverySumExactForManyColumnsOfTheLargestNumbers) {
+  // 70,000 products of the largest element and the largest digit, where a 32-bit sum would
+  // overflow.
+  LinearProblem problem = LinearProblem::random(2, 33, 70000);
+  std::fill(problem.codes.begin(), problem.codes.end(), std::int8_t{127});
+  std::fill(problem.input.begin(), problem.input.end(), 0x1.fffffep0F);
+  problem.pack();
+  for (const InputMode mode : {InputMode::kFloat32, InputMode::kDynamicInt8}) {
+    EXPECT_EQ(problem.run(mode), by_definition(problem, mode));
+  }
+}
+
+TEST(Linear, KeepsEverySumExactForTheSmallestCodes) {
+  LinearProblem problem = LinearProblem::random(1, 33, 9000);
+  std::fill(problem.codes.begin(), problem.codes.end(), std::int8_t{-128});
+  std::fill(problem.input.begin(), problem.input.end(), -0x1.fffffep0F);
+  problem.pack();
+  for (const InputMode mode : {InputMode::kFloat32, InputMode::kDynamicInt8}) {
+    EXPECT_EQ(problem.run(mode), by_definition(problem, mode));
+  }
+}
+
+class InputMagnitude : public testing::TestWithParam<float> {};
+
+TEST_P(InputMagnitude, DoesNotChangeTheRelativeError) {
+  LinearProblem problem = LinearProblem::random(2, 40, 200);
+  std::fill(problem.bias.begin(), problem.bias.end(), 0.0F);
+  for (float& x : problem.input) {
+    x *= GetParam();
+  }
+  EXPECT_EQ(problem.run(), by_definition(problem, InputMode::kFloat32));
+}
+
+INSTANTIATE_TEST_SUITE_P(PowersOfTwo, InputMagnitude,
+                         testing::Values(0x1p-149F, 0x1p-130F, 0x1p-100F, 1.0F, 0x1p60F, 0x1p110F));
+
+TEST(Linear, RepresentsSmallElementsBesideAnOutlier) {
+  LinearProblem problem = LinearProblem::random(1, 64, 512);
+  problem.input[100] = 1000.0F;
+  const Errors errors = errors_of(problem, problem.run());
+  EXPECT_LE(errors.ours, 2.0 * errors.naive);
+}
+
+TEST(Linear, GivesZeroPlusBiasForAZeroRow) {
+  LinearProblem problem = LinearProblem::random(1, 40, 50);
+  std::fill(problem.input.begin(), problem.input.end(), 0.0F);
+  for (const InputMode mode :
+       {InputMode::kFloat32, InputMode::kDynamicInt8, InputMode::kStaticInt8}) {
+    EXPECT_EQ(problem.run(mode), problem.bias);
+  }
+}
+
+class NonFinite : public testing::TestWithParam<float> {};
+
+TEST_P(NonFinite, SpoilsItsOwnRowAndNoOther) {
+  LinearProblem problem = LinearProblem::random(15, 40, 50);
+  const std::vector<float> expected = problem.run();
+  problem.input[7 * 50 + 3] = GetParam();
+  const std::vector<float> output = problem.run();
+  for (std::int64_t i = 0; i < 15 * 40; ++i) {
+    if (i / 40 == 7) {
+      EXPECT_TRUE(std::isnan(output[i]));
+    } else {
+      EXPECT_EQ(output[i], expected[i]);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Values, NonFinite, testing::Values(kNan, -kNan, kInfinity, -kInfinity));
+
+TEST(Linear, SaturatesAnInfinityOnAStaticGrid) {
+  LinearProblem problem = LinearProblem::random(1, 40, 50);
+  problem.input[3] = 100.0F;
+  const std::vector<float> expected = problem.run(InputMode::kStaticInt8);
+  problem.input[3] = kInfinity;
+  EXPECT_EQ(problem.run(InputMode::kStaticInt8), expected);
+}
+
+// -------------------------------------------------------------------------------------- epilogue
+
+float activate(Activation activation, float x) {
+  float y = 0.0F;
+  cpu::activation({.input = &x, .output = &y, .size = 1, .activation = activation});
+  return y;
+}
+
+class Epilogue : public testing::TestWithParam<Activation> {};
+
+TEST_P(Epilogue, AppliesTheActivationAndThenAddsTheResidual) {
+  const LinearProblem problem = LinearProblem::random(14, 70, 50);
+  const std::vector<float> plain = problem.run();
+  std::vector<float> residual(14 * 80);
+  for (std::size_t i = 0; i < residual.size(); ++i) {
+    residual[i] = static_cast<float>(i) * 0.25F;
+  }
+  std::vector<float> output(14 * 70);
+  LinearArgs args = problem.args(output.data());
+  args.activation = GetParam();
+  args.residual = residual.data();
+  args.residual_stride = 80;
+  const ThreadScope scope(2);
+  cpu::linear(args);
+  for (std::int64_t i = 0; i < 14 * 70; ++i) {
+    EXPECT_EQ(output[i], activate(GetParam(), plain[i]) + residual[i / 70 * 80 + i % 70]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Activations, Epilogue,
+                         testing::Values(Activation::kNone, Activation::kGelu,
+                                         Activation::kGeluTanh, Activation::kRelu,
+                                         Activation::kSilu));
+
+TEST(Linear, AddsToAnOutputThatIsItsOwnResidual) {
+  const LinearProblem problem = LinearProblem::random(5, 70, 50);
+  const std::vector<float> plain = problem.run();
+  std::vector<float> output(5 * 70, 2.0F);
+  LinearArgs args = problem.args(output.data());
+  args.residual = output.data();
+  args.residual_stride = 70;
+  cpu::linear(args);
+  for (std::int64_t i = 0; i < 5 * 70; ++i) {
+    EXPECT_EQ(output[i], plain[i] + 2.0F);
+  }
+}
+
+TEST(Linear, ReadsAndWritesStridedRowsAndNothingBetween) {
+  const LinearProblem problem = LinearProblem::random(13, 37, 50);
+  std::vector<float> input(13 * 60, kNan);
+  for (std::int64_t i = 0; i < 13 * 50; ++i) {
+    input[i / 50 * 60 + i % 50] = problem.input[i];
+  }
+  std::vector<float> output(13 * 40, -1.0F);
+  LinearArgs args = problem.args(output.data());
+  args.input = input.data();
+  args.input_stride = 60;
+  args.output_stride = 40;
+  cpu::linear(args);
+  const std::vector<float> expected = problem.run();
+  for (std::int64_t i = 0; i < 13 * 40; ++i) {
+    EXPECT_EQ(output[i], i % 40 < 37 ? expected[i / 40 * 37 + i % 40] : -1.0F);
+  }
+}
+
+TEST(Linear, LeavesOutAMissingBias) {
+  LinearProblem problem = LinearProblem::random(2, 37, 50);
+  std::fill(problem.bias.begin(), problem.bias.end(), 0.0F);
+  std::vector<float> output(2 * 37);
+  LinearArgs args = problem.args(output.data());
+  args.bias = nullptr;
+  cpu::linear(args);
+  EXPECT_EQ(output, problem.run());
+}
+
+// ----------------------------------------------------------------------------------------- errors
+
+TEST(PackLinear, RefusesAGroupSizeThatDoesNotDivideTheColumns) {
+  EXPECT_THROW(cpu::packed_linear_size({.n = 4, .k = 10, .group_size = 3}), Error);
+  EXPECT_THROW(cpu::packed_linear_size({.n = 4, .k = 10, .group_size = 0}), Error);
+}
+
+TEST(PackLinear, RefusesNegativeSizes) {
+  EXPECT_THROW(cpu::packed_linear_size({.n = -1, .k = 10, .group_size = 10}), Error);
+}
+
+TEST(PackLinear, RefusesZeroPointsOfFloatWeights) {
+  EXPECT_THROW(cpu::packed_linear_size(
+                   {.n = 1, .k = 1, .format = WeightFormat::kFloat32, .asymmetric = true}),
+               Error);
+}
+
+TEST(PackLinear, RefusesACodeOutsideTheFormat) {
+  LinearProblem problem = LinearProblem::random(1, 4, 8, WeightFormat::kInt4);
+  problem.codes[20] = 8;
+  EXPECT_THROW(problem.pack(), Error);
+}
+
+TEST(PackLinear, RefusesAZeroPointOutsideTheFormat) {
+  LinearProblem problem = LinearProblem::random(1, 4, 8, WeightFormat::kInt4, 8, true);
+  problem.zero_points[2] = -9;
+  EXPECT_THROW(problem.pack(), Error);
+}
+
+TEST(PackLinear, RefusesAScaleThatIsNotFinite) {
+  LinearProblem problem = LinearProblem::random(1, 4, 8);
+  problem.scales[1] = kNan;
+  EXPECT_THROW(problem.pack(), Error);
+}
+
+TEST(PackLinear, RefusesMisalignedMemory) {
+  const LinearProblem problem = LinearProblem::random(1, 4, 8);
+  PackLinearArgs args = problem.pack_args(problem.codes.data());
+  args.packed = static_cast<std::byte*>(args.packed) + 4;
+  EXPECT_THROW(cpu::pack_linear(args), Error);
+}
+
+TEST(PackLinear, RefusesNullPointers) {
+  const LinearProblem problem = LinearProblem::random(1, 4, 8);
+  EXPECT_THROW(cpu::pack_linear(problem.pack_args(nullptr)), Error);
+  PackLinearArgs args = problem.pack_args(problem.codes.data());
+  args.scales = nullptr;
+  EXPECT_THROW(cpu::pack_linear(args), Error);
+}
+
+TEST(UnpackLinearRow, RefusesARowOutsideTheWeight) {
+  const LinearProblem problem = LinearProblem::random(1, 4, 8);
+  std::vector<float> row(8);
+  EXPECT_THROW(cpu::unpack_linear_row(problem.args(nullptr).weight, 4, row.data()), Error);
+}
+
+class RefusedArgs : public testing::Test {
+ protected:
+  LinearProblem problem_ = LinearProblem::random(2, 4, 8);
+  std::vector<float> output_ = std::vector<float>(8);
+  LinearArgs args_ = problem_.args(output_.data());
+};
+
+TEST_F(RefusedArgs, NegativeNumberOfRows) {
+  args_.m = -1;
+  EXPECT_THROW(cpu::linear(args_), Error);
+}
+
+TEST_F(RefusedArgs, RowsThatOverlap) {
+  args_.input_stride = 7;
+  EXPECT_THROW(cpu::linear(args_), Error);
+  args_.input_stride = 8;
+  args_.output_stride = 3;
+  EXPECT_THROW(cpu::linear(args_), Error);
+}
+
+TEST_F(RefusedArgs, NullPointers) {
+  LinearArgs args = args_;
+  args.input = nullptr;
+  EXPECT_THROW(cpu::linear(args), Error);
+  args = args_;
+  args.output = nullptr;
+  EXPECT_THROW(cpu::linear(args), Error);
+  args = args_;
+  args.weight.data = nullptr;
+  EXPECT_THROW(cpu::linear(args), Error);
+}
+
+TEST_F(RefusedArgs, StaticInputWithoutAScale) {
+  args_.input_mode = InputMode::kStaticInt8;
+  args_.input_scale = 0.0F;
+  EXPECT_THROW(cpu::linear(args_), Error);
+}
+
+TEST_F(RefusedArgs, Int8InputOfAFloatWeight) {
+  const LinearProblem problem = LinearProblem::random(2, 4, 8, WeightFormat::kFloat32);
+  EXPECT_THROW(cpu::linear(problem.args(output_.data(), InputMode::kDynamicInt8)), Error);
+}
+
+TEST_F(RefusedArgs, ActivationOverAResidualThatIsTheOutput) {
+  args_.activation = Activation::kRelu;
+  args_.residual = output_.data();
+  args_.residual_stride = 4;
+  EXPECT_THROW(cpu::linear(args_), Error);
 }
 
 }  // namespace

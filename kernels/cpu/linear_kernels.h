@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/linear_layout.h"
+
+/// What linear.cpp asks of each instruction set.
+///
+/// For an integer weight the input is split into digits, narrow integers whose dot products with
+/// 8-bit elements have an instruction:
+///
+///   x = Σ_d base^d * digit_d,   base = 2^8 (avx512: vpdpbusd) or 2^11 (the others: 16-bit
+///   products)
+///
+/// and the dot product of x is put together from those of its digits. An INT8 input is one digit. A
+/// vector is one digit of one row, a tile the vectors whose sums a kernel keeps in registers.
+namespace moq::kernels::cpu {
+
+/// How an instruction set arranges the input of an integer weight.
+struct DigitFormat {
+  std::int64_t digits;       ///< vectors of a row
+  std::int64_t digit_bytes;  ///< bytes of one digit
+  std::int64_t tile_rows;    ///< rows of a tile; the last tile of a batch may have fewer
+};
+
+/// Input rows as digits: tiles of [padded columns / 4, vectors, 4 columns], one after the other.
+struct DigitRows {
+  std::uint8_t* digits;
+  double* sums;   ///< [rows, pieces]: Σ x over the columns of a piece
+  double* units;  ///< [rows]: the real value of x = 1; NaN: the row has no finite result
+};
+
+/// One tile of rows to split.
+struct SplitArgs {
+  const float* input;  ///< [rows, k]
+  std::int64_t input_stride;
+  std::int64_t rows;
+  InputMode mode;
+  float input_scale;  ///< of kStaticInt8
+  DigitRows output;   ///< where this tile's go
+};
+
+/// Where the results of a batch of rows go; each pointer is that of the batch's first row.
+struct OutputRows {
+  std::int64_t rows;
+  std::int64_t n;
+  const float* bias;      ///< [n] or null
+  const float* residual;  ///< [rows, n] or null
+  std::int64_t residual_stride;
+  float* output;  ///< [rows, n]
+  std::int64_t output_stride;
+};
+
+/// A batch of rows, integer weight.
+struct IntegerMultiplyArgs {
+  DigitRows input;
+  bool exact;  ///< InputMode::kFloat32
+  const std::uint8_t* weight;
+  OutputRows output;
+};
+
+/// A batch of rows, float weight.
+struct FloatMultiplyArgs {
+  const float* input;  ///< tiles of [k, rows of the tile], one after the other
+  WeightFormat format;
+  const void* weight;
+  std::int64_t k;
+  OutputRows output;
+};
+
+#define MOQ_DECLARE_LINEAR_KERNELS(isa)                                                \
+  namespace isa {                                                                      \
+  DigitFormat digit_format(InputMode mode);                                            \
+  void split_rows(const SplitArgs& args, const IntegerLayout& layout);                 \
+  void multiply_integers(const IntegerMultiplyArgs& args, const IntegerLayout& layout, \
+                         std::int64_t first_panel, std::int64_t last_panel);           \
+  std::int64_t float_tile_rows();                                                      \
+  void multiply_floats(const FloatMultiplyArgs& args, std::int64_t first_panel,        \
+                       std::int64_t last_panel);                                       \
+  }
+MOQ_DECLARE_LINEAR_KERNELS(scalar)
+MOQ_DECLARE_LINEAR_KERNELS(avx2)
+MOQ_DECLARE_LINEAR_KERNELS(avx512)
+#undef MOQ_DECLARE_LINEAR_KERNELS
+
+}  // namespace moq::kernels::cpu

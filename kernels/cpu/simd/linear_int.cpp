@@ -1,0 +1,277 @@
+// Integer weights: the input split into digits, dot products panel by panel, their sums put
+// together in float64. All numbers up to the product with the scale are integers below 2^53, hence
+// exact, and the operations from there on are the same everywhere: an output does not depend on the
+// instruction set, the batch or the number of threads.
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "kernels/cpu/linear_kernels.h"
+#include "kernels/cpu/simd/linear_output.h"
+#include "kernels/cpu/simd/quantize_row.h"
+#include "kernels/cpu/simd/vector.h"
+
+#if defined(MOQ_ISA_avx512)
+#include "kernels/cpu/simd/linear_dot_avx512.h"
+#elif defined(MOQ_ISA_avx2)
+#include "kernels/cpu/simd/linear_dot_avx2.h"
+#else
+#include "kernels/cpu/simd/linear_dot_scalar.h"
+#endif
+
+namespace moq::kernels::cpu::MOQ_ISA {
+namespace {
+
+constexpr std::int64_t kChunk = 16;  // columns that write_digits takes
+static_assert(kPieceCols % kChunk == 0 && kChunk % kWidth == 0);
+
+// ------------------------------------------------------------------------------------------ input
+
+/// x = rint(value * scale * more_scale), limited to [-limit, limit]; x stands for x * unit.
+struct InputGrid {
+  float scale;
+  float more_scale;
+  float limit;
+  double unit;
+};
+
+constexpr float kNoLimit = std::numeric_limits<float>::infinity();
+/// Every x is 0, every result NaN.
+constexpr InputGrid kNoResult = {0.0F, 0.0F, 0.0F, std::numeric_limits<double>::quiet_NaN()};
+
+/// Powers of two that bring the row's absmax between 2^29 and 2^30: two of them, since one may be
+/// out of float32's range. Both products are exact.
+InputGrid exact_grid(GroupStatistics row) {
+  if (has_nonfinite(row)) {
+    return kNoResult;
+  }
+  const auto absmax = std::bit_cast<float>(row.highest);
+  const int exponent = absmax > 0.0F ? 29 - std::ilogb(absmax) : 0;
+  const int half = exponent / 2;
+  return {std::ldexp(1.0F, half), std::ldexp(1.0F, exponent - half), kNoLimit,
+          std::ldexp(1.0, -exponent)};
+}
+
+InputGrid int8_grid(const GridParams& grid) {
+  if (std::isnan(grid.scale)) {
+    return kNoResult;
+  }
+  return {grid.inverse_scale, 1.0F, static_cast<float>(grid.range.qmax), grid.scale};
+}
+
+InputGrid input_grid(const float* row, std::int64_t size, InputMode mode, float static_scale) {
+  const GroupStatistics statistics = statistics_of<QuantMode::kSymmetric>(row, size);
+  if (mode == InputMode::kFloat32) {
+    return exact_grid(statistics);
+  }
+  if (mode == InputMode::kDynamicInt8) {
+    return int8_grid(make_grid(statistics, 8, QuantMode::kSymmetric, DType::kFloat32));
+  }
+  const bool has_nan = statistics.highest > kInfinityBits;
+  return has_nan ? kNoResult
+                 : int8_grid({static_scale, 1.0F / static_scale, 0,
+                              grid_range(8, QuantMode::kSymmetric)});
+}
+
+/// The sum of a piece's integers, kept as low and high halves: each fits its 32 bits.
+struct PieceSum {
+  I32 low{};
+  I32 high{};
+
+  double take() {
+    std::int32_t lows[kWidth];
+    std::int32_t highs[kWidth];
+    std::memcpy(lows, &low, sizeof(low));
+    std::memcpy(highs, &high, sizeof(high));
+    std::int64_t sum = 0;
+    for (int i = 0; i < kWidth; ++i) {
+      sum += highs[i] * std::int64_t{65536} + lows[i];
+    }
+    low = high = I32{};
+    return static_cast<double>(sum);
+  }
+};
+
+/// The integers of kChunk columns.
+void to_integers(const float* values, const InputGrid& grid, std::int32_t* x, PieceSum& sum) {
+  for (std::int64_t i = 0; i < kChunk; i += kWidth) {
+    const F32 scaled = load(values + i) * broadcast(grid.scale) * broadcast(grid.more_scale);
+    const F32 below = minimum(round_nearest(scaled), broadcast(grid.limit));  // NaN: the limit
+    const I32 integers = convert<I32>(maximum(below, broadcast(-grid.limit)));
+    std::memcpy(x + i, &integers, sizeof(integers));
+    sum.low += integers & 0xffff;
+    sum.high += integers >> 16;
+  }
+}
+
+/// Writes the kDigits vectors of one row and the sums of its pieces.
+template <int kDigits>
+void split_row(const float* row, const InputGrid& grid, const IntegerLayout& layout,
+               std::int64_t stride, Digit* output, double* sums) {
+  const std::int64_t padded = layout.blocks_per_group * layout.block_cols;
+  for (std::int64_t group = 0; group < layout.groups; ++group, row += layout.group_size) {
+    PieceSum sum;
+    for (std::int64_t col = 0; col < padded; col += kChunk) {
+      const std::int64_t left = layout.group_size - col;
+      alignas(64) std::int32_t x[kChunk];
+      if (left >= kChunk) {
+        to_integers(row + col, grid, x, sum);
+      } else {
+        alignas(64) float values[kChunk] = {};
+        std::memcpy(values, row + col, left * sizeof(float));
+        to_integers(values, grid, x, sum);
+      }
+      const std::int64_t steps = (padded - col < kChunk ? padded - col : kChunk) / kStepCols;
+      write_digits<kDigits>(x, steps, stride, output);
+      output += steps * stride;
+      const std::int64_t end = col + kChunk;
+      if (end % kPieceCols == 0 || end >= padded) {
+        *sums++ = sum.take();
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- output
+
+/// totals[row] += scale * Σ x * (element - base) of one piece, from the sums of each digit.
+template <int kDigits>
+void add_piece(const std::int32_t* digit_sums, double input_sum, const float* scales,
+               const std::int32_t* bases, double* totals) {
+  constexpr double kDigitBase = 1 << kDigitBits;
+  for (std::int64_t row = 0; row < kPanelRows; ++row) {
+    double sum = digit_sums[(kDigits - 1) * kPanelRows + row];
+#pragma GCC unroll 4
+    for (int digit = kDigits - 2; digit >= 0; --digit) {
+      sum = sum * kDigitBase + digit_sums[digit * kPanelRows + row];
+    }
+    sum -= input_sum * bases[row];
+    totals[row] += sum * scales[row];
+  }
+}
+
+using Dot = void (*)(const std::uint8_t*, std::int64_t, const Digit*, std::int32_t*);
+
+template <int kBits, int... kVectorsMinusOne>
+Dot dot_of(std::int64_t vectors, std::integer_sequence<int, kVectorsMinusOne...>) {
+  static constexpr Dot kDots[] = {dot<kBits, kVectorsMinusOne + 1>...};
+  return kDots[vectors - 1];
+}
+
+Dot find_dot(std::int64_t bits, std::int64_t vectors) {
+  constexpr auto kVectors = std::make_integer_sequence<int, kMaxVectors>();
+  return bits == 8   ? dot_of<8>(vectors, kVectors)
+         : bits == 4 ? dot_of<4>(vectors, kVectors)
+                     : dot_of<2>(vectors, kVectors);
+}
+
+/// Some panels of the weight times a tile of rows.
+template <int kDigits>
+class Tile {
+ public:
+  Tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout, std::int64_t first_row,
+       std::int64_t rows)
+      : args_(args),
+        layout_(layout),
+        first_row_(first_row),
+        rows_(rows),
+        input_(reinterpret_cast<const Digit*>(args.input.digits) +
+               first_row * kDigits * layout.padded_cols),
+        input_sums_(args.input.sums + first_row * layout.pieces),
+        dot_(find_dot(layout.bits, rows * kDigits)) {
+    for (std::int32_t& offset : offsets_) {
+      offset = static_cast<std::int32_t>(layout.offset);
+    }
+  }
+
+  void multiply(std::int64_t panel) const {
+    const std::uint8_t* weight = args_.weight + panel * layout_.panel_bytes;
+    const auto* scales = reinterpret_cast<const float*>(weight + layout_.scales_offset);
+    const auto* bases = reinterpret_cast<const std::int32_t*>(weight + layout_.bases_offset);
+    const Digit* input = input_;
+    const double* input_sums = input_sums_;
+    alignas(64) double totals[kMaxVectors / kDigits * kPanelRows] = {};
+    alignas(64) std::int32_t sums[kMaxVectors * kPanelRows];
+    for (std::int64_t group = 0; group < layout_.groups; ++group) {
+      for (std::int64_t done = 0; done < layout_.blocks_per_group; done += layout_.piece_blocks) {
+        const std::int64_t left = layout_.blocks_per_group - done;
+        const std::int64_t blocks = left < layout_.piece_blocks ? left : layout_.piece_blocks;
+        dot_(weight, blocks, input, sums);
+        for (std::int64_t row = 0; row < rows_; ++row) {
+          add_piece<kDigits>(sums + row * kDigits * kPanelRows, input_sums[row * layout_.pieces],
+                             scales + group * kPanelRows,
+                             layout_.asymmetric ? bases + group * kPanelRows : offsets_,
+                             totals + row * kPanelRows);
+        }
+        weight += blocks * kBlockBytes;
+        input += blocks * layout_.block_cols * rows_ * kDigits;
+        ++input_sums;
+      }
+    }
+    for (std::int64_t row = 0; row < rows_; ++row) {
+      store_row(args_.output, first_row_ + row, panel, totals + row * kPanelRows,
+                args_.input.units[first_row_ + row]);
+    }
+  }
+
+ private:
+  const IntegerMultiplyArgs& args_;
+  const IntegerLayout& layout_;
+  std::int64_t first_row_;
+  std::int64_t rows_;
+  const Digit* input_;
+  const double* input_sums_;
+  Dot dot_;
+  alignas(64) std::int32_t offsets_[kPanelRows];
+};
+
+template <int kDigits>
+void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
+              std::int64_t first_panel, std::int64_t last_panel) {
+  constexpr std::int64_t kTileRows = kMaxVectors / kDigits;
+  // A panel stays in the second-level cache while every tile of the input passes by.
+  for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
+    for (std::int64_t row = 0; row < args.output.rows; row += kTileRows) {
+      const std::int64_t left = args.output.rows - row;
+      Tile<kDigits>(args, layout, row, left < kTileRows ? left : kTileRows).multiply(panel);
+    }
+  }
+}
+
+}  // namespace
+
+DigitFormat digit_format(InputMode mode) {
+  const std::int64_t digits = mode == InputMode::kFloat32 ? kDigitsOfExact : 1;
+  return {digits, sizeof(Digit), kMaxVectors / digits};
+}
+
+void split_rows(const SplitArgs& args, const IntegerLayout& layout) {
+  const bool exact = args.mode == InputMode::kFloat32;
+  const std::int64_t digits = exact ? kDigitsOfExact : 1;
+  const std::int64_t stride = args.rows * digits * kStepCols;
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    const float* input = args.input + row * args.input_stride;
+    const InputGrid grid =
+        input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale);
+    args.output.units[row] = grid.unit;
+    auto* vectors = reinterpret_cast<Digit*>(args.output.digits) + row * digits * kStepCols;
+    double* sums = args.output.sums + row * layout.pieces;
+    if (exact) {
+      split_row<kDigitsOfExact>(input, grid, layout, stride, vectors, sums);
+    } else {
+      split_row<1>(input, grid, layout, stride, vectors, sums);
+    }
+  }
+}
+
+void multiply_integers(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
+                       std::int64_t first_panel, std::int64_t last_panel) {
+  if (args.exact) {
+    multiply<kDigitsOfExact>(args, layout, first_panel, last_panel);
+  } else {
+    multiply<1>(args, layout, first_panel, last_panel);
+  }
+}
+
+}  // namespace moq::kernels::cpu::MOQ_ISA
