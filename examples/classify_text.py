@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from language_modelling import progress_bar
-from moq.inference import Engine
 from pretrained import LabelledText, load_encoder, wordnet_glosses
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import moq
+from moq.inference import Engine
 
 Batch = dict[str, Tensor]
 

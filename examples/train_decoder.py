@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from language_modelling import Perplexity, perplexity, token_windows, train_steps
-from moq.inference import Engine
 from pretrained import load_decoder, state_of_the_union
 
 import moq
+from moq.inference import Engine
 
 HELD_OUT_WINDOWS = 16  # of 256 tokens: 4,096
 PROBE_WINDOWS = 1

@@ -1,0 +1,87 @@
+"""Ranks of a tensor-parallel engine: who they are, and the communicator between them."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from moq import _C
+
+# What torchrun sets for every process that it starts, and init_process_group reads.
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PR_SET_PDEATHSIG = 1
+
+
+def connect(
+    tp_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    transport: str = "auto",
+) -> _C.Communicator:
+    """Connects this process with the other ranks of its tensor-parallel group.
+
+    All ranks call it together. Under torchrun the process group is made here, on gloo, unless the
+    caller has made one already. Without a launcher this process holds the whole model.
+
+    Args:
+        tp_size: number of ranks that share the model; None: all of them. 1 makes every rank hold
+            the whole model.
+        group: the ranks to use instead of all of torchrun's; may have any backend.
+        transport: "auto" (shared memory between ranks of one host, c10d otherwise),
+            "shared_memory" or "c10d".
+
+    Returns:
+        The communicator; its rank and size are tp_rank and tp_size.
+
+    Raises:
+        ValueError: if tp_size is neither 1 nor the number of ranks.
+        moq._C.Error: if the transport asked for can't be had, or a rank failed on the way.
+    """
+    launched = all(variable in os.environ for variable in _LAUNCHER_VARIABLES)
+    if dist.is_initialized():
+        num_ranks = dist.get_world_size(group)
+    else:
+        num_ranks = int(os.environ["WORLD_SIZE"]) if launched else 1
+    if tp_size not in (None, 1, num_ranks):
+        raise ValueError(
+            f"tp_size must be 1 or the number of ranks, got {tp_size} with {num_ranks} ranks: "
+            f"start as many with torchrun --standalone --nproc-per-node {tp_size} -m moq.inference"
+        )
+    if tp_size == 1 or num_ranks == 1:
+        return _C.single_process()
+    if not dist.is_initialized():
+        _end_with_the_launcher()
+        dist.init_process_group("gloo")
+        atexit.register(_destroy_process_group)
+    return _C.make_communicator(_cpu_group(group).group_name, transport)
+
+
+def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group itself if it carries CPU tensors, otherwise a gloo group of the same ranks."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    if torch.device("cpu") in group._device_types:
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    gloo_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(gloo_group, dist.ProcessGroup)
+    return gloo_group
+
+
+def _destroy_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Makes the kernel end this rank when torchrun is killed and can't do it any more."""
+    launcher = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) must succeed")
+    if os.getppid() != launcher:  # it died before the request
+        os.kill(os.getpid(), signal.SIGTERM)

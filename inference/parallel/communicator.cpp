@@ -1,0 +1,95 @@
+#include "inference/parallel/communicator.h"
+
+#include <ATen/ops/empty.h>
+
+#include <utility>
+
+#include "inference/parallel/communicator_checks.h"
+#include "inference/parallel/communicator_local.h"
+#include "kernels/common/check.h"
+
+namespace moq::inference {
+namespace {
+
+class SingleProcess final : public Communicator {
+ public:
+  int rank() const override { return 0; }
+  int size() const override { return 1; }
+  std::string transport() const override { return "none"; }
+
+  void all_reduce_sum(at::Tensor& tensor) override {
+    detail::check_float32("all_reduce_sum", tensor);
+  }
+  void all_reduce_max(at::Tensor& tensor) override {
+    detail::check_float32("all_reduce_max", tensor);
+  }
+  void broadcast(at::Tensor& tensor, int root) override {
+    detail::check_contiguous("broadcast", tensor);
+    detail::check_root(root, 1);
+  }
+  at::Tensor all_gather_columns(const at::Tensor& shard,
+                                std::span<const std::int64_t> widths) override {
+    detail::check_columns(shard, widths, 0, 1);
+    return shard;
+  }
+  void barrier() override {}
+};
+
+class SharedMemoryCommunicator final : public Communicator {
+ public:
+  explicit SharedMemoryCommunicator(std::unique_ptr<SharedMemoryGroup> group)
+      : group_(std::move(group)) {}
+
+  int rank() const override { return group_->rank(); }
+  int size() const override { return group_->size(); }
+  std::string transport() const override { return "shared_memory"; }
+
+  void all_reduce_sum(at::Tensor& tensor) override {
+    detail::check_float32("all_reduce_sum", tensor);
+    group_->all_reduce_sum(detail::floats_of(tensor));
+  }
+  void all_reduce_max(at::Tensor& tensor) override {
+    detail::check_float32("all_reduce_max", tensor);
+    group_->all_reduce_max(detail::floats_of(tensor));
+  }
+  void broadcast(at::Tensor& tensor, int root) override {
+    detail::check_contiguous("broadcast", tensor);
+    detail::check_root(root, size());
+    group_->broadcast(detail::bytes_of(tensor), root);
+  }
+  at::Tensor all_gather_columns(const at::Tensor& shard,
+                                std::span<const std::int64_t> widths) override {
+    const std::int64_t total = detail::check_columns(shard, widths, rank(), size());
+    at::Tensor joined = at::empty({shard.size(0), total}, shard.options());  // [m, sum(widths)]
+    group_->all_gather_columns(shard.const_data_ptr<float>(), shard.size(0), widths,
+                               joined.mutable_data_ptr<float>());
+    return joined;
+  }
+  void barrier() override { group_->barrier(); }
+
+ private:
+  std::unique_ptr<SharedMemoryGroup> group_;
+};
+
+}  // namespace
+
+std::shared_ptr<Communicator> single_process() {
+  return std::make_shared<SingleProcess>();
+}
+
+std::shared_ptr<Communicator> shared_memory_communicator(std::unique_ptr<SharedMemoryGroup> group) {
+  return std::make_shared<SharedMemoryCommunicator>(std::move(group));
+}
+
+Transport parse_transport(const std::string& name) {
+  if (name == "auto") {
+    return Transport::kAuto;
+  }
+  if (name == "shared_memory") {
+    return Transport::kSharedMemory;
+  }
+  MOQ_CHECK(name == "c10d", "transport must be auto, shared_memory or c10d, got ", name);
+  return Transport::kC10d;
+}
+
+}  // namespace moq::inference

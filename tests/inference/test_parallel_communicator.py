@@ -1,0 +1,203 @@
+"""The communicator between real ranks: values, equal bits over both transports, and failures."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import (
+    WORKERS,
+    is_running,
+    one_thread_environment,
+    run_ranks,
+    torchrun_command,
+    wait_until,
+)
+from workers.collectives import SIZES, contribution
+
+from moq import _C
+from moq.inference.distributed import connect
+
+TRANSPORTS = ["shared_memory", "c10d"]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Directories with what every rank got: of two ranks that connect() starts, and of three whose
+    script has called init_process_group itself, for all of them and for a group of two of them."""
+    directories = {}
+    for num_ranks, starter in ((2, "connect"), (3, "caller")):
+        directories[num_ranks] = tmp_path_factory.mktemp(starter)
+        run_ranks(num_ranks, [WORKERS / "collectives.py", directories[num_ranks], starter])
+    return directories
+
+
+@pytest.fixture(params=[(2, "world", 2), (3, "world", 3), (3, "subgroup", 2)], ids=str)
+def results(request, jobs):
+    num_ranks, group, size = request.param
+    files = sorted(jobs[num_ranks].glob(f"{group}*.pt"))
+    assert len(files) == size
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def test_ranks_of_one_host_choose_shared_memory(results):
+    assert [rank["auto"] for rank in results] == ["shared_memory"] * len(results)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_each_rank_knows_its_place(results, transport):
+    places = [(rank[transport]["rank"], rank[transport]["size"]) for rank in results]
+    assert places == [(rank, len(results)) for rank in range(len(results))]
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_sum_has_the_bits_of_the_sum_in_rank_order(results, transport, count):
+    expected = contribution(0, count)
+    for rank in range(1, len(results)):
+        expected = expected + contribution(rank, count)
+    for rank in results:
+        assert torch.equal(rank[transport]["all_reduce_sum", count], expected)
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_maximum_is_elementwise(results, transport, count):
+    expected = torch.stack([contribution(rank, count) for rank in range(len(results))]).amax(0)
+    for rank in results:
+        assert torch.equal(rank[transport]["all_reduce_max", count], expected)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_maximum_keeps_nan(results, transport):
+    for rank in results:
+        maximum = rank[transport]["max_with_nan"]
+        assert maximum[0].isnan() and maximum[1] == len(results) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_broadcast_copies_the_roots_tensor_of_any_dtype(results, transport, dtype):
+    expected = torch.arange(7).add(len(results) - 1).to(dtype)
+    for rank in results:
+        assert torch.equal(rank[transport]["broadcast", str(dtype)], expected)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_uneven_column_shards_are_joined_in_rank_order(results, transport):
+    rows = torch.arange(5.0)[:, None] * 100
+    shards = [rows + rank * 10 + torch.arange(3.0 * rank) for rank in range(len(results))]
+    for rank in results:
+        assert torch.equal(rank[transport]["gather"], torch.cat(shards, dim=1))
+
+
+# --------------------------------------------------------------------------------- one process
+
+
+def test_a_process_without_a_launcher_holds_the_whole_model():
+    communicator = connect()
+    assert (communicator.rank, communicator.size, communicator.transport) == (0, 1, "none")
+
+
+def test_one_process_gets_back_what_it_gives():
+    communicator = _C.single_process()
+    tensor = torch.randn(3, 5)
+    expected = tensor.clone()
+    communicator.all_reduce_sum(tensor)
+    communicator.all_reduce_max(tensor)
+    communicator.broadcast(tensor, 0)
+    communicator.barrier()
+    assert torch.equal(tensor, expected)
+    assert torch.equal(communicator.all_gather_columns(tensor, [5]), expected)
+
+
+def test_a_degree_other_than_the_number_of_ranks_is_refused():
+    message = r"tp_size must be 1 or the number of ranks, got 2 with 1 ranks: .*--nproc-per-node 2"
+    with pytest.raises(ValueError, match=message):
+        connect(tp_size=2)
+
+
+def test_a_group_that_nobody_made_is_an_error():
+    with pytest.raises(RuntimeError, match="no_such_group"):
+        _C.make_communicator("no_such_group")
+
+
+def test_an_unknown_transport_is_an_error():
+    with pytest.raises(_C.Error, match="transport must be auto, shared_memory or c10d, got pigeon"):
+        _C.make_communicator("group", "pigeon")
+
+
+def test_only_float32_is_reduced():
+    with pytest.raises(TypeError, match="all_reduce_sum: the tensor must be float32, got Double"):
+        _C.single_process().all_reduce_sum(torch.zeros(4, dtype=torch.float64))
+
+
+def test_only_a_contiguous_tensor_is_reduced():
+    with pytest.raises(ValueError, match="all_reduce_sum: the tensor must be contiguous"):
+        _C.single_process().all_reduce_sum(torch.zeros(4, 6).t())
+
+
+def test_a_shard_of_another_width_is_an_error():
+    with pytest.raises(ValueError, match=r"the shard of rank 0 must be \[m, 4\], got \[2, 5\]"):
+        _C.single_process().all_gather_columns(torch.zeros(2, 5), [4])
+
+
+def test_a_root_outside_the_group_is_an_error():
+    with pytest.raises(ValueError, match=r"broadcast: root must be in \[0, 1\), got 1"):
+        _C.single_process().broadcast(torch.zeros(2), 1)
+
+
+# ------------------------------------------------------------------------------------ failures
+
+
+class Job:
+    """Two ranks under torchrun that reduce until something ends them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.log = directory / "log"
+        self.shared_memory_before = sorted(os.listdir("/dev/shm"))
+        with self.log.open("w") as log:
+            self.launcher = subprocess.Popen(
+                torchrun_command(2, WORKERS / "reduce_forever.py", directory),
+                env=one_thread_environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        files = [directory / f"rank{rank}.pid" for rank in range(2)]
+        wait_until(lambda: all(file.exists() for file in files), 60, "the ranks have started")
+        self.ranks = [int(file.read_text()) for file in files]
+
+    def end(self) -> None:
+        for process in (self.launcher.pid, *self.ranks):
+            if is_running(process):
+                os.kill(process, signal.SIGKILL)
+        self.launcher.wait()
+
+
+@pytest.fixture
+def job(tmp_path):
+    job = Job(tmp_path)
+    yield job
+    job.end()
+
+
+def test_a_killed_rank_ends_the_job_with_an_error_that_names_it(job):
+    os.kill(job.ranks[1], signal.SIGKILL)
+    start = time.monotonic()
+    status = job.launcher.wait(timeout=60)
+    output = job.log.read_text()
+    assert status != 0
+    named = f"got no rank 1 (process {job.ranks[1]}) of 2: its process has ended"
+    assert named in output, output
+    assert time.monotonic() - start < 30
+    assert not any(is_running(process) for process in job.ranks)
+    assert sorted(os.listdir("/dev/shm")) == job.shared_memory_before
+
+
+def test_no_rank_outlives_a_killed_torchrun(job):
+    os.kill(job.launcher.pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(is_running, job.ranks)), 10, "the ranks have ended")
+    assert sorted(os.listdir("/dev/shm")) == job.shared_memory_before
