@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -23,25 +24,27 @@ enum class Granularity : std::uint8_t {
 /// describe both torch's Linear ([out, in], row_stride = cols, col_stride = 1) and Hugging Face's
 /// Conv1D ([in, out], row_stride = 1, col_stride = rows).
 struct FakeQuantizeTensor {
-  const void* input;       ///< [rows, cols], strided, input_dtype
-  void* output = nullptr;  ///< the same strides, output_dtype; may alias input; null: not written
-  void* codes =
-      nullptr;  ///< [rows, cols] contiguous, int8 (num_bits <= 8) or int16; null: not written
-  void* scales =
-      nullptr;  ///< [num_groups], scale_dtype, row-major by (row, group); null: not written
+  const void* input = nullptr;  ///< [rows, cols], strided, input_dtype
+  void* output = nullptr;       ///< the same strides, output_dtype; null: not written
+  /// [rows, cols] contiguous, int8 (num_bits <= 8) or int16; null: not written
+  void* codes = nullptr;
+  /// [num_groups], scale_dtype, row-major by (row, group); null: not written
+  void* scales = nullptr;
   std::int32_t* zero_points = nullptr;  ///< [num_groups]; null: not written
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t row_stride = 0;  ///< elements
   std::int64_t col_stride = 0;  ///< elements
-  std::int64_t group_size =
-      0;  ///< columns per scale; read only when granularity is kPerGroup; divides cols
-  /// Number of the matrix's first element within the whole, unsharded parameter, counted row-major
-  /// over [rows, cols] as above. Stochastic rounding draws by element number, so that every
-  /// sharding of a parameter draws the same bits.
+  /// Columns per scale; read only when granularity is kPerGroup; divides cols.
+  std::int64_t group_size = 0;
+  /// Stochastic rounding draws by the number of an element within the whole parameter, counted
+  /// row-major over [rows, cols] whatever the storage, so that every sharding of a parameter draws
+  /// the same bits: element (i, j) of this matrix has number first_element + i * unsharded_cols +
+  /// j.
   std::int64_t first_element = 0;
-  std::uint32_t name_hash =
-      0;  ///< FNV-1a of the parameter's name: separates the streams of two parameters
+  std::int64_t unsharded_cols = 0;  ///< columns of the whole parameter; 0: cols
+  /// FNV-1a of the parameter's name: separates the streams of two parameters.
+  std::uint32_t name_hash = 0;
   DType input_dtype = DType::kFloat32;
   DType output_dtype = DType::kFloat32;
   DType codes_dtype = DType::kInt8;
@@ -65,27 +68,47 @@ struct FakeQuantizeTensor {
 /// uniform is (word >> 8) * 2^-24. Source: Salmon et al., SC 2011.
 ///
 /// With blend_ratio == 0 output is exactly the dequantized code. A group that holds a NaN or an
-/// infinity gives NaN throughout its output; callers that must refuse such weights check first.
+/// infinity gives the canonical quiet NaN throughout its output and as its scale, codes and zero
+/// point 0; callers that must refuse such weights check first. With num_bits == 0 the output is the
+/// input, converted to output_dtype; codes, scales and zero points are not written.
+///
+/// An output may be its own input if the dtypes agree; otherwise outputs overlap nothing.
 struct FakeQuantizeArgs {
   std::span<const FakeQuantizeTensor> tensors;  ///< host memory
-  const std::int32_t* num_bits = nullptr;  ///< [tensors.size()], each in [2, 16]; 0: copy unchanged
-  const float* blend_ratio = nullptr;      ///< [tensors.size()], each in [0, 1]; null: all 0
-  std::uint64_t seed = 0;                  ///< Philox key
-  const std::int64_t* step = nullptr;      ///< [1]; null: 0
-  const float* skip = nullptr;  ///< [1]; non-zero: nothing is written (overflow step); null: never
+  const std::int32_t* num_bits = nullptr;       ///< [tensors.size()], each in [2, 16] or 0
+  const float* blend_ratio = nullptr;           ///< [tensors.size()], in [0, 1]; null: all 0
+  std::uint64_t seed = 0;                       ///< Philox key
+  const std::int64_t* step = nullptr;           ///< [1], taken modulo 2^32; null: 0
+  /// [1]; non-zero: nothing is written (a step whose gradients overflowed); null: never.
+  const float* skip = nullptr;
+  /// CUDA only: device memory of fake_quantize_workspace_size bytes, aligned to 8 bytes, that no
+  /// other stream uses before this call's work has ended; may be null if that size is 0.
+  void* workspace = nullptr;
 };
 
 namespace cpu {
 /// All pointers are host memory.
-/// @throws moq::Error for an unsupported dtype, a group_size that does not divide cols, or a bit
-///         width outside the grid.
+/// @throws moq::Error for an unsupported dtype, a group_size that does not divide cols, a bit width
+///         outside the grid or too wide for codes_dtype, a blend ratio outside [0, 1].
 void fake_quantize(const FakeQuantizeArgs& args);
 }  // namespace cpu
 
 namespace cuda {
-/// Tensor data and num_bits, blend_ratio, step, skip are device memory of the current device.
-/// @throws moq::Error as on the CPU (bit widths excepted: they are device data), and if a launch
-/// fails.
+/// Bytes that FakeQuantizeArgs::workspace must have: 8 for each per-tensor scale, else 0.
+std::size_t fake_quantize_workspace_size(std::span<const FakeQuantizeTensor> tensors);
+
+/// Tensor data, num_bits, blend_ratio, step and skip are memory of the current device.
+///
+/// One launch carries up to 256 tensors; what describes them travels by value in the launch's own
+/// parameters, so a captured CUDA graph owns it and nothing on the host must outlive the call. Per
+/// tensor scales need all of a matrix before any of it: only where there are some, two more nodes
+/// (a memset and a statistics launch) come first.
+///
+/// Bit widths and blend ratios are device data that the host cannot check: a width that has no
+/// grid, or one too wide for codes_dtype, gives NaN outputs and scales, and codes and zero points
+/// 0.
+/// @throws moq::Error for an unsupported dtype, a group_size that does not divide cols, a missing
+///         workspace, and if a launch fails.
 void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream);
 }  // namespace cuda
 

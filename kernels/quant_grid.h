@@ -73,6 +73,14 @@ MOQ_HOST_DEVICE constexpr float max_scale(DType dtype) {
   }
 }
 
+// Not fmaxf and fminf: those are calls into the C library here, which is slow for small groups.
+MOQ_HOST_DEVICE constexpr float larger(float a, float b) {
+  return a > b ? a : b;
+}
+MOQ_HOST_DEVICE constexpr float smaller(float a, float b) {
+  return a < b ? a : b;
+}
+
 /// Grid of a group from its statistics.
 ///
 /// @param lo, hi       smallest and largest element of the group, finite; symmetric grids use only
@@ -85,23 +93,24 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
   float extent;
   float levels;
   if (mode == QuantMode::kSymmetric) {
-    extent = fmaxf(fabsf(lo), fabsf(hi));
+    extent = larger(fabsf(lo), fabsf(hi));
     levels = static_cast<float>(range.qmax);
   } else {
-    lo = fminf(lo, 0.0F);
-    hi = fmaxf(hi, 0.0F);
+    lo = smaller(lo, 0.0F);
+    hi = larger(hi, 0.0F);
     extent = hi - lo;
     levels = static_cast<float>(range.qmax - range.qmin);
   }
   // The reciprocal of min_scale must stay finite, hence the float32 floor of 2^-126 and not less.
-  const float scale = fminf(fmaxf(round_to(extent / levels, scale_dtype), min_scale(scale_dtype)),
-                            max_scale(scale_dtype));
+  const float scale =
+      smaller(larger(round_to(extent / levels, scale_dtype), min_scale(scale_dtype)),
+              max_scale(scale_dtype));
   const float inverse_scale = 1.0F / scale;
   std::int32_t zero_point = 0;
   if (mode == QuantMode::kAsymmetric) {
     const float exact = static_cast<float>(range.qmin) - lo * inverse_scale;
-    zero_point = static_cast<std::int32_t>(
-        fminf(fmaxf(rintf(exact), static_cast<float>(range.qmin)), static_cast<float>(range.qmax)));
+    zero_point = static_cast<std::int32_t>(smaller(
+        larger(rintf(exact), static_cast<float>(range.qmin)), static_cast<float>(range.qmax)));
   }
   return {scale, inverse_scale, zero_point, range};
 }
@@ -117,6 +126,8 @@ struct GroupStatistics {
 
 constexpr std::int32_t kMagnitudeMask = 0x7fffffff;
 constexpr std::int32_t kInfinityBits = 0x7f800000;
+constexpr std::int32_t kQuietNaNBits = 0x7fc00000;
+constexpr std::int32_t kLowestFiniteBits = -kInfinityBits;  ///< ordered_bits of -FLT_MAX
 
 /// An integer that is ordered as the numbers are, NaN outside both infinities. Its own inverse.
 MOQ_HOST_DEVICE inline std::int32_t ordered_bits(std::int32_t bits) {
@@ -125,15 +136,14 @@ MOQ_HOST_DEVICE inline std::int32_t ordered_bits(std::int32_t bits) {
 
 /// True if a NaN or an infinity is among the group's elements.
 MOQ_HOST_DEVICE inline bool has_nonfinite(const GroupStatistics& group) {
-  return group.highest >= kInfinityBits ||
-         group.lowest <= ordered_bits(~kMagnitudeMask | kInfinityBits);
+  return group.highest >= kInfinityBits || group.lowest < kLowestFiniteBits;
 }
 
 /// Grid of a group from what was collected over its elements.
 MOQ_HOST_DEVICE inline GridParams make_grid(const GroupStatistics& group, int num_bits,
                                             QuantMode mode, DType scale_dtype) {
   if (has_nonfinite(group)) {
-    const float nan = std::bit_cast<float>(0x7fc00000);
+    const float nan = std::bit_cast<float>(kQuietNaNBits);
     return {nan, nan, 0, grid_range(num_bits, mode)};
   }
   return make_grid(std::bit_cast<float>(ordered_bits(group.lowest)),
@@ -155,8 +165,8 @@ MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& 
     rounded += uniform < position - rounded ? 1.0F : 0.0F;
   }
   rounded += static_cast<float>(grid.zero_point);
-  return static_cast<std::int32_t>(fminf(fmaxf(rounded, static_cast<float>(grid.range.qmin)),
-                                         static_cast<float>(grid.range.qmax)));
+  return static_cast<std::int32_t>(smaller(larger(rounded, static_cast<float>(grid.range.qmin)),
+                                           static_cast<float>(grid.range.qmax)));
 }
 
 /// The real number that a code stands for, in float32; storing it in a 16-bit dtype rounds once.

@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+/// After the parameters of a lambda: inlined wherever it is called.
+#define MOQ_INLINE_LAMBDA __attribute__((always_inline))
+
 /// One vector register of the instruction set that the including file is compiled for, so that a
 /// kernel is written once. Arithmetic, comparison, bit operations and `mask ? a : b` are the
 /// compiler's own operators, which `float` and `std::int32_t` have too: the scalar build is the

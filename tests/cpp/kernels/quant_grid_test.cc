@@ -22,37 +22,36 @@ GroupStatistics asymmetric_group(float lo, float hi) {
 
 using Width = std::tuple<int, DType>;
 
-class EveryWidth : public testing::TestWithParam<Width> {
+class QuantGridEveryWidth : public testing::TestWithParam<Width> {
  protected:
   int num_bits() const { return std::get<0>(GetParam()); }
   DType scale_dtype() const { return std::get<1>(GetParam()); }
 };
 
-TEST_P(EveryWidth, SymmetricGridIsNarrowAndCentred) {
+TEST_P(QuantGridEveryWidth, SymmetricGridIsNarrowAndCentred) {
   const GridRange range = grid_range(num_bits(), QuantMode::kSymmetric);
   EXPECT_EQ(range.qmax, (1 << (num_bits() - 1)) - 1);
   EXPECT_EQ(range.qmin, -range.qmax);
 }
 
-TEST_P(EveryWidth, MapsAbsMaxOntoTheEndOfTheGrid) {
+TEST_P(QuantGridEveryWidth, MapsAbsMaxOntoTheEndOfTheGrid) {
   // Up to the scale's own rounding: a step of bfloat16 is 2^-8, so the last codes are lost to wide
   // grids.
-  const GridParams grid =
-      make_grid(-3.7F, 7.31F, num_bits(), QuantMode::kSymmetric, scale_dtype());
+  const GridParams grid = make_grid(-3.7F, 7.31F, num_bits(), QuantMode::kSymmetric, scale_dtype());
   const float rounding = scale_dtype() == DType::kBFloat16 ? 0x1p-8F : 0x1p-10F;
   EXPECT_GE(nearest(7.31F, grid), std::floor(grid.range.qmax * (1.0F - rounding)));
   EXPECT_EQ(nearest(-7.31F, grid), -nearest(7.31F, grid));
   EXPECT_EQ(nearest(-100.0F, grid), grid.range.qmin);
 }
 
-TEST_P(EveryWidth, ScaleIsANumberOfItsDType) {
+TEST_P(QuantGridEveryWidth, ScaleIsANumberOfItsDType) {
   for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kAsymmetric}) {
     const GridParams grid = make_grid(-3.7F, 7.31F, num_bits(), mode, scale_dtype());
     EXPECT_EQ(round_to(grid.scale, scale_dtype()), grid.scale);
   }
 }
 
-TEST_P(EveryWidth, ZeroIsOnTheAsymmetricGrid) {
+TEST_P(QuantGridEveryWidth, ZeroIsOnTheAsymmetricGrid) {
   for (const auto& [lo, hi] : {std::pair{-3.7F, 7.31F}, {0.2F, 0.9F}, {-5.0F, -1.0F}}) {
     const GridParams grid = make_grid(lo, hi, num_bits(), QuantMode::kAsymmetric, scale_dtype());
     EXPECT_EQ(nearest(0.0F, grid), grid.zero_point);
@@ -62,7 +61,7 @@ TEST_P(EveryWidth, ZeroIsOnTheAsymmetricGrid) {
   }
 }
 
-TEST_P(EveryWidth, DequantizedCodesQuantizeToThemselves) {
+TEST_P(QuantGridEveryWidth, DequantizedCodesQuantizeToThemselves) {
   for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kAsymmetric}) {
     const GridParams grid = make_grid(-3.7F, 7.31F, num_bits(), mode, scale_dtype());
     for (std::int32_t code = grid.range.qmin; code <= grid.range.qmax; ++code) {
@@ -71,7 +70,7 @@ TEST_P(EveryWidth, DequantizedCodesQuantizeToThemselves) {
   }
 }
 
-TEST_P(EveryWidth, AnAllZeroGroupGetsTheSmallestScaleAndCodesZero) {
+TEST_P(QuantGridEveryWidth, AnAllZeroGroupGetsTheSmallestScaleAndCodesZero) {
   const GridParams grid =
       make_grid(GroupStatistics{}, num_bits(), QuantMode::kSymmetric, scale_dtype());
   EXPECT_EQ(grid.scale, min_scale(scale_dtype()));
@@ -79,7 +78,7 @@ TEST_P(EveryWidth, AnAllZeroGroupGetsTheSmallestScaleAndCodesZero) {
   EXPECT_EQ(dequantize_one(0, grid), 0.0F);
 }
 
-INSTANTIATE_TEST_SUITE_P(QuantGrid, EveryWidth,
+INSTANTIATE_TEST_SUITE_P(All, QuantGridEveryWidth,
                          testing::Combine(testing::Values(2, 3, 4, 5, 8, 11, 16),
                                           testing::Values(DType::kFloat32, DType::kFloat16,
                                                           DType::kBFloat16)),

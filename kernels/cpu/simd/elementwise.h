@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/simd/group_grids.h"
+#include "kernels/cpu/simd/vector.h"
+
+/// Runs over contiguous elements: what fake-quantize does once the grids are known. Each writes
+/// element i of `output` from element i of `input` by the grid that `grids` gives for i.
+namespace moq::kernels::cpu::MOQ_ISA {
+
+/// Draws and blending of one run of elements.
+struct Run {
+  std::int64_t size;
+  const std::uint32_t* random_words;  ///< readable up to a whole vector past size; null: nearest
+  float blend_ratio;
+};
+
+/// Calls body(element, count) for vectors of a run: `count` is kWidth except at a start that brings
+/// `output` to an address a streaming store accepts, and at the end.
+template <bool kStream, typename Output, typename Body>
+[[gnu::always_inline]] inline void for_each_vector(const Output* output, std::int64_t size,
+                                                   const Body& body) {
+  std::int64_t i = 0;
+  if constexpr (kStream) {
+    constexpr std::uintptr_t kAlignment = kWidth * sizeof(Output);
+    const std::uintptr_t misalignment = reinterpret_cast<std::uintptr_t>(output) % kAlignment;
+    const auto head =
+        static_cast<std::int64_t>((kAlignment - misalignment) % kAlignment / sizeof(Output));
+    i = head < size ? head : size;
+    if (i > 0) {
+      body(std::int64_t{0}, i);
+    }
+  }
+  for (; i + kWidth <= size; i += kWidth) {
+    body(i, std::int64_t{kWidth});
+  }
+  if (i < size) {
+    body(i, size - i);
+  }
+}
+
+/// A vector of which `count` elements are read; the others are 0.
+template <typename Element>
+[[gnu::always_inline]] inline F32 load_some(const Element* input, std::int64_t count) {
+  if (count == kWidth) {
+    return load(input);
+  }
+  Element padded[kWidth] = {};
+  std::memcpy(padded, input, static_cast<std::size_t>(count) * sizeof(Element));
+  return load(padded);
+}
+
+template <bool kStream, typename Element>
+[[gnu::always_inline]] inline void store_some(Element* output, F32 value, std::int64_t count) {
+  if (count != kWidth) {
+    Element padded[kWidth];
+    store(padded, value);
+    std::memcpy(output, padded, static_cast<std::size_t>(count) * sizeof(Element));
+  } else if constexpr (kStream) {
+    stream(output, value);
+  } else {
+    store(output, value);
+  }
+}
+
+/// Codes as float32; kPlain promises nearest rounding.
+template <bool kPlain>
+[[gnu::always_inline]] inline F32 quantize(F32 value, const VectorGrid& grid, const Run& run,
+                                           std::int64_t element) {
+  if (kPlain || run.random_words == nullptr) {
+    return quantize_nearest(value, grid);
+  }
+  return quantize_stochastic(value, grid, load_bits<I32>(run.random_words + element));
+}
+
+/// kPlain promises nearest rounding and no blending: the usual step, kept free of both questions.
+template <bool kPlain, bool kStream, typename Input, typename Output, typename Grids>
+inline void fake_quantize_run(const Input* input, Output* output, const Grids& grids,
+                              const Run& run) {
+  for_each_vector<kStream>(
+      output, run.size, [&](std::int64_t i, std::int64_t count) MOQ_INLINE_LAMBDA {
+        const VectorGrid grid = grids.at(i);
+        const F32 value = load_some(input + i, count);
+        F32 result = dequantize(quantize<kPlain>(value, grid, run, i), grid);
+        if (!kPlain && run.blend_ratio != 0.0F) {
+          const F32 blended = run.blend_ratio * value + (1.0F - run.blend_ratio) * result;
+          result = grid.scale == grid.scale ? blended : grid.scale;  // NaN: as without blending
+        }
+        store_some<kStream>(output + i, result, count);
+      });
+}
+
+/// Codes of a run; 0 where the group has no grid.
+template <typename Input, typename Code, typename Grids>
+inline void quantize_run(const Input* input, Code* codes, const Grids& grids, const Run& run) {
+  for_each_vector<false>(
+      codes, run.size, [&](std::int64_t i, std::int64_t count) MOQ_INLINE_LAMBDA {
+        const VectorGrid grid = grids.at(i);
+        const F32 code = quantize<false>(load_some(input + i, count), grid, run, i);
+        Code padded[kWidth];
+        store(padded, convert<I32>(grid.scale == grid.scale ? code : F32{}));
+        std::memcpy(codes + i, padded, static_cast<std::size_t>(count) * sizeof(Code));
+      });
+}
+
+template <bool kStream, typename Input, typename Output>
+inline void convert_run(const Input* input, Output* output, std::int64_t size) {
+  for_each_vector<kStream>(output, size, [&](std::int64_t i, std::int64_t count) MOQ_INLINE_LAMBDA {
+    store_some<kStream>(output + i, load_some(input + i, count), count);
+  });
+}
+
+}  // namespace moq::kernels::cpu::MOQ_ISA

@@ -1,0 +1,137 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/simd/statistics.h"
+#include "kernels/cpu/simd/vector.h"
+#include "kernels/quant_grid.h"
+
+/// The arithmetic of quant_grid.h on vectors: the same operations in the same order, so the same
+/// bits. Codes stay in float32 until they are stored, where integers up to 2^24 are exact.
+namespace moq::kernels::cpu::MOQ_ISA {
+
+/// Grids of up to kCapacity groups, element i of each array belonging to group i; a vector may be
+/// loaded from any of them.
+struct GroupGrids {
+  static constexpr int kCapacity = 256;
+  alignas(64) float scale[kCapacity + kWidth];
+  alignas(64) float inverse_scale[kCapacity + kWidth];
+  alignas(64) float zero_point[kCapacity + kWidth];
+  float qmin;
+  float qmax;
+};
+
+/// Statistics of up to as many groups; the ones past `count` must be initialised too.
+struct GroupStatisticsArrays {
+  alignas(64) std::int32_t lowest[GroupGrids::kCapacity] = {};
+  alignas(64) std::int32_t highest[GroupGrids::kCapacity] = {};
+};
+
+[[gnu::always_inline]] inline F32 absolute(F32 value) {
+  return bit_cast<F32>(bit_cast<I32>(value) & kMagnitudeMask);
+}
+
+[[gnu::always_inline]] inline F32 round_lanes_to(F32 value, DType dtype) {
+  if (dtype == DType::kFloat16) {
+    Float16 stored[kWidth];
+    store(stored, value);
+    return load(stored);
+  }
+  if (dtype == DType::kBFloat16) {
+    BFloat16 stored[kWidth];
+    store(stored, value);
+    return load(stored);
+  }
+  return value;
+}
+
+/// make_grid of quant_grid.h for the first `count` groups (and some past them).
+inline void make_grids(const GroupStatisticsArrays& groups, int count, int num_bits, QuantMode mode,
+                       DType scale_dtype, GroupGrids& grids) {
+  const GridRange range = grid_range(num_bits, mode);
+  grids.qmin = static_cast<float>(range.qmin);
+  grids.qmax = static_cast<float>(range.qmax);
+  const bool symmetric = mode == QuantMode::kSymmetric;
+  const F32 levels =
+      broadcast(static_cast<float>(symmetric ? range.qmax : range.qmax - range.qmin));
+  const F32 nan = bit_cast<F32>(broadcast(kQuietNaNBits));
+  for (int i = 0; i < count; i += kWidth) {
+    const I32 lowest = load_bits<I32>(groups.lowest + i);
+    const I32 highest = load_bits<I32>(groups.highest + i);
+    const F32 lo = bit_cast<F32>(ordered_lanes(lowest));
+    const F32 hi = bit_cast<F32>(ordered_lanes(highest));
+    const F32 extent = symmetric ? maximum(absolute(lo), absolute(hi)) : hi - lo;
+    const F32 scale = minimum(
+        maximum(round_lanes_to(extent / levels, scale_dtype), broadcast(min_scale(scale_dtype))),
+        broadcast(max_scale(scale_dtype)));
+    const F32 inverse_scale = 1.0F / scale;
+    F32 zero_point{};
+    if (!symmetric) {
+      const F32 exact = grids.qmin - lo * inverse_scale;
+      zero_point =
+          minimum(maximum(round_nearest(exact), broadcast(grids.qmin)), broadcast(grids.qmax));
+    }
+    const I32 lowest_finite = broadcast(kLowestFiniteBits);
+    const I32 largest_finite = broadcast(kInfinityBits - 1);
+    const auto finite = (lowest >= lowest_finite) & (highest <= largest_finite);
+    store(grids.scale + i, finite ? scale : nan);
+    store(grids.inverse_scale + i, finite ? inverse_scale : nan);
+    store(grids.zero_point + i, finite ? zero_point : F32{});
+  }
+}
+
+/// The grid that one vector of elements is quantized by.
+struct VectorGrid {
+  F32 scale;
+  F32 inverse_scale;
+  F32 zero_point;
+  F32 qmin;
+  F32 qmax;
+};
+
+/// All elements belong to one group.
+class SharedGrid {
+ public:
+  SharedGrid(const GroupGrids& grids, int group)
+      : grid_{broadcast(grids.scale[group]), broadcast(grids.inverse_scale[group]),
+              broadcast(grids.zero_point[group]), broadcast(grids.qmin), broadcast(grids.qmax)} {}
+  [[gnu::always_inline]] VectorGrid at(std::int64_t /*element*/) const { return grid_; }
+
+ private:
+  VectorGrid grid_;
+};
+
+/// Element i belongs to group i.
+class LaneGrids {
+ public:
+  explicit LaneGrids(const GroupGrids& grids) : grids_(grids) {}
+  [[gnu::always_inline]] VectorGrid at(std::int64_t element) const {
+    return {load(grids_.scale + element), load(grids_.inverse_scale + element),
+            load(grids_.zero_point + element), broadcast(grids_.qmin), broadcast(grids_.qmax)};
+  }
+
+ private:
+  const GroupGrids& grids_;
+};
+
+/// Codes (as float32) of elements that are rounded to the nearest grid point.
+[[gnu::always_inline]] inline F32 quantize_nearest(F32 value, const VectorGrid& grid) {
+  const F32 rounded = round_nearest(value * grid.inverse_scale) + grid.zero_point;
+  return minimum(maximum(rounded, grid.qmin), grid.qmax);
+}
+
+/// Codes (as float32) of elements that are rounded up where their uniform is below the fraction.
+[[gnu::always_inline]] inline F32 quantize_stochastic(F32 value, const VectorGrid& grid,
+                                                      I32 random_words) {
+  const F32 uniform = convert<F32>((random_words >> 8) & 0xffffff) * 0x1p-24F;
+  const F32 position = value * grid.inverse_scale;
+  const F32 below = round_down(position);
+  const F32 rounded = below + (uniform < position - below ? broadcast(1.0F) : F32{});
+  return minimum(maximum(rounded + grid.zero_point, grid.qmin), grid.qmax);
+}
+
+[[gnu::always_inline]] inline F32 dequantize(F32 code, const VectorGrid& grid) {
+  return (code - grid.zero_point) * grid.scale;
+}
+
+}  // namespace moq::kernels::cpu::MOQ_ISA

@@ -1,0 +1,469 @@
+#include "kernels/fake_quantize.h"
+
+#include <gtest/gtest.h>
+
+#include <tuple>
+
+#include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/simd/fake_quantize.h"
+#include "tests/cpp/kernels/fake_quantize_problem.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+/// One call with one tensor, through the contract.
+Result run(const Problem& problem) {
+  Result result = problem.blank;
+  const Case& c = problem.parameters;
+  const FakeQuantizeTensor tensor = problem.tensor(result);
+  const std::int32_t num_bits = c.num_bits;
+  cpu::fake_quantize({.tensors = {&tensor, 1},
+                      .num_bits = &num_bits,
+                      .blend_ratio = &c.blend_ratio,
+                      .seed = c.seed,
+                      .step = &c.step});
+  return result;
+}
+
+// ------------------------------------------------------- every axis, every instruction set, bit
+// for bit
+
+using Shape = std::pair<std::int64_t, std::int64_t>;
+using Axes = std::tuple<Shape, Storage, Granularity, QuantMode, Rounding>;
+
+Case case_of(const Axes& axes) {
+  const auto& [shape, storage, granularity, mode, rounding] = axes;
+  Case c;
+  c.rows = shape.first;
+  c.cols = shape.second;
+  c.storage = storage;
+  c.granularity = granularity;
+  c.mode = mode;
+  c.rounding = rounding;
+  c.group_size = c.cols % 16 == 0 ? 16 : c.cols % 7 == 0 ? 7 : c.cols;
+  return c;
+}
+
+class FakeQuantizeEveryAxis : public ::testing::TestWithParam<Axes> {};
+
+TEST_P(FakeQuantizeEveryAxis, GivesTheBitsOfTheDefinition) {
+  const Problem problem(case_of(GetParam()));
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+// Scattered storage is not here: it is staged to linear before an instruction set sees it.
+class FakeQuantizeEveryInstructionSet : public ::testing::TestWithParam<Axes> {};
+
+TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
+  const Case c = case_of(GetParam());
+  const Problem problem(c);
+  const Result expected = reference(problem);
+  const auto expect_same = [&](cpu::Isa isa, auto rows, auto columns, auto statistics_of) {
+    if (isa > cpu::active_isa()) {
+      return;
+    }
+    Result result = problem.blank;
+    FakeQuantizeTensor matrix = problem.tensor(result);
+    GroupStatistics statistics;
+    cpu::FakeQuantizeStep step{.num_bits = c.num_bits,
+                               .blend_ratio = 0.0F,
+                               .seed = c.seed,
+                               .step = static_cast<std::uint32_t>(c.step),
+                               .stream = true,
+                               .tensor_statistics = nullptr};
+    if (c.granularity == Granularity::kPerTensor) {
+      FakeQuantizeTensor along_storage = matrix;
+      if (c.storage == Storage::kConv1d) {
+        std::swap(along_storage.rows, along_storage.cols);
+        std::swap(along_storage.row_stride, along_storage.col_stride);
+      }
+      statistics = statistics_of(along_storage);
+      step.tensor_statistics = &statistics;
+      result.scales = expected.scales;  // written by the caller of these functions
+      result.zero_points = expected.zero_points;
+    }
+    (c.storage == Storage::kLinear ? rows : columns)(matrix, step);
+    EXPECT_EQ(result, expected) << cpu::name_of(isa);
+  };
+  expect_same(cpu::Isa::kScalar, cpu::scalar::fake_quantize_rows,
+              cpu::scalar::fake_quantize_columns, cpu::scalar::matrix_statistics);
+  expect_same(cpu::Isa::kAvx2, cpu::avx2::fake_quantize_rows, cpu::avx2::fake_quantize_columns,
+              cpu::avx2::matrix_statistics);
+  expect_same(cpu::Isa::kAvx512, cpu::avx512::fake_quantize_rows,
+              cpu::avx512::fake_quantize_columns, cpu::avx512::matrix_statistics);
+}
+
+std::string axes_name(const ::testing::TestParamInfo<Axes>& info) {
+  return describe(case_of(info.param));
+}
+
+const auto kShapes = ::testing::Values(Shape{1, 1}, Shape{0, 5}, Shape{3, 0}, Shape{31, 37},
+                                       Shape{1, 1030}, Shape{300, 7}, Shape{67, 1552});
+const auto kGranularities =
+    ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup);
+const auto kModes = ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric);
+const auto kRoundings = ::testing::Values(Rounding::kNearest, Rounding::kStochastic);
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryAxis,
+                         ::testing::Combine(kShapes,
+                                            ::testing::Values(Storage::kLinear, Storage::kConv1d,
+                                                              Storage::kScattered),
+                                            kGranularities, kModes, kRoundings),
+                         axes_name);
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSet,
+                         ::testing::Combine(kShapes,
+                                            ::testing::Values(Storage::kLinear, Storage::kConv1d),
+                                            kGranularities, kModes, kRoundings),
+                         axes_name);
+
+using DTypes = std::tuple<DType, DType, Storage, Rounding>;
+
+class FakeQuantizeEveryDType : public ::testing::TestWithParam<DTypes> {
+ protected:
+  Case parameters() const {
+    Case c;
+    std::tie(c.input_dtype, c.output_dtype, c.storage, c.rounding) = GetParam();
+    c.rows = 19;
+    c.cols = 75;
+    c.scale_dtype = c.input_dtype;
+    c.mode = QuantMode::kAsymmetric;
+    return c;
+  }
+};
+
+TEST_P(FakeQuantizeEveryDType, GivesTheBitsOfTheDefinition) {
+  const Problem problem(parameters());
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeEveryDType, BlendsWeightsAndSimulatedValues) {
+  Case c = parameters();
+  c.blend_ratio = 0.3F;
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeEveryDType, WideCodesAreInt16) {
+  Case c = parameters();
+  c.num_bits = 16;
+  c.codes_dtype = DType::kInt16;
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeEveryDType, CopiesAtZeroBits) {
+  Case c = parameters();
+  Problem problem(c);
+  problem.set(2, 3, kNaN);
+  problem.set(2, 4, -kInfinity);
+  problem.parameters.num_bits = 0;
+  Result expected = problem.blank;
+  for (std::int64_t row = 0; row < c.rows; ++row) {
+    for (std::int64_t col = 0; col < c.cols; ++col) {
+      put_float(expected.output, c.output_dtype, problem.place(row, col), problem.get(row, col));
+    }
+  }
+  EXPECT_EQ(run(problem), expected);
+}
+
+std::string dtypes_name(const ::testing::TestParamInfo<DTypes>& info) {
+  const auto& [input, output, storage, rounding] = info.param;
+  return std::string(moq::name_of(input)) + "_" + moq::name_of(output) + "_" + name_of(storage) +
+         (rounding == Rounding::kNearest ? "_nearest" : "_stochastic");
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, FakeQuantizeEveryDType,
+    ::testing::Combine(::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
+                       ::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
+                       ::testing::Values(Storage::kLinear, Storage::kConv1d, Storage::kScattered),
+                       ::testing::Values(Rounding::kNearest, Rounding::kStochastic)),
+    dtypes_name);
+
+class FakeQuantizeEveryWidth : public ::testing::TestWithParam<int> {};
+
+TEST_P(FakeQuantizeEveryWidth, GivesTheBitsOfTheDefinition) {
+  for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kAsymmetric}) {
+    Case c;
+    c.rows = 5;
+    c.cols = 131;
+    c.mode = mode;
+    c.num_bits = GetParam();
+    c.codes_dtype = DType::kInt16;
+    const Problem problem(c);
+    EXPECT_EQ(run(problem), reference(problem));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryWidth, ::testing::Range(kMinBits, kMaxBits + 1));
+
+// ------------------------------------------------------------------------------------ numbers at
+// the edge
+
+class FakeQuantizeBadGroup
+    : public ::testing::TestWithParam<std::tuple<Storage, Granularity, float>> {};
+
+TEST_P(FakeQuantizeBadGroup, GivesNaNThroughoutAndLeavesTheOthersAlone) {
+  Case c;
+  c.rows = 21;
+  c.cols = 48;
+  c.group_size = 16;
+  c.storage = std::get<0>(GetParam());
+  c.granularity = std::get<1>(GetParam());
+  for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kAsymmetric}) {
+    for (const float blend_ratio : {0.0F, 0.5F}) {
+      c.mode = mode;
+      c.blend_ratio = blend_ratio;
+      Problem problem(c);
+      problem.set(20, 17, std::get<2>(GetParam()));
+      EXPECT_EQ(run(problem), reference(problem));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, FakeQuantizeBadGroup,
+    ::testing::Combine(::testing::Values(Storage::kLinear, Storage::kConv1d, Storage::kScattered),
+                       ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel,
+                                         Granularity::kPerGroup),
+                       ::testing::Values(kInfinity, -kInfinity, kNaN, -kNaN)));
+
+TEST(FakeQuantize, AZeroRowStaysZeroWithTheSmallestScale) {
+  Problem problem(Case{.rows = 2, .cols = 19, .scale_dtype = DType::kFloat16});
+  for (std::int64_t col = 0; col < 19; ++col) {
+    problem.set(1, col, col % 2 == 0 ? 0.0F : -0.0F);
+  }
+  const Result result = run(problem);
+  EXPECT_EQ(result, reference(problem));
+  const auto* output = reinterpret_cast<const std::uint32_t*>(result.output.data());
+  EXPECT_EQ(output[problem.place(1, 1)], 0U);  // +0, whatever the sign of the weight
+}
+
+TEST(FakeQuantize, HugeAndSubnormalWeightsGiveTheBitsOfTheDefinition) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    Problem problem(
+        Case{.rows = 2, .cols = 33, .mode = QuantMode::kAsymmetric, .scale_dtype = dtype});
+    problem.set(0, 5, 3e38F);
+    problem.set(0, 6, -3e38F);
+    for (std::int64_t col = 0; col < 33; ++col) {
+      problem.set(1, col, 1e-41F * static_cast<float>(col));
+    }
+    EXPECT_EQ(run(problem), reference(problem));
+  }
+}
+
+// ------------------------------------------------------------------------------------ stochastic
+// rounding
+
+TEST(FakeQuantize, StochasticRoundingIsUnbiased) {
+  Case c{.rows = 1, .cols = 100000, .rounding = Rounding::kStochastic, .num_bits = 4};
+  Problem problem(c);
+  double expected = 0.0;
+  for (std::int64_t col = 0; col < c.cols; ++col) {
+    problem.set(0, col, col == 0 ? 7.0F : 1.3F);
+    expected += col == 0 ? 7.0 : 1.3;
+  }
+  const Result result = run(problem);
+  double sum = 0.0;
+  for (std::int64_t col = 0; col < c.cols; ++col) {
+    float value;
+    std::memcpy(&value, result.output.data() + problem.place(0, col) * sizeof(float),
+                sizeof(float));
+    sum += value;
+  }
+  const double standard_error = std::sqrt(0.3 * 0.7 * static_cast<double>(c.cols));
+  EXPECT_NEAR(sum, expected, 4.0 * standard_error);
+}
+
+TEST(FakeQuantize, EveryShardDrawsAsTheWholeParameterDoes) {
+  // One scale for all rows of the whole and of the shard: the largest weight is in every column.
+  const Case whole{.rows = 12,
+                   .cols = 40,
+                   .granularity = Granularity::kPerTensor,
+                   .rounding = Rounding::kStochastic,
+                   .first_element = 0};
+  Case shard = whole;
+  shard.rows = 5;
+  shard.cols = 13;
+  shard.first_element = 3 * whole.cols + 11;
+  shard.unsharded_cols = whole.cols;
+  Problem whole_problem(whole);
+  Problem shard_problem(shard);
+  for (std::int64_t row = 0; row < whole.rows; ++row) {
+    for (std::int64_t col = 0; col < whole.cols; ++col) {
+      whole_problem.set(row, col, col == 11 ? 1.0F : 0.3F);
+    }
+  }
+  for (std::int64_t row = 0; row < shard.rows; ++row) {
+    for (std::int64_t col = 0; col < shard.cols; ++col) {
+      shard_problem.set(row, col, col == 0 ? 1.0F : 0.3F);
+    }
+  }
+  const Result whole_result = run(whole_problem);
+  const Result shard_result = run(shard_problem);
+  for (std::int64_t row = 0; row < shard.rows; ++row) {
+    for (std::int64_t col = 0; col < shard.cols; ++col) {
+      EXPECT_EQ(shard_result.codes[static_cast<std::size_t>(row * shard.cols + col)],
+                whole_result.codes[static_cast<std::size_t>((row + 3) * whole.cols + col + 11)]);
+    }
+  }
+}
+
+TEST(FakeQuantize, ElementNumbersBeyond32BitsDrawTheirOwnBits) {
+  Case c{
+      .rows = 3, .cols = 29, .rounding = Rounding::kStochastic, .first_element = (1LL << 35) - 40};
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+// --------------------------------------------------------------------------------------- the whole
+// call
+
+TEST(FakeQuantize, ManyTensorsOnSeveralThreadsEqualEachAlone) {
+  std::vector<Problem> problems;
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d, Storage::kScattered}) {
+    for (const Granularity granularity :
+         {Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup}) {
+      problems.emplace_back(Case{.rows = 1031,
+                                 .cols = 144,
+                                 .storage = storage,
+                                 .granularity = granularity,
+                                 .group_size = 48,
+                                 .num_bits = granularity == Granularity::kPerGroup ? 4 : 8});
+    }
+  }
+  std::vector<Result> results;
+  for (const Problem& problem : problems) results.push_back(problem.blank);
+  std::vector<FakeQuantizeTensor> tensors;
+  std::vector<std::int32_t> num_bits;
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    tensors.push_back(problems[i].tensor(results[i]));
+    num_bits.push_back(problems[i].parameters.num_bits);
+  }
+  const ThreadScope threads(4);
+  cpu::fake_quantize({.tensors = tensors, .num_bits = num_bits.data()});
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    EXPECT_EQ(results[i], run(problems[i])) << problems[i].parameters;
+  }
+}
+
+TEST(FakeQuantize, OutputsLargerThanTheCachesEqualTheDefinition) {
+  const Problem problem(Case{.rows = 1201, .cols = 2003, .storage = Storage::kLinear});
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST(FakeQuantize, WorksInPlace) {
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d, Storage::kScattered}) {
+    Problem problem(Case{.rows = 45, .cols = 67, .storage = storage});
+    const Result expected = reference(problem);
+    Result result = problem.blank;
+    const FakeQuantizeTensor tensor =
+        problem.tensor(problem.input.data(), problem.input.data(), result.codes.data(),
+                       result.scales.data(), result.zero_points.data());
+    const std::int32_t num_bits = 8;
+    cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
+    EXPECT_EQ(result.codes, expected.codes);
+    float value;
+    float wanted;
+    const std::size_t place = problem.place(44, 66) * sizeof(float);
+    std::memcpy(&value, problem.input.data() + place, sizeof(float));
+    std::memcpy(&wanted, expected.output.data() + place, sizeof(float));
+    EXPECT_EQ(value, wanted);
+  }
+}
+
+TEST(FakeQuantize, ASkippedStepWritesNothing) {
+  const Problem problem(Case{.rows = 4, .cols = 4});
+  Result result = problem.blank;
+  const FakeQuantizeTensor tensor = problem.tensor(result);
+  const std::int32_t num_bits = 8;
+  const float skip = 1.0F;
+  cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits, .skip = &skip});
+  EXPECT_EQ(result, problem.blank);
+}
+
+TEST(FakeQuantize, NullOutputsAreNotWritten) {
+  const Problem problem(Case{.rows = 9, .cols = 21});
+  Result result = problem.blank;
+  const FakeQuantizeTensor tensor =
+      problem.tensor(problem.input.data(), nullptr, nullptr, result.scales.data(), nullptr);
+  const std::int32_t num_bits = 8;
+  cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
+  EXPECT_EQ(result.scales, reference(problem).scales);
+  EXPECT_EQ(result.output, problem.blank.output);
+}
+
+// ----------------------------------------------------------------------------------------------
+// errors
+
+/// The message of the error that a call with a changed tensor raises.
+template <typename Change>
+std::string error_of(const Change& change, std::int32_t num_bits = 8, float blend_ratio = 0.0F) {
+  const Problem problem(Case{.rows = 4, .cols = 12});
+  Result result = problem.blank;
+  FakeQuantizeTensor tensor = problem.tensor(result);
+  change(tensor);
+  try {
+    cpu::fake_quantize(
+        {.tensors = {&tensor, 1}, .num_bits = &num_bits, .blend_ratio = &blend_ratio});
+  } catch (const Error& error) {
+    EXPECT_EQ(result, problem.blank) << "a refused call wrote something";
+    return error.what();
+  }
+  return "no error";
+}
+
+constexpr auto kUnchanged = [](FakeQuantizeTensor&) {};
+
+TEST(FakeQuantize, RefusesABitWidthWithoutAGrid) {
+  EXPECT_EQ(error_of(kUnchanged, 1),
+            "fake_quantize: num_bits of tensor 0 must be 0 or in [2, 16], got 1");
+  EXPECT_EQ(error_of(kUnchanged, 17),
+            "fake_quantize: num_bits of tensor 0 must be 0 or in [2, 16], got 17");
+}
+
+TEST(FakeQuantize, RefusesCodesTooNarrowForTheirWidth) {
+  EXPECT_EQ(error_of(kUnchanged, 9),
+            "fake_quantize: int8 codes of tensor 0 need num_bits <= 8, got 9");
+}
+
+TEST(FakeQuantize, RefusesABlendRatioOutsideTheUnitInterval) {
+  EXPECT_EQ(error_of(kUnchanged, 8, 1.5F),
+            "fake_quantize: blend_ratio of tensor 0 must be in [0, 1], got 1.5");
+  EXPECT_EQ(error_of(kUnchanged, 8, kNaN),
+            "fake_quantize: blend_ratio of tensor 0 must be in [0, 1], got nan");
+}
+
+TEST(FakeQuantize, RefusesAGroupSizeThatDoesNotDivideTheColumns) {
+  const auto change = [](FakeQuantizeTensor& tensor) {
+    tensor.granularity = Granularity::kPerGroup;
+    tensor.group_size = 5;
+  };
+  EXPECT_EQ(error_of(change),
+            "fake_quantize: group_size of tensor 0 must divide its columns, got 5 and 12");
+}
+
+TEST(FakeQuantize, RefusesIntegerWeights) {
+  EXPECT_EQ(error_of([](FakeQuantizeTensor& tensor) { tensor.input_dtype = DType::kInt8; }),
+            "fake_quantize: input, output and scale of tensor 0 must be float32, float16 or "
+            "bfloat16, got int8, float32 and float32");
+}
+
+TEST(FakeQuantize, RefusesInPlaceBetweenDTypes) {
+  const auto change = [](FakeQuantizeTensor& tensor) {
+    tensor.output = const_cast<void*>(tensor.input);
+    tensor.output_dtype = DType::kBFloat16;
+  };
+  EXPECT_EQ(error_of(change),
+            "fake_quantize: tensor 0 can only be its own output in its own dtype, got float32 and "
+            "bfloat16");
+}
+
+}  // namespace
+}  // namespace moq::kernels::testing
