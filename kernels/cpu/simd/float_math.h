@@ -5,21 +5,10 @@
 #include "kernels/activation.h"
 #include "kernels/cpu/simd/vector.h"
 
-/// What the float kernels need beyond vector.h: fused multiply-add, partial vectors, sums, and
+/// What the float kernels need beyond vector.h: partial vectors, sums, and
 /// elementary functions. Error bounds are against the exact function of the float32 argument, in
 /// units in the last place, as float_math_test.cc measures them.
 namespace moq::kernels::cpu::MOQ_ISA {
-
-/// a * b + c: rounded once where the instruction set has it, twice in the scalar build.
-[[gnu::always_inline]] inline F32 multiply_add(F32 a, F32 b, F32 c) {
-#if defined(MOQ_ISA_avx512)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(MOQ_ISA_avx2)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 /// a * a - square, the part of a's square that its rounding lost.
 [[gnu::always_inline]] inline F32 square_error(F32 a, F32 square) {
