@@ -1,6 +1,21 @@
-// Every operator of the extension: the table of contents. Implementations: csrc/ops/, one file per family.
+// Every operator of the extension: the table of contents. Implementations: csrc/ops/, one file per
+// family.
 #include <torch/library.h>
 
 TORCH_LIBRARY(moq, m) {
-  (void)m;
+  // Linear layers on the CPU. A packed weight is an opaque byte tensor; whoever holds it also holds
+  // its out_features, format ("int8", "int4", "int2", "float32", "bfloat16", "float16"), group_size
+  // (None: one scale a row) and whether it has zero points.
+  m.def(
+      "pack_linear(Tensor weight, Tensor? scales=None, Tensor? zero_points=None, *, str "
+      "format=\"int8\") -> Tensor");
+  // activation(input @ weight.T + bias) + residual; input_mode "float32" (exact), "dynamic_int8",
+  // "static_int8".
+  m.def(
+      "linear(Tensor input, Tensor packed, int out_features, *, str format=\"int8\", int? "
+      "group_size=None, "
+      "bool asymmetric=False, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, "
+      "str input_mode=\"float32\", float? input_scale=None) -> Tensor");
+  // Bytes a second of one reading of the buffer: what benchmarks compare with.
+  m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");
 }
