@@ -22,7 +22,7 @@ std::int64_t fused_row(QkvOrder order, const QkvShape& shape, Part part, std::in
     }
     case QkvOrder::kElementwise:
       return (head * shape.head_dim + d) * 3 + part;
-    case QkvOrder::kPerHead: {
+    case QkvOrder::kPerGroup: {
       const std::int64_t kv_head = part == kQuery ? head / group : head;
       const std::int64_t slot = part == kQuery ? head % group : group + (part == kValue ? 1 : 0);
       return (kv_head * (group + 2) + slot) * shape.head_dim + d;
@@ -95,6 +95,17 @@ std::vector<std::int64_t> indices_of(Range range) {
   std::vector<std::int64_t> indices(static_cast<std::size_t>(range.size()));
   std::iota(indices.begin(), indices.end(), range.begin);
   return indices;
+}
+
+std::vector<Range> runs_of(std::span<const std::int64_t> indices) {
+  std::vector<Range> runs;
+  for (const std::int64_t index : indices) {
+    if (runs.empty() || runs.back().end != index) {
+      runs.push_back({index, index});
+    }
+    ++runs.back().end;
+  }
+  return runs;
 }
 
 ColumnGroups shard_groups(Range columns, std::int64_t group_size) {

@@ -20,8 +20,8 @@ enum class QkvOrder {
                   ///< version 0
   kElementwise,   ///< [num_heads, head_dim, 3]: Megatron-LM checkpoint version 1.0; no grouped
                   ///< queries
-  kPerHead  ///< [num_kv_heads, queries of the group, key, value, head_dim]: Megatron-LM version 2.0
-            ///< on, NeoX
+  kPerGroup       ///< [num_kv_heads, queries of the group, key, value, head_dim]: Megatron-LM
+             ///< version 2.0 on, NeoX
 };
 
 /// The sizes of an attention layer.
@@ -43,6 +43,9 @@ std::vector<std::int64_t> qkv_rows(QkvOrder order, const QkvShape& shape, const 
 
 /// The indices begin, begin + 1, …, end - 1: the map of a plain range.
 std::vector<std::int64_t> indices_of(Range range);
+
+/// The indices as ranges of consecutive numbers, in order: what can be read in one go.
+std::vector<Range> runs_of(std::span<const std::int64_t> indices);
 
 /// Scales of a column shard of a weight that has one scale per `group_size` columns.
 struct ColumnGroups {

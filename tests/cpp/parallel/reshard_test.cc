@@ -113,7 +113,7 @@ TEST_P(QkvResharding, ShardsAreTheSameWhateverTheOrderOfTheFile) {
 INSTANTIATE_TEST_SUITE_P(
     OrdersAndShapes, QkvResharding,
     testing::Combine(
-        testing::Values(QkvOrder::kConcatenated, QkvOrder::kElementwise, QkvOrder::kPerHead),
+        testing::Values(QkvOrder::kConcatenated, QkvOrder::kElementwise, QkvOrder::kPerGroup),
         testing::Values(ShapeCase{{1, 1, 1}, "one"}, ShapeCase{{12, 12, 8}, "gpt2"},
                         ShapeCase{{25, 25, 4}, "gpt2_xl"}, ShapeCase{{9, 3, 7}, "smollm2"},
                         ShapeCase{{14, 2, 5}, "qwen"})),
@@ -121,7 +121,7 @@ INSTANTIATE_TEST_SUITE_P(
       const QkvOrder order = std::get<0>(info.param);
       const std::string prefix = order == QkvOrder::kConcatenated  ? "concatenated_"
                                  : order == QkvOrder::kElementwise ? "elementwise_"
-                                                                   : "per_head_";
+                                                                   : "per_group_";
       return prefix + std::get<1>(info.param).name;
     });
 
@@ -135,7 +135,8 @@ TEST(QkvRows, FollowTheThreeOrdersOnAShapeSmallEnoughToReadOff) {
             (Rows{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}));
   EXPECT_EQ(qkv_rows(QkvOrder::kElementwise, shape, all),
             (Rows{0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11}));
-  EXPECT_EQ(qkv_rows(QkvOrder::kPerHead, shape, all), (Rows{0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11}));
+  EXPECT_EQ(qkv_rows(QkvOrder::kPerGroup, shape, all),
+            (Rows{0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11}));
 }
 
 TEST(QkvRows, TheElementwiseOrderHasNoGroupedQueries) {
@@ -145,6 +146,12 @@ TEST(QkvRows, TheElementwiseOrderHasNoGroupedQueries) {
 TEST(QkvRows, RefuseAShardOutsideTheLayer) {
   EXPECT_THROW(qkv_rows(QkvOrder::kConcatenated, {4, 2, 8}, {{0, 5}, {0, 2}}), Error);
   EXPECT_THROW(qkv_rows(QkvOrder::kConcatenated, {4, 2, 8}, {{0, 4}, {-1, 2}}), Error);
+}
+
+TEST(RunsOf, JoinsConsecutiveIndicesAndKeepsTheirOrder) {
+  const std::vector<std::int64_t> indices = {4, 5, 6, 0, 1, 9, 8};
+  EXPECT_EQ(runs_of(indices), (std::vector<Range>{{4, 7}, {0, 2}, {9, 10}, {8, 9}}));
+  EXPECT_TRUE(runs_of({}).empty());
 }
 
 class ColumnResharding : public testing::TestWithParam<std::int64_t> {};
