@@ -1,39 +1,23 @@
 #include "kernels/sampling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 #include "kernels/common/philox.h"
+#include "kernels/cpu/float_kernels.h"
 
 namespace moq::kernels::cpu {
 namespace {
 
-/// A token that may still be drawn; its weight is exp(score - largest score), in (0, 1].
-struct Candidate {
-  float weight;
-  std::int32_t token;
-};
-
-/// Larger weight first, then lower index.
-bool ranks_before(const Candidate& a, const Candidate& b) {
-  return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
-}
-
-bool precedes(const Candidate& a, const Candidate& b) {
-  return a.token < b.token;
-}
-
-double total_weight(const std::vector<Candidate>& candidates) {
-  double total = 0.0;
-  for (const Candidate& candidate : candidates) {
-    total += static_cast<double>(candidate.weight);
-  }
-  return total;
-}
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void check(const SamplingParams& params) {
   MOQ_CHECK(params.temperature >= 0.0F && std::isfinite(params.temperature),
@@ -49,8 +33,9 @@ void check(const SamplingParams& params) {
 
 void check(const SamplingArgs& args) {
   MOQ_CHECK(args.batch_size >= 0, "sample: batch_size must be >= 0, got ", args.batch_size);
-  MOQ_CHECK(args.vocab_size >= 1 && args.vocab_size <= std::numeric_limits<std::int32_t>::max(),
-            "sample: vocab_size must be in [1, 2^31), got ", args.vocab_size);
+  MOQ_CHECK(args.vocab_size >= 1, "sample: vocab_size must be >= 1, got ", args.vocab_size);
+  MOQ_CHECK(args.tokens != nullptr || args.probabilities != nullptr,
+            "sample: tokens or probabilities must be given, got neither");
   for (std::int64_t i = 0; i < args.batch_size; ++i) {
     const SamplingRow& row = args.rows[i];
     check(row.params);
@@ -62,103 +47,134 @@ void check(const SamplingArgs& args) {
   }
 }
 
+using Floats = std::unique_ptr<float[]>;
+
+Floats make_floats(std::int64_t size) {
+  return std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(size));
+}
+
 /// The row's logits after the repetition penalty, copied to `storage` if there is one.
 const float* penalised(const float* logits, std::int64_t vocab_size, const SamplingRow& row,
-                       std::vector<float>& storage) {
+                       Floats& storage) {
   const float penalty = row.params.repetition_penalty;
   if (penalty == 1.0F || row.history_length == 0) {
     return logits;
   }
-  storage.assign(logits, logits + vocab_size);
+  storage = make_floats(vocab_size);
+  std::copy_n(logits, vocab_size, storage.get());
   for (std::int64_t j = 0; j < row.history_length; ++j) {
     // From the logit, not from the score: a token counts once, however often it occurs.
     const float logit = logits[row.history[j]];
-    storage[static_cast<std::size_t>(row.history[j])] =
-        logit < 0.0F ? logit * penalty : logit / penalty;
+    storage[row.history[j]] = logit < 0.0F ? logit * penalty : logit / penalty;
   }
-  return storage.data();
+  return storage.get();
 }
 
-/// Lowest index of the largest score.
-std::int64_t argmax(const float* scores, std::int64_t vocab_size) {
-  std::int64_t best = 0;
-  for (std::int64_t i = 0; i < vocab_size; ++i) {
-    MOQ_CHECK(!std::isnan(scores[i]), "sample: logits must not be NaN, got one for token ", i);
-    if (scores[i] > scores[best]) {
-      best = i;
-    }
-  }
-  MOQ_CHECK(std::isfinite(scores[best]), "sample: the largest logit must be finite, got ",
-            scores[best]);
-  return best;
+/// A number that orders floats by their own order, -0 before +0.
+std::uint32_t ordered_key(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
 }
 
-/// The top_k-th largest score, -infinity if every token is kept.
+/// The top_k-th largest score, -infinity if every token is kept. Scores are counted by their
+/// leading bits, so that only the few that share the k-th one's bits need to be ordered.
 float top_k_threshold(const float* scores, std::int64_t vocab_size, std::int64_t top_k) {
   if (top_k == 0 || top_k >= vocab_size) {
-    return -std::numeric_limits<float>::infinity();
+    return -kInfinity;
   }
-  std::vector<float> order(scores, scores + vocab_size);
-  const auto kth = order.begin() + (top_k - 1);
-  std::nth_element(order.begin(), kth, order.end(), std::greater<>());
+  constexpr int kShift = 20;
+  std::vector<std::int64_t> counts(std::size_t{1} << (32 - kShift));
+  for (std::int64_t i = 0; i < vocab_size; ++i) {
+    ++counts[ordered_key(scores[i]) >> kShift];
+  }
+  std::int64_t rest = top_k;
+  std::size_t bucket = counts.size() - 1;
+  while (counts[bucket] < rest) {
+    rest -= counts[bucket--];
+  }
+  std::vector<float> candidates;
+  candidates.reserve(static_cast<std::size_t>(counts[bucket]));
+  for (std::int64_t i = 0; i < vocab_size; ++i) {
+    if (ordered_key(scores[i]) >> kShift == bucket) {
+      candidates.push_back(scores[i]);
+    }
+  }
+  const auto kth = candidates.begin() + (rest - 1);
+  std::nth_element(candidates.begin(), kth, candidates.end(), std::greater<>());
   return *kth;
 }
 
-/// Tokens whose score reaches `threshold` and whose weight is not zero, in index order.
-std::vector<Candidate> collect(const float* scores, std::int64_t vocab_size, float largest,
-                               float threshold, float temperature) {
-  std::vector<Candidate> candidates;
+/// Sets the weights of all but the fewest tokens that together have top_p of the weight to zero.
+/// Weights are summed by their leading bits; only those that share the last kept one's are ordered.
+void keep_top_p(float* weights, std::int64_t vocab_size, float top_p) {
+  constexpr int kShift = 16;
+  const auto bucket_of = [](float weight) {
+    return std::bit_cast<std::uint32_t>(weight) >> kShift;
+  };
+  std::vector<double> sums(bucket_of(1.0F) + 1);  // a weight is at most 1
   for (std::int64_t i = 0; i < vocab_size; ++i) {
-    if (scores[i] >= threshold) {
-      const float weight = std::exp((scores[i] - largest) / temperature);
-      if (weight > 0.0F) {
-        candidates.push_back({weight, static_cast<std::int32_t>(i)});
-      }
-    }
+    sums[bucket_of(weights[i])] += static_cast<double>(weights[i]);
   }
-  return candidates;
-}
-
-/// Reduces candidates to the fewest that together have top_p of the weight, in rank order.
-void keep_top_p(std::vector<Candidate>& candidates, float top_p) {
-  const double total = total_weight(candidates);
-  const double wanted = static_cast<double>(top_p) * total;
-  // n tokens of weight <= w have at most n * w together: below this bound a token lies in the tail
-  // that is cut off, wherever it ranks. Most of a vocabulary is dropped before anything is sorted.
-  const double bound = (total - wanted) / static_cast<double>(candidates.size());
-  std::erase_if(candidates,
-                [&](const Candidate& c) { return static_cast<double>(c.weight) < bound; });
+  const double wanted = static_cast<double>(top_p) * std::accumulate(sums.begin(), sums.end(), 0.0);
   double before = 0.0;
-  std::size_t sorted = 0;
-  for (std::size_t kept = 0; kept < candidates.size(); ++kept) {
-    if (kept == sorted) {  // rank the next stretch, four times as long as all before it
-      sorted = std::min(candidates.size(), std::max<std::size_t>(64, 5 * sorted));
-      const auto first = candidates.begin() + static_cast<std::ptrdiff_t>(kept);
-      const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(sorted);
-      std::nth_element(first, last - 1, candidates.end(), ranks_before);
-      std::sort(first, last, ranks_before);
+  std::size_t bucket = sums.size() - 1;
+  while (bucket > 0 && before + sums[bucket] < wanted) {
+    before += sums[bucket--];
+  }
+  std::vector<std::int64_t> tied;  // tokens of the bucket in which the wanted weight is reached
+  for (std::int64_t i = 0; i < vocab_size; ++i) {
+    if (bucket_of(weights[i]) == bucket) {
+      tied.push_back(i);
+    } else if (bucket_of(weights[i]) < bucket) {
+      weights[i] = 0.0F;
     }
-    if (kept > 0 && before >= wanted) {
-      candidates.resize(kept);
-      return;
+  }
+  std::stable_sort(tied.begin(), tied.end(),
+                   [&](std::int64_t a, std::int64_t b) { return weights[a] > weights[b]; });
+  for (const std::int64_t token : tied) {
+    const float weight = weights[token];
+    if (before >= wanted) {
+      weights[token] = 0.0F;
     }
-    before += static_cast<double>(candidates[kept].weight);
+    before += static_cast<double>(weight);
   }
 }
 
-/// The distribution of a row that is not greedy, in index order.
-std::vector<Candidate> distribution(const float* scores, std::int64_t vocab_size,
-                                    const SamplingParams& params) {
-  const float largest = scores[argmax(scores, vocab_size)];
-  const float threshold = top_k_threshold(scores, vocab_size, params.top_k);
-  std::vector<Candidate> kept = collect(scores, vocab_size, largest, threshold, params.temperature);
-  if (params.top_p < 1.0F) {
-    keep_top_p(kept, params.top_p);
-    std::sort(kept.begin(), kept.end(), precedes);
+/// Fills weights[vocab_size] with each token's probability relative to the most probable one's,
+/// zero for those that are removed.
+void weigh(const float* scores, std::int64_t vocab_size, float largest,
+           const SamplingParams& params, float* weights) {
+  if (params.temperature == 0.0F) {
+    std::fill_n(weights, vocab_size, 0.0F);
+    *(weights + (std::find(scores, scores + vocab_size, largest) - scores)) = 1.0F;
+    return;
   }
-  // The largest weight is 1 and always kept: weights are shares of the largest probability already.
-  std::erase_if(kept, [&](const Candidate& c) { return c.weight < params.min_p; });
-  return kept;
+  MOQ_DISPATCH_ISA(relative_weights, scores, weights, vocab_size, largest, params.temperature);
+  const float threshold = top_k_threshold(scores, vocab_size, params.top_k);
+  for (std::int64_t i = 0; i < vocab_size; ++i) {
+    weights[i] = scores[i] < threshold ? 0.0F : weights[i];
+  }
+  if (params.top_p < 1.0F) {
+    keep_top_p(weights, vocab_size, params.top_p);
+  }
+  for (std::int64_t i = 0; i < vocab_size; ++i) {
+    weights[i] = weights[i] < params.min_p ? 0.0F : weights[i];
+  }
+}
+
+/// Sum in float64, in eight interleaved sums that a compiler keeps in vectors.
+double sum_of(const float* weights, std::int64_t size) {
+  double sums[8]{};
+  std::int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    for (int part = 0; part < 8; ++part) {
+      sums[part] += static_cast<double>(weights[i + part]);
+    }
+  }
+  for (; i < size; ++i) {
+    sums[0] += static_cast<double>(weights[i]);
+  }
+  return std::accumulate(std::begin(sums), std::end(sums), 0.0);
 }
 
 /// 53 random bits of the row's step, as a number in [0, 1).
@@ -172,40 +188,55 @@ double uniform(const SamplingRow& row) {
 }
 
 /// The first token at which the distribution function exceeds `quantile`.
-std::int64_t draw(const std::vector<Candidate>& candidates, double quantile) {
-  const double target = quantile * total_weight(candidates);
+std::int64_t draw(const float* weights, std::int64_t vocab_size, double quantile) {
+  constexpr std::int64_t kBlock = 256;
+  std::vector<double> blocks;
+  for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    blocks.push_back(sum_of(weights + begin, std::min(kBlock, vocab_size - begin)));
+  }
+  // Below the total even where the product rounds up to it, so that a block exceeds the target.
+  const double total = std::accumulate(blocks.begin(), blocks.end(), 0.0);
+  const double target = std::min(quantile * total, std::nextafter(total, 0.0));
   double cumulative = 0.0;
-  for (const Candidate& candidate : candidates) {
-    cumulative += static_cast<double>(candidate.weight);
-    if (cumulative > target) {
-      return candidate.token;
+  std::size_t block = 0;
+  while (cumulative + blocks[block] <= target) {
+    cumulative += blocks[block++];
+  }
+  // The block's own tokens, added one by one, may round to slightly less: then its last one it is.
+  const auto begin = static_cast<std::int64_t>(block) * kBlock;
+  const std::int64_t end = std::min(begin + kBlock, vocab_size);
+  std::int64_t chosen = begin;
+  for (std::int64_t i = begin; i < end && cumulative <= target; ++i) {
+    if (weights[i] > 0.0F) {
+      cumulative += static_cast<double>(weights[i]);
+      chosen = i;
     }
   }
-  return candidates.back().token;
+  return chosen;
 }
 
 void sample_row(const SamplingArgs& args, std::int64_t i) {
   const SamplingRow& row = args.rows[i];
-  std::vector<float> storage;
-  const float* scores =
-      penalised(args.logits + i * args.logits_stride, args.vocab_size, row, storage);
-  std::vector<Candidate> candidates;
-  if (row.params.temperature == 0.0F) {
-    candidates.push_back({1.0F, static_cast<std::int32_t>(argmax(scores, args.vocab_size))});
-  } else {
-    candidates = distribution(scores, args.vocab_size, row.params);
+  const std::int64_t n = args.vocab_size;
+  Floats storage;
+  const float* scores = penalised(args.logits + i * args.logits_stride, n, row, storage);
+  const float largest = MOQ_DISPATCH_ISA(largest, scores, n);
+  MOQ_CHECK(std::isfinite(largest), "sample: the largest logit must be finite, got ", largest,
+            " in row ", i);
+  if (row.params.temperature == 0.0F && args.probabilities == nullptr) {
+    args.tokens[i] = std::find(scores, scores + n, largest) - scores;
+    return;
   }
+  const Floats weights = make_floats(n);
+  weigh(scores, n, largest, row.params, weights.get());
   if (args.tokens != nullptr) {
-    args.tokens[i] = draw(candidates, uniform(row));
+    args.tokens[i] = draw(weights.get(), n, uniform(row));
   }
   if (args.probabilities != nullptr) {
-    float* probabilities = args.probabilities + i * args.vocab_size;
-    std::fill_n(probabilities, args.vocab_size, 0.0F);
-    const double total = total_weight(candidates);
-    for (const Candidate& candidate : candidates) {
-      probabilities[candidate.token] =
-          static_cast<float>(static_cast<double>(candidate.weight) / total);
-    }
+    const double total = sum_of(weights.get(), n);
+    std::transform(weights.get(), weights.get() + n, args.probabilities + i * n, [&](float weight) {
+      return static_cast<float>(static_cast<double>(weight) / total);
+    });
   }
 }
 
