@@ -1,0 +1,164 @@
+#include "csrc/hessian/sensitivity.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/hessian/solvers/random.h"
+#include "kernels/common/check.h"
+
+namespace moq::hessian {
+
+namespace {
+
+at::Tensor random_signs_like(const at::Tensor& parameter, const RandomStream& stream) {
+  const at::Tensor signs = at::empty(parameter.sizes(), at::dtype(at::kFloat));
+  fill_rademacher({signs.mutable_data_ptr<float>(), static_cast<std::size_t>(signs.numel())},
+                  stream);
+  return signs.to(parameter.options());
+}
+
+double dot(const at::Tensor& x, const at::Tensor& y) {
+  return at::sum(at::mul(x, y), at::kDouble).item<double>();
+}
+
+bool accurate(const std::vector<std::vector<double>>& samples, double tolerance) {
+  const std::vector<double> errors = standard_errors(samples);
+  double largest_trace = 0.0;
+  for (std::size_t block = 0; block < errors.size(); ++block) {
+    double sum = 0.0;
+    for (const std::vector<double>& sample : samples) {
+      sum += sample[block];
+    }
+    largest_trace = std::max(largest_trace, std::abs(sum) / static_cast<double>(samples.size()));
+  }
+  return *std::max_element(errors.begin(), errors.end()) <= tolerance * largest_trace;
+}
+
+/// The block's parameters as consecutive pieces of one vector.
+template <typename Scalar>
+std::vector<at::Tensor> split(const HvpOperator& hessian, const std::vector<std::int64_t>& block,
+                              std::span<const Scalar> flat) {
+  std::vector<at::Tensor> pieces;
+  std::size_t begin = 0;
+  for (const std::int64_t index : block) {
+    const at::Tensor& parameter = hessian.parameters()[static_cast<std::size_t>(index)];
+    // The view is only read.
+    auto* data = const_cast<Scalar*>(flat.data()) + begin;  // NOLINT
+    const at::Tensor piece =
+        at::from_blob(data, parameter.sizes(), at::dtype(c10::CppTypeToScalarType<Scalar>::value));
+    pieces.push_back(piece.to(parameter.options()));
+    begin += static_cast<std::size_t>(parameter.numel());
+  }
+  return pieces;
+}
+
+template <typename Scalar>
+void join(const std::vector<at::Tensor>& pieces, std::span<Scalar> flat) {
+  std::size_t begin = 0;
+  for (const at::Tensor& piece : pieces) {
+    at::from_blob(flat.data() + begin, piece.sizes(),
+                  at::dtype(c10::CppTypeToScalarType<Scalar>::value))
+        .copy_(piece);
+    begin += static_cast<std::size_t>(piece.numel());
+  }
+}
+
+template <typename Scalar>
+LanczosResult<double> eigenvalues_in(const HvpOperator& hessian,
+                                     const std::vector<std::int64_t>& block,
+                                     const EigenOptions& options, const Progress& progress) {
+  std::int64_t size = 0;
+  for (const std::int64_t index : block) {
+    size += hessian.parameters().at(static_cast<std::size_t>(index)).numel();
+  }
+  std::int64_t products = 0;
+  const Operator<Scalar> product = [&](std::span<const Scalar> x, std::span<Scalar> y) {
+    join(hessian.product(block, split(hessian, block, x)), y);
+    if (progress) {
+      progress(++products);
+    }
+  };
+  const LanczosResult<Scalar> result = lanczos(product, size, options);
+  return {.largest = {result.largest.value, result.largest.residual, {}},
+          .smallest = {result.smallest.value, result.smallest.residual, {}},
+          .iterations = result.iterations,
+          .converged = result.converged};
+}
+
+}  // namespace
+
+std::vector<double> standard_errors(const std::vector<std::vector<double>>& samples) {
+  MOQ_CHECK(samples.size() >= 2, "standard_errors: there must be at least 2 samples, got ",
+            samples.size());
+  const auto count = static_cast<double>(samples.size());
+  std::vector<double> errors(samples.front().size());
+  for (std::size_t block = 0; block < errors.size(); ++block) {
+    double mean = 0.0;
+    for (const std::vector<double>& sample : samples) {
+      mean += sample[block] / count;
+    }
+    double squares = 0.0;
+    for (const std::vector<double>& sample : samples) {
+      squares += (sample[block] - mean) * (sample[block] - mean);
+    }
+    errors[block] = std::sqrt(squares / (count - 1.0) / count);
+  }
+  return errors;
+}
+
+TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
+                               const TraceOptions& options, const Progress& progress) {
+  MOQ_CHECK(options.tolerance > 0.0, "trace: tolerance must be > 0, got ", options.tolerance);
+  MOQ_CHECK(options.min_products >= 2 && options.max_products >= options.min_products,
+            "trace: 2 <= min_products <= max_products must hold, got ", options.min_products,
+            " and ", options.max_products);
+  std::vector<std::int64_t> all;
+  for (const std::vector<std::int64_t>& block : blocks) {
+    all.insert(all.end(), block.begin(), block.end());
+  }
+  TraceSamples traces;
+  for (std::int64_t k = 0; k < options.max_products && !traces.converged; ++k) {
+    std::vector<at::Tensor> signs;
+    for (const std::int64_t index : all) {
+      signs.push_back(random_signs_like(hessian.parameters().at(static_cast<std::size_t>(index)),
+                                        {.seed = options.seed,
+                                         .tensor = static_cast<std::uint32_t>(index),
+                                         .probe = static_cast<std::uint32_t>(k),
+                                         .batch = options.batch}));
+    }
+    const std::vector<at::Tensor> products = hessian.product(all, signs);
+    auto& sample = traces.samples.emplace_back();
+    std::size_t position = 0;
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
+      double trace = 0.0;
+      for (std::size_t i = 0; i < blocks[b].size(); ++i, ++position) {
+        trace += dot(signs[position], products[position]);
+      }
+      MOQ_CHECK(std::isfinite(trace), "trace: the products must be finite, got ", trace,
+                " in block number ", b, ": does the loss overflow in the parameters' dtype?");
+      sample.push_back(trace);
+    }
+    traces.converged = k + 1 >= options.min_products && accurate(traces.samples, options.tolerance);
+    if (progress) {
+      progress(k + 1);
+    }
+  }
+  return traces;
+}
+
+LanczosResult<double> block_eigenvalues(const HvpOperator& hessian,
+                                        const std::vector<std::int64_t>& block,
+                                        const EigenOptions& options, const Progress& progress) {
+  MOQ_CHECK(!block.empty(), "eigenvalues: a block must hold a parameter, got none");
+  const auto first = static_cast<std::size_t>(block.front());
+  return hessian.parameters().at(first).scalar_type() == at::kDouble
+             ? eigenvalues_in<double>(hessian, block, options, progress)
+             : eigenvalues_in<float>(hessian, block, options, progress);
+}
+
+}  // namespace moq::hessian
