@@ -18,7 +18,8 @@ namespace moq::inference {
 /// How one rank's process ended.
 struct RankResult {
   std::string error;  ///< what() of the exception that ended its work; empty if none did
-  int signal = 0;     ///< the signal that killed it, or 0
+  int exit_status = 0;
+  int signal = 0;  ///< the signal that killed it, or 0
   pid_t process = 0;
 };
 
@@ -63,6 +64,7 @@ inline std::vector<RankResult> fork_ranks(int size, const SharedMemoryOptions& o
     close(error_pipes[rank]);
     int status = 0;
     waitpid(results[rank].process, &status, 0);
+    results[rank].exit_status = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
     results[rank].signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
   }
   return results;
