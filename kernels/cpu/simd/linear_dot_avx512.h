@@ -16,6 +16,8 @@ constexpr int kDigitBits = 8;
 constexpr int kDigitsOfExact = 4;
 /// Two accumulators each, out of 32 registers.
 constexpr int kMaxVectors = 12;
+/// A product with few vectors waits for memory, which answers two streams faster than one.
+constexpr int kPairVectors = 4;
 
 /// Writes 16 integers as kDigits balanced digits each: for each of the first `steps` groups of four
 /// columns [kDigits, 4], `stride` digits apart.
@@ -39,45 +41,59 @@ void write_digits(const std::int32_t* x, std::int64_t steps, std::int64_t stride
   }
 }
 
-/// sums[v][row] = Σ element[row] * digit[v] over the columns of some blocks, for the 32 rows of a
-/// panel and kVectors vectors.
-template <int kBits, int kVectors>
-void dot(const std::uint8_t* weight, std::int64_t blocks, const Digit* input, std::int32_t* sums) {
+/// sums[panel][v][row] = Σ element[row] * digit[v] over the columns of some blocks, for kPanels
+/// panels of 32 rows, `panel_bytes` apart, and kVectors vectors.
+template <int kBits, int kVectors, int kPanels>
+void dot(const std::uint8_t* weight, std::int64_t panel_bytes, std::int64_t blocks,
+         const Digit* input, std::int32_t* sums) {
   constexpr int kSteps = 8 / kBits;
   constexpr std::int64_t kInputOfBlock = kSteps * kVectors * kStepCols;
+  constexpr int kHalves = 2 * kPanels;  // 16 rows each
   // A sum is ready 4 or 5 cycles after it was begun, and every cycle one or two can begin: few
   // vectors need several sums each.
-  constexpr int kChains = kVectors >= 4 ? 1 : (kVectors >= 2 ? 2 : 4);
-  // Hardware prefetchers stop at page boundaries and keep too little under way on virtual machines.
-  constexpr std::int64_t kPrefetchBytes = 4096;
-  __m512i sum[kChains][kVectors][2];
+  constexpr int kChains = kVectors * kHalves >= 8 ? 1 : (kVectors * kHalves >= 4 ? 2 : 4);
+  // Hardware prefetchers stop at page boundaries. Into the second-level cache: measured on Zen 4,
+  // more lines under way to the first are a loss.
+  constexpr std::int64_t kPrefetchBytes = 1024;
+  __m512i sum[kChains][kVectors][kHalves];
 #pragma GCC unroll 4
   for (auto& chain : sum) {
 #pragma GCC unroll 12
     for (auto& vector : chain) {
-      vector[0] = vector[1] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (auto& half : vector) {
+        half = _mm512_setzero_si512();
+      }
     }
   }
   const auto add_block = [&](std::int64_t i, auto& chain) {
-    const std::uint8_t* block = weight + i * kBlockBytes;
-    _mm_prefetch(reinterpret_cast<const char*>(block + kPrefetchBytes), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(block + kPrefetchBytes + 64), _MM_HINT_T0);
-    const __m512i bytes[2] = {_mm512_load_si512(block), _mm512_load_si512(block + 64)};
+    __m512i bytes[kHalves];
+#pragma GCC unroll 4
+    for (int half = 0; half < kHalves; ++half) {
+      const std::uint8_t* line = weight + half / 2 * panel_bytes + i * kBlockBytes + half % 2 * 64;
+      _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T1);
+      bytes[half] = _mm512_load_si512(line);
+    }
 #pragma GCC unroll 4
     for (int step = 0; step < kSteps; ++step) {
-      __m512i elements[2] = {bytes[0], bytes[1]};
-      if constexpr (kBits < 8) {
-        const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-        elements[0] = _mm512_and_si512(_mm512_srli_epi16(bytes[0], step * kBits), mask);
-        elements[1] = _mm512_and_si512(_mm512_srli_epi16(bytes[1], step * kBits), mask);
+      __m512i elements[kHalves];
+#pragma GCC unroll 4
+      for (int half = 0; half < kHalves; ++half) {
+        elements[half] = bytes[half];
+        if constexpr (kBits < 8) {
+          elements[half] = _mm512_and_si512(_mm512_srli_epi16(bytes[half], step * kBits),
+                                            _mm512_set1_epi8((1 << kBits) - 1));
+        }
       }
 #pragma GCC unroll 12
       for (int v = 0; v < kVectors; ++v) {
         std::int32_t digits;
         std::memcpy(&digits, input + i * kInputOfBlock + (step * kVectors + v) * kStepCols, 4);
         const __m512i broadcast = _mm512_set1_epi32(digits);
-        chain[v][0] = _mm512_dpbusd_epi32(chain[v][0], elements[0], broadcast);
-        chain[v][1] = _mm512_dpbusd_epi32(chain[v][1], elements[1], broadcast);
+#pragma GCC unroll 4
+        for (int half = 0; half < kHalves; ++half) {
+          chain[v][half] = _mm512_dpbusd_epi32(chain[v][half], elements[half], broadcast);
+        }
       }
     }
   };
@@ -93,13 +109,14 @@ void dot(const std::uint8_t* weight, std::int64_t blocks, const Digit* input, st
   }
 #pragma GCC unroll 12
   for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+    for (int half = 0; half < kHalves; ++half) {
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) {
         sum[0][v][half] = _mm512_add_epi32(sum[0][v][half], sum[c][v][half]);
       }
-      _mm512_store_si512(sums + v * kPanelRows + half * 16, sum[0][v][half]);
+      _mm512_store_si512(sums + (half / 2 * kVectors + v) * kPanelRows + half % 2 * 16,
+                         sum[0][v][half]);
     }
   }
 }

@@ -8,11 +8,14 @@
 namespace moq::kernels::cpu::scalar {
 
 constexpr int kMaxVectors = 3;
+constexpr int kPairVectors = 0;  // panels are multiplied one by one
 
-/// sums[v][row] = Σ element[row] * digit[v] over the columns of some blocks, for the 32 rows of a
+/// sums[v][row] = Σ element[row] * digit[v] over the columns of some blocks, for the 32 rows of one
 /// panel and kVectors vectors.
-template <int kBits, int kVectors>
-void dot(const std::uint8_t* weight, std::int64_t blocks, const Digit* input, std::int32_t* sums) {
+template <int kBits, int kVectors, int kPanels>
+void dot(const std::uint8_t* weight, std::int64_t /*panel_bytes*/, std::int64_t blocks,
+         const Digit* input, std::int32_t* sums) {
+  static_assert(kPanels == 1);
   constexpr int kSteps = 8 / kBits;
   constexpr int kMask = (1 << kBits) - 1;
   for (std::int64_t i = 0; i < kVectors * kPanelRows; ++i) {

@@ -23,11 +23,11 @@ constexpr int kTileRows = 1;
 /// totals[row][i] += Σ over `cols` columns of weight[col][i] * input[col][row].
 template <int kRows, typename Element>
 void add_block(const Element* weight, std::int64_t cols, const float* input, float* totals) {
-  constexpr std::int64_t kPrefetch = 4096 / sizeof(Element);
+  constexpr std::int64_t kPrefetch = 1024 / sizeof(Element);  // as the integer kernels do
   F32 sums[kRows][kVectors] = {};
   for (std::int64_t col = 0; col < cols; ++col) {
     for (std::int64_t i = 0; i < kPanelRows; i += 64 / sizeof(Element)) {
-      __builtin_prefetch(weight + kPrefetch + i);
+      __builtin_prefetch(weight + kPrefetch + i, 0, 2);
     }
     F32 elements[kVectors];
 #pragma GCC unroll 4

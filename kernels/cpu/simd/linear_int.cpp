@@ -151,90 +151,92 @@ void add_piece(const std::int32_t* digit_sums, double input_sum, const float* sc
   }
 }
 
-using Dot = void (*)(const std::uint8_t*, std::int64_t, const Digit*, std::int32_t*);
+using Dot = void (*)(const std::uint8_t*, std::int64_t, std::int64_t, const Digit*, std::int32_t*);
 
-template <int kBits, int... kVectorsMinusOne>
-Dot dot_of(std::int64_t vectors, std::integer_sequence<int, kVectorsMinusOne...>) {
-  static constexpr Dot kDots[] = {dot<kBits, kVectorsMinusOne + 1>...};
+template <int kPanels, int kBits, int... kVectorsMinusOne>
+Dot dot_of(std::int64_t vectors, std::integer_sequence<int, kVectorsMinusOne...> /*sequence*/) {
+  static constexpr Dot kDots[] = {dot<kBits, kVectorsMinusOne + 1, kPanels>...};
   return kDots[vectors - 1];
 }
 
+template <int kPanels>
 Dot find_dot(std::int64_t bits, std::int64_t vectors) {
-  constexpr auto kVectors = std::make_integer_sequence<int, kMaxVectors>();
-  return bits == 8   ? dot_of<8>(vectors, kVectors)
-         : bits == 4 ? dot_of<4>(vectors, kVectors)
-                     : dot_of<2>(vectors, kVectors);
+  constexpr std::make_integer_sequence<int, kPanels == 1 ? kMaxVectors : kPairVectors> kVectors;
+  return bits == 8   ? dot_of<kPanels, 8>(vectors, kVectors)
+         : bits == 4 ? dot_of<kPanels, 4>(vectors, kVectors)
+                     : dot_of<kPanels, 2>(vectors, kVectors);
 }
 
-/// Some panels of the weight times a tile of rows.
-template <int kDigits>
-class Tile {
- public:
-  Tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout, std::int64_t first_row,
-       std::int64_t rows)
-      : args_(args),
-        layout_(layout),
-        first_row_(first_row),
-        rows_(rows),
-        input_(reinterpret_cast<const Digit*>(args.input.digits) +
-               first_row * kDigits * layout.padded_cols),
-        input_sums_(args.input.sums + first_row * layout.pieces),
-        dot_(find_dot(layout.bits, rows * kDigits)) {
-    for (std::int32_t& offset : offsets_) {
-      offset = static_cast<std::int32_t>(layout.offset);
-    }
-  }
-
-  void multiply(std::int64_t panel) const {
-    const std::uint8_t* weight = args_.weight + panel * layout_.panel_bytes;
-    const auto* scales = reinterpret_cast<const float*>(weight + layout_.scales_offset);
-    const auto* bases = reinterpret_cast<const std::int32_t*>(weight + layout_.bases_offset);
-    const Digit* input = input_;
-    const double* input_sums = input_sums_;
-    alignas(64) double totals[kMaxVectors / kDigits * kPanelRows] = {};
-    alignas(64) std::int32_t sums[kMaxVectors * kPanelRows];
-    for (std::int64_t group = 0; group < layout_.groups; ++group) {
-      for (std::int64_t done = 0; done < layout_.blocks_per_group; done += layout_.piece_blocks) {
-        const std::int64_t left = layout_.blocks_per_group - done;
-        const std::int64_t blocks = left < layout_.piece_blocks ? left : layout_.piece_blocks;
-        dot_(weight, blocks, input, sums);
-        for (std::int64_t row = 0; row < rows_; ++row) {
-          add_piece<kDigits>(sums + row * kDigits * kPanelRows, input_sums[row * layout_.pieces],
-                             scales + group * kPanelRows,
-                             layout_.asymmetric ? bases + group * kPanelRows : offsets_,
-                             totals + row * kPanelRows);
-        }
-        weight += blocks * kBlockBytes;
-        input += blocks * layout_.block_cols * rows_ * kDigits;
-        ++input_sums;
-      }
-    }
-    for (std::int64_t row = 0; row < rows_; ++row) {
-      store_row(args_.output, first_row_ + row, panel, totals + row * kPanelRows,
-                args_.input.units[first_row_ + row]);
-    }
-  }
-
- private:
-  const IntegerMultiplyArgs& args_;
-  const IntegerLayout& layout_;
-  std::int64_t first_row_;
-  std::int64_t rows_;
-  const Digit* input_;
-  const double* input_sums_;
-  Dot dot_;
-  alignas(64) std::int32_t offsets_[kPanelRows];
+/// A tile of rows.
+struct Tile {
+  std::int64_t first_row;
+  std::int64_t rows;
 };
+
+/// A tile of rows times kPanels panels.
+template <int kDigits, int kPanels>
+void multiply_tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout, Tile tile,
+                   std::int64_t first_panel) {
+  constexpr std::int64_t kRows = (kPanels == 1 ? kMaxVectors : kPairVectors) / kDigits;
+  const std::int64_t vectors = tile.rows * kDigits;
+  const std::uint8_t* panel = args.weight + first_panel * layout.panel_bytes;
+  const std::uint8_t* blocks = panel;
+  const Digit* input = reinterpret_cast<const Digit*>(args.input.digits) +
+                       tile.first_row * kDigits * layout.padded_cols;
+  const double* input_sums = args.input.sums + tile.first_row * layout.pieces;
+  const Dot dot_piece = find_dot<kPanels>(layout.bits, vectors);
+  std::int32_t offsets[kPanelRows];
+  for (std::int32_t& offset : offsets) {
+    offset = static_cast<std::int32_t>(layout.offset);
+  }
+  alignas(64) double totals[kPanels][kRows][kPanelRows] = {};
+  alignas(64) std::int32_t sums[kPanels * kRows * kDigits * kPanelRows];
+  for (std::int64_t group = 0; group < layout.groups; ++group) {
+    for (std::int64_t done = 0; done < layout.blocks_per_group; done += layout.piece_blocks) {
+      const std::int64_t left = layout.blocks_per_group - done;
+      const std::int64_t count = left < layout.piece_blocks ? left : layout.piece_blocks;
+      dot_piece(blocks, layout.panel_bytes, count, input, sums);
+      for (int i = 0; i < kPanels; ++i) {
+        const std::uint8_t* end = panel + i * layout.panel_bytes;
+        const auto* scales = reinterpret_cast<const float*>(end + layout.scales_offset);
+        const auto* bases = reinterpret_cast<const std::int32_t*>(end + layout.bases_offset);
+        for (std::int64_t row = 0; row < tile.rows; ++row) {
+          add_piece<kDigits>(sums + (i * vectors + row * kDigits) * kPanelRows,
+                             input_sums[row * layout.pieces], scales + group * kPanelRows,
+                             layout.asymmetric ? bases + group * kPanelRows : offsets,
+                             totals[i][row]);
+        }
+      }
+      blocks += count * kBlockBytes;
+      input += count * layout.block_cols * vectors;
+      ++input_sums;
+    }
+  }
+  for (int i = 0; i < kPanels; ++i) {
+    for (std::int64_t row = 0; row < tile.rows; ++row) {
+      store_row(args.output, tile.first_row + row, first_panel + i, totals[i][row],
+                args.input.units[tile.first_row + row]);
+    }
+  }
+}
 
 template <int kDigits>
 void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
               std::int64_t first_panel, std::int64_t last_panel) {
   constexpr std::int64_t kTileRows = kMaxVectors / kDigits;
+  std::int64_t panel = first_panel;
+  if constexpr (kPairVectors >= kDigits) {
+    if (args.output.rows * kDigits <= kPairVectors) {
+      for (; panel + 2 <= last_panel; panel += 2) {
+        multiply_tile<kDigits, 2>(args, layout, {0, args.output.rows}, panel);
+      }
+    }
+  }
   // A panel stays in the second-level cache while every tile of the input passes by.
-  for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
+  for (; panel < last_panel; ++panel) {
     for (std::int64_t row = 0; row < args.output.rows; row += kTileRows) {
       const std::int64_t left = args.output.rows - row;
-      Tile<kDigits>(args, layout, row, left < kTileRows ? left : kTileRows).multiply(panel);
+      multiply_tile<kDigits, 1>(args, layout, {row, left < kTileRows ? left : kTileRows}, panel);
     }
   }
 }
