@@ -8,6 +8,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/fake_quantize.h"
+#include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
 
 namespace moq::kernels::testing {
@@ -32,22 +33,6 @@ Result run(const Problem& problem) {
 
 // ------------------------------------------------------- every axis, every instruction set, bit
 // for bit
-
-using Shape = std::pair<std::int64_t, std::int64_t>;
-using Axes = std::tuple<Shape, Storage, Granularity, QuantMode, Rounding>;
-
-Case case_of(const Axes& axes) {
-  const auto& [shape, storage, granularity, mode, rounding] = axes;
-  Case c;
-  c.rows = shape.first;
-  c.cols = shape.second;
-  c.storage = storage;
-  c.granularity = granularity;
-  c.mode = mode;
-  c.rounding = rounding;
-  c.group_size = c.cols % 16 == 0 ? 16 : c.cols % 7 == 0 ? 7 : c.cols;
-  return c;
-}
 
 class FakeQuantizeEveryAxis : public ::testing::TestWithParam<Axes> {};
 
@@ -98,22 +83,8 @@ TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
               cpu::avx512::fake_quantize_columns, cpu::avx512::matrix_statistics);
 }
 
-std::string axes_name(const ::testing::TestParamInfo<Axes>& info) {
-  return describe(case_of(info.param));
-}
-
-const auto kShapes = ::testing::Values(Shape{1, 1}, Shape{0, 5}, Shape{3, 0}, Shape{31, 37},
-                                       Shape{1, 1030}, Shape{300, 7}, Shape{67, 1552});
-const auto kGranularities =
-    ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup);
-const auto kModes = ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric);
-const auto kRoundings = ::testing::Values(Rounding::kNearest, Rounding::kStochastic);
-
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryAxis,
-                         ::testing::Combine(kShapes,
-                                            ::testing::Values(Storage::kLinear, Storage::kConv1d,
-                                                              Storage::kScattered),
-                                            kGranularities, kModes, kRoundings),
+                         ::testing::Combine(kShapes, kStorages, kGranularities, kModes, kRoundings),
                          axes_name);
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSet,
@@ -122,35 +93,22 @@ INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSet,
                                             kGranularities, kModes, kRoundings),
                          axes_name);
 
-using DTypes = std::tuple<DType, DType, Storage, Rounding>;
-
-class FakeQuantizeEveryDType : public ::testing::TestWithParam<DTypes> {
- protected:
-  Case parameters() const {
-    Case c;
-    std::tie(c.input_dtype, c.output_dtype, c.storage, c.rounding) = GetParam();
-    c.rows = 19;
-    c.cols = 75;
-    c.scale_dtype = c.input_dtype;
-    c.mode = QuantMode::kAsymmetric;
-    return c;
-  }
-};
+class FakeQuantizeEveryDType : public ::testing::TestWithParam<DTypes> {};
 
 TEST_P(FakeQuantizeEveryDType, GivesTheBitsOfTheDefinition) {
-  const Problem problem(parameters());
+  const Problem problem(case_of(GetParam()));
   EXPECT_EQ(run(problem), reference(problem));
 }
 
 TEST_P(FakeQuantizeEveryDType, BlendsWeightsAndSimulatedValues) {
-  Case c = parameters();
+  Case c = case_of(GetParam());
   c.blend_ratio = 0.3F;
   const Problem problem(c);
   EXPECT_EQ(run(problem), reference(problem));
 }
 
 TEST_P(FakeQuantizeEveryDType, WideCodesAreInt16) {
-  Case c = parameters();
+  Case c = case_of(GetParam());
   c.num_bits = 16;
   c.codes_dtype = DType::kInt16;
   const Problem problem(c);
@@ -158,7 +116,7 @@ TEST_P(FakeQuantizeEveryDType, WideCodesAreInt16) {
 }
 
 TEST_P(FakeQuantizeEveryDType, CopiesAtZeroBits) {
-  Case c = parameters();
+  Case c = case_of(GetParam());
   Problem problem(c);
   problem.set(2, 3, kNaN);
   problem.set(2, 4, -kInfinity);
@@ -172,19 +130,8 @@ TEST_P(FakeQuantizeEveryDType, CopiesAtZeroBits) {
   EXPECT_EQ(run(problem), expected);
 }
 
-std::string dtypes_name(const ::testing::TestParamInfo<DTypes>& info) {
-  const auto& [input, output, storage, rounding] = info.param;
-  return std::string(moq::name_of(input)) + "_" + moq::name_of(output) + "_" + name_of(storage) +
-         (rounding == Rounding::kNearest ? "_nearest" : "_stochastic");
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    All, FakeQuantizeEveryDType,
-    ::testing::Combine(::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
-                       ::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
-                       ::testing::Values(Storage::kLinear, Storage::kConv1d, Storage::kScattered),
-                       ::testing::Values(Rounding::kNearest, Rounding::kStochastic)),
-    dtypes_name);
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryDType,
+                         ::testing::Combine(kFloats, kFloats, kStorages, kRoundings), dtypes_name);
 
 class FakeQuantizeEveryWidth : public ::testing::TestWithParam<int> {};
 
@@ -203,36 +150,19 @@ TEST_P(FakeQuantizeEveryWidth, GivesTheBitsOfTheDefinition) {
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryWidth, ::testing::Range(kMinBits, kMaxBits + 1));
 
-// ------------------------------------------------------------------------------------ numbers at
-// the edge
+// -------------------------------------------------------------------------- numbers at the edge
 
-class FakeQuantizeBadGroup
-    : public ::testing::TestWithParam<std::tuple<Storage, Granularity, float>> {};
+class FakeQuantizeBadGroup : public ::testing::TestWithParam<BadGroup> {};
 
 TEST_P(FakeQuantizeBadGroup, GivesNaNThroughoutAndLeavesTheOthersAlone) {
-  Case c;
-  c.rows = 21;
-  c.cols = 48;
-  c.group_size = 16;
-  c.storage = std::get<0>(GetParam());
-  c.granularity = std::get<1>(GetParam());
-  for (const QuantMode mode : {QuantMode::kSymmetric, QuantMode::kAsymmetric}) {
-    for (const float blend_ratio : {0.0F, 0.5F}) {
-      c.mode = mode;
-      c.blend_ratio = blend_ratio;
-      Problem problem(c);
-      problem.set(20, 17, std::get<2>(GetParam()));
-      EXPECT_EQ(run(problem), reference(problem));
-    }
+  for (const float blend_ratio : {0.0F, 0.5F}) {
+    const Problem problem = problem_of(GetParam(), blend_ratio);
+    EXPECT_EQ(run(problem), reference(problem));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, FakeQuantizeBadGroup,
-    ::testing::Combine(::testing::Values(Storage::kLinear, Storage::kConv1d, Storage::kScattered),
-                       ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel,
-                                         Granularity::kPerGroup),
-                       ::testing::Values(kInfinity, -kInfinity, kNaN, -kNaN)));
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeBadGroup,
+                         ::testing::Combine(kStorages, kGranularities, kModes, kNonFinite));
 
 TEST(FakeQuantize, AZeroRowStaysZeroWithTheSmallestScale) {
   Problem problem(Case{.rows = 2, .cols = 19, .scale_dtype = DType::kFloat16});

@@ -1,0 +1,374 @@
+// The CUDA body of fake_quantize against the definition, bit for bit, over the same axes as the
+// CPU's.
+#include <gtest/gtest.h>
+
+#include "kernels/fake_quantize.h"
+
+#if !defined(MOQ_WITH_CUDA)
+
+TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
+  GTEST_SKIP() << "built without CUDA (MOQ_CUDA): the CUDA kernels were not tested";
+}
+
+#else
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/common/check.h"
+#include "kernels/cuda/cuda_check.h"
+#include "tests/cpp/kernels/fake_quantize_axes.h"
+#include "tests/cpp/kernels/fake_quantize_problem.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+#define MOQ_SKIP_WITHOUT_GPU()                                                   \
+  do {                                                                           \
+    int device_count = 0;                                                        \
+    if (cudaGetDeviceCount(&device_count) != cudaSuccess || device_count == 0) { \
+      GTEST_SKIP() << "no CUDA device here: the CUDA kernels were not tested";   \
+    }                                                                            \
+  } while (false)
+
+/// Device memory. Starts as a copy of host bytes.
+class Buffer {
+ public:
+  Buffer(const void* host, std::size_t bytes) : Buffer(bytes) {
+    MOQ_CUDA_CHECK(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice));
+  }
+  template <typename Element>
+  explicit Buffer(const std::vector<Element>& host)
+      : Buffer(host.data(), host.size() * sizeof(Element)) {}
+  explicit Buffer(std::size_t bytes) : bytes_(bytes) {
+    MOQ_CUDA_CHECK(cudaMalloc(&data_, bytes + 1));  // + 1: an empty one has an address too
+  }
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  ~Buffer() { cudaFree(data_); }
+
+  template <typename Element>
+  Element* as() const {
+    return static_cast<Element*>(data_);
+  }
+  void* data() const { return data_; }
+
+  template <typename Element>
+  void copy_to(std::vector<Element>& host) const {
+    MOQ_CUDA_CHECK(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost));
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_;
+};
+
+/// A problem's memory on the device.
+struct DeviceProblem {
+  const Problem& problem;
+  Buffer input{problem.input};
+  Buffer output{problem.blank.output};
+  Buffer codes{problem.blank.codes};
+  Buffer scales{problem.blank.scales};
+  Buffer zero_points{problem.blank.zero_points};
+
+  FakeQuantizeTensor tensor() const {
+    return problem.tensor(input.data(), output.data(), codes.data(), scales.data(),
+                          zero_points.as<std::int32_t>());
+  }
+
+  Result result() const {
+    Result result = problem.blank;
+    output.copy_to(result.output);
+    codes.copy_to(result.codes);
+    scales.copy_to(result.scales);
+    zero_points.copy_to(result.zero_points);
+    return result;
+  }
+};
+
+/// One call for all problems; they share seed and step.
+std::vector<Result> run_all(const std::vector<Problem>& problems) {
+  std::vector<DeviceProblem> devices;
+  devices.reserve(problems.size());
+  std::vector<FakeQuantizeTensor> tensors;
+  std::vector<std::int32_t> num_bits;
+  std::vector<float> blend_ratio;
+  for (const Problem& problem : problems) {
+    devices.push_back({problem});
+    tensors.push_back(devices.back().tensor());
+    num_bits.push_back(problem.parameters.num_bits);
+    blend_ratio.push_back(problem.parameters.blend_ratio);
+  }
+  const Buffer num_bits_dev(num_bits);
+  const Buffer blend_ratio_dev(blend_ratio);
+  const Buffer step_dev(&problems[0].parameters.step, sizeof(std::int64_t));
+  const Buffer workspace(cuda::fake_quantize_workspace_size(tensors));
+  cuda::fake_quantize({.tensors = tensors,
+                       .num_bits = num_bits_dev.as<std::int32_t>(),
+                       .blend_ratio = blend_ratio_dev.as<float>(),
+                       .seed = problems[0].parameters.seed,
+                       .step = step_dev.as<std::int64_t>(),
+                       .workspace = workspace.data()},
+                      nullptr);
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  std::vector<Result> results;
+  for (const DeviceProblem& device : devices) results.push_back(device.result());
+  return results;
+}
+
+Result run(const Problem& problem) {
+  return run_all({problem})[0];
+}
+
+class FakeQuantizeCudaEveryAxis : public ::testing::TestWithParam<Axes> {};
+
+TEST_P(FakeQuantizeCudaEveryAxis, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem(case_of(GetParam()));
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaEveryAxis,
+                         ::testing::Combine(kShapes, kStorages, kGranularities, kModes, kRoundings),
+                         axes_name);
+
+class FakeQuantizeCudaEveryDType : public ::testing::TestWithParam<DTypes> {};
+
+TEST_P(FakeQuantizeCudaEveryDType, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem(case_of(GetParam()));
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeCudaEveryDType, BlendsAndStoresWideCodesAsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = case_of(GetParam());
+  c.blend_ratio = 0.3F;
+  c.num_bits = 13;
+  c.codes_dtype = DType::kInt16;
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaEveryDType,
+                         ::testing::Combine(kFloats, kFloats, kStorages, kRoundings), dtypes_name);
+
+class FakeQuantizeCudaBadGroup : public ::testing::TestWithParam<BadGroup> {};
+
+TEST_P(FakeQuantizeCudaBadGroup, GivesNaNThroughoutAndLeavesTheOthersAlone) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const float blend_ratio : {0.0F, 0.5F}) {
+    const Problem problem = problem_of(GetParam(), blend_ratio);
+    EXPECT_EQ(run(problem), reference(problem));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaBadGroup,
+                         ::testing::Combine(kStorages, kGranularities, kModes, kNonFinite));
+
+// 4096 and more columns give a run to a whole block, and cut a row with one scale into segments.
+class FakeQuantizeCudaLongRows
+    : public ::testing::TestWithParam<std::tuple<Granularity, Rounding, std::int64_t> > {};
+
+TEST_P(FakeQuantizeCudaLongRows, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const auto [granularity, rounding, cols] = GetParam();
+  const Problem problem(Case{.rows = 3,
+                             .cols = cols,
+                             .granularity = granularity,
+                             .mode = QuantMode::kAsymmetric,
+                             .rounding = rounding,
+                             .input_dtype = DType::kBFloat16});
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaLongRows,
+                         ::testing::Combine(kGranularities, kRoundings,
+                                            ::testing::Values(2048, 4099, 12288, 50257)));
+
+TEST(FakeQuantizeCuda, MoreTensorsThanOneLaunchCarriesEqualEachAlone) {
+  MOQ_SKIP_WITHOUT_GPU();
+  std::vector<Problem> problems;
+  for (int i = 0; i < 600; ++i) {
+    problems.emplace_back(Case{.rows = i % 7,
+                               .cols = 1 + i % 41,
+                               .storage = static_cast<Storage>(i % 3),
+                               .granularity = static_cast<Granularity>(i % 3),
+                               .rounding = static_cast<Rounding>(i % 2),
+                               .num_bits = 2 + i % 7,
+                               .first_element = i,
+                               .name_hash = static_cast<std::uint32_t>(i)});
+  }
+  const std::vector<Result> results = run_all(problems);
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    EXPECT_EQ(results[i], reference(problems[i])) << i << ": " << problems[i].parameters;
+  }
+}
+
+TEST(FakeQuantizeCuda, CopiesAtZeroBits) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Problem problem(Case{.rows = 5, .cols = 43, .num_bits = 0});
+  problem.set(1, 1, std::numeric_limits<float>::infinity());
+  Result expected = problem.blank;
+  for (std::int64_t row = 0; row < 5; ++row) {
+    for (std::int64_t col = 0; col < 43; ++col) {
+      put_float(expected.output, DType::kFloat32, problem.place(row, col), problem.get(row, col));
+    }
+  }
+  EXPECT_EQ(run(problem), expected);
+}
+
+TEST(FakeQuantizeCuda, ABitWidthWithoutAGridGivesNaN) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const int num_bits : {1, 9, 17, -3}) {  // 9 is too wide for int8 codes
+    Problem problem(Case{.rows = 2, .cols = 5});
+    problem.parameters.num_bits = num_bits;
+    const Result result = run(problem);
+    for (std::int64_t i = 0; i < 10; ++i) {
+      float value;
+      std::memcpy(&value, result.output.data() + problem.place(i / 5, i % 5) * sizeof(float),
+                  sizeof(float));
+      EXPECT_TRUE(std::isnan(value)) << num_bits;
+      EXPECT_EQ(result.codes[static_cast<std::size_t>(i)], std::byte{0});
+    }
+  }
+}
+
+/// One problem with its call's device memory, for the tests that change that memory.
+class Call {
+ public:
+  explicit Call(const Problem& problem) : device_{problem}, tensor_(device_.tensor()) {}
+
+  void enqueue(cudaStream_t stream) {
+    cuda::fake_quantize({.tensors = {&tensor_, 1},
+                         .num_bits = num_bits_.as<std::int32_t>(),
+                         .seed = device_.problem.parameters.seed,
+                         .step = step_.as<std::int64_t>(),
+                         .skip = skip_.as<float>(),
+                         .workspace = workspace_.data()},
+                        stream);
+  }
+  void set_num_bits(std::int32_t num_bits) { set(num_bits_, num_bits); }
+  void set_step(std::int64_t step) { set(step_, step); }
+  void set_skip(float skip) { set(skip_, skip); }
+  Result result() const { return device_.result(); }
+
+ private:
+  template <typename Value>
+  static void set(const Buffer& buffer, Value value) {
+    MOQ_CUDA_CHECK(cudaMemcpy(buffer.data(), &value, sizeof(value), cudaMemcpyHostToDevice));
+  }
+
+  DeviceProblem device_;
+  FakeQuantizeTensor tensor_;
+  Buffer num_bits_{&device_.problem.parameters.num_bits, sizeof(int)};
+  Buffer step_{&device_.problem.parameters.step, sizeof(std::int64_t)};
+  Buffer skip_{std::vector<float>{0.0F}};
+  Buffer workspace_{sizeof(GroupStatistics)};
+};
+
+TEST(FakeQuantizeCuda, ASkippedStepWritesNothing) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel}) {
+    const Problem problem(Case{.rows = 7, .cols = 11, .granularity = granularity});
+    Call call(problem);
+    call.set_skip(1.0F);
+    call.enqueue(nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    EXPECT_EQ(call.result(), problem.blank);
+  }
+}
+
+TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel}) {
+    Problem problem(Case{
+        .rows = 33, .cols = 130, .granularity = granularity, .rounding = Rounding::kStochastic});
+    Call call(problem);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
+    MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    call.enqueue(stream);
+    MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+    for (const int num_bits : {8, 6, 4}) {
+      problem.parameters.num_bits = num_bits;
+      problem.parameters.step = 100 + num_bits;
+      call.set_num_bits(num_bits);
+      call.set_step(100 + num_bits);
+      MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
+      MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
+      EXPECT_EQ(call.result(), reference(problem)) << num_bits;
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+}
+
+TEST(FakeQuantizeCuda, PlacesBeyondTwoToThe31ElementsAreReached) {
+  MOQ_SKIP_WITHOUT_GPU();
+  constexpr std::int64_t kCols = 4099;
+  constexpr std::int64_t kRows = (std::int64_t{1} << 31) / kCols + 2;
+  constexpr std::size_t kBytes = static_cast<std::size_t>(kRows * kCols) * 2;
+  std::size_t available = 0;
+  std::size_t total = 0;
+  MOQ_CUDA_CHECK(cudaMemGetInfo(&available, &total));
+  if (available < 2 * kBytes + (std::size_t{1} << 28)) {
+    GTEST_SKIP() << "needs " << 2 * kBytes << " bytes of device memory, has " << available;
+  }
+  // All weights are zero but those of the last row, which starts beyond element 2^31.
+  const Problem last_row(Case{.rows = 1,
+                              .cols = kCols,
+                              .rounding = Rounding::kStochastic,
+                              .input_dtype = DType::kBFloat16,
+                              .output_dtype = DType::kBFloat16,
+                              .first_element = (kRows - 1) * kCols});
+  const Buffer input(kBytes);
+  const Buffer output(kBytes);
+  constexpr std::size_t kRowBytes = kCols * 2;
+  MOQ_CUDA_CHECK(cudaMemset(input.data(), 0, kBytes));
+  MOQ_CUDA_CHECK(cudaMemcpy(input.as<std::byte>() + kBytes - kRowBytes, last_row.input.data(),
+                            kRowBytes, cudaMemcpyHostToDevice));
+  FakeQuantizeTensor tensor =
+      last_row.tensor(input.data(), output.data(), nullptr, nullptr, nullptr);
+  tensor.rows = kRows;
+  tensor.row_stride = kCols;
+  tensor.first_element = 0;
+  const Buffer num_bits(std::vector<std::int32_t>{8});
+  const Buffer step(&last_row.parameters.step, sizeof(std::int64_t));
+  cuda::fake_quantize({.tensors = {&tensor, 1},
+                       .num_bits = num_bits.as<std::int32_t>(),
+                       .seed = last_row.parameters.seed,
+                       .step = step.as<std::int64_t>()},
+                      nullptr);
+  std::vector<std::byte> row(kRowBytes);
+  MOQ_CUDA_CHECK(cudaMemcpy(row.data(), output.as<std::byte>() + kBytes - kRowBytes, kRowBytes,
+                            cudaMemcpyDeviceToHost));
+  std::vector<std::byte> expected = reference(last_row).output;
+  expected.resize(kRowBytes);
+  EXPECT_EQ(row, expected);
+}
+
+TEST(FakeQuantizeCuda, PerTensorScalesWithoutAWorkspaceAreRefused) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem(Case{.rows = 2, .cols = 2, .granularity = Granularity::kPerTensor});
+  const DeviceProblem device{problem};
+  const FakeQuantizeTensor tensor = device.tensor();
+  const Buffer num_bits(std::vector<std::int32_t>{8});
+  try {
+    cuda::fake_quantize({.tensors = {&tensor, 1}, .num_bits = num_bits.as<std::int32_t>()},
+                        nullptr);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(),
+                 "fake_quantize: per-tensor scales need a workspace of 8 bytes, got null");
+  }
+}
+
+}  // namespace
+}  // namespace moq::kernels::testing
+
+#endif
