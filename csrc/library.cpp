@@ -18,4 +18,11 @@ TORCH_LIBRARY(moq, m) {
       "str input_mode=\"float32\", float? input_scale=None) -> Tensor");
   // Bytes a second of one reading of the buffer: what benchmarks compare with.
   m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");
+  // One token per row of logits [batch, vocabulary], drawn from stream `row` of the seed, and the
+  // distribution it was drawn from; history [batch, length] is what the repetition penalty counts.
+  // temperature 0: greedy.
+  m.def(
+      "sample(Tensor logits, Tensor? history=None, *, float temperature=1.0, int top_k=0, "
+      "float top_p=1.0, float min_p=0.0, float repetition_penalty=1.0, int seed=0, int step=0) "
+      "-> (Tensor tokens, Tensor probabilities)");
 }

@@ -16,22 +16,29 @@ const char* name_of(Isa isa);
 
 }  // namespace moq::kernels::cpu
 
-/// Calls FUNCTION (the same name in namespaces scalar, avx2 and avx512, made by compiling one file of
-/// kernels/cpu/simd/ once per instruction set) with the arguments, for the active instruction set.
-#define MOQ_DISPATCH_ISA(FUNCTION, ...)                            \
-  [&]() -> decltype(auto) {                                        \
-    switch (::moq::kernels::cpu::active_isa()) {                   \
-      case ::moq::kernels::cpu::Isa::kAvx512:                      \
-        return avx512::FUNCTION(__VA_ARGS__);                      \
-      case ::moq::kernels::cpu::Isa::kAvx2:                        \
-        return avx2::FUNCTION(__VA_ARGS__);                        \
-      default:                                                     \
-        return scalar::FUNCTION(__VA_ARGS__);                      \
-    }                                                              \
+/// Calls FUNCTION (the same name in namespaces scalar, avx2 and avx512, made by compiling one file
+/// of kernels/cpu/simd/ once per instruction set) with the arguments, for the active instruction
+/// set.
+#define MOQ_DISPATCH_ISA(FUNCTION, ...)          \
+  [&]() -> decltype(auto) {                      \
+    switch (::moq::kernels::cpu::active_isa()) { \
+      case ::moq::kernels::cpu::Isa::kAvx512:    \
+        return avx512::FUNCTION(__VA_ARGS__);    \
+      case ::moq::kernels::cpu::Isa::kAvx2:      \
+        return avx2::FUNCTION(__VA_ARGS__);      \
+      default:                                   \
+        return scalar::FUNCTION(__VA_ARGS__);    \
+    }                                            \
   }()
 
 /// Declares functions once in each of the namespaces that MOQ_DISPATCH_ISA chooses from.
-#define MOQ_FOR_EACH_ISA(...)       \
-  namespace scalar { __VA_ARGS__ }  \
-  namespace avx2 { __VA_ARGS__ }    \
-  namespace avx512 { __VA_ARGS__ }
+#define MOQ_FOR_EACH_ISA(...) \
+  namespace scalar {          \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__                 \
+  }
