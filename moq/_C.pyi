@@ -1,6 +1,7 @@
 """Types of the compiled extension's own functions; its classes document themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +48,90 @@ class Schedule:
 
 def stretch_rules() -> list[str]: ...
 def build_info() -> dict[str, str | None]: ...
+
+class KvCache:
+    num_slots: int
+    capacity: int
+    num_free_slots: int
+    def allocate(self) -> int: ...
+    def free(self, slot: int) -> None: ...
+    def fork(self, slot: int) -> int: ...
+    def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> list[int]: ...
+    def length(self, slot: int) -> int: ...
+    def truncate(self, slot: int, length: int) -> None: ...
+
+class FinishReason:
+    name: str
+
+class GeneratedRow:
+    tokens: list[int]
+    finish_reason: FinishReason
+
+class GenerationResult:
+    rows: list[GeneratedRow]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+
+class Encoding:
+    last_hidden_state: Tensor
+    pooled: Tensor | None
+    logits: Tensor | None
+
+class Engine:
+    architecture: str
+    policy: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_token_types: int
+    max_positions: int
+    has_head: bool
+    causal: bool
+    activations: str
+    weight_format: str
+    head_format: str
+    weight_bytes: int
+    rank: int
+    tp_size: int
+    transport: str
+    @staticmethod
+    def open(
+        directory: Path,
+        *,
+        dtype: str | None = None,
+        quantize_head: bool | None = None,
+        activations: str | None = None,
+        policy: Path | None = None,
+        communicator: Communicator | None = None,
+    ) -> Engine: ...
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = ...,
+        max_batch: int = 16,
+        on_token: Callable[[int, int], bool] | None = None,
+    ) -> GenerationResult: ...
+    def forward(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        token_types: Sequence[Sequence[int]] = ...,
+        cache: KvCache | None = None,
+        slots: Sequence[int] = ...,
+    ) -> Tensor: ...
+    def encode(
+        self, token_ids: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] = ...
+    ) -> Encoding: ...
+    def make_cache(self, num_slots: int, capacity: int) -> KvCache: ...
 
 class Communicator:
     rank: int

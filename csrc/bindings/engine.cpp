@@ -1,0 +1,192 @@
+#include "inference/engine/engine.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "csrc/bindings/bindings.h"
+#include "inference/parallel/communicator.h"
+
+namespace moq::bindings {
+namespace {
+
+namespace py = pybind11;
+using inference::Engine;
+using inference::FinishReason;
+using inference::GenerationResult;
+using inference::KvCache;
+using inference::ModelSpec;
+
+using Ids = std::vector<std::vector<std::int64_t>>;
+
+std::vector<inference::TokenSequence> sequences(Ids token_ids, Ids token_types) {
+  std::vector<inference::TokenSequence> all(token_ids.size());
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    all[i].token_ids = std::move(token_ids[i]);
+    if (i < token_types.size()) {
+      all[i].token_types = std::move(token_types[i]);
+    }
+  }
+  return all;
+}
+
+void bind_kv_cache(py::module_& m) {
+  py::class_<KvCache>(
+      m, "KvCache", "Keys and values of several sequences, one a slot; made by Engine.make_cache.")
+      .def_property_readonly("num_slots", &KvCache::num_slots)
+      .def_property_readonly("capacity", &KvCache::capacity, "Tokens that a slot can hold.")
+      .def_property_readonly("num_free_slots", &KvCache::num_free_slots)
+      .def("allocate", &KvCache::allocate, "Takes a free slot for a new sequence.")
+      .def("free", &KvCache::free, py::arg("slot"), "Gives a sequence's slot back.")
+      .def("fork", &KvCache::fork, py::arg("slot"),
+           "Takes a free slot for a copy of a sequence, and returns it.")
+      .def(
+          "reorder",
+          [](KvCache& cache, std::vector<std::int64_t> slots,
+             const std::vector<std::int64_t>& sources) {
+            cache.reorder(slots, sources);
+            return slots;
+          },
+          py::arg("slots"), py::arg("sources"),
+          "Row i continues what row sources[i] of slots held; returns the rows' slots.")
+      .def("length", &KvCache::length, py::arg("slot"), "Tokens that a sequence holds.")
+      .def("truncate", &KvCache::truncate, py::arg("slot"), py::arg("length"),
+           "Forgets a sequence's tokens from length on.");
+}
+
+void bind_results(py::module_& m) {
+  py::enum_<FinishReason>(m, "FinishReason", "Why a generated row ended.")
+      .value("length", FinishReason::kLength, "max_new_tokens were drawn")
+      .value("stop_token", FinishReason::kStopToken, "a stop token was drawn")
+      .value("stopped", FinishReason::kStopped, "the callback ended the row");
+  py::class_<inference::GeneratedRow>(m, "GeneratedRow", "What one prompt was continued with.")
+      .def_readonly("tokens", &inference::GeneratedRow::tokens, "The new token ids.")
+      .def_readonly("finish_reason", &inference::GeneratedRow::finish_reason);
+  py::class_<GenerationResult>(m, "GenerationResult", "Generated rows and how long they took.")
+      .def_readonly("rows", &GenerationResult::rows)
+      .def_readonly("prompt_tokens", &GenerationResult::prompt_tokens)
+      .def_readonly("prefill_seconds", &GenerationResult::prefill_seconds)
+      .def_readonly("decode_tokens", &GenerationResult::decode_tokens)
+      .def_readonly("decode_seconds", &GenerationResult::decode_seconds);
+  py::class_<inference::Encoding>(m, "Encoding", "What an encoder computed, packed by sequence.")
+      .def_readonly("last_hidden_state", &inference::Encoding::last_hidden_state,
+                    "[num_tokens, hidden_size] float32")
+      .def_property_readonly(
+          "pooled",
+          [](const inference::Encoding& e) {
+            return e.pooled.defined() ? std::optional(e.pooled) : std::nullopt;
+          },
+          "[num_sequences, hidden_size] float32, or None without a pooler")
+      .def_property_readonly(
+          "logits",
+          [](const inference::Encoding& e) {
+            return e.logits.defined() ? std::optional(e.logits) : std::nullopt;
+          },
+          "[num_sequences, num_labels] float32, or None without a classifier");
+}
+
+Engine open_engine(const std::filesystem::path& directory, std::optional<std::string> dtype,
+                   std::optional<bool> quantize_head, std::optional<std::string> activations,
+                   std::optional<std::filesystem::path> policy,
+                   std::shared_ptr<inference::Communicator> communicator) {
+  const py::gil_scoped_release release;
+  const inference::EngineOptions options{.dtype = std::move(dtype),
+                                         .quantize_head = quantize_head,
+                                         .activations = std::move(activations),
+                                         .policy = std::move(policy),
+                                         .communicator = std::move(communicator)};
+  return Engine::open(directory, options);
+}
+
+GenerationResult generate(Engine& engine, const Ids& prompts, std::int64_t max_new_tokens,
+                          float temperature, std::int64_t top_k, float top_p, float min_p,
+                          float repetition_penalty, std::uint64_t seed,
+                          std::vector<std::int64_t> stop_tokens, std::int64_t max_batch,
+                          const std::optional<inference::OnToken>& on_token) {
+  const inference::GenerationOptions options{.max_new_tokens = max_new_tokens,
+                                             .sampling = {.temperature = temperature,
+                                                          .top_k = top_k,
+                                                          .top_p = top_p,
+                                                          .min_p = min_p,
+                                                          .repetition_penalty = repetition_penalty,
+                                                          .seed = seed},
+                                             .stop_tokens = std::move(stop_tokens),
+                                             .max_batch = max_batch};
+  const py::gil_scoped_release release;  // a Python callback takes the lock by itself
+  return engine.generate(prompts, options, on_token.value_or(inference::OnToken{}));
+}
+
+}  // namespace
+
+void bind_engine(py::module_& m) {
+  bind_kv_cache(m);
+  bind_results(m);
+  py::class_<Engine>(m, "Engine",
+                     "A model of a checkpoint directory; moq.inference.Engine wraps it.")
+      .def_static("open", &open_engine, py::arg("directory"), py::kw_only(),
+                  py::arg("dtype") = py::none(), py::arg("quantize_head") = py::none(),
+                  py::arg("activations") = py::none(), py::arg("policy") = py::none(),
+                  py::arg("communicator") = py::none(),
+                  "Loads the share of the communicator's rank (None: the whole model). policy is "
+                  "the path of a JSON file.")
+      .def("generate", &generate, py::arg("prompts"), py::kw_only(), py::arg("max_new_tokens"),
+           py::arg("temperature") = 0.0F, py::arg("top_k") = 0, py::arg("top_p") = 1.0F,
+           py::arg("min_p") = 0.0F, py::arg("repetition_penalty") = 1.0F, py::arg("seed") = 0,
+           py::arg("stop_tokens") = std::vector<std::int64_t>{}, py::arg("max_batch") = 16,
+           py::arg("on_token") = py::none(),
+           "Continues prompts (lists of token ids); on_token(row, token) -> bool ends a row by "
+           "returning False. Releases the interpreter lock.")
+      .def(
+          "forward",
+          [](Engine& engine, Ids token_ids, Ids token_types, KvCache* cache,
+             const std::vector<std::int64_t>& slots) {
+            const auto all = sequences(std::move(token_ids), std::move(token_types));
+            const py::gil_scoped_release release;
+            return engine.forward(all, cache, slots);
+          },
+          py::arg("token_ids"), py::arg("token_types") = Ids{}, py::arg("cache") = py::none(),
+          py::arg("slots") = std::vector<std::int64_t>{},
+          "Logits of every token, packed by sequence: [num_tokens, vocab_size] float32.")
+      .def(
+          "encode",
+          [](Engine& engine, Ids token_ids, Ids token_types) {
+            const auto all = sequences(std::move(token_ids), std::move(token_types));
+            const py::gil_scoped_release release;
+            return engine.encode(all);
+          },
+          py::arg("token_ids"), py::arg("token_types") = Ids{},
+          "Hidden states, pooled outputs and class logits of whole sequences.")
+      .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"))
+      .def_property_readonly("architecture", [](const Engine& e) { return e.spec().architecture; })
+      .def_property_readonly("policy", &Engine::policy_name)
+      .def_property_readonly("vocab_size", [](const Engine& e) { return e.spec().vocab_size; })
+      .def_property_readonly("hidden_size", [](const Engine& e) { return e.spec().hidden_size; })
+      .def_property_readonly("num_layers", [](const Engine& e) { return e.spec().num_layers; })
+      .def_property_readonly("num_token_types",
+                             [](const Engine& e) { return e.spec().num_token_types; })
+      .def_property_readonly("max_positions",
+                             [](const Engine& e) { return e.spec().max_positions; })
+      .def_property_readonly("has_head", [](const Engine& e) { return e.spec().has_head; })
+      .def_property_readonly(
+          "causal",
+          [](const Engine& e) { return e.spec().attention == inference::AttentionKind::kCausal; })
+      .def_property_readonly("activations", &Engine::activations,
+                             "How projections read their inputs: weight_only or dynamic.")
+      .def_property_readonly("weight_format", &Engine::weight_format,
+                             "What the layers' projections are stored in.")
+      .def_property_readonly("head_format", &Engine::head_format,
+                             "What the language-model head is stored in; empty without one.")
+      .def_property_readonly(
+          "weight_bytes",
+          [](const Engine& e) { return inference::weight_bytes(e.model().weights()); },
+          "Bytes of this rank's packed projections.")
+      .def_property_readonly("rank",
+                             [](const Engine& e) { return e.model().communicator().rank(); })
+      .def_property_readonly("tp_size",
+                             [](const Engine& e) { return e.model().communicator().size(); })
+      .def_property_readonly("transport",
+                             [](const Engine& e) { return e.model().communicator().transport(); });
+}
+
+}  // namespace moq::bindings

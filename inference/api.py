@@ -1,0 +1,408 @@
+"""The engine's Python front: loads a model directory, generates, encodes.
+
+The work is done in C++ (inference/engine, bound as moq._C.Engine); this file turns text and
+tensors into token ids and back.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moq import _C
+from moq.inference.distributed import connect
+from moq.inference.tokens import (
+    TextStream,
+    as_rows,
+    is_text,
+    load_tokenizer,
+    stop_token_ids,
+    unpad,
+)
+
+DTYPES = ("int8", "fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a prompt was continued with.
+
+    Attributes:
+        text: the new text; None if the prompt was token ids and the directory has no tokenizer.
+        token_ids: the new tokens, a stop token included.
+        finish_reason: ``length``, ``stop_token`` or ``stop_string``.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+
+    def __str__(self) -> str:
+        """The new text, so that a generation can be printed."""
+        return str(self.token_ids) if self.text is None else self.text
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one call of generate took, reading prompts and drawing tokens apart.
+
+    Attributes:
+        prompt_tokens: tokens of all prompts.
+        prefill_seconds: time of the steps that read prompts; each draws a row's first token.
+        decode_tokens: tokens drawn by the other steps.
+        decode_seconds: time of those.
+    """
+
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens drawn per second after the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder makes of n sequences, float32.
+
+    Attributes:
+        last_hidden_state: per sequence [num_tokens, hidden_size].
+        mean: [n, hidden_size], the mean over each sequence's tokens.
+        pooled: [n, hidden_size], activation(dense(first token)); None without a pooler.
+        logits: [n, num_labels]; None without a sequence-classification head.
+    """
+
+    last_hidden_state: list[Tensor]
+    mean: Tensor
+    pooled: Tensor | None
+    logits: Tensor | None
+
+
+Sequences = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class Engine:
+    """A model directory, ready to run on the CPU with torch's number of threads.
+
+    >>> engine = Engine.from_pretrained("out/model")  # doctest: +SKIP
+    >>> print(engine.generate("My fellow Americans", max_new_tokens=64))  # doctest: +SKIP
+
+    Attributes:
+        directory: where the model came from.
+        tokenizer: its Hugging Face tokenizer, or None.
+        stop_token_ids: tokens that end a generated text.
+        timing: of the last call of generate; None before.
+    """
+
+    def __init__(self, core: _C.Engine, directory: Path, tokenizer: Any) -> None:
+        """Wraps a loaded engine; use from_pretrained."""
+        self._core = core
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.stop_token_ids = [i for i in stop_token_ids(directory) if 0 <= i < core.vocab_size]
+        self.timing: Timing | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+        compute_dtype: str | None = None,
+        activations: str | None = None,
+        quantize_head: bool | None = None,
+        tp_size: int | None = None,
+        policy: str | Path | None = None,
+        group: dist.ProcessGroup | None = None,
+        transport: str = "auto",
+    ) -> Engine:
+        """Loads an exported moq directory or a plain Hugging Face one.
+
+        Args:
+            directory: config.json, safetensors files and, for text, a tokenizer.
+            device: None or "cpu".
+            dtype: what the weights are kept in: "int8", "fp32", "fp16" or "bf16"; None: as stored.
+                "int8" quantizes the layers' projections and the head of a plain directory (8 bits,
+                symmetric, one scale per output feature) and takes a quantized one as it is.
+            compute_dtype: of the activations: None or "fp32".
+            activations: None: exact weight-only arithmetic, unless the checkpoint was trained for
+                INT8 activations; "dynamic": INT8 with a scale per token.
+            quantize_head: False keeps the head of a plain directory out of dtype="int8".
+            tp_size: ranks that share the model; None: all that torchrun started.
+            policy: a JSON policy for an architecture that moq doesn't know (docs/extend.md).
+            group: the process group of the ranks; None: all of torchrun's.
+            transport: how ranks reach each other: "auto", "shared_memory" or "c10d".
+
+        Raises:
+            ValueError: for an unsuitable argument.
+            moq._C.Error: for an unsuitable directory; the message names file and key.
+        """
+        _check_arguments(device, dtype, compute_dtype, activations, quantize_head)
+        directory = Path(directory)
+        core = _C.Engine.open(
+            directory,
+            dtype=dtype,
+            quantize_head=quantize_head,
+            activations=activations,
+            policy=None if policy is None else Path(policy),
+            communicator=connect(tp_size, group, transport),
+        )
+        return cls(core, directory, load_tokenizer(directory))
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Names of a classifier's labels, as config.json gives them."""
+        config = json.loads((self.directory / "config.json").read_text())
+        return {int(label): name for label, name in (config.get("id2label") or {}).items()}
+
+    @property
+    def core(self) -> _C.Engine:
+        """The C++ engine: sizes, formats, rank, KV caches."""
+        return self._core
+
+    @overload
+    def generate(
+        self, prompts: str | Sequence[int], max_new_tokens: int = ..., **options: Any
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = ...,
+        **options: Any,
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        max_batch: int = 16,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Continues one prompt or several.
+
+        A row's tokens don't depend on the rows beside it.
+
+        Args:
+            prompts: a text, token ids, or a list of either.
+            max_new_tokens: most tokens to draw per prompt.
+            temperature: 0 takes the most likely token; otherwise logits are divided by it.
+            top_k: draw among the k most likely tokens; 0: all.
+            top_p: draw among the fewest tokens that reach this probability together.
+            min_p: drop tokens below this share of the most likely one's probability.
+            repetition_penalty: above 1, lowers tokens that the row already has.
+            seed: makes sampling repeatable; None: a new one each time.
+            stop: strings that end a row; not part of the text.
+            stop_token_ids: tokens that end a row; None: the model's own.
+            max_batch: rows computed together; the others wait.
+            on_text: called with (row, piece) whenever text of a row is settled.
+
+        Returns:
+            A Generation for one prompt, a list for several, in their order.
+
+        Raises:
+            ValueError: for text without a tokenizer, or stop strings without one.
+            moq._C.Error: before anything is computed, for an empty or too long prompt, a token
+                outside the vocabulary or an option out of range.
+        """
+        ids, single = self._token_ids(prompts)
+        stop = [stop] if isinstance(stop, str) else list(stop)
+        if (stop or on_text is not None) and self.tokenizer is None:
+            raise ValueError(
+                f"{self.directory} must have a tokenizer for stop strings and text streaming, got "
+                "none: put its files there, or use stop_token_ids"
+            )
+        streams = [TextStream(self.tokenizer, stop) for _ in ids]
+        stop_tokens = self.stop_token_ids if stop_token_ids is None else list(stop_token_ids)
+
+        def on_token(row: int, token: int) -> bool:
+            piece = streams[row].append(token)
+            if piece and on_text is not None:
+                on_text(row, piece)
+            return not streams[row].stopped
+
+        result = self._core.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=secrets.randbits(63) if seed is None else seed,
+            stop_tokens=stop_tokens,
+            max_batch=max_batch,
+            on_token=on_token if stop or on_text is not None else None,
+        )
+        self.timing = Timing(
+            result.prompt_tokens,
+            result.prefill_seconds,
+            result.decode_tokens,
+            result.decode_seconds,
+        )
+        watched = bool(stop) or on_text is not None
+        generations = [
+            self._generation(row, stream, watched, lambda piece, i=i: on_text and on_text(i, piece))
+            for i, (row, stream) in enumerate(zip(result.rows, streams, strict=True))
+        ]
+        return generations[0] if single else generations
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Yields the new text of one prompt piece by piece; options as generate's."""
+        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                self.generate(prompt, **options, on_text=lambda _, piece: pieces.put(piece))
+                pieces.put(None)
+            except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
+                pieces.put(error)
+
+        Thread(target=work, daemon=True).start()
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def forward(
+        self,
+        input_ids: Sequence[Sequence[int]] | Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Logits of every token, float32.
+
+        Args:
+            input_ids: [batch, length] tensor, or a list of token lists of any lengths.
+            attention_mask: [batch, length], 0 at padding on either side; padding is not computed.
+            token_type_ids: [batch, length], for models with token types.
+
+        Returns:
+            [batch, length, vocab_size], 0 at padding; for a list one [length, vocab_size] each.
+        """
+        rows = unpad(input_ids, attention_mask)
+        types = [] if token_type_ids is None else unpad(token_type_ids, attention_mask)
+        logits = self._core.forward(rows, types)
+        if not isinstance(input_ids, Tensor):
+            return list(logits.split([len(row) for row in rows]))
+        if attention_mask is None:
+            return logits.view(*input_ids.shape, -1)
+        padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        padded[attention_mask.bool()] = logits
+        return padded
+
+    def encode(self, inputs: Sequences, attention_mask: Tensor | None = None) -> Encoding:
+        """Hidden states, sentence vectors and class logits of sequences.
+
+        Args:
+            inputs: a text, texts, pairs of texts, a list of token lists, or a [batch, length]
+                tensor.
+            attention_mask: of a tensor: 0 at padding on either side.
+
+        Returns:
+            The encodings, in the order of the inputs.
+        """
+        types: list[list[int]] = []
+        if isinstance(inputs, Tensor) or not is_text(inputs):
+            rows = unpad(as_rows(inputs), attention_mask)
+        else:
+            texts = [inputs] if isinstance(inputs, str) else list(inputs)
+            tokens = self._require_tokenizer()(texts)
+            rows = tokens["input_ids"]
+            if self._core.num_token_types > 1:
+                types = tokens.get("token_type_ids", [])
+        encoding = self._core.encode(rows, types)
+        states = list(encoding.last_hidden_state.split([len(row) for row in rows]))
+        mean = torch.stack([state.mean(dim=0) for state in states])
+        return Encoding(states, mean, encoding.pooled, encoding.logits)
+
+    def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
+        """Prompts as lists of token ids, and whether there was just one."""
+        if isinstance(prompts, Tensor):
+            prompts = prompts.tolist()
+        if isinstance(prompts, str):
+            return [self._encode_text(prompts)], True
+        prompts = list(prompts)
+        if not prompts or isinstance(prompts[0], int):
+            return [prompts], True
+        return [
+            self._encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in prompts
+        ], False
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._require_tokenizer()(text)["input_ids"]
+        return ids
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.directory} must have a tokenizer to take text, got none: put "
+                "tokenizer.json there, or pass token ids"
+            )
+        return self.tokenizer
+
+    def _generation(
+        self, row: Any, stream: TextStream, watched: bool, on_rest: Callable[[str], object]
+    ) -> Generation:
+        if watched:
+            if rest := stream.finish():
+                on_rest(rest)
+            text = stream.text
+        elif self.tokenizer is not None:
+            text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        else:
+            text = None
+        reason = "stop_string" if stream.stopped else row.finish_reason.name
+        return Generation(text, row.tokens, reason)
+
+
+def _check_arguments(
+    device: str | torch.device | None,
+    dtype: str | None,
+    compute_dtype: str | None,
+    activations: str | None,
+    quantize_head: bool | None,
+) -> None:
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"device must be 'cpu': this engine runs on the CPU, got {str(device)!r}. Remedy: "
+            "leave device out; on a GPU an exported directory opens in transformers and vLLM"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
+    if compute_dtype not in (None, "fp32"):
+        raise ValueError(
+            f"compute_dtype must be None or 'fp32' on the CPU, got {compute_dtype!r}. Remedy: "
+            "leave it out; dtype chooses what the weights are kept in"
+        )
+    if activations not in (None, "dynamic"):
+        raise ValueError(f"activations must be None or 'dynamic' on the CPU, got {activations!r}")
+    if quantize_head and dtype != "int8":
+        raise ValueError(f"quantize_head=True needs dtype='int8', got dtype={dtype!r}")

@@ -1,0 +1,59 @@
+"""`bench`: the speed of a checkpoint directory on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from moq.inference.api import Engine
+from moq.inference.options import add_engine_arguments, describe, is_first_rank, open_engine
+
+_EXAMPLES = """examples:
+  python -m moq.inference bench out/model --threads 2
+  torchrun --standalone --nproc-per-node 2 -m moq.inference bench out/model --json
+
+Random prompts of --context tokens; the best of --repeats runs, since other work on the machine can
+only slow a run down."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    add_engine_arguments(parser)
+    parser.epilog = _EXAMPLES
+    parser.add_argument("--context", type=int, default=256, help="tokens of a prompt (256)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens drawn (32)")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once (1)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, the best counts (3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def measure(
+    engine: Engine, context: int, new_tokens: int, batch: int, repeats: int
+) -> dict[str, float]:
+    """Best prefill and decode speed over several runs, tokens per second over the whole batch."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = engine.core.vocab_size
+    prompts = torch.randint(0, vocab, (batch, context), generator=generator).tolist()
+    best = {"prefill_tokens_per_second": 0.0, "decode_tokens_per_second": 0.0}
+    for _ in range(repeats):
+        engine.generate(prompts, new_tokens, stop_token_ids=[], max_batch=batch)
+        for key in best:
+            best[key] = max(best[key], getattr(engine.timing, key))
+    return best
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints; returns the exit status."""
+    engine = open_engine(args)
+    speed = measure(engine, args.context, args.new_tokens, args.batch, args.repeats)
+    if is_first_rank():
+        result = {"context": args.context, "batch": args.batch, **speed, **describe(engine)}
+        if args.json:
+            print(json.dumps(result))
+        else:
+            width = max(map(len, result))
+            for key, value in result.items():
+                print(f"{key:{width}}  {f'{value:.1f}' if isinstance(value, float) else value}")
+    return 0

@@ -1,0 +1,58 @@
+"""`encode`: sentence vectors and class predictions from a checkpoint directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from moq.inference.options import add_engine_arguments, is_first_rank, open_engine
+
+_EXAMPLES = """examples:
+  python -m moq.inference encode out/encoder --text "a small dog" --text "a big house"
+  python -m moq.inference encode out/encoder --pooling pooled < sentences.txt
+
+Prints one JSON object per text: its vector, or, if the checkpoint has a sequence-classification
+head, its label and logits."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    add_engine_arguments(parser)
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "--text", action="append", help="text to encode, may be repeated (default: lines of stdin)"
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=["mean", "pooled"],
+        default="mean",
+        help="the vector: mean over tokens, or the model's pooled output (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encodes and prints; returns the exit status."""
+    texts = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("encode needs a text: give --text, or lines on standard input")
+    engine = open_engine(args)
+    encoding = engine.encode(texts)
+    vectors = encoding.mean if args.pooling == "mean" else encoding.pooled
+    if vectors is None:
+        raise ValueError(f"{args.directory} must have a pooler for --pooling pooled, got none")
+    if not is_first_rank():
+        return 0
+    labels = engine.labels
+    for i, text in enumerate(texts):
+        result: dict[str, object] = {"text": text}
+        if encoding.logits is not None:
+            label = int(encoding.logits[i].argmax())
+            result |= {
+                "label": labels.get(label, str(label)),
+                "logits": encoding.logits[i].tolist(),
+            }
+        else:
+            result["vector"] = vectors[i].tolist()
+        print(json.dumps(result, ensure_ascii=False))
+    return 0

@@ -1,0 +1,192 @@
+#include "inference/engine/engine.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "inference/checkpoint/checkpoint.h"
+#include "inference/checkpoint/json.h"
+#include "inference/checkpoint/mapped_file.h"
+#include "inference/policies/parameter_map.h"
+#include "inference/policies/policy.h"
+#include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
+
+namespace moq::inference {
+namespace {
+
+using checkpoint::Checkpoint;
+using checkpoint::Json;
+
+// Logits computed at once by forward(), in tokens: bounds the workspace beside the result.
+constexpr std::int64_t kLogitRowsAtOnce = 64;
+
+Json read_json(const std::filesystem::path& path) {
+  return Json::parse(checkpoint::read_text_file(path), path.filename().string());
+}
+
+/// Whether the layers' projections read 8-bit activations: the caller's wish, or what the
+/// checkpoint was trained for.
+kernels::InputMode input_mode(const Json& config, const std::optional<std::string>& activations) {
+  if (activations.has_value()) {
+    MOQ_CHECK(*activations == "dynamic",
+              "engine: activations must be None or \"dynamic\" on the "
+              "CPU, got \"",
+              *activations, "\"");
+    return kernels::InputMode::kDynamicInt8;
+  }
+  const Json* quantization = config.find("quantization_config");
+  const Json* groups = quantization == nullptr ? nullptr : quantization->find("config_groups");
+  if (groups == nullptr) {
+    return kernels::InputMode::kFloat32;
+  }
+  std::size_t dynamic = 0;
+  const Json::Object& all = groups->as_object("config.json: config_groups");
+  for (const auto& [name, group] : all) {
+    const Json* input = group.find("input_activations");
+    if (input == nullptr || input->is_null()) {
+      continue;
+    }
+    const std::string where = "config.json: " + name + ".input_activations";
+    MOQ_CHECK(input->at("num_bits", where).as_integer(where) == 8 &&
+                  input->at("dynamic", where).as_boolean(where),
+              where, " must be dynamic 8-bit, got ", input->dump());
+    ++dynamic;
+  }
+  MOQ_CHECK(dynamic == 0 || dynamic == all.size(),
+            "config.json: either all or none of the "
+            "config_groups must have input_activations, got ",
+            dynamic, " of ", all.size(),
+            ": pass activations=\"dynamic\" to run all layers with them");
+  return dynamic > 0 ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
+}
+
+void check_quantization(const Json& config) {
+  const Json* quantization = config.find("quantization_config");
+  if (quantization == nullptr || quantization->is_null()) {
+    return;
+  }
+  const std::string where = "config.json: quantization_config";
+  const std::string& method = quantization->at("quant_method", where).as_string(where);
+  MOQ_CHECK(method == "compressed-tensors", where,
+            ".quant_method must be compressed-tensors, got \"", method,
+            "\": export the model with moq, or load the unquantized one with dtype=\"int8\"");
+}
+
+}  // namespace
+
+Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
+  MOQ_CHECK(std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
+            directory.string());
+  const Json config = read_json(directory / "config.json");
+  check_quantization(config);
+  auto files = std::make_shared<const Checkpoint>(Checkpoint::open(directory));
+  const Policy policy = options.policy.has_value()
+                            ? parse_policy(read_json(*options.policy), options.policy->string())
+                            : find_policy(config, builtin_policies());
+  const ParameterMap parameters = ParameterMap::resolve(policy, config, *files);
+  auto communicator = options.communicator ? options.communicator : single_process();
+  Weights weights =
+      load_weights(parameters, std::move(files),
+                   {.dtype = options.dtype.has_value() ? parse_weight_dtype(*options.dtype)
+                                                       : WeightDtype::kAsStored,
+                    .quantize_head = options.quantize_head,
+                    .rank = communicator->rank(),
+                    .size = communicator->size()});
+  return {Transformer(parameters.spec(), std::move(weights), std::move(communicator),
+                      input_mode(config, options.activations)),
+          policy.name};
+}
+
+std::string Engine::activations() const {
+  return model_.input_mode() == kernels::InputMode::kDynamicInt8 ? "dynamic" : "weight_only";
+}
+
+std::string Engine::weight_format() const {
+  return kernels::name_of(model_.weights().layers.front().qkv.weight.shape.format);
+}
+
+std::string Engine::head_format() const {
+  return spec().has_head ? kernels::name_of(model_.weights().head.weight.shape.format) : "";
+}
+
+KvCache Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const {
+  MOQ_CHECK(spec().attention == AttentionKind::kCausal,
+            "engine: a KV cache needs a causal model, got ", spec().architecture);
+  MOQ_CHECK(capacity <= spec().max_positions, "engine: a KV cache must hold at most the model's ",
+            spec().max_positions, " positions, got ", capacity);
+  return model_.make_cache(num_slots, capacity);
+}
+
+GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> prompts,
+                                  GenerationOptions options, const OnToken& on_token) {
+  const kernels::ThreadScope threads(at::get_num_threads());
+  at::Tensor seed = at::scalar_tensor(static_cast<std::int64_t>(options.sampling.seed), at::kLong);
+  model_.communicator().broadcast(seed, 0);
+  options.sampling.seed = static_cast<std::uint64_t>(seed.item<std::int64_t>());
+  return inference::generate(model_, prompts, options, on_token);
+}
+
+void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
+                 std::span<const std::int64_t> slots) {
+  MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
+            "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
+            sequences.size());
+  batch_.clear();
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const TokenSequence& sequence = sequences[i];
+    MOQ_CHECK(!sequence.token_ids.empty(),
+              "engine: a sequence must have at least one token, got none in sequence ", i);
+    const std::int64_t slot = cache == nullptr ? 0 : slots[i];
+    batch_.append(sequence.token_ids, slot, cache == nullptr ? 0 : cache->length(slot),
+                  sequence.token_types);
+  }
+  model_.forward(batch_, cache);
+}
+
+at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* cache,
+                           std::span<const std::int64_t> slots) {
+  MOQ_CHECK(spec().has_head, "engine: forward needs a model with a language-model head, got ",
+            spec().architecture, ": use encode");
+  const kernels::ThreadScope threads(at::get_num_threads());
+  run(sequences, cache, slots);
+  const std::int64_t num_tokens = batch_.num_tokens();
+  const std::int64_t vocab_size = spec().vocab_size;
+  at::Tensor logits = at::empty({num_tokens, vocab_size}, at::kFloat);
+  std::vector<std::int64_t> rows;
+  for (std::int64_t begin = 0; begin < num_tokens; begin += kLogitRowsAtOnce) {
+    rows.resize(static_cast<std::size_t>(std::min(kLogitRowsAtOnce, num_tokens - begin)));
+    std::iota(rows.begin(), rows.end(), begin);
+    std::memcpy(logits.mutable_data_ptr<float>() + begin * vocab_size, model_.logits(rows),
+                sizeof(float) * rows.size() * static_cast<std::size_t>(vocab_size));
+  }
+  return logits;
+}
+
+Encoding Engine::encode(std::span<const TokenSequence> sequences) {
+  const kernels::ThreadScope threads(at::get_num_threads());
+  run(sequences, nullptr, {});
+  const auto copy = [](const float* values, std::int64_t rows, std::int64_t cols) {
+    at::Tensor tensor = at::empty({rows, cols}, at::kFloat);
+    std::memcpy(tensor.mutable_data_ptr<float>(), values,
+                sizeof(float) * static_cast<std::size_t>(rows * cols));
+    return tensor;
+  };
+  const auto num_sequences = static_cast<std::int64_t>(sequences.size());
+  Encoding encoding;
+  encoding.last_hidden_state = copy(model_.hidden_state(), batch_.num_tokens(), spec().hidden_size);
+  if (spec().has_pooler) {
+    const std::vector<float> pooled = model_.pooled(batch_);
+    encoding.pooled = copy(pooled.data(), num_sequences, spec().hidden_size);
+    if (spec().has_classifier) {
+      encoding.logits = copy(model_.classify(pooled).data(), num_sequences, spec().num_labels);
+    }
+  }
+  return encoding;
+}
+
+}  // namespace moq::inference

@@ -1,0 +1,197 @@
+#include "inference/engine/generator.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "kernels/common/check.h"
+
+namespace moq::inference {
+namespace {
+
+using Prompts = std::span<const std::vector<std::int64_t>>;
+using Clock = std::chrono::steady_clock;
+
+/// A row in flight.
+struct Row {
+  std::size_t index;  ///< of its prompt
+  std::int64_t slot;
+  std::int64_t cached = 0;                ///< tokens in the KV cache
+  std::vector<std::int64_t> tokens = {};  ///< the prompt and what was drawn
+
+  std::int64_t pending() const { return static_cast<std::int64_t>(tokens.size()) - cached; }
+};
+
+std::int64_t longest(Prompts prompts) {
+  std::size_t length = 0;
+  for (const auto& prompt : prompts) {
+    length = std::max(length, prompt.size());
+  }
+  return static_cast<std::int64_t>(length);
+}
+
+void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& options) {
+  MOQ_CHECK(spec.attention == AttentionKind::kCausal && spec.has_head,
+            "generate: the model must be causal and have a language-model head, got ",
+            spec.architecture, ": use encode");
+  MOQ_CHECK(options.max_new_tokens >= 1, "generate: max_new_tokens must be >= 1, got ",
+            options.max_new_tokens);
+  MOQ_CHECK(options.max_batch >= 1 && options.chunk_tokens >= 1,
+            "generate: max_batch and chunk_tokens must be >= 1, got ", options.max_batch, " and ",
+            options.chunk_tokens);
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const auto length = static_cast<std::int64_t>(prompts[i].size());
+    MOQ_CHECK(length >= 1, "generate: a prompt must have at least one token, got none in prompt ",
+              i);
+    MOQ_CHECK(length + options.max_new_tokens <= spec.max_positions, "generate: prompt ", i, " of ",
+              length, " tokens and ", options.max_new_tokens,
+              " new ones must fit into the model's ", spec.max_positions, " positions, got ",
+              length + options.max_new_tokens, ": shorten the prompt or lower max_new_tokens");
+    for (const std::int64_t token : prompts[i]) {
+      MOQ_CHECK(token >= 0 && token < spec.vocab_size, "generate: a token must lie in [0, ",
+                spec.vocab_size, "), got ", token, " in prompt ", i);
+    }
+  }
+}
+
+class Generation {
+ public:
+  Generation(Transformer& model, Prompts prompts, const GenerationOptions& options,
+             const OnToken& on_token)
+      : model_(model),
+        prompts_(prompts),
+        options_(options),
+        on_token_(on_token),
+        cache_(
+            model.make_cache(std::min(options.max_batch, static_cast<std::int64_t>(prompts.size())),
+                             longest(prompts) + options.max_new_tokens)) {
+    result_.rows.resize(prompts.size());
+    const std::int64_t prompt_tokens = longest(prompts) * cache_.num_slots();
+    model_.reserve(std::max(std::min(prompt_tokens, options.chunk_tokens), cache_.num_slots()));
+  }
+
+  GenerationResult run() {
+    for (admit(); !rows_.empty(); admit()) {
+      const Clock::time_point start = Clock::now();
+      const bool prefill = fill_batch();
+      model_.forward(batch_, &cache_);
+      draw();
+      const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      (prefill ? result_.prefill_seconds : result_.decode_seconds) += seconds;
+      result_.decode_tokens += prefill ? 0 : static_cast<std::int64_t>(drawn_.size());
+    }
+    return std::move(result_);
+  }
+
+ private:
+  /// Gives free slots to waiting prompts.
+  void admit() {
+    while (next_ < prompts_.size() && cache_.num_free_slots() > 0) {
+      Row row{.index = next_, .slot = cache_.allocate()};
+      row.tokens.reserve(prompts_[next_].size() +
+                         static_cast<std::size_t>(options_.max_new_tokens));
+      row.tokens = prompts_[next_];
+      result_.prompt_tokens += row.pending();
+      rows_.push_back(std::move(row));
+      ++next_;
+    }
+  }
+
+  /// Packs the tokens of this step; true if a prompt's piece is among them.
+  bool fill_batch() {
+    batch_.clear();
+    logit_rows_.clear();
+    drawing_.clear();
+    bool prefill = false;
+    std::int64_t room = std::max(options_.chunk_tokens, static_cast<std::int64_t>(rows_.size()));
+    for (std::size_t i = 0; i < rows_.size() && room > 0; ++i) {
+      Row& row = rows_[i];
+      const std::int64_t count = std::min(row.pending(), room);
+      prefill = prefill || row.cached < static_cast<std::int64_t>(prompts_[row.index].size());
+      batch_.append({row.tokens.data() + row.cached, static_cast<std::size_t>(count)}, row.slot,
+                    row.cached);
+      row.cached += count;
+      room -= count;
+      if (row.pending() == 0) {
+        logit_rows_.push_back(batch_.num_tokens() - 1);
+        drawing_.push_back(i);
+      }
+    }
+    return prefill;
+  }
+
+  /// Draws the next token of every row whose tokens are all in the cache.
+  void draw() {
+    sampling_.clear();
+    for (const std::size_t i : drawing_) {
+      const Row& row = rows_[i];
+      sampling_.push_back({.params = options_.sampling,
+                           .history = row.tokens.data(),
+                           .history_length = static_cast<std::int64_t>(row.tokens.size()),
+                           .stream = static_cast<std::uint32_t>(row.index),
+                           .step = row.tokens.size() - prompts_[row.index].size()});
+    }
+    drawn_.resize(drawing_.size());
+    if (drawing_.empty()) {
+      return;
+    }
+    const std::int64_t vocab_size = model_.spec().vocab_size;
+    kernels::cpu::sample({.logits = model_.logits(logit_rows_),
+                          .batch_size = static_cast<std::int64_t>(drawing_.size()),
+                          .vocab_size = vocab_size,
+                          .logits_stride = vocab_size,
+                          .rows = sampling_.data(),
+                          .tokens = drawn_.data()});
+    // Backwards, so that erasing a finished row leaves the earlier indices valid.
+    for (std::size_t d = drawing_.size(); d-- > 0;) {
+      if (take(rows_[drawing_[d]], drawn_[d])) {
+        cache_.free(rows_[drawing_[d]].slot);
+        rows_.erase(rows_.begin() + static_cast<std::ptrdiff_t>(drawing_[d]));
+      }
+    }
+  }
+
+  /// Appends a token to its row; true if the row has ended.
+  bool take(Row& row, std::int64_t token) {
+    GeneratedRow& out = result_.rows[row.index];
+    row.tokens.push_back(token);
+    out.tokens.push_back(token);
+    const bool go_on = !on_token_ || on_token_(static_cast<std::int64_t>(row.index), token);
+    const auto& stops = options_.stop_tokens;
+    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+      out.finish_reason = FinishReason::kStopToken;
+    } else if (!go_on) {
+      out.finish_reason = FinishReason::kStopped;
+    } else {
+      return static_cast<std::int64_t>(out.tokens.size()) == options_.max_new_tokens;
+    }
+    return true;
+  }
+
+  Transformer& model_;
+  Prompts prompts_;
+  const GenerationOptions& options_;
+  const OnToken& on_token_;
+  KvCache cache_;
+  GenerationResult result_;
+  std::size_t next_ = 0;  ///< first prompt that waits
+  std::vector<Row> rows_;
+
+  TokenBatch batch_;
+  std::vector<std::int64_t> logit_rows_;  ///< tokens of the batch whose logits are needed
+  std::vector<std::size_t> drawing_;      ///< their rows
+  std::vector<kernels::SamplingRow> sampling_;
+  std::vector<std::int64_t> drawn_;
+};
+
+}  // namespace
+
+GenerationResult generate(Transformer& model, Prompts prompts, const GenerationOptions& options,
+                          const OnToken& on_token) {
+  check(model.spec(), prompts, options);
+  if (prompts.empty()) {
+    return {};
+  }
+  return Generation(model, prompts, options, on_token).run();
+}
+
+}  // namespace moq::inference

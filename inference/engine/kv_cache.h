@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "inference/engine/aligned_buffer.h"
+
+namespace moq::inference {
+
+/// Keys and values of the tokens that a causal model has seen, for several sequences at once.
+///
+/// A sequence lives in a slot. Rows of a batch name slots, so that a batch may hold any choice of
+/// them in any order, each with a length of its own. The memory is allocated once, at construction:
+/// per layer and slot [num_kv_heads, capacity, head_dim] float32 for keys, and for values.
+class KvCache {
+ public:
+  /// @param capacity  tokens a slot can hold
+  /// @throws moq::Error if a size is < 1
+  KvCache(std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
+          std::int64_t num_slots, std::int64_t capacity);
+
+  std::int64_t num_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
+  std::int64_t capacity() const { return capacity_; }
+  std::int64_t num_free_slots() const;
+
+  /// Takes a free slot for a new, empty sequence.
+  /// @throws moq::Error if there is none
+  std::int64_t allocate();
+  /// Gives a sequence's slot back.
+  void free(std::int64_t slot);
+  /// Takes a free slot for a copy of a sequence, which then grows by itself.
+  /// @throws moq::Error if there is none
+  std::int64_t fork(std::int64_t slot);
+  /// Row i continues what row sources[i] of `slots` held (beam search): slots are exchanged where a
+  /// row has one heir, and copied only where it has several. Rows without an heir give up their
+  /// sequences.
+  /// @param slots  the rows' slots, rewritten
+  void reorder(std::span<std::int64_t> slots, std::span<const std::int64_t> sources);
+
+  /// Tokens that a sequence holds.
+  std::int64_t length(std::int64_t slot) const;
+  /// Forgets the tokens from `length` on.
+  /// @throws moq::Error unless 0 <= length <= length(slot)
+  void truncate(std::int64_t slot, std::int64_t length);
+  /// Counts tokens whose keys and values were written to every layer.
+  /// @throws moq::Error if they don't fit
+  void advance(std::int64_t slot, std::int64_t num_tokens);
+
+  float* keys(std::int64_t layer) { return slab(layer, 0); }  ///< [slots, kv heads, capacity, dim]
+  float* values(std::int64_t layer) { return slab(layer, 1); }  ///< the same
+
+ private:
+  float* slab(std::int64_t layer, std::int64_t which);
+  void check_used(std::int64_t slot) const;
+  void copy(std::int64_t from, std::int64_t to);
+
+  std::int64_t num_layers_;
+  std::int64_t num_kv_heads_;
+  std::int64_t head_dim_;
+  std::int64_t capacity_;
+  AlignedBuffer data_;                 ///< [layers, {keys, values}, slots, kv heads, capacity, dim]
+  std::vector<std::int64_t> lengths_;  ///< per slot; kFree if nobody has it
+};
+
+}  // namespace moq::inference

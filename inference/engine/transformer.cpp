@@ -1,0 +1,434 @@
+#include "inference/engine/transformer.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/activation.h"
+#include "kernels/common/check.h"
+#include "kernels/embedding.h"
+#include "kernels/norm.h"
+#include "kernels/rotary.h"
+
+namespace moq::inference {
+namespace {
+
+namespace cpu = kernels::cpu;
+
+constexpr std::int64_t kFewestRopePositions = 512;
+
+/// The slopes of Press et al. 2022: a geometric sequence for a power of two of heads; otherwise
+/// that of the next smaller power, then every other one of the next larger.
+std::vector<float> alibi_slopes(std::int64_t num_heads) {
+  std::int64_t power = 1;
+  while (2 * power <= num_heads) {
+    power *= 2;
+  }
+  std::vector<float> slopes;
+  for (std::int64_t head = 0; head < num_heads; ++head) {
+    const double exponent =
+        head < power
+            ? -8.0 * static_cast<double>(head + 1) / static_cast<double>(power)
+            : -4.0 * static_cast<double>(2 * (head - power) + 1) / static_cast<double>(power);
+    slopes.push_back(static_cast<float>(std::exp2(exponent)));
+  }
+  return slopes;
+}
+
+void reserve_floats(AlignedBuffer& buffer, std::int64_t count) {
+  const auto size = static_cast<std::size_t>(count) * sizeof(float);
+  if (buffer.size() < size) {
+    buffer = AlignedBuffer(size);
+  }
+}
+
+}  // namespace
+
+void TokenBatch::clear() {
+  token_ids_.clear();
+  positions_.clear();
+  token_types_.clear();
+  sequences_.clear();
+}
+
+void TokenBatch::append(std::span<const std::int64_t> token_ids, std::int64_t slot,
+                        std::int64_t past_length, std::span<const std::int64_t> token_types) {
+  const auto count = static_cast<std::int64_t>(token_ids.size());
+  MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
+            "engine: token_type_ids must be one per token, got ", token_types.size(), " for ",
+            count);
+  sequences_.push_back(
+      {.token_begin = num_tokens(), .num_tokens = count, .slot = slot, .past_length = past_length});
+  token_ids_.insert(token_ids_.end(), token_ids.begin(), token_ids.end());
+  for (std::int64_t i = 0; i < count; ++i) {
+    positions_.push_back(past_length + i);
+    token_types_.push_back(token_types.empty() ? 0 : token_types[static_cast<std::size_t>(i)]);
+  }
+}
+
+Transformer::Transformer(ModelSpec spec, Weights weights,
+                         std::shared_ptr<Communicator> communicator, kernels::InputMode input_mode)
+    : spec_(std::move(spec)),
+      weights_(std::move(weights)),
+      communicator_(std::move(communicator)),
+      input_mode_(input_mode) {
+  if (spec_.positions == PositionKind::kAlibi) {
+    const std::vector<float> all = alibi_slopes(spec_.num_heads);
+    const Range heads = weights_.heads.query_heads;
+    alibi_slopes_.assign(all.begin() + heads.begin, all.begin() + heads.end);
+  }
+}
+
+KvCache Transformer::make_cache(std::int64_t num_slots, std::int64_t capacity) const {
+  return {spec_.num_layers, kv_heads(), spec_.head_dim, num_slots, capacity};
+}
+
+void Transformer::reserve(std::int64_t num_tokens) {
+  if (num_tokens <= max_tokens_) {
+    return;
+  }
+  max_tokens_ = num_tokens;
+  const std::int64_t ffn = weights_.ffn.size();
+  reserve_floats(x_, num_tokens * spec_.hidden_size);
+  reserve_floats(normed_, num_tokens * spec_.hidden_size);
+  reserve_floats(ffn_in_, spec_.parallel_residual ? num_tokens * spec_.hidden_size : 0);
+  reserve_floats(qkv_, num_tokens * qkv_width());
+  reserve_floats(attended_, num_tokens * q_heads() * spec_.head_dim);
+  reserve_floats(up_, num_tokens * ffn * (spec_.gated ? 2 : 1));
+  reserve_floats(gated_, spec_.gated ? num_tokens * ffn : 0);
+}
+
+void Transformer::forward(const TokenBatch& batch, KvCache* cache) {
+  check(batch, cache);
+  num_tokens_ = batch.num_tokens();
+  reserve(num_tokens_);
+  prepare_positions(batch);
+  float* x = x_.as<float>();
+  float* normed = normed_.as<float>();
+
+  embed(batch);
+  for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
+    const Layer& layer = weights_.layers[i];
+    const auto index = static_cast<std::int64_t>(i);
+    if (spec_.norm_place == NormPlace::kPost) {
+      // x = norm(x + attention(x)); x = norm(x + ffn(x))
+      attend(x, layer, index, batch, cache);
+      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      normalize(x, layer.attention_norm, x, num_tokens_);
+      feed_forward(x, layer);
+      normalize(x, layer.ffn_norm, x, num_tokens_);
+    } else if (spec_.parallel_residual) {
+      // x = x + attention(norm1(x)) + ffn(norm2(x))
+      normalize(x, layer.ffn_norm, ffn_in_.as<float>(), num_tokens_);
+      normalize(x, layer.attention_norm, normed, num_tokens_);
+      attend(normed, layer, index, batch, cache);
+      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      feed_forward(ffn_in_.as<float>(), layer);
+    } else {
+      // x = x + attention(norm(x)); x = x + ffn(norm(x))
+      normalize(x, layer.attention_norm, normed, num_tokens_);
+      attend(normed, layer, index, batch, cache);
+      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      normalize(x, layer.ffn_norm, normed, num_tokens_);
+      feed_forward(normed, layer);
+    }
+  }
+  if (cache != nullptr) {
+    for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+      cache->advance(sequence.slot, sequence.num_tokens);
+    }
+  }
+  if (spec_.norm_place == NormPlace::kPre) {
+    normalize(x, weights_.final_norm, x, num_tokens_);
+  }
+}
+
+/// x = token embedding + position embedding + token type embedding, and its norm if there is one.
+void Transformer::embed(const TokenBatch& batch) {
+  std::array<kernels::EmbeddingLookup, 3> lookups{};
+  std::size_t count = 0;
+  lookups[count++] = {.table = weights_.token_embedding.view, .rows = batch.token_ids().data()};
+  if (spec_.num_token_types > 0) {
+    lookups[count++] = {.table = weights_.token_type_embedding.view,
+                        .rows = batch.token_types().data()};
+  }
+  if (spec_.positions == PositionKind::kLearned) {
+    lookups[count++] = {.table = weights_.position_embedding.view, .rows = table_rows_.data()};
+  }
+  cpu::embedding({.lookups = {lookups.data(), count},
+                  .output = x_.as<float>(),
+                  .num_tokens = num_tokens_,
+                  .hidden_size = spec_.hidden_size});
+  if (spec_.embedding_norm) {
+    normalize(x_.as<float>(), weights_.embedding_norm, x_.as<float>(), num_tokens_);
+  }
+}
+
+/// attended = softmax(q kᵀ / sqrt(head_dim)) v of q, k, v = input · Wqkvᵀ, for this rank's heads.
+void Transformer::attend(const float* input, const Layer& layer, std::int64_t index,
+                         const TokenBatch& batch, KvCache* cache) {
+  const std::int64_t dim = spec_.head_dim;
+  float* q = qkv_.as<float>();
+  float* k = q + q_heads() * dim;
+  float* v = k + kv_heads() * dim;
+  project(input, layer.qkv, q, num_tokens_);
+  if (spec_.qk_norm) {
+    normalize_heads(layer.query_norm, 0, q_heads());
+    normalize_heads(layer.key_norm, q_heads(), kv_heads());
+  }
+  if (spec_.positions == PositionKind::kRotary) {
+    cpu::rotary({.heads = q,  // k lies behind q in each token's row
+                 .num_tokens = num_tokens_,
+                 .num_heads = q_heads() + kv_heads(),
+                 .token_stride = qkv_width(),
+                 .head_stride = dim,
+                 .rotary_dim = spec_.rotary_dim(),
+                 .positions = batch.positions().data(),
+                 .cos = rope_cos_.data(),
+                 .sin = rope_sin_.data(),
+                 .num_positions = rope_positions_});
+  }
+  kernels::AttentionArgs attention{
+      .query = q,
+      .query_stride = qkv_width(),
+      .keys = k,
+      .values = v,
+      .slot_stride = qkv_width(),
+      .kv_head_stride = dim,
+      .key_stride = qkv_width(),
+      .sequences = packed_sequences_.data(),
+      .num_sequences = static_cast<std::int64_t>(batch.sequences().size()),
+      .num_heads = q_heads(),
+      .num_kv_heads = kv_heads(),
+      .head_dim = dim,
+      .causal = spec_.attention == AttentionKind::kCausal,
+      .scale = 1.0F / std::sqrt(static_cast<float>(dim)),
+      .alibi_slopes = alibi_slopes_.empty() ? nullptr : alibi_slopes_.data(),
+      .output = attended_.as<float>(),
+      .output_stride = q_heads() * dim};
+  if (cache != nullptr) {
+    cpu::append_kv({.keys = k,
+                    .values = v,
+                    .token_stride = qkv_width(),
+                    .sequences = batch.sequences().data(),
+                    .num_sequences = attention.num_sequences,
+                    .num_kv_heads = kv_heads(),
+                    .head_dim = dim,
+                    .key_cache = cache->keys(index),
+                    .value_cache = cache->values(index),
+                    .num_slots = cache->num_slots(),
+                    .capacity = cache->capacity()});
+    attention.keys = cache->keys(index);
+    attention.values = cache->values(index);
+    attention.slot_stride = kv_heads() * cache->capacity() * dim;
+    attention.kv_head_stride = cache->capacity() * dim;
+    attention.key_stride = dim;
+    attention.sequences = batch.sequences().data();
+  }
+  cpu::attention(attention);
+}
+
+/// x += down(activation(up(input))), or x += down(activation(gate(input)) * up(input)).
+void Transformer::feed_forward(const float* input, const Layer& layer) {
+  const float* inner = up_.as<float>();
+  if (spec_.gated) {
+    project(input, layer.up, up_.as<float>(), num_tokens_);
+    cpu::gated_activation({.gate_up = up_.as<float>(),
+                           .output = gated_.as<float>(),
+                           .m = num_tokens_,
+                           .n = weights_.ffn.size(),
+                           .activation = spec_.activation});
+    inner = gated_.as<float>();
+  } else {
+    project(input, layer.up, up_.as<float>(), num_tokens_, spec_.activation);
+  }
+  project_and_add(inner, layer.down, x_.as<float>());
+}
+
+void Transformer::normalize(const float* input, const Norm& norm, float* output,
+                            std::int64_t rows) const {
+  const auto epsilon = static_cast<float>(spec_.norm_epsilon);
+  if (spec_.norm == NormKind::kRmsNorm) {
+    cpu::rms_norm({.input = input,
+                   .weight = norm.weight.data(),
+                   .output = output,
+                   .num_tokens = rows,
+                   .hidden_size = spec_.hidden_size,
+                   .epsilon = epsilon});
+  } else {
+    cpu::layer_norm({.input = input,
+                     .weight = norm.weight.data(),
+                     .bias = norm.bias.empty() ? nullptr : norm.bias.data(),
+                     .output = output,
+                     .num_tokens = rows,
+                     .hidden_size = spec_.hidden_size,
+                     .epsilon = epsilon});
+  }
+}
+
+/// Normalizes heads [first_head, first_head + num_heads) of every token's [q | k | v] row in place.
+void Transformer::normalize_heads(const Norm& norm, std::int64_t first_head,
+                                  std::int64_t num_heads) {
+  for (std::int64_t token = 0; token < num_tokens_; ++token) {
+    float* heads = qkv_.as<float>() + token * qkv_width() + first_head * spec_.head_dim;
+    cpu::rms_norm({.input = heads,
+                   .weight = norm.weight.data(),
+                   .output = heads,
+                   .num_tokens = num_heads,
+                   .hidden_size = spec_.head_dim,
+                   .epsilon = static_cast<float>(spec_.norm_epsilon)});
+  }
+}
+
+/// output = activation(input · Wᵀ + b) for this rank's rows of W.
+void Transformer::project(const float* input, const Linear& linear, float* output,
+                          std::int64_t rows, kernels::Activation activation) const {
+  const kernels::LinearShape& shape = linear.weight.shape;
+  cpu::linear(
+      {.input = input,
+       .m = rows,
+       .input_stride = shape.k,
+       .weight = linear.weight,
+       .bias = linear.bias_or_null(),
+       .activation = activation,
+       .input_mode = kernels::is_integer(shape.format) ? input_mode_ : kernels::InputMode::kFloat32,
+       .output = output,
+       .output_stride = shape.n});
+}
+
+/// residual += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the
+/// input. Rank 0 brings the residual and the bias into the sum.
+void Transformer::project_and_add(const float* input, const Linear& linear, float* residual) {
+  const bool root = communicator_->rank() == 0;
+  const kernels::LinearShape& shape = linear.weight.shape;
+  cpu::linear(
+      {.input = input,
+       .m = num_tokens_,
+       .input_stride = shape.k,
+       .weight = linear.weight,
+       .bias = root ? linear.bias_or_null() : nullptr,
+       .residual = root ? residual : nullptr,
+       .residual_stride = root ? shape.n : 0,
+       .input_mode = kernels::is_integer(shape.format) ? input_mode_ : kernels::InputMode::kFloat32,
+       .output = residual,
+       .output_stride = shape.n});
+  if (communicator_->size() > 1) {
+    at::Tensor sum = at::from_blob(residual, {num_tokens_, shape.n}, at::kFloat);
+    communicator_->all_reduce_sum(sum);
+  }
+}
+
+const float* Transformer::logits(std::span<const std::int64_t> rows) {
+  const auto count = static_cast<std::int64_t>(rows.size());
+  const std::int64_t hidden = spec_.hidden_size;
+  const std::int64_t width = weights_.head.weight.shape.n;
+  if (count > max_logit_rows_) {
+    max_logit_rows_ = count;
+    reserve_floats(head_in_, count * hidden * (spec_.head_transform ? 2 : 1));
+    reserve_floats(logits_, count * width);
+  }
+  float* input = head_in_.as<float>();
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t row = rows[static_cast<std::size_t>(i)];
+    MOQ_CHECK(row >= 0 && row < num_tokens_, "engine: logits must be of one of the ", num_tokens_,
+              " tokens of the last forward, got ", row);
+    std::memcpy(input + i * hidden, x_.as<float>() + row * hidden,
+                sizeof(float) * static_cast<std::size_t>(hidden));
+  }
+  if (spec_.head_transform) {
+    float* transformed = input + count * hidden;
+    project(input, weights_.head_dense, transformed, count, spec_.activation);
+    normalize(transformed, weights_.head_norm, input, count);
+  }
+  project(input, weights_.head, logits_.as<float>(), count);
+  if (communicator_->size() == 1) {
+    return logits_.as<float>();
+  }
+  gathered_ = communicator_->all_gather_columns(
+      at::from_blob(logits_.as<float>(), {count, width}, at::kFloat), weights_.vocab_widths);
+  return gathered_.const_data_ptr<float>();
+}
+
+std::vector<float> Transformer::pooled(const TokenBatch& batch) {
+  const auto hidden = static_cast<std::size_t>(spec_.hidden_size);
+  std::vector<float> first(batch.sequences().size() * hidden);
+  for (std::size_t i = 0; i < batch.sequences().size(); ++i) {
+    std::memcpy(first.data() + i * hidden,
+                x_.as<float>() + batch.sequences()[i].token_begin * spec_.hidden_size,
+                sizeof(float) * hidden);
+  }
+  std::vector<float> output(first.size());
+  project(first.data(), weights_.pooler, output.data(),
+          static_cast<std::int64_t>(batch.sequences().size()), spec_.pooler_activation);
+  return output;
+}
+
+std::vector<float> Transformer::classify(std::span<const float> pooled) const {
+  const std::int64_t rows = static_cast<std::int64_t>(pooled.size()) / spec_.hidden_size;
+  std::vector<float> output(static_cast<std::size_t>(rows * spec_.num_labels));
+  project(pooled.data(), weights_.classifier, output.data(), rows);
+  return output;
+}
+
+void Transformer::check(const TokenBatch& batch, const KvCache* cache) const {
+  for (const std::int64_t token : batch.token_ids()) {
+    MOQ_CHECK(token >= 0 && token < spec_.vocab_size, "engine: a token must lie in [0, ",
+              spec_.vocab_size, "), got ", token);
+  }
+  for (const std::int64_t type : batch.token_types()) {
+    MOQ_CHECK(type == 0 || (type > 0 && type < spec_.num_token_types),
+              "engine: a token type must lie in [0, ",
+              std::max<std::int64_t>(spec_.num_token_types, 1), "), got ", type);
+  }
+  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+    const std::int64_t length = sequence.past_length + sequence.num_tokens;
+    MOQ_CHECK(length <= spec_.max_positions, "engine: a sequence must have at most ",
+              spec_.max_positions, " tokens, got ", length);
+    MOQ_CHECK(cache != nullptr || sequence.past_length == 0,
+              "engine: tokens that continue a sequence need its KV cache, got none");
+    MOQ_CHECK(cache == nullptr || cache->length(sequence.slot) == sequence.past_length,
+              "engine: new tokens must follow the ",
+              cache == nullptr ? 0 : cache->length(sequence.slot), " tokens of slot ",
+              sequence.slot, ", got position ", sequence.past_length);
+  }
+}
+
+/// Rows of the position table, the rotation tables, and where attention without a cache finds keys.
+void Transformer::prepare_positions(const TokenBatch& batch) {
+  if (spec_.positions == PositionKind::kLearned) {
+    table_rows_.assign(batch.positions().begin(), batch.positions().end());
+    for (std::int64_t& row : table_rows_) {
+      row += spec_.position_offset;
+    }
+  }
+  packed_sequences_.assign(batch.sequences().begin(), batch.sequences().end());
+  for (kernels::AttentionSequence& sequence : packed_sequences_) {
+    sequence.slot = sequence.token_begin;
+  }
+  const std::int64_t needed =
+      batch.num_tokens() == 0
+          ? 0
+          : *std::max_element(batch.positions().begin(), batch.positions().end()) + 1;
+  if (spec_.positions != PositionKind::kRotary || needed <= rope_positions_) {
+    return;
+  }
+  rope_positions_ = std::min(std::max(2 * needed, kFewestRopePositions), spec_.max_positions);
+  const auto size = static_cast<std::size_t>(rope_positions_ * spec_.rotary_dim() / 2);
+  rope_cos_.resize(size);
+  rope_sin_.resize(size);
+  cpu::rotary_table({.theta = static_cast<float>(spec_.rope_theta),
+                     .rotary_dim = spec_.rotary_dim(),
+                     .num_positions = rope_positions_,
+                     .scaling = spec_.rope_scaling,
+                     .factor = static_cast<float>(spec_.rope_factor),
+                     .low_frequency_factor = static_cast<float>(spec_.rope_low_freq_factor),
+                     .high_frequency_factor = static_cast<float>(spec_.rope_high_freq_factor),
+                     .original_max_position = static_cast<float>(spec_.rope_original_positions),
+                     .cos = rope_cos_.data(),
+                     .sin = rope_sin_.data()});
+}
+
+}  // namespace moq::inference

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "inference/checkpoint/checkpoint.h"
+#include "inference/engine/aligned_buffer.h"
+#include "inference/engine/model_spec.h"
+#include "inference/parallel/sharding.h"
+#include "inference/policies/parameter_map.h"
+#include "kernels/embedding.h"
+#include "kernels/linear.h"
+
+namespace moq::inference {
+
+/// A packed projection of this rank.
+struct Linear {
+  kernels::PackedLinear weight;  ///< a view of `storage`
+  AlignedBuffer storage;
+  std::vector<float> bias;  ///< [n], or empty
+
+  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
+};
+
+struct Norm {
+  std::vector<float> weight;  ///< [hidden_size]
+  std::vector<float> bias;    ///< the same, or empty
+};
+
+/// A lookup table, whole on every rank: it lies in the mapped file, which the ranks of a host
+/// share, and a rank reads the rows of its tokens only. Splitting it would save no memory and cost
+/// an all-reduce a step.
+struct Table {
+  kernels::EmbeddingTable view{};
+  AlignedBuffer data;         ///< empty when `view` points into the mapped file
+  std::vector<float> scales;  ///< of a quantized table
+  std::vector<std::int32_t> zero_points;
+};
+
+struct Layer {
+  Norm attention_norm;
+  Linear qkv;  ///< rows of q, then k, then v of this rank's heads
+  Norm query_norm;
+  Norm key_norm;
+  Linear attention_out;
+  Norm ffn_norm;
+  Linear up;  ///< gated: rows of gate, then of up
+  Linear down;
+};
+
+/// The part of a model that one rank computes with.
+struct Weights {
+  HeadShard heads;
+  Range ffn;                               ///< columns of the feed-forward block
+  std::vector<std::int64_t> vocab_widths;  ///< rows of the head on each rank
+
+  Table token_embedding;
+  Table position_embedding;
+  Table token_type_embedding;
+  Norm embedding_norm;
+  std::vector<Layer> layers;
+  Norm final_norm;
+  Linear head_dense;
+  Norm head_norm;
+  Linear head;
+  Linear pooler;
+  Linear classifier;
+
+  std::shared_ptr<const checkpoint::Checkpoint> files;  ///< keeps the mapped tables alive
+};
+
+/// What the projections are kept in.
+enum class WeightDtype : std::uint8_t {
+  kAsStored,  ///< codes as codes, floats in their own dtype
+  kInt8,  ///< a quantized checkpoint as stored; of any other, the layers' projections and the head
+          ///< are quantized: 8 bits, symmetric, one scale per output feature
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+};
+
+/// Parses "int8", "fp32", "fp16", "bf16". @throws moq::Error for another name.
+WeightDtype parse_weight_dtype(std::string_view name);
+
+struct LoadOptions {
+  WeightDtype dtype = WeightDtype::kAsStored;
+  /// Whether kInt8 quantizes a head that is stored as floats; nullopt: unless the checkpoint is a
+  /// quantized one, which is taken as it is.
+  std::optional<bool> quantize_head;
+  int rank = 0;
+  int size = 1;
+};
+
+/// Reads and packs one rank's share. Of matrices split by rows or columns only that part is read,
+/// except where columns are split and the scales are yet to be computed: a scale needs its whole
+/// row.
+/// @throws moq::Error if `size` exceeds the number of attention heads, naming the largest that
+/// works
+Weights load_weights(const ParameterMap& parameters,
+                     std::shared_ptr<const checkpoint::Checkpoint> files,
+                     const LoadOptions& options);
+
+/// Bytes of a rank's packed projections and their biases.
+std::int64_t weight_bytes(const Weights& weights);
+
+}  // namespace moq::inference

@@ -1,0 +1,74 @@
+"""Command-line options that every serving command shares."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from moq.inference.api import DTYPES, Engine
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the directory and the options of Engine.from_pretrained."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("directory", type=Path, help="exported moq or plain Hugging Face directory")
+    group = parser.add_argument_group("how the model is loaded")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what the weights are kept in (default: as stored; int8 quantizes a plain directory)",
+    )
+    group.add_argument(
+        "--activations",
+        choices=["dynamic"],
+        help="round activations to INT8 per token (default: exact, unless trained for INT8)",
+    )
+    group.add_argument(
+        "--keep-head",
+        action="store_true",
+        help="with --dtype int8: leave the language-model head as stored",
+    )
+    group.add_argument("--policy", type=Path, help="JSON policy of an architecture moq lacks")
+    group.add_argument("--threads", type=int, help="threads of each process (default: torch's)")
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the options ask for.
+
+    Raises:
+        ValueError: if --threads is below 1.
+    """
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    return Engine.from_pretrained(
+        args.directory,
+        dtype=args.dtype,
+        activations=args.activations,
+        quantize_head=False if args.keep_head else None,
+        policy=args.policy,
+    )
+
+
+def describe(engine: Engine) -> dict[str, object]:
+    """How the engine computes: what a speed figure must be read with."""
+    core = engine.core
+    return {
+        "architecture": core.architecture,
+        "weights": core.weight_format,
+        "head": core.head_format,
+        "activations": core.activations,
+        "tp_size": core.tp_size,
+        "transport": core.transport,
+        "threads": torch.get_num_threads(),
+        "weight_bytes": core.weight_bytes,
+    }
+
+
+def is_first_rank() -> bool:
+    """True for the one process of a job that prints."""
+    return os.environ.get("RANK", "0") == "0"
