@@ -6,8 +6,8 @@
 namespace moq::bindings {
 
 void bind_build_info(pybind11::module_& m);
-void bind_hessian(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
+void bind_hessian(pybind11::module_& m);
 void bind_parallel(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
 

@@ -7,8 +7,8 @@
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ classes of moq; the operators are under torch.ops.moq.";
   moq::bindings::bind_build_info(m);
-  moq::bindings::bind_hessian(m);
   moq::bindings::bind_engine(m);
+  moq::bindings::bind_hessian(m);
   moq::bindings::bind_parallel(m);
   moq::bindings::bind_schedule(m);
 }
