@@ -33,5 +33,13 @@ from moq.config import (  # noqa: E402
     ScheduleConfig,
     SensitivityConfig,
 )
+from moq.optimizer import MoQOptimizer  # noqa: E402
 
-__all__ = ["MoQConfig", "QuantSpec", "Rule", "ScheduleConfig", "SensitivityConfig"]
+__all__ = [
+    "MoQConfig",
+    "MoQOptimizer",
+    "QuantSpec",
+    "Rule",
+    "ScheduleConfig",
+    "SensitivityConfig",
+]

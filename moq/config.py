@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,11 @@ class Rule(Strict):
             ValueError: naming the field.
         """
         _require(bool(self.match), "match must name a module or hold a pattern", self.match)
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"match must be a regular expression: {error}") from None
         _require(bool(self.modules), "modules must name at least one kind", self.modules)
         given = [name for name in QuantSpec.keys() if getattr(self, name) is not None]
         _require(
@@ -203,30 +209,29 @@ class SensitivityConfig(Strict):
     """How second-order sensitivity is measured by MoQOptimizer.probe and what it does.
 
     Attributes:
-        measure: ``trace`` (Hutchinson, all blocks from one product) or ``eigenvalue`` (largest
-            |λ| of each block by Lanczos).
+        measure: ``trace`` (Hutchinson, all blocks from one product) or ``eigenvalue`` (of largest
+            magnitude, by Lanczos: products for each block).
         rule: How a normalised sensitivity s stretches the residence times of a block:
             ``stepped`` 1 + floor(4 s), ``linear`` 1 + 4 s, ``none`` not at all.
-        probes: Random vectors of the trace estimate.
-        max_iterations: Lanczos steps per block of the eigenvalue measure.
-        tolerance: Relative residual at which Lanczos stops.
+        tolerance: Accuracy at which measuring stops; None takes that of moq.sensitivity.measure.
+        max_products: Bound on Hessian-vector products per batch; None likewise.
     """
 
     measure: Literal["trace", "eigenvalue"] = "trace"
     rule: Literal["stepped", "linear", "none"] = "stepped"
-    probes: int = 8
-    max_iterations: int = 20
-    tolerance: float = 1e-2
+    tolerance: float | None = None
+    max_products: int | None = None
 
     def validate(self) -> None:
-        """Refuses counts below 1 and a tolerance outside (0, 1).
+        """Refuses a tolerance outside (0, 1) and bounds below 1.
 
         Raises:
             ValueError: naming the field.
         """
-        _require(self.probes >= 1, "probes must be at least 1", self.probes)
-        _require(self.max_iterations >= 1, "max_iterations must be at least 1", self.max_iterations)
-        _require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
+        if self.tolerance is not None:
+            _require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
+        if self.max_products is not None:
+            _require(self.max_products >= 1, "max_products must be at least 1", self.max_products)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +243,9 @@ class MoQConfig(QuantSpec):
 
     Attributes:
         rules: Deviations; each must match at least one module of the model.
+        block_pattern: Regular expression; the part of a module's name that it finds names the
+            block that falls and is measured together. The default finds transformer layers
+            (``model.layers.3``); a module in which it finds nothing is a block of its own.
         schedule: When widths fall.
         sensitivity: How layers are compared.
         seed: Key of stochastic rounding and of the sensitivity's random vectors, >= 0.
@@ -251,6 +259,7 @@ class MoQConfig(QuantSpec):
     """
 
     rules: tuple[Rule, ...] = ()
+    block_pattern: str = r"^(?:.*?\.)?\d+(?=\.|$)"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     seed: int = 0
@@ -272,6 +281,10 @@ class MoQConfig(QuantSpec):
                     f"{name} must be the {bits} bits of schedule.table",
                     getattr(self, name),
                 )
+        try:
+            re.compile(self.block_pattern)
+        except re.error as error:
+            raise ValueError(f"block_pattern must be a regular expression: {error}") from None
         for index, rule in enumerate(self.rules):
             try:
                 self.spec(rule)

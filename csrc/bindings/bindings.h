@@ -10,5 +10,6 @@ void bind_engine(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_parallel(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
+void bind_trainer(pybind11::module_& m);
 
 }  // namespace moq::bindings

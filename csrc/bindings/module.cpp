@@ -11,4 +11,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   moq::bindings::bind_hessian(m);
   moq::bindings::bind_parallel(m);
   moq::bindings::bind_schedule(m);
+  moq::bindings::bind_trainer(m);
 }

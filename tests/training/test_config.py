@@ -103,9 +103,10 @@ def test_a_rule_inherits_what_it_does_not_say():
         ({"schedule": {"table": {"0": 12, "5": 8}}}, ValueError, r"start_bits must be the 12 bits"),
         ({"schedule": {"on_unfinished": "err"}}, ValueError, r"did you mean 'error'"),
         ({"sensitivity": {"measure": "hessian"}}, ValueError, r"config\.sensitivity\.measure"),
-        ({"sensitivity": {"probes": 0}}, ValueError, r"config\.sensitivity\.probes"),
         ({"sensitivity": {"tolerance": 1.0}}, ValueError, r"config\.sensitivity\.tolerance"),
-        ({"sensitivity": {"max_iterations": 0}}, ValueError, r"config\.sensitivity\.max_iter"),
+        ({"sensitivity": {"max_products": 0}}, ValueError, r"config\.sensitivity\.max_prod"),
+        ({"block_pattern": "("}, ValueError, r"config\.block_pattern must be a regular"),
+        ({"rules": [{"match": "re:("}]}, ValueError, r"rules\[0\]\.match must be a regular"),
         ({"rules": [{"match": ""}]}, ValueError, r"config\.rules\[0\]\.match must name"),
         ({"rules": [{"match": "*", "modules": []}]}, ValueError, r"modules must name at least"),
         (

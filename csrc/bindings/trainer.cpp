@@ -1,0 +1,86 @@
+#include "csrc/trainer/trainer.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/bindings/bindings.h"
+#include "csrc/trainer/grid_names.h"
+
+namespace moq::bindings {
+
+void bind_trainer(pybind11::module_& m) {
+  namespace py = pybind11;
+  using trainer::QuantizedParameter;
+  using trainer::Trainer;
+
+  py::class_<QuantizedParameter>(
+      m, "TrainedParameter",
+      "A weight matrix with a master and a simulated value (csrc/trainer/trainer.h).")
+      .def(py::init([](std::string name, at::Tensor parameter, at::Tensor master,
+                       at::Tensor simulated, at::Tensor full_precision, std::int64_t block,
+                       const std::string& granularity, const std::string& mode,
+                       const std::string& rounding, std::int64_t group_size, bool transposed,
+                       std::int64_t blend_steps, std::int64_t first_element,
+                       std::int64_t unsharded_cols) {
+             return QuantizedParameter{.name = std::move(name),
+                                       .parameter = std::move(parameter),
+                                       .master = std::move(master),
+                                       .simulated = std::move(simulated),
+                                       .full_precision = std::move(full_precision),
+                                       .block = block,
+                                       .granularity = trainer::parse_granularity(granularity),
+                                       .mode = trainer::parse_mode(mode),
+                                       .rounding = trainer::parse_rounding(rounding),
+                                       .group_size = group_size,
+                                       .transposed = transposed,
+                                       .blend_steps = blend_steps,
+                                       .first_element = first_element,
+                                       .unsharded_cols = unsharded_cols};
+           }),
+           py::kw_only(), py::arg("name"), py::arg("parameter"), py::arg("master"),
+           py::arg("simulated"), py::arg("full_precision"), py::arg("block"),
+           py::arg("granularity"), py::arg("mode"), py::arg("rounding"), py::arg("group_size"),
+           py::arg("transposed"), py::arg("blend_steps"), py::arg("first_element"),
+           py::arg("unsharded_cols"));
+
+  py::class_<Trainer>(m, "Trainer",
+                      "Keeps simulated weights in step with their masters: begin_step, the inner "
+                      "optimizer's step, end_step.")
+      .def(py::init<std::vector<QuantizedParameter>, schedule::Schedule, std::uint64_t,
+                    std::int64_t>(),
+           py::arg("parameters"), py::arg("schedule"), py::arg("seed"), py::arg("step") = 0)
+      // Gradients may be tensor subclasses, whose operators run in Python: the GIL stays held.
+      .def("begin_step", &Trainer::begin_step, "Gives each master the gradient of its parameter.")
+      .def("end_step", &Trainer::end_step, py::arg("found_inf") = py::none(),
+           py::call_guard<py::gil_scoped_release>(),
+           "Advances the schedule and writes the simulated values, unless found_inf is non-zero.")
+      .def("abandon_step", &Trainer::abandon_step, "Drops the masters' gradients.")
+      .def("write_simulated", &Trainer::write_simulated, py::call_guard<py::gil_scoped_release>(),
+           "Writes the simulated values of the current step.")
+      .def("write_masters", &Trainer::write_masters, py::call_guard<py::gil_scoped_release>(),
+           "Writes the masters where the simulated values are.")
+      .def("overwritten", &Trainer::overwritten, py::call_guard<py::gil_scoped_release>(),
+           "Numbers of the parameters whose simulated value somebody else has changed.")
+      .def("grid_width", &Trainer::grid_width, py::arg("parameter"),
+           "Width of the grid on which a parameter lies exactly now, or None.")
+      .def("adopt", &Trainer::adopt, py::arg("parameter"),
+           "Makes what is in the parameter now its master.")
+      .def("rebind", &Trainer::rebind, py::arg("simulated"), py::arg("full_precision"),
+           "Points at the memory that holds the values now.")
+      .def("set_sensitivities", &Trainer::set_sensitivities, py::arg("sensitivities"),
+           "Re-plans what lies after the current step; one number in [0, 1] per block.")
+      .def("restore", &Trainer::restore, py::arg("schedule"), py::arg("step"),
+           "Continues at `step` with the plan of `schedule`.")
+      .def("num_bits", &Trainer::num_bits, py::arg("parameter"),
+           "Width of a parameter after the current step.")
+      .def_property_readonly("schedule", &Trainer::schedule, py::return_value_policy::copy)
+      .def_property_readonly("step", &Trainer::step, "Completed steps; waits for the device.")
+      .def_property_readonly("step_seen", &Trainer::step_seen,
+                             "Completed steps as far as the host has heard; never waits.");
+}
+
+}  // namespace moq::bindings

@@ -1,0 +1,364 @@
+#include "csrc/trainer/trainer.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <c10/core/DeviceGuard.h>
+#if defined(MOQ_WITH_CUDA)
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <span>
+#include <utility>
+
+#include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
+
+namespace moq::trainer {
+
+namespace {
+
+/// FNV-1a, 32 bits. Source: draft-eastlake-fnv.
+std::uint32_t hash_of(const std::string& name) {
+  std::uint32_t hash = 2166136261U;
+  for (const char character : name) {
+    hash = (hash ^ static_cast<unsigned char>(character)) * 16777619U;
+  }
+  return hash;
+}
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "Trainer: dtype must be float32, float16 or bfloat16, got ",
+                       tensor.scalar_type());
+  }
+}
+
+void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
+  if (device.is_cpu()) {
+    const kernels::ThreadScope scope(at::get_num_threads());
+    kernels::cpu::fake_quantize(args);
+    return;
+  }
+#if defined(MOQ_WITH_CUDA)
+  const c10::DeviceGuard guard(device);
+  // The caching allocator hands the block out again only in the order of this stream.
+  const at::Tensor workspace = at::empty(
+      {static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(args.tensors))},
+      at::TensorOptions(device).dtype(at::kByte));
+  args.workspace = workspace.data_ptr();
+  kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream().stream());
+#else
+  TORCH_CHECK(false, "Trainer: parameters must be on the CPU (moq was built without CUDA), got ",
+              device);
+#endif
+}
+
+}  // namespace
+
+Trainer::Trainer(std::vector<QuantizedParameter> parameters, schedule::Schedule schedule,
+                 std::uint64_t seed, std::int64_t step)
+    : parameters_(std::move(parameters)),
+      schedule_(std::move(schedule)),
+      seed_(seed),
+      versions_(parameters_.size()),
+      addresses_(parameters_.size()) {
+  std::vector<std::pair<c10::Device, std::vector<std::size_t>>> devices;
+  for (std::size_t p = 0; p < parameters_.size(); ++p) {
+    const QuantizedParameter& parameter = parameters_[p];
+    MOQ_CHECK(parameter.block >= 0 && parameter.block < schedule_.num_blocks(),
+              "Trainer: block of ", parameter.name, " must lie in [0, ", schedule_.num_blocks(),
+              "), got ", parameter.block);
+    check_memory(parameter);
+    const c10::Device device = parameter.simulated.device();
+    auto entry = std::ranges::find(devices, device, &decltype(devices)::value_type::first);
+    if (entry == devices.end()) {
+      entry = devices.insert(devices.end(), {device, {}});
+    }
+    entry->second.push_back(p);
+  }
+  if (devices.empty()) {
+    devices.emplace_back(c10::kCPU, std::vector<std::size_t>{});  // time passes all the same
+  }
+  for (auto& [device, members] : devices) {
+    std::vector<std::int64_t> blend_steps;
+    for (const std::size_t p : members) {
+      blend_steps.push_back(parameters_[p].blend_steps);
+    }
+    DeviceGroup group{.members = std::move(members),
+                      .control = Control(device, blend_steps),
+                      .step_on_host = at::empty(
+                          {1}, at::TensorOptions(at::kLong).pinned_memory(device.is_cuda()))};
+    set_plan(group);
+    group.control.set_step(step);
+    group.step_on_host.fill_(step);
+    groups_.push_back(std::move(group));
+  }
+}
+
+void Trainer::begin_step() {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> gradients;
+  std::vector<at::Tensor> casts;
+  for (QuantizedParameter& parameter : parameters_) {
+    const at::Tensor& gradient = parameter.parameter.grad();
+    if (!gradient.defined()) {
+      continue;
+    }
+    TORCH_CHECK_VALUE(gradient.layout() == at::kStrided, "Trainer: the gradient of ",
+                      parameter.name, " must be dense, got ", gradient.layout(),
+                      "; exclude it by a rule, or use sparse=False in its module");
+    if (gradient.scalar_type() == parameter.master.scalar_type()) {
+      parameter.master.mutable_grad() = gradient;
+    } else {
+      gradients.push_back(gradient);
+      casts.push_back(at::empty_like(gradient, parameter.master.scalar_type()));
+      parameter.master.mutable_grad() = casts.back();
+    }
+  }
+  if (!casts.empty()) {
+    at::_foreach_copy_(casts, gradients);
+  }
+}
+
+void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
+  abandon_step();
+  for (DeviceGroup& group : groups_) {
+    const at::Tensor& step = group.control.step();
+    std::optional<at::Tensor> found;
+    if (found_inf) {
+      found = found_inf->to(step.device());
+    }
+    group.control.advance(found);
+    fake_quantize(group, found);
+    group.step_on_host.copy_(step, /*non_blocking=*/true);
+  }
+}
+
+void Trainer::abandon_step() {
+  for (QuantizedParameter& parameter : parameters_) {
+    parameter.master.mutable_grad().reset();
+  }
+}
+
+void Trainer::write_simulated() {
+  shows_masters_ = false;
+  for (const DeviceGroup& group : groups_) {
+    fake_quantize(group, std::nullopt);
+  }
+}
+
+void Trainer::write_masters() {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> targets;
+  std::vector<at::Tensor> sources;
+  for (const QuantizedParameter& parameter : parameters_) {
+    targets.push_back(parameter.simulated);
+    sources.push_back(parameter.full_precision);
+  }
+  if (!targets.empty()) {
+    at::_foreach_copy_(targets, sources);
+  }
+  shows_masters_ = true;
+  for (std::size_t p = 0; p < parameters_.size(); ++p) {
+    record_written(p);
+  }
+}
+
+std::vector<std::int64_t> Trainer::overwritten() {
+  const at::NoGradGuard no_grad;
+  std::vector<std::int64_t> changed;
+  for (const DeviceGroup& group : groups_) {
+    for (std::size_t index = 0; index < group.members.size(); ++index) {
+      const std::size_t p = group.members[index];
+      const at::Tensor& simulated = parameters_[p].simulated;
+      if (simulated._version() == versions_[p] && simulated.const_data_ptr() == addresses_[p]) {
+        continue;
+      }
+      // Many tools write a parameter's own value back (a DDP broadcast, a weight swap that ended).
+      if (at::equal(simulated, expected_value(group, index))) {
+        record_written(p);
+      } else {
+        changed.push_back(static_cast<std::int64_t>(p));
+      }
+    }
+  }
+  return changed;
+}
+
+std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
+  const QuantizedParameter& checked = parameters_.at(static_cast<std::size_t>(parameter));
+  const at::Tensor snapped = at::empty_like(checked.simulated);
+  kernels::FakeQuantizeTensor tensor = describe(checked);
+  tensor.input = checked.simulated.const_data_ptr();
+  tensor.input_dtype = tensor.output_dtype;
+  tensor.output = snapped.mutable_data_ptr();
+  tensor.rounding = Rounding::kNearest;
+  for (int num_bits = kMinBits; num_bits <= kMaxBits; ++num_bits) {
+    const at::Tensor width = at::full({1}, num_bits, snapped.options().dtype(at::kInt));
+    launch({.tensors = std::span(&tensor, 1), .num_bits = width.const_data_ptr<std::int32_t>()},
+           snapped.device());
+    if (at::equal(snapped, checked.simulated)) {
+      return num_bits;
+    }
+  }
+  return std::nullopt;
+}
+
+void Trainer::adopt(std::int64_t parameter) {
+  const at::NoGradGuard no_grad;
+  QuantizedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
+  adopted.full_precision.copy_(adopted.simulated);
+  record_written(static_cast<std::size_t>(parameter));
+}
+
+void Trainer::rebind(const std::vector<at::Tensor>& simulated,
+                     const std::vector<at::Tensor>& full_precision) {
+  MOQ_CHECK(simulated.size() == parameters_.size() && full_precision.size() == parameters_.size(),
+            "Trainer: rebind must get ", parameters_.size(), " pairs of tensors, got ",
+            simulated.size(), " and ", full_precision.size());
+  for (std::size_t p = 0; p < parameters_.size(); ++p) {
+    parameters_[p].simulated = simulated[p];
+    parameters_[p].full_precision = full_precision[p];
+    check_memory(parameters_[p]);
+  }
+}
+
+void Trainer::set_sensitivities(std::vector<double> sensitivities) {
+  const std::int64_t now = step();
+  schedule_.set_sensitivities(now, std::move(sensitivities));
+  for (DeviceGroup& group : groups_) {
+    set_plan(group);
+    group.control.set_step(now);
+  }
+}
+
+void Trainer::restore(schedule::Schedule schedule, std::int64_t step) {
+  MOQ_CHECK(schedule.num_blocks() == schedule_.num_blocks(), "Trainer: the schedule must have ",
+            schedule_.num_blocks(), " blocks, got ", schedule.num_blocks());
+  schedule_ = std::move(schedule);
+  for (DeviceGroup& group : groups_) {
+    set_plan(group);
+    group.control.set_step(step);
+    group.step_on_host.fill_(step);
+  }
+}
+
+std::int64_t Trainer::step() const {
+  return groups_.front().control.step().item<std::int64_t>();
+}
+
+std::int64_t Trainer::step_seen() const {
+  return *groups_.front().step_on_host.const_data_ptr<std::int64_t>();
+}
+
+std::int64_t Trainer::num_bits(std::int64_t parameter) const {
+  return schedule_.bits_at(parameters_.at(static_cast<std::size_t>(parameter)).block, step());
+}
+
+void Trainer::check_memory(const QuantizedParameter& parameter) const {
+  const at::Tensor& simulated = parameter.simulated;
+  const at::Tensor& full_precision = parameter.full_precision;
+  TORCH_CHECK_VALUE(simulated.dim() == 2, "Trainer: ", parameter.name,
+                    " must have 2 dimensions, got ", simulated.dim());
+  TORCH_CHECK_VALUE(simulated.sizes() == full_precision.sizes() &&
+                        simulated.strides() == full_precision.strides() &&
+                        simulated.device() == full_precision.device(),
+                    "Trainer: master and parameter of ", parameter.name,
+                    " must have the same shape, strides and device, got ", full_precision.sizes(),
+                    ", ", full_precision.strides(), ", ", full_precision.device(), " and ",
+                    simulated.sizes(), ", ", simulated.strides(), ", ", simulated.device());
+}
+
+void Trainer::set_plan(DeviceGroup& group) const {
+  std::vector<schedule::BlockPlan> plans;
+  for (const std::size_t p : group.members) {
+    plans.push_back(schedule_.plan()[static_cast<std::size_t>(parameters_[p].block)]);
+  }
+  group.control.set_plan(plans);
+}
+
+kernels::FakeQuantizeTensor Trainer::describe(const QuantizedParameter& parameter) const {
+  const std::int64_t row_dim = parameter.transposed ? 1 : 0;
+  const at::Tensor& master = parameter.full_precision;
+  return {.input = master.const_data_ptr(),
+          .output = parameter.simulated.mutable_data_ptr(),
+          .rows = master.size(row_dim),
+          .cols = master.size(1 - row_dim),
+          .row_stride = master.stride(row_dim),
+          .col_stride = master.stride(1 - row_dim),
+          .group_size = parameter.group_size,
+          .first_element = parameter.first_element,
+          .unsharded_cols = parameter.unsharded_cols,
+          .name_hash = hash_of(parameter.name),
+          .input_dtype = dtype_of(master),
+          .output_dtype = dtype_of(parameter.simulated),
+          // Readers load scales in the model's dtype; only a scale of that dtype survives it.
+          .scale_dtype = dtype_of(parameter.simulated),
+          .granularity = parameter.granularity,
+          .mode = parameter.mode,
+          .rounding = parameter.rounding};
+}
+
+void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf) {
+  std::vector<kernels::FakeQuantizeTensor> tensors;
+  tensors.reserve(group.members.size());
+  for (const std::size_t p : group.members) {
+    tensors.push_back(describe(parameters_[p]));
+  }
+  const Control& control = group.control;
+  launch({.tensors = tensors,
+          .num_bits = control.num_bits().const_data_ptr<std::int32_t>(),
+          .blend_ratio = control.blend_ratio().defined()
+                             ? control.blend_ratio().const_data_ptr<float>()
+                             : nullptr,
+          .seed = seed_,
+          .step = control.step().const_data_ptr<std::int64_t>(),
+          .skip = found_inf ? found_inf->const_data_ptr<float>() : nullptr},
+         control.step().device());
+  for (const std::size_t p : group.members) {
+    // Autograd must see that values it may have saved are gone, as after any in-place operation.
+    parameters_[p].simulated.unsafeGetTensorImpl()->bump_version();
+    record_written(p);
+  }
+}
+
+at::Tensor Trainer::expected_value(const DeviceGroup& group, std::size_t index) const {
+  const QuantizedParameter& parameter = parameters_[group.members[index]];
+  if (shows_masters_) {
+    return parameter.full_precision.to(parameter.simulated.scalar_type());
+  }
+  at::Tensor expected = at::empty_like(parameter.simulated);
+  kernels::FakeQuantizeTensor tensor = describe(parameter);
+  tensor.output = expected.mutable_data_ptr();
+  const Control& control = group.control;
+  const auto offset = static_cast<std::ptrdiff_t>(index);
+  launch({.tensors = std::span(&tensor, 1),
+          .num_bits = control.num_bits().const_data_ptr<std::int32_t>() + offset,
+          .blend_ratio = control.blend_ratio().defined()
+                             ? control.blend_ratio().const_data_ptr<float>() + offset
+                             : nullptr,
+          .seed = seed_,
+          .step = control.step().const_data_ptr<std::int64_t>()},
+         control.step().device());
+  return expected;
+}
+
+void Trainer::record_written(std::size_t parameter) {
+  const at::Tensor& simulated = parameters_[parameter].simulated;
+  versions_[parameter] = simulated._version();
+  addresses_[parameter] = simulated.const_data_ptr();
+}
+
+}  // namespace moq::trainer

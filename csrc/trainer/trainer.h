@@ -1,0 +1,129 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/schedule/schedule.h"
+#include "csrc/trainer/control.h"
+#include "kernels/fake_quantize.h"
+
+/// What MoQOptimizer does at each step.
+namespace moq::trainer {
+
+/// A weight matrix that is trained on a grid. It has two values: the master, which the inner
+/// optimizer updates, and the simulated one, a point of the grid, which forward and backward see.
+struct QuantizedParameter {
+  std::string name;  ///< key of its random stream: the same name on every rank
+  /// The model's parameter and its master, in the form that the inner optimizer works on; either
+  /// plain tensors or DTensors. Only their gradients are used.
+  at::Tensor parameter;
+  at::Tensor master;
+  /// The same two as the memory of this rank: [out_features, in_features], or transposed.
+  /// simulated is written in place; float32, float16 or bfloat16.
+  at::Tensor simulated;
+  at::Tensor full_precision;
+  std::int64_t block = 0;  ///< number of its block in the schedule
+  kernels::Granularity granularity = kernels::Granularity::kPerChannel;
+  QuantMode mode = QuantMode::kSymmetric;
+  Rounding rounding = Rounding::kNearest;
+  std::int64_t group_size = 0;  ///< input features per scale; kPerGroup only
+  bool transposed = false;      ///< True: stored [in_features, out_features]
+  /// After a drop the weight fades from full precision to the grid: the blend ratio is
+  /// max(0, 1 - (step - step of the drop) / blend_steps).
+  std::int64_t blend_steps = 0;
+  /// Where this rank's shard lies in the whole parameter; FakeQuantizeTensor says how.
+  std::int64_t first_element = 0;
+  std::int64_t unsharded_cols = 0;
+};
+
+/// Keeps the simulated values of a model's quantized parameters in step with their masters.
+///
+/// One optimizer step is: begin_step, the inner optimizer's step on the masters, end_step.
+/// Time is the number of completed steps; an overflow step is none.
+class Trainer {
+ public:
+  /// Does not write any simulated value; `write_simulated` does.
+  /// @throws moq::Error if a block number lies outside the schedule.
+  Trainer(std::vector<QuantizedParameter> parameters, schedule::Schedule schedule,
+          std::uint64_t seed, std::int64_t step = 0);
+
+  /// Gives each master the gradient of its parameter: the gradient at the simulated value, applied
+  /// to the master, is the straight-through estimator. Same dtype: by reference; otherwise cast,
+  /// all parameters in one call.
+  /// @throws c10::ValueError naming the parameter, if a gradient is sparse.
+  void begin_step();
+
+  /// Drops the masters' gradients, advances the schedule and writes the simulated values.
+  /// @param found_inf  [1] or scalar, float32: non-zero if the inner optimizer skipped this step;
+  ///                   then nothing changes
+  void end_step(const std::optional<at::Tensor>& found_inf = std::nullopt);
+
+  /// Drops the masters' gradients after an inner step that failed.
+  void abandon_step();
+
+  /// Writes the simulated values at the current step. Their addresses never change.
+  void write_simulated();
+
+  /// Writes the masters, rounded to the parameters' dtype, where the simulated values are.
+  void write_masters();
+
+  /// Numbers of the parameters whose simulated value somebody else changed since it was written.
+  /// Costs a comparison of version counters, and one fake-quantize for each that has moved.
+  std::vector<std::int64_t> overwritten();
+
+  /// Width of the grid on which the values in the parameter now lie exactly, if there is one.
+  /// Random weights lie on none, unless fewer than a handful of them share a scale.
+  std::optional<int> grid_width(std::int64_t parameter) const;
+
+  /// Makes what is in the parameter now its master.
+  void adopt(std::int64_t parameter);
+
+  /// Points at the memory that holds the values now (FSDP and Module.to replace it).
+  void rebind(const std::vector<at::Tensor>& simulated,
+              const std::vector<at::Tensor>& full_precision);
+
+  /// Re-plans what lies after the current step; one number in [0, 1] per block.
+  void set_sensitivities(std::vector<double> sensitivities);
+
+  /// Continues at `step` with the plan of `schedule`, which has the same blocks.
+  void restore(schedule::Schedule schedule, std::int64_t step);
+
+  const schedule::Schedule& schedule() const { return schedule_; }
+
+  /// Completed steps; waits for the device.
+  std::int64_t step() const;
+  /// Completed steps as far as the host has heard; on CUDA it may lag by the steps in flight.
+  std::int64_t step_seen() const;
+  /// Width of a parameter after the current step; waits for the device.
+  std::int64_t num_bits(std::int64_t parameter) const;
+
+ private:
+  /// The parameters of one device, and the control data that its kernel call reads.
+  struct DeviceGroup {
+    std::vector<std::size_t> members;  // numbers of its parameters
+    Control control;
+    at::Tensor step_on_host;  // [1], int64: copy of control.step(), pinned and asynchronous on CUDA
+  };
+
+  void check_memory(const QuantizedParameter& parameter) const;
+  void set_plan(DeviceGroup& group) const;
+  kernels::FakeQuantizeTensor describe(const QuantizedParameter& parameter) const;
+  void fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf);
+  at::Tensor expected_value(const DeviceGroup& group, std::size_t index) const;
+  void record_written(std::size_t parameter);
+
+  std::vector<QuantizedParameter> parameters_;
+  schedule::Schedule schedule_;
+  std::uint64_t seed_;
+  std::vector<DeviceGroup> groups_;
+  bool shows_masters_ = false;
+  /// Version counter and address of each simulated value when it was written last.
+  std::vector<std::uint32_t> versions_;
+  std::vector<const void*> addresses_;
+};
+
+}  // namespace moq::trainer

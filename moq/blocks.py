@@ -1,0 +1,133 @@
+"""Which quantized parameters fall together, and the schedule of these blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moq._C import Schedule, ScheduledBlock
+from moq.config import MoQConfig, ScheduleConfig
+from moq.rules import MatchedParameter
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Parameters grouped by layer and by the widths they pass through.
+
+    Attributes:
+        names: Name of each block, unique.
+        widths: (start_bits, target_bits) of each block.
+        numbers: Block of each parameter, in the order of the parameters.
+    """
+
+    names: list[str]
+    widths: list[tuple[int, int]]
+    numbers: list[int]
+
+
+def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:
+    """Groups parameters; a layer whose rules give several widths becomes several blocks."""
+    keys = [(m.block, (m.spec.start_bits, m.spec.target_bits)) for m in matched]
+    unique = list(dict.fromkeys(keys))
+    layers = [layer for layer, _ in unique]
+    names = [
+        layer if layers.count(layer) == 1 else f"{layer} ({start} to {target} bits)"
+        for layer, (start, target) in unique
+    ]
+    return Blocks(names, [widths for _, widths in unique], [unique.index(key) for key in keys])
+
+
+def make_schedule(blocks: Blocks, config: MoQConfig, total_steps: int) -> Schedule:
+    """Makes the schedule of a training.
+
+    Raises:
+        moq._C.Error: if it cannot finish, with the smallest change that lets it.
+    """
+    section = config.schedule
+    return Schedule(
+        [
+            _scheduled(name, widths, section)
+            for name, widths in zip(blocks.names, blocks.widths, strict=True)
+        ],
+        total_steps,
+        finish_at=section.finish_at,
+        on_unfinished=section.on_unfinished,
+        stretch_rule="none" if section.table is not None else config.sensitivity.rule,
+    )
+
+
+def extend_schedule(schedule: Schedule, previous: Schedule, steps: int) -> Schedule:
+    """Carries the measurements of `previous` over to a schedule with more blocks.
+
+    Args:
+        schedule: The new one, without measurements; holds every block of `previous`.
+        previous: The one that has been followed so far.
+        steps: Completed steps.
+
+    Raises:
+        ValueError: if the new one says that something else has happened by now.
+    """
+    state, before = schedule.state_dict(), previous.state_dict()
+    for measurement in before["measurements"]:
+        known = dict(zip(previous.block_names, measurement["sensitivities"], strict=True))
+        state["measurements"].append(
+            measurement | {"sensitivities": [known.get(name, 0.0) for name in schedule.block_names]}
+        )
+    extended = Schedule.from_state_dict(state)
+    require_same_past(previous, extended, steps, "MoQOptimizer.add_param_group")
+    return extended
+
+
+def require_same_past(saved: Schedule, present: Schedule, steps: int, where: str) -> None:
+    """Refuses a schedule that contradicts what another one did during the first `steps` steps.
+
+    Raises:
+        ValueError: naming the block and both sequences of (step, bits).
+    """
+    plans = dict(zip(present.block_names, present.plan(), strict=True))
+    for name, plan in zip(saved.block_names, saved.plan(), strict=True):
+        past = [drop for drop in plan if drop[0] <= steps]
+        now = [drop for drop in plans.get(name, []) if drop[0] <= steps]
+        if past != now:
+            raise ValueError(
+                f"{where}: the schedule must agree with what happened during the first {steps} "
+                f"steps: (step, bits) of {name} were {past}, got {now}"
+            )
+
+
+def require_blends_end(
+    matched: Sequence[MatchedParameter], blocks: Blocks, schedule: Schedule
+) -> None:
+    """Refuses a blend that would leave weights off the grid at the end of the training.
+
+    Raises:
+        ValueError: naming the parameter and the steps.
+    """
+    latest, total_steps = schedule.bounds()[1], schedule.total_steps
+    for m, block in zip(matched, blocks.numbers, strict=True):
+        drops = [step for step, _ in latest[block][1:] if step <= total_steps]
+        if drops and drops[-1] + m.spec.blend_steps > total_steps:
+            raise ValueError(
+                f"{m.name} (rule {m.rule!r}): blend_steps must be at most "
+                f"{total_steps - drops[-1]}, to end within the {total_steps} steps after a last "
+                f"drop at step {drops[-1]}, got {m.spec.blend_steps}"
+            )
+
+
+def _scheduled(name: str, widths: tuple[int, int], section: ScheduleConfig) -> ScheduledBlock:
+    start, target = widths
+    if section.table is not None:
+        clipped: dict[int, int] = {}
+        for step, bits in sorted(section.table.items()):
+            bits = max(target, min(start, bits))
+            if bits not in clipped.values():
+                clipped[step] = bits
+        return ScheduledBlock.from_table(name, clipped)
+    return ScheduledBlock(
+        name,
+        start_bits=start,
+        target_bits=target,
+        period=section.period or 1,
+        offset=section.offset,
+        growth=section.growth,
+    )

@@ -1,0 +1,319 @@
+"""The full-precision values of quantized parameters, and the C++ trainer that follows them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from moq._C import Schedule, TrainedParameter, Trainer
+from moq.blocks import Blocks
+from moq.config import MoQConfig
+from moq.record import MASTER_KEY
+from moq.rules import MatchedParameter
+from moq.sharding import first_element, local_tensor
+
+if TYPE_CHECKING:
+    from moq.export import QuantizedParameter
+
+
+class Masters:
+    """Masters of a model's quantized parameters.
+
+    Args:
+        matched: The quantized parameters.
+        blocks: Their blocks.
+        schedule: The schedule of these blocks.
+        config: The configuration.
+        inner: The optimizer that updates the masters; state that it has moves to them.
+
+    Raises:
+        ValueError: naming the parameter, if it is not finite or its sharding splits a scale.
+    """
+
+    def __init__(
+        self,
+        matched: Sequence[MatchedParameter],
+        blocks: Blocks,
+        schedule: Schedule,
+        config: MoQConfig,
+        inner: torch.optim.Optimizer,
+    ) -> None:
+        """Makes a master of every parameter; writes nothing into the model."""
+        self.config = config
+        self.inner = inner
+        self._of: dict[torch.Tensor, torch.Tensor] = {}
+        self.matched: Sequence[MatchedParameter] = ()
+        self.extend(matched, blocks, schedule)
+
+    def extend(
+        self, matched: Sequence[MatchedParameter], blocks: Blocks, schedule: Schedule, step: int = 0
+    ) -> None:
+        """Makes the masters that are missing, and a trainer over all.
+
+        Raises:
+            ValueError: as the constructor; then nothing has changed.
+        """
+        added = [m for m in matched if m.parameter not in self._of]
+        for m in added:
+            _require_finite(m)
+            first_element(m)
+        for m in added:
+            dtype = torch.float32 if self.config.master_dtype == "float32" else m.parameter.dtype
+            master = m.parameter.detach().to(dtype, copy=True)
+            self._of[m.parameter] = master.requires_grad_(m.parameter.requires_grad)
+            self._take_over_state(m.parameter, master)
+        self.matched = matched
+        self.blocks = blocks
+        self._sharded = any(isinstance(m.parameter, DTensor) for m in matched)
+        self._make_trainer(schedule, step)
+
+    def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Returns the master of a parameter, or None if it is not quantized."""
+        return self._of.get(parameter)
+
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns (parameter, master) of every quantized parameter."""
+        return [(m.parameter, self._of[m.parameter]) for m in self.matched]
+
+    @contextmanager
+    def in_groups(self) -> Iterator[None]:
+        """Puts the masters into the param groups, where the inner optimizer looks for them.
+
+        Raises:
+            RuntimeError: if somebody has replaced parameters in the param groups.
+        """
+        shown = [group["params"] for group in self.inner.param_groups]
+        present = {id(parameter) for parameter in chain.from_iterable(shown)}
+        lost = [m.name for m in self.matched if id(m.parameter) not in present]
+        if lost:
+            raise RuntimeError(
+                f"MoQOptimizer: the param groups must hold the quantized parameters, and {lost[0]} "
+                f"and {len(lost) - 1} more are gone; apply fully_shard, or whatever replaces "
+                "parameters, before MoQOptimizer is made"
+            )
+        for group, parameters in zip(self.inner.param_groups, shown, strict=True):
+            group["params"] = [self._of.get(parameter, parameter) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for group, parameters in zip(self.inner.param_groups, shown, strict=True):
+                group["params"] = parameters
+
+    def catch_up(self) -> None:
+        """Follows what happened to the model's weights since they were written last.
+
+        They may have moved to another device, or have been replaced (`model.load_state_dict`): then
+        the masters start from the new values, with a warning.
+        """
+        self.follow_devices()
+        if self._sharded:
+            pairs = self.pairs()
+            self.trainer.rebind(
+                [local_tensor(parameter) for parameter, _ in pairs],
+                [local_tensor(master) for _, master in pairs],
+            )
+        changed = self.trainer.overwritten()
+        if not changed:
+            return
+        for index in changed:
+            self.trainer.adopt(index)
+        warnings.warn(
+            f"MoQOptimizer: the weights of {_some([self.matched[i].name for i in changed])} were "
+            "replaced from outside, as model.load_state_dict does: training goes on from the new "
+            "values. If they come from a checkpoint of a MoQ training they lie on the integer "
+            "grid, and the full-precision masters, the step of the schedule and the sensitivities "
+            "are lost: load the optimizer's state as well. If DistributedDataParallel broadcast "
+            "them, wrap the model in it before making MoQOptimizer",
+            stacklevel=3,
+        )
+
+    def follow_devices(self) -> None:
+        """Moves masters, and the inner optimizer's state of them, to where the model now is."""
+        moved = [pair for pair in self.pairs() if pair[0].device != pair[1].device]
+        if not moved:
+            return
+        for parameter, master in moved:
+            master.data = master.data.to(parameter.device)
+            state = self.inner.state.get(master, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == master.shape:
+                    state[key] = value.to(parameter.device)
+        self._make_trainer(self.trainer.schedule, self.trainer.step)
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """Loads masters and the inner optimizer's state.
+
+        Raises:
+            ValueError: if param groups, shapes or masters do not fit; then nothing has changed.
+        """
+        where = "MoQOptimizer.load_state_dict"
+        groups, own_groups = state_dict["param_groups"], self.inner.param_groups
+        sizes = [[len(group["params"]) for group in side] for side in (groups, own_groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{where}: param groups must have {sizes[1]} parameters, got {sizes[0]}"
+            )
+        parameters = dict(
+            zip(
+                chain.from_iterable(group["params"] for group in groups),
+                chain.from_iterable(group["params"] for group in own_groups),
+                strict=True,
+            )
+        )
+        state: dict[Any, Any] = {}
+        saved: dict[torch.Tensor, torch.Tensor] = {}
+        for key, entry in state_dict["state"].items():
+            if isinstance(entry, dict) and MASTER_KEY in entry:
+                saved[parameters[key]] = entry[MASTER_KEY]
+                entry = {name: value for name, value in entry.items() if name != MASTER_KEY}
+            state[key] = entry
+        self._require_masters(saved, where)
+        with self.in_groups():
+            self.inner.load_state_dict({"state": state, "param_groups": groups})
+        with torch.no_grad():
+            for parameter, value in saved.items():
+                self._of[parameter].copy_(value)
+
+    def _require_masters(self, saved: dict[torch.Tensor, torch.Tensor], where: str) -> None:
+        """Checks the masters of a state dict against the present ones."""
+        frozen = []
+        for m in self.matched:
+            value = saved.get(m.parameter)
+            if value is None and m.parameter.requires_grad:
+                raise ValueError(f"{where}: the state must hold a master of {m.name}, got none")
+            if value is None:
+                frozen.append(m.name)
+            elif value.shape != m.parameter.shape:
+                raise ValueError(
+                    f"{where}: the master of {m.name} must have shape {list(m.parameter.shape)}, "
+                    f"got {list(value.shape)}"
+                )
+        if frozen:
+            warnings.warn(
+                f"{where}: the state holds no masters of the frozen {_some(frozen)} "
+                "(torch.distributed.checkpoint leaves frozen parameters out): they keep the "
+                "full-precision values that MoQOptimizer was made with",
+                stacklevel=4,
+            )
+
+    def warn_if_simulated(self) -> None:
+        """Warns if the weights of a new training lie on an integer grid already."""
+        widths = set()
+        telling = [i for i, m in enumerate(self.matched) if _has_telling_groups(m)]
+        for index in sorted(telling, key=lambda i: self.matched[i].parameter.numel()):
+            num_bits = self.trainer.grid_width(index)
+            if num_bits is None:
+                return
+            widths.add(num_bits)
+        if widths:
+            warnings.warn(
+                f"MoQOptimizer: all weights to be quantized lie on integer grids (of "
+                f"{sorted(widths)} bits): they look like the simulated weights of an earlier MoQ "
+                "training. Their full-precision masters, the step of the schedule and the "
+                "sensitivities are in that training's optimizer state: load it with "
+                "load_state_dict to resume",
+                stacklevel=4,
+            )
+
+    def export(self) -> list[QuantizedParameter]:
+        """Returns both values of every parameter, gathered from all ranks."""
+        from moq.export import QuantizedParameter
+
+        schedule, step = self.trainer.schedule, self.trainer.step
+        plans = schedule.plan()
+        result = []
+        for m, block in zip(self.matched, self.blocks.numbers, strict=True):
+            last_drop = max(drop for drop, _ in plans[block] if drop <= step)
+            if 0 < last_drop and step < last_drop + m.spec.blend_steps:
+                raise RuntimeError(
+                    f"MoQOptimizer: {m.name} still blends with its full-precision value until step "
+                    f"{last_drop + m.spec.blend_steps}, got step {step}: export after it"
+                )
+            result.append(
+                QuantizedParameter(
+                    name=m.name,
+                    master=_whole(self._of[m.parameter]),
+                    simulated=_whole(m.parameter),
+                    num_bits=schedule.bits_at(block, step),
+                    mode=m.spec.mode,
+                    granularity=m.spec.granularity,
+                    group_size=m.spec.group_size,
+                    transposed=m.transposed,
+                )
+            )
+        return result
+
+    def _make_trainer(self, schedule: Schedule, step: int) -> None:
+        """Makes the C++ object that does a step's work."""
+        trained = []
+        for m, block in zip(self.matched, self.blocks.numbers, strict=True):
+            master = self._of[m.parameter]
+            element, columns = first_element(m)
+            trained.append(
+                TrainedParameter(
+                    name=m.name,
+                    parameter=m.parameter,
+                    master=master,
+                    simulated=local_tensor(m.parameter),
+                    full_precision=local_tensor(master),
+                    block=block,
+                    granularity=m.spec.granularity,
+                    mode=m.spec.mode,
+                    rounding=m.spec.rounding,
+                    group_size=m.spec.group_size,
+                    transposed=m.transposed,
+                    blend_steps=m.spec.blend_steps,
+                    first_element=element,
+                    unsharded_cols=columns,
+                )
+            )
+        self.trainer = Trainer(trained, schedule, self.config.seed, step)
+
+    def _take_over_state(self, parameter: torch.Tensor, master: torch.Tensor) -> None:
+        """Moves state that the inner optimizer has already from a parameter to its master."""
+        state = self.inner.state.pop(parameter, None)
+        if state is not None:
+            self.inner.state[master] = {
+                key: value.to(master.dtype)
+                if isinstance(value, torch.Tensor)
+                and value.shape == master.shape
+                and value.dtype == parameter.dtype
+                else value
+                for key, value in state.items()
+            }
+
+
+def _require_finite(matched: MatchedParameter) -> None:
+    local = local_tensor(matched.parameter.detach())
+    if not bool(torch.isfinite(local).all()):
+        raise ValueError(
+            f"{matched.name}: weights must be finite, got {int(local.isnan().sum())} NaN and "
+            f"{int(local.isinf().sum())} infinite of {local.numel()}"
+        )
+
+
+def _has_telling_groups(matched: MatchedParameter) -> bool:
+    """Says whether weights of this shape lie on a grid only if they were put there."""
+    local = local_tensor(matched.parameter.detach())
+    sharing = {
+        "per_tensor": local.numel(),
+        "per_channel": matched.in_features,
+        "per_group": matched.spec.group_size,
+    }[matched.spec.granularity]
+    return sharing >= 8 and local.numel() >= 8 and len(set(local.flatten()[:64].tolist())) > 3
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names one and counts the rest."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

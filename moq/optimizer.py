@@ -1,0 +1,473 @@
+"""The wrapper: any torch optimizer, training weights whose bit width falls."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moq._C import Schedule
+from moq.blocks import (
+    Blocks,
+    assign_blocks,
+    extend_schedule,
+    make_schedule,
+    require_blends_end,
+)
+from moq.config import MoQConfig
+from moq.masters import Masters
+from moq.record import MASTER_KEY, RECORD_KEY, Record
+from moq.reporting import (
+    drop_lines,
+    is_main_process,
+    print_line,
+    sensitivity_line,
+    start_table,
+)
+from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
+from moq.state_creation import is_state_creation, make_blank_state
+
+if TYPE_CHECKING:
+    from moq.export import QuantizedParameter
+    from moq.sensitivity import Sensitivity
+
+
+class MoQOptimizer(torch.optim.Optimizer):
+    """Trains with `optimizer` while the weights of `model` fall to fewer and fewer bits.
+
+    Every quantized parameter has two values: the *master*, in full precision, which the inner
+    optimizer updates, and the *simulated* one, on the integer grid, which is in the model and which
+    forward and backward see. The gradient at the simulated value is applied to the master.
+
+    It is a torch.optim.Optimizer over the model's parameters: schedulers, GradScaler,
+    clip_grad_norm_, accelerate, transformers' Trainer and torch.distributed.checkpoint take it as
+    they take the inner one. Outside `step` the param groups, shared with the inner optimizer, hold
+    the model's parameters.
+
+    Args:
+        optimizer: A constructed torch optimizer over parameters of `model`; from now on use only
+            the wrapper. Warm state is kept.
+        model: The model; DistributedDataParallel and torch.compile may be around it, fully_shard
+            must have been applied.
+        config: A MoQConfig, a dict, the path of a JSON or YAML file, or None for the defaults:
+            every Linear and Conv1D but the head falls from 16 to 8 bits by 60 % of the steps.
+        total_steps: Optimizer steps of the whole training.
+        verbose: Print the start table and a line at each drop (rank 0 only).
+
+    Raises:
+        TypeError: if an argument has another type, or the configuration holds a wrong one.
+        ValueError: for a configuration that names what does not exist, weights that have no grid
+            (NaN, infinity, other dtypes), or an optimizer that cannot be wrapped.
+        moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = MoQOptimizer(
+        ...     torch.optim.AdamW(model.parameters()), model, total_steps=100, verbose=False
+        ... )
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.num_bits["0.weight"]
+        16
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        config: MoQConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        total_steps: int,
+        verbose: bool = True,
+    ) -> None:
+        """Makes the masters and writes the first simulated values into the model."""
+        _require_wrappable(optimizer, model, total_steps)
+        self.inner = optimizer
+        self.model = unwrap(model)
+        self.config = MoQConfig.load(config)
+        self.total_steps = total_steps
+        self.verbose = verbose
+        self.history: list[dict[str, Any]] = []
+        self._blank_state = False
+        self._shows_masters = False
+        # Hooks and profiling, as torch sets them up for an unpickled optimizer; torch's __init__
+        # would make param groups of its own.
+        super().__setstate__({})
+        matched, blocks = self._match()
+        schedule = make_schedule(blocks, self.config, total_steps)
+        require_blends_end(matched, blocks, schedule)
+        self._masters = Masters(matched, blocks, schedule, self.config, self.inner)
+        self._masters.warn_if_simulated()
+        self._masters.trainer.write_simulated()
+        self.param_groups[0][RECORD_KEY] = self._record().to_json()
+        self._print_start()
+
+    # ------------------------------------------------------------------ what torch asks for
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's param groups, with the model's parameters in them."""
+        return self.inner.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Default hyperparameters of the inner optimizer."""
+        return self.inner.defaults
+
+    @property
+    def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
+        """State of each of the model's parameters: the inner optimizer's, and ``moq_master``.
+
+        Before the first step the inner optimizer has none; it is then made as a form with the
+        entries that it will have, which the first step discards.
+        """
+        self._require_state()
+        shown: defaultdict[Any, Any] = defaultdict(dict)
+        for parameter in self._parameters():
+            master = self._masters.get(parameter)
+            if master is not None:
+                shown[parameter] = {**self.inner.state.get(master, {}), MASTER_KEY: master}
+            elif parameter in self.inner.state:
+                shown[parameter] = self.inner.state[parameter]
+        for key, value in self.inner.state.items():
+            if not isinstance(key, torch.Tensor):
+                shown[key] = value
+        return shown
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler to leave unscaling and the overflow check to a fused inner optimizer."""
+        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, and quantizes those of its parameters that the rules match.
+
+        Args:
+            param_group: As for any torch optimizer.
+
+        Raises:
+            ValueError: as the constructor, or if the schedule with the new blocks contradicts what
+                has happened already.
+        """
+        self.inner.add_param_group(param_group)
+        try:
+            matched, blocks = self._match()
+            schedule = make_schedule(blocks, self.config, self.total_steps)
+            schedule = extend_schedule(schedule, self.schedule(), self.steps)
+            require_blends_end(matched, blocks, schedule)
+            self._masters.extend(matched, blocks, schedule, self.steps)
+        except Exception:
+            self.inner.param_groups.pop()
+            raise
+        self._masters.trainer.write_simulated()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one optimizer step: masters, then schedule, then simulated values.
+
+        Args:
+            closure: Evaluates the loss once, at the simulated values, before the step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: inside `full_precision`.
+            ValueError: if a quantized parameter has a sparse gradient.
+        """
+        if self._shows_masters:
+            raise RuntimeError(
+                "MoQOptimizer.step: must be called outside full_precision(): the gradients of a "
+                "step are those at the simulated values"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if is_state_creation(self.param_groups):
+            self._require_state()
+            return loss
+        self._masters.catch_up()
+        if self._blank_state:
+            self.inner.state.clear()
+            self._blank_state = False
+        trainer = self._masters.trainer
+        seen = trainer.step_seen
+        found_inf = getattr(self, "found_inf", None)  # both are set by GradScaler for fused ones
+        scaling = {"found_inf": found_inf, "grad_scale": getattr(self, "grad_scale", None)}
+        scaling = scaling if self._step_supports_amp_scaling and found_inf is not None else {}
+        trainer.begin_step()
+        try:
+            self.inner.__dict__.update(scaling)
+            with self._masters.in_groups():
+                self.inner.step()
+        except BaseException:
+            trainer.abandon_step()
+            raise
+        finally:
+            for name in scaling:
+                del self.inner.__dict__[name]
+        trainer.end_step(scaling.get("found_inf"))
+        self._print_drops(seen)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a resumed run needs to continue bit for bit.
+
+        The usual dict of a torch optimizer: masters are entries of ``state``; step, seed, schedule
+        and measurements are one JSON string in the first param group.
+        """
+        self._masters.catch_up()
+        state = super().state_dict()
+        state["param_groups"][0][RECORD_KEY] = self._record().to_json()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken; the model's weights become its simulated ones.
+
+        Args:
+            state_dict: From a MoQOptimizer over the same parameters with the same configuration.
+
+        Raises:
+            ValueError: naming the parameters or values that differ; then nothing has changed.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        record, own = Record.from_state_dict(state_dict), self._record()
+        record.require_same_model(own)
+        schedule = record.resumed_schedule(own)
+        self._masters.follow_devices()
+        self._masters.load(state_dict)
+        self._masters.trainer.restore(schedule, record.step)
+        self._blank_state = record.blank_state
+        self.history = record.history
+        if not self._shows_masters:
+            self._masters.trainer.write_simulated()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses to be pickled or copied: masters belong to one model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("MoQOptimizer cannot be pickled or copied: use state_dict() or save()")
+
+    # ------------------------------------------------------------------ what moq adds
+
+    @property
+    def steps(self) -> int:
+        """Completed optimizer steps; steps that GradScaler skipped do not count."""
+        return int(self._masters.trainer.step)
+
+    @property
+    def num_bits(self) -> dict[str, int]:
+        """Present width of each quantized parameter, by name."""
+        schedule, steps = self.schedule(), self.steps
+        return {
+            matched.name: schedule.bits_at(block, steps)
+            for matched, block in zip(
+                self._masters.matched, self._masters.blocks.numbers, strict=True
+            )
+        }
+
+    def schedule(self) -> Schedule:
+        """Returns a copy of the schedule, measurements included."""
+        schedule: Schedule = self._masters.trainer.schedule
+        return schedule
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Shows the masters in the model, for evaluation, averaging or saving.
+
+        The weights keep their addresses; at the end the simulated values return bit for bit.
+
+        Raises:
+            RuntimeError: if one is open already.
+        """
+        if self._shows_masters:
+            raise RuntimeError("MoQOptimizer.full_precision: must not be nested")
+        self._masters.catch_up()
+        self._shows_masters = True
+        self._masters.trainer.write_masters()
+        try:
+            yield
+        finally:
+            self._masters.catch_up()
+            self._shows_masters = False
+            self._masters.trainer.write_simulated()
+
+    def probe(
+        self, loss_fn: Callable[[Any], torch.Tensor], batches: Iterable[Any], **options: Any
+    ) -> Sensitivity:
+        """Measures how sensitive each block is, and plans the rest of the schedule by it.
+
+        Args:
+            loss_fn: Maps one batch to a scalar loss through the model; must not call backward.
+            batches: A fixed set of batches, the same at every probe.
+            **options: Passed to moq.sensitivity.measure, over those of the configuration.
+
+        Returns:
+            The measurement: per block value, normalised value and standard error.
+
+        Raises:
+            ValueError: if nothing is quantized.
+            moq._C.Error: if sensitivity.rule is ``none``.
+        """
+        from moq.sensitivity import measure
+
+        if not self._masters.matched:
+            raise ValueError("MoQOptimizer.probe: at least one parameter must be quantized, got 0")
+        self._masters.catch_up()
+        trainer = self._masters.trainer
+        names = trainer.schedule.block_names
+        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for matched, block in zip(self._masters.matched, self._masters.blocks.numbers, strict=True):
+            blocks[names[block]].append(matched.parameter)
+        section = self.config.sensitivity
+        settings = {
+            "measure": section.measure,
+            "tolerance": section.tolerance,
+            "max_products": section.max_products,
+            "seed": self.config.seed,
+            "progress": self.verbose,
+        }
+        sensitivity = measure(self.model, blocks, loss_fn, batches, **(settings | options))
+        # A block of frozen weights is not measured; nothing in it moves, so it need not wait.
+        found = dict(zip(sensitivity.blocks, sensitivity.normalised, strict=True))
+        trainer.set_sensitivities([found.get(name, 0.0) for name in names])
+        self.history.append({"step": trainer.step} | asdict(sensitivity))
+        if self.verbose and is_main_process():
+            print_line(sensitivity_line(trainer.step, sensitivity.measure, found))
+        return sensitivity
+
+    def quantized_parameters(self) -> list[QuantizedParameter]:
+        """Returns every quantized parameter with both its values, as `moq.export` takes them.
+
+        With sharded parameters this gathers them: all ranks must call it.
+
+        Raises:
+            RuntimeError: inside `full_precision`, or if a weight still blends with its master.
+        """
+        if self._shows_masters:
+            raise RuntimeError(
+                "MoQOptimizer.quantized_parameters: must be called outside full_precision()"
+            )
+        self._masters.catch_up()
+        return self._masters.export()
+
+    def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes the model as a checkpoint directory of integers and scales.
+
+        Args:
+            directory: Complete after the call, or as it was before.
+            tokenizer: A transformers tokenizer to write beside the model.
+
+        Raises:
+            RuntimeError: as `quantized_parameters`.
+        """
+        from moq.export import export_checkpoint
+
+        export_checkpoint(
+            directory,
+            self.model,
+            self.quantized_parameters(),
+            tokenizer=tokenizer,
+            history=self._record().summary(),
+        )
+
+    # ------------------------------------------------------------------ inside
+
+    def _parameters(self) -> Iterator[torch.Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _match(self) -> tuple[list[MatchedParameter], Blocks]:
+        """Applies the rules to the parameters that the optimizer holds now."""
+        matched, unheld = match_parameters(self.model, self.config, self._parameters())
+        if unheld:
+            warnings.warn(
+                f"MoQOptimizer: {len(unheld)} weights match the rules but are in no param group of "
+                f"the optimizer, and stay in full precision: {', '.join(unheld[:5])}"
+                + (", …" if unheld[5:] else "")
+                + ". Give them to the optimizer (frozen ones too), or exclude them by a rule",
+                stacklevel=3,
+            )
+        return matched, assign_blocks(matched)
+
+    def _require_state(self) -> None:
+        """Makes sure that the inner optimizer has state, or a form of it."""
+        if not any(self.inner.state.values()):
+            with self._masters.in_groups():
+                make_blank_state(self.inner)
+            self._blank_state = True
+
+    def _record(self) -> Record:
+        """Says what the state dict says beside tensors."""
+        names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
+        blocks = self._masters.blocks
+        return Record(
+            step=self.steps,
+            seed=self.config.seed,
+            parameters={
+                m.name: m.spec.to_dict()
+                | {"block": blocks.names[block], "master_dtype": str(master.dtype)}
+                for m, block, (_, master) in zip(
+                    self._masters.matched, blocks.numbers, self._masters.pairs(), strict=True
+                )
+            },
+            names=[[names.get(id(p), "") for p in group["params"]] for group in self.param_groups],
+            schedule=self.schedule().state_dict(),
+            history=self.history,
+            blank_state=self._blank_state,
+        )
+
+    def _print_start(self) -> None:
+        if self.verbose and self._masters.matched and is_main_process():
+            print_line(
+                start_table(self._masters.matched, self._masters.blocks.numbers, self.schedule())
+            )
+
+    def _print_drops(self, seen: int) -> None:
+        """Prints the drops since `seen` steps, as far as the host has heard of them."""
+        if self.verbose and is_main_process():
+            until = self._masters.trainer.step_seen
+            if until != seen:
+                for line in drop_lines(self.schedule(), seen, until):
+                    print_line(line)
+
+
+def _require_wrappable(
+    optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int
+) -> None:
+    """Refuses what cannot be wrapped.
+
+    Raises:
+        TypeError: for an argument of another type.
+        ValueError: for an optimizer or a number of steps that cannot work, with the reason.
+    """
+    where = "MoQOptimizer"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{where}: optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, MoQOptimizer):
+        raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        raise TypeError(f"{where}: total_steps must be an integer, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"{where}: total_steps must be at least 1, got {total_steps}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{where}: optimizer must take one gradient a step, got LBFGS: its line search "
+            "evaluates the loss at weights that are on no grid, so the curvature it collects is "
+            "not that of the simulated model; use AdamW, SGD or another first-order optimizer"
+        )

@@ -1,0 +1,158 @@
+"""What training prints: one table at the start, one line a drop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import torch.distributed
+
+from moq._C import Schedule
+from moq.rules import MatchedParameter
+
+
+def is_main_process() -> bool:
+    """Says whether this process prints: rank 0, or a training without ranks."""
+    distributed = torch.distributed
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )
+
+
+def print_line(text: str) -> None:
+    """Prints one line above a progress bar of tqdm or rich, if one is shown."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None:
+        tqdm.tqdm.write(text)
+    else:
+        print(text)
+
+
+def compact_names(names: Sequence[str]) -> str:
+    """Joins names that differ in one number: `layers.0.fc`, `layers.1.fc` -> `layers.{0-1}.fc`.
+
+    Example:
+        >>> compact_names(["h.0.fc", "h.1.fc", "h.2.fc", "h.5.fc"])
+        'h.{0-2,5}.fc'
+    """
+    split = [name.split(".") for name in names]
+    varying = [i for i, parts in enumerate(zip(*split, strict=True)) if len(set(parts)) > 1]
+    if not varying:
+        return names[0]
+    numbers = sorted(int(parts[varying[0]]) for parts in split)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    parts = list(split[0])
+    parts[varying[0]] = f"{{{text}}}"
+    return ".".join(parts)
+
+
+def _row_key(matched: MatchedParameter) -> tuple[object, ...]:
+    """What parameters share that appear in one row: everything but the first number in the name."""
+    parts = matched.name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    pattern = tuple("#" if i == number else part for i, part in enumerate(parts))
+    return (pattern, tuple(matched.parameter.shape), matched.rule, matched.spec)
+
+
+def start_table(
+    parameters: Sequence[MatchedParameter], blocks: Sequence[int], schedule: Schedule
+) -> str:
+    """Renders the table that opens a training.
+
+    Args:
+        parameters: The quantized parameters.
+        blocks: Number of each parameter's block in `schedule`.
+        schedule: The plan; before a probe the step of arrival may be a range.
+
+    Returns:
+        Text with one row for all layers that differ only in their number.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    earliest, latest = schedule.bounds()
+    table = Table(box=SIMPLE_HEAD, title=f"moq: {len(parameters)} quantized parameters")
+    for heading in ("layer", "shape", "rule", "granularity", "bits", "arrives at step"):
+        table.add_column(heading, overflow="fold")
+    rows: dict[tuple[object, ...], list[int]] = {}
+    for index, matched in enumerate(parameters):
+        rows.setdefault(_row_key(matched), []).append(index)
+    for members in rows.values():
+        first = parameters[members[0]]
+        plans = [earliest[blocks[i]] for i in members] + [latest[blocks[i]] for i in members]
+        arrivals = [plan[-1][0] for plan in plans]
+        low, high = min(arrivals), max(arrivals)
+        table.add_row(
+            compact_names([parameters[i].name.removesuffix(".weight") for i in members]),
+            " x ".join(str(size) for size in first.parameter.shape),
+            first.rule,
+            _grid_words(first),
+            f"{plans[0][0][1]} -> {plans[0][-1][1]}",
+            str(low) if low == high else f"{low} to {high}",
+        )
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _grid_words(matched: MatchedParameter) -> str:
+    """Says a grid in words, leaving out what is usual."""
+    spec = matched.spec
+    words: list[str] = [spec.granularity]
+    if spec.granularity == "per_group":
+        words[0] += f" of {spec.group_size}"
+    if spec.mode != "symmetric":
+        words.append(spec.mode)
+    if spec.rounding != "nearest":
+        words.append(spec.rounding)
+    if spec.blend_steps:
+        words.append(f"blend {spec.blend_steps} steps")
+    return ", ".join(words)
+
+
+def drop_lines(schedule: Schedule, after: int, until: int) -> list[str]:
+    """Returns one line for each step in (after, until] at which a width fell.
+
+    Blocks that fall together share a line.
+    """
+    drops: list[tuple[int, int, int, str]] = []
+    for name, plan in zip(schedule.block_names, schedule.plan(), strict=True):
+        before = plan[0][1]
+        for step, widths in groupby(plan, key=lambda drop: drop[0]):
+            bits = list(widths)[-1][1]
+            if after < step <= until:
+                drops.append((step, before, bits, name))
+            before = bits
+    lines = []
+    for step, at_step in groupby(sorted(drops), key=lambda drop: drop[0]):
+        changes = []
+        for (before, bits), group in groupby(at_step, key=lambda drop: drop[1:3]):
+            names = [drop[3] for drop in group]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            changes.append(f"{before} -> {bits} bits: {shown}")
+        lines.append(f"moq: step {step}: " + "; ".join(changes))
+    return lines
+
+
+def sensitivity_line(step: int, measure: str, found: Mapping[str, float]) -> str:
+    """Says in one line how sensitive each block is, the most sensitive first.
+
+    Args:
+        step: Completed steps.
+        measure: What was measured.
+        found: Normalised sensitivity of each block.
+    """
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in ranked[:4])
+    rest = f", … {ranked[-1][0]} {ranked[-1][1]:.2f}" if len(ranked) > 4 else ""
+    return f"moq: step {step}: sensitivity ({measure}): {shown}{rest}"

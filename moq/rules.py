@@ -1,0 +1,290 @@
+"""Which parameters of a model the configuration quantizes, and on which grid."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moq.config import MoQConfig, QuantSpec, Rule
+from moq.strict import suggestion
+
+DEFAULT_RULE = "default"
+# A module with one of these in its name belongs to the head, and so do the output embeddings that
+# transformers models declare and a Linear that shares an embedding's weight.
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "cls"})
+# Modules of one parent that inference multiplies as one matrix.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What wrappers of a module insert into the names of its parameters.
+_WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class MatchedParameter:
+    """A weight matrix and the grid that the rules give it.
+
+    Attributes:
+        name: First name of the parameter in the model; tied weights have others as well.
+        parameter: The model's own parameter.
+        spec: Its grid and widths.
+        rule: Pattern of the rule that decided, or ``default``.
+        block: Name of the block that it falls with.
+        transposed: True for the storage [input features, output features] of Conv1D.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    spec: QuantSpec
+    rule: str
+    block: str
+    transposed: bool
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features, whatever the storage."""
+        return int(self.parameter.shape[0 if self.transposed else 1])
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module that owns a weight matrix, under one of its names."""
+
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+    kind: str
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside DistributedDataParallel and DataParallel."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers):
+        model = model.module
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Removes what torch.compile and activation checkpointing put into names."""
+    for part in _WRAPPER_PARTS:
+        name = name.replace(part, "")
+    return name
+
+
+def match_parameters(
+    model: nn.Module, config: MoQConfig, held: Iterable[torch.Tensor]
+) -> tuple[list[MatchedParameter], list[str]]:
+    """Applies the rules of `config` to `model`.
+
+    Args:
+        model: The model, unwrapped.
+        config: The configuration.
+        held: The parameters of the optimizer; only these can be quantized.
+
+    Returns:
+        The quantized parameters in the order of the model, and the names of the parameters that
+        match but that the optimizer does not hold.
+
+    Raises:
+        ValueError: if a rule matches nothing, siblings disagree, or a weight cannot be quantized;
+            the message names it.
+    """
+    candidates = list(_candidates(model))
+    for index, rule in enumerate(config.rules):
+        _require_match(index, rule, candidates, model)
+    aliases: dict[int, list[_Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        aliases[id(candidate.parameter)].append(candidate)
+
+    held_ids = {id(parameter) for parameter in held}
+    matched, unheld = [], []
+    for names in aliases.values():
+        decided = _decide(names, config)
+        if decided is None:
+            continue
+        if id(names[0].parameter) in held_ids:
+            matched.append(_checked(names[0], *decided, config))
+        else:
+            unheld.append(f"{names[0].name}.weight")
+    _require_equal_siblings(candidates, matched)
+    _require_distinct_storage(matched)
+    return matched, unheld
+
+
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """Yields every module with a weight matrix, under every name that it has."""
+    modules = [
+        (plain_name(name), module) for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    embeddings = {id(m.weight) for _, m in modules if isinstance(m, nn.Embedding)}
+    declared = getattr(model, "get_output_embeddings", None)
+    output = declared() if callable(declared) else None
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    for name, module in modules:
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif isinstance(module, nn.Linear | conv1d if conv1d else nn.Linear):
+            is_head = (
+                module is output
+                or id(weight) in embeddings
+                or not HEAD_NAMES.isdisjoint(name.split("."))
+            )
+            kind = "head" if is_head else "linear" if isinstance(module, nn.Linear) else "conv1d"
+        else:
+            continue
+        yield _Candidate(name, module, weight, kind)
+
+
+def _is_exact(rule: Rule) -> bool:
+    return not rule.match.startswith("re:") and not any(c in rule.match for c in "*?[")
+
+
+def _fits(rule: Rule, name: str) -> bool:
+    """Says whether the pattern of `rule` matches a module's name."""
+    if rule.match.startswith("re:"):
+        return re.fullmatch(rule.match.removeprefix("re:"), name) is not None
+    if _is_exact(rule):
+        return rule.match in (name, f"{name}.weight")
+    return fnmatch.fnmatchcase(name, rule.match)
+
+
+def _applies(rule: Rule, candidate: _Candidate) -> bool:
+    return _fits(rule, candidate.name) and (_is_exact(rule) or candidate.kind in rule.modules)
+
+
+def _require_match(index: int, rule: Rule, candidates: list[_Candidate], model: nn.Module) -> None:
+    """Refuses a rule without effect, saying what it came nearest to."""
+    if any(_applies(rule, candidate) for candidate in candidates):
+        return
+    where = f"rules[{index}] ({rule.match!r}) matches nothing"
+    kinds = sorted({c.kind for c in candidates if _fits(rule, c.name)})
+    if kinds:
+        raise ValueError(
+            f"{where} of kind {', '.join(rule.modules)}; what it matches is of kind "
+            f"{', '.join(kinds)}: add modules={tuple(kinds)} to the rule"
+        )
+    for name, module in model.named_modules():
+        if name and _fits(rule, plain_name(name)):
+            raise ValueError(
+                f"{where} with a weight matrix: {name} is a {type(module).__name__}, and Linear, "
+                "Conv1D and Embedding can be quantized"
+            )
+    stem = rule.match.removeprefix("re:").strip("*.^$")
+    names = [candidate.name for candidate in candidates]
+    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+    raise ValueError(f"{where}{suggestion(stem, names) or suggestion(stem, sorted(parts))}")
+
+
+def _decide(names: list[_Candidate], config: MoQConfig) -> tuple[QuantSpec, str] | None:
+    """Returns the spec of a parameter and the rule behind it, or None if it is not quantized."""
+    for rule in reversed(config.rules):
+        if any(_applies(rule, candidate) for candidate in names):
+            return None if rule.exclude else (config.spec(rule), rule.match)
+    if all(candidate.kind in ("linear", "conv1d") for candidate in names):
+        return config.spec(), DEFAULT_RULE
+    return None
+
+
+def _checked(
+    candidate: _Candidate, spec: QuantSpec, rule: str, config: MoQConfig
+) -> MatchedParameter:
+    """Builds the result, refusing a weight that has no grid.
+
+    Raises:
+        ValueError: naming the parameter and what it must be.
+    """
+    parameter = candidate.parameter
+    found = re.search(config.block_pattern, candidate.name)
+    matched = MatchedParameter(
+        name=f"{candidate.name}.weight" if candidate.name else "weight",
+        parameter=parameter,
+        spec=spec,
+        rule=rule,
+        block=found.group() if found else candidate.name,
+        transposed=not isinstance(candidate.module, nn.Linear | nn.Embedding),
+    )
+
+    def require(condition: bool, what: str, got: object) -> None:
+        if not condition:
+            raise ValueError(f"{matched.name} (rule {rule!r}): {what}, got {got}")
+
+    require(parameter.dim() == 2, "a weight matrix must have 2 dimensions", parameter.dim())
+    require(parameter.dtype in DTYPES, "must be float32, bfloat16 or float16", parameter.dtype)
+    require(
+        parameter.device.type in ("cpu", "cuda"),
+        "must be on the CPU or a CUDA device before the optimizer is wrapped",
+        parameter.device,
+    )
+    require(
+        not getattr(candidate.module, "sparse", False),
+        "an embedding with sparse gradients cannot be quantized (the masters take dense ones): "
+        "sparse must be False, or exclude it by a rule",
+        "sparse=True",
+    )
+    if spec.granularity == "per_group":
+        require(
+            matched.in_features % spec.group_size == 0,
+            f"group_size must divide its {matched.in_features} input features",
+            spec.group_size,
+        )
+    return matched
+
+
+def _require_equal_siblings(candidates: list[_Candidate], matched: list[MatchedParameter]) -> None:
+    """Refuses siblings that do not share one spec and one block: inference fuses them.
+
+    Raises:
+        ValueError: naming the siblings and the rule of each.
+    """
+    by_parameter = {id(m.parameter): m for m in matched}
+    by_name = {c.name: by_parameter.get(id(c.parameter)) for c in candidates}
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in by_name)
+    for parent in parents:
+        prefix = f"{parent}." if parent else ""
+        for family in SIBLINGS:
+            present = {part: by_name[prefix + part] for part in family if prefix + part in by_name}
+            if len({(m.spec, m.block) if m else None for m in present.values()}) <= 1:
+                continue
+            how = ", ".join(
+                f"{part}: {f'rule {m.rule!r}, {m.spec}, block {m.block}' if m else 'not quantized'}"
+                for part, m in present.items()
+            )
+            raise ValueError(
+                f"{parent}: {', '.join(present)} are one matrix at inference and must share one "
+                f"spec, got {how}; write one rule that matches all of them"
+            )
+
+
+def _require_distinct_storage(matched: list[MatchedParameter]) -> None:
+    """Refuses two parameters over the same memory: each would overwrite the other's values.
+
+    Raises:
+        ValueError: naming both.
+    """
+    owners: dict[tuple[torch.device, int], str] = {}
+    for m in matched:
+        local = getattr(m.parameter, "_local_tensor", m.parameter)
+        if local.numel() == 0:
+            continue
+        owner = owners.setdefault((local.device, local.data_ptr()), m.name)
+        if owner != m.name:
+            raise ValueError(
+                f"{owner} and {m.name} must not be two Parameters over one memory: tie them by "
+                "assigning one Parameter object to both modules"
+            )

@@ -1,0 +1,72 @@
+"""Where a rank's shard of a quantized parameter lies in the whole parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from moq.rules import MatchedParameter
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's memory of a DTensor, or the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def first_element(matched: MatchedParameter) -> tuple[int, int]:
+    """Returns the number of the shard's first element, and the columns of the whole parameter.
+
+    Elements are counted row-major over [output features, input features], whatever the storage.
+
+    Raises:
+        ValueError: if elements that share a scale lie on different ranks; every rank raises it.
+    """
+    parameter = matched.parameter
+    row_dim, column_dim = (1, 0) if matched.transposed else (0, 1)
+    if not isinstance(parameter, DTensor):
+        return 0, int(parameter.shape[column_dim])
+    # Imported here: a private helper of torch, needed for sharded models only.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, tuple(parameter.placements)
+    sharded: dict[int, int] = {}  # dimension -> ranks that it is split over
+    for mesh_dim, placement in enumerate(placements):
+        if type(placement) is Shard:
+            sharded[placement.dim] = sharded.get(placement.dim, 1) * mesh.size(mesh_dim)
+        elif type(placement) is not Replicate:
+            raise ValueError(
+                f"{matched.name}: a DTensor must be placed by Shard and Replicate, got {placement}"
+            )
+    sharded = {dim: ranks for dim, ranks in sharded.items() if ranks > 1}
+    _require_whole_groups(matched, sharded, column_dim)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    columns = int(parameter.shape[column_dim])
+    return int(offset[row_dim]) * columns + int(offset[column_dim]), columns
+
+
+def _require_whole_groups(
+    matched: MatchedParameter, sharded: dict[int, int], column_dim: int
+) -> None:
+    """Refuses a sharding that splits a group of weights with one scale."""
+    spec = matched.spec
+    where = f"{matched.name} is sharded over ranks as {matched.parameter.placements}"  # type: ignore[attr-defined]
+    if spec.granularity == "per_tensor" and sharded:
+        raise ValueError(
+            f"{where}, and per_tensor has one scale for all of it: granularity must be "
+            "'per_channel' or 'per_group', whose scales stay within a rank"
+        )
+    ranks = sharded.get(column_dim, 1)
+    if ranks == 1:
+        return
+    shard_output = f"fully_shard(..., shard_placement_fn=lambda parameter: Shard({1 - column_dim}))"
+    if spec.granularity == "per_channel":
+        raise ValueError(
+            f"{where}: its input features are split, and per_channel has one scale for all of "
+            f"them: shard output features instead, {shard_output}, or use granularity 'per_group'"
+        )
+    if matched.in_features % (ranks * spec.group_size):
+        raise ValueError(
+            f"{where}: its {matched.in_features} input features must split into {ranks} equal "
+            f"shards of whole groups of {spec.group_size}: change group_size, or shard output "
+            f"features instead, {shard_output}"
+        )

@@ -1,0 +1,141 @@
+"""A tiny decoder and the loop that trains it, shared by the tests of the optimizer."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import moq
+
+VOCABULARY = 13
+
+# Matrices of a few hundred elements gain nothing from threads, and lose much when cores are shared.
+torch.set_num_threads(1)
+
+
+class Layer(nn.Module):
+    """Attention-like mixing and a gated feed-forward, with the names that real models use."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(hidden, hidden)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden)
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden)
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.tanh(self.q_proj(x) * self.k_proj(x)) + self.v_proj(x)
+        gated = nn.functional.silu(self.gate_proj(self.norm(x))) * self.up_proj(x)
+        return x + self.down_proj(gated)
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: int = 2, hidden: int = 12, intermediate: int = 20) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, hidden)
+        self.layers = nn.ModuleList(Layer(hidden, intermediate) for _ in range(layers))
+        self.lm_head = nn.Linear(hidden, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def decoder() -> Callable[..., Decoder]:
+    """Returns a function that makes the same small decoder each time."""
+
+    def make(dtype: torch.dtype = torch.float32, **sizes: int) -> Decoder:
+        torch.manual_seed(0)
+        return Decoder(**sizes).to(dtype)
+
+    return make
+
+
+def batch(step: int) -> torch.Tensor:
+    """Tokens of one batch, [4, 6]; the same for the same step."""
+    return torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens[:, :-1]).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
+    loss = loss_of(model, batch(step))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def wrap(model: nn.Module, config: dict, total_steps: int = 12, **options) -> moq.MoQOptimizer:
+    """Wraps an AdamW over all parameters of the model."""
+    adamw = torch.optim.AdamW(model.parameters(), lr=options.pop("lr", 1e-2))
+    return moq.MoQOptimizer(adamw, model, config, total_steps=total_steps, verbose=False)
+
+
+def masters(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
+    """Masters by parameter name, as the state shows them."""
+    state = optimizer.state
+    return {
+        name: state[parameter]["moq_master"]
+        for name, parameter in optimizer.model.named_parameters()
+        if "moq_master" in state[parameter]
+    }
+
+
+def name_hash(name: str) -> int:
+    """FNV-1a, 32 bits, as a signed 32-bit integer would not be: 0 to 2^32 - 1."""
+    value = 2166136261
+    for byte in name.encode():
+        value = (value ^ byte) * 16777619 % 2**32
+    return value
+
+
+def snapped(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
+    """What the simulated values must be: the masters through the operator, one by one."""
+    specs = {m.name: (m.spec, m.transposed) for m in optimizer._masters.matched}
+    result = {}
+    for name, master in masters(optimizer).items():
+        spec, transposed = specs[name]
+        dtype = optimizer.model.get_parameter(name).dtype
+        result[name] = torch.ops.moq.fake_quantize(
+            master.detach(),
+            optimizer.num_bits[name],
+            granularity=spec.granularity,
+            group_size=spec.group_size,
+            mode=spec.mode,
+            rounding=spec.rounding,
+            seed=optimizer.config.seed,
+            step=optimizer.steps,
+            name_hash=name_hash(name),
+            transposed=transposed,
+            scale_dtype=dtype,
+        ).to(dtype)
+    return result
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compares two sets of tensors bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_simulated(optimizer: moq.MoQOptimizer) -> None:
+    """Asserts that the model holds exactly the masters' points on the grid."""
+    expected = snapped(optimizer)
+    assert_same({name: optimizer.model.get_parameter(name).detach() for name in expected}, expected)
