@@ -4,9 +4,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 class Error(RuntimeError): ...
+
+class TensorInfo:
+    name: str
+    dtype: str
+    shape: list[int]
+    size_bytes: int
+
+class Checkpoint:
+    def __init__(self, directory: str) -> None: ...
+    def __contains__(self, name: str) -> bool: ...
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> TensorInfo: ...
+    def read(self, name: str) -> Tensor: ...
+    def files(self) -> list[str]: ...
+
+def read_safetensors(path: str) -> dict[str, Tensor]: ...
+def write_safetensors(
+    path: str, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]
+) -> None: ...
+def exchange_paths(first: str, second: str) -> bool: ...
+def recover_codes(
+    name: str,
+    master: Tensor,
+    simulated: Tensor,
+    *,
+    num_bits: int,
+    mode: str,
+    granularity: str,
+    group_size: int,
+    transposed: bool,
+    scale_dtype: dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, float]: ...
+def pack_codes(codes: Tensor, num_bits: int) -> Tensor: ...
+def unpack_codes(words: Tensor, num_bits: int, columns: int) -> Tensor: ...
 
 class ScheduledBlock:
     name: str

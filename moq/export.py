@@ -2,111 +2,198 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
-MODES = ("symmetric", "asymmetric")
-GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+import moq
+from moq import _C
+from moq.exported_model import ExportedModel
+from moq.manifest import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    SUMS_NAME,
+    list_files,
+    read_sums,
+    tensor_sha256,
+    write_json,
+    write_sums,
+)
+from moq.probe import measure_probe
+from moq.progress import track
+from moq.quantized_parameter import QuantizedParameter
+from moq.staging import replaced_directory
+
+__all__ = ["QuantizedParameter", "export_checkpoint"]
+
+# What a tokenizer leaves beside a model, and the generation defaults.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
-@dataclass(frozen=True)
-class QuantizedParameter:
-    """One trained weight matrix: its two values and the grid that leads from one to the other.
+def export_checkpoint(
+    directory: str | os.PathLike[str],
+    model: torch.nn.Module,
+    quantized: Sequence[QuantizedParameter],
+    *,
+    tokenizer: Any = None,
+    history: Mapping[str, Any] | None = None,
+    probe: Sequence[int] | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> Path:
+    """Writes a trained model as a checkpoint directory; docs/FORMAT.md describes its files.
 
-    Attributes:
-        name: full name of the parameter in the model, ``model.layers.0.mlp.up_proj.weight``.
-        master: full-precision value that the optimizer updates, any floating-point dtype, in the
-            shape of the parameter; the scales are computed from it.
-        simulated: value on the integer grid that the model computes with, in the dtype and shape of
-            the parameter.
-        num_bits: width that was trained, 2 to 16. Above 8 bits the simulated value is exported as
-            it is, without codes.
-        mode: ``symmetric`` or ``asymmetric``.
-        granularity: which elements share a scale: ``per_tensor``, ``per_channel`` (one scale per
-            output feature) or ``per_group`` (``group_size`` consecutive input features).
-        group_size: input features per scale; read only when granularity is ``per_group``.
-        transposed: True if the parameter is stored [input features, output features], as Hugging
-            Face's Conv1D does, instead of torch.nn.Linear's [output features, input features].
-        scale_dtype: dtype that the scales were rounded to before codes were computed; None: the
-            dtype of ``simulated``.
-        activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
-            8-bit per-token activations (exported as W8A8).
+    Every quantized weight is checked: the numbers that readers compute from the stored codes are
+    the simulated weights bit for bit, or nothing is written. The directory is replaced as a whole;
+    killed at any moment, it holds the complete old checkpoint or the complete new one.
+
+    Args:
+        directory: the directory to create, or a moq checkpoint to replace.
+        model: the model, holding its simulated weights. A Hugging Face model's config and
+            generation config are written along.
+        quantized: the trained parameters, each of the model's and each once. The others are stored
+            in their own dtype.
+        tokenizer: a tokenizer to save, the directory of a model whose tokenizer files are copied,
+            or None.
+        history: what happened in training (schedule, sensitivities, seed, steps, …); JSON values,
+            kept in moq.json as they are.
+        probe: token ids whose FP32 logits `moq verify` replays; None: 16 ids spread over the
+            vocabulary.
+        max_shard_size: bytes after which a new file is begun.
+
+    Returns:
+        The directory.
+
+    Raises:
+        moq._C.Error: naming the parameter, if a weight is NaN or infinite, or if a simulated weight
+            is not what the stored codes give.
+        ValueError: naming the parameter, if it is not the model's, is given twice, or differs in
+            dtype from the others; or if `directory` holds files that are not a checkpoint's.
     """
+    target = Path(directory)
+    _refuse_foreign_files(target)
+    parameters = ExportedModel(model, quantized)
+    with replaced_directory(target) as staged:
+        tensors, weights = parameters.convert()
+        _write_shards(staged, tensors, max_shard_size)
+        config = parameters.config(weights)
+        write_json(staged / CONFIG_NAME, config)
+        save_tokenizer(staged, tokenizer)
+        save_generation_config(staged, model)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "written_by": {
+                "moq": moq.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "scale_convention": "real = weight_scale * (code - zero_point)",
+            "weights": {name: weight.to_json() for name, weight in weights.items()},
+            "tensors": {
+                name: {"sha256": tensor_sha256(tensor)} for name, tensor in tensors.items()
+            },
+            "aliases": parameters.aliases,
+            "history": dict(history or {}),
+            "probe": measure_probe(model, probe),
+        }
+        write_json(staged / MANIFEST_NAME, manifest)
+        write_sums(staged, list_files(staged))
+    return target
 
-    name: str
-    master: torch.Tensor
-    simulated: torch.Tensor
-    num_bits: int
-    mode: str = "symmetric"
-    granularity: str = "per_channel"
-    group_size: int = 0
-    transposed: bool = False
-    scale_dtype: torch.dtype | None = None
-    activations: str | None = None
 
-    def __post_init__(self) -> None:
-        """Refuses what no grid or checkpoint can hold.
-
-        Raises:
-            ValueError: naming the parameter, the rule and the value.
-        """
-
-        def require(condition: bool, rule: str, got: object) -> None:
-            if not condition:
-                raise ValueError(f"{self.name}: {rule}, got {got!r}")
-
-        require(
-            self.simulated.dim() == 2,
-            "a weight matrix must have 2 dimensions",
-            self.simulated.dim(),
+def _refuse_foreign_files(target: Path) -> None:
+    """An export deletes what it replaces: only a checkpoint, and nothing that was put beside it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target}: expected a directory, got a file")
+    present = list_files(target)
+    if not present:
+        return
+    if MANIFEST_NAME not in present or not (target / SUMS_NAME).exists():
+        raise ValueError(
+            f"{target}: expected a new or empty directory, or a moq checkpoint to replace, got a "
+            f"directory with {present[0]}"
         )
-        require(
-            self.master.shape == self.simulated.shape,
-            f"master must have the shape {list(self.simulated.shape)} of simulated",
-            list(self.master.shape),
-        )
-        require(
-            self.simulated.dtype in SCALE_DTYPES,
-            "simulated must be float32, float16 or bfloat16",
-            self.simulated.dtype,
-        )
-        require(2 <= self.num_bits <= 16, "num_bits must lie in [2, 16]", self.num_bits)
-        require(self.mode in MODES, f"mode must be one of {MODES}", self.mode)
-        require(
-            self.granularity in GRANULARITIES,
-            f"granularity must be one of {GRANULARITIES}",
-            self.granularity,
-        )
-        require(
-            self.granularity != "per_group"
-            or (self.group_size > 0 and self.in_features % self.group_size == 0),
-            f"group_size must be positive and divide the {self.in_features} input features",
-            self.group_size,
-        )
-        require(
-            self.scale_dtype is None or self.scale_dtype in SCALE_DTYPES,
-            "scale_dtype must be float32, float16 or bfloat16",
-            self.scale_dtype,
-        )
-        require(
-            self.activations in (None, "dynamic"),
-            "activations must be None or 'dynamic'",
-            self.activations,
+    foreign = sorted(set(present) - set(read_sums(target)))
+    if foreign:
+        raise ValueError(
+            f"{target}: expected only the files of a checkpoint, got {foreign[0]} too: move it "
+            "away before the checkpoint is replaced"
         )
 
-    @property
-    def module_name(self) -> str:
-        """Name of the module that owns the parameter."""
-        return self.name.rpartition(".")[0]
 
-    @property
-    def out_features(self) -> int:
-        """Number of output features, whatever the storage."""
-        return self.simulated.shape[1 if self.transposed else 0]
+def _write_shards(
+    directory: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: int
+) -> None:
+    """Writes model.safetensors, or numbered shards and their index."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    names = [
+        "model.safetensors"
+        if len(shards) == 1
+        else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        for index in range(1, len(shards) + 1)
+    ]
+    for name, shard in track(list(zip(names, shards, strict=True)), "writing"):
+        _C.write_safetensors(str(directory / name), list(shard.items()), {"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {
+                key: name for name, shard in zip(names, shards, strict=True) for key in shard
+            },
+        }
+        write_json(directory / "model.safetensors.index.json", index)
 
-    @property
-    def in_features(self) -> int:
-        """Number of input features, whatever the storage."""
-        return self.simulated.shape[0 if self.transposed else 1]
+
+def save_generation_config(directory: Path, model: torch.nn.Module) -> None:
+    """Saves a Hugging Face model's generation defaults, if it has any."""
+    if isinstance(model, transformers.PreTrainedModel) and model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def save_tokenizer(directory: Path, tokenizer: Any) -> None:
+    """Saves a tokenizer object, or copies the tokenizer files of a model's directory.
+
+    Raises:
+        ValueError: if the directory has none.
+    """
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer.save_pretrained(directory)
+        return
+    source = Path(tokenizer)
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any("token" in name or "vocab" in name for name in found):
+        raise ValueError(f"{source}: expected a directory with tokenizer files, got none")
+    for name in found:
+        shutil.copyfile(source / name, directory / name)

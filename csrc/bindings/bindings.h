@@ -9,6 +9,8 @@ void bind_build_info(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_hessian(pybind11::module_& m);
 void bind_parallel(pybind11::module_& m);
+void bind_checkpoint(pybind11::module_& m);
+void bind_export(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
 void bind_trainer(pybind11::module_& m);
 

@@ -10,6 +10,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   moq::bindings::bind_engine(m);
   moq::bindings::bind_hessian(m);
   moq::bindings::bind_parallel(m);
+  moq::bindings::bind_checkpoint(m);
+  moq::bindings::bind_export(m);
   moq::bindings::bind_schedule(m);
   moq::bindings::bind_trainer(m);
 }

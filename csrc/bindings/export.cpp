@@ -1,0 +1,72 @@
+#include <torch/csrc/utils/pybind.h>
+
+#include "csrc/bindings/bindings.h"
+#include "csrc/export/codes.h"
+#include "kernels/common/check.h"
+
+namespace moq::bindings {
+namespace {
+
+namespace py = pybind11;
+
+QuantMode parse_mode(const std::string& mode) {
+  if (mode == "symmetric") {
+    return QuantMode::kSymmetric;
+  }
+  MOQ_CHECK(mode == "asymmetric", "mode must be symmetric or asymmetric, got ", mode);
+  return QuantMode::kAsymmetric;
+}
+
+kernels::Granularity parse_granularity(const std::string& granularity) {
+  if (granularity == "per_tensor") {
+    return kernels::Granularity::kPerTensor;
+  }
+  if (granularity == "per_channel") {
+    return kernels::Granularity::kPerChannel;
+  }
+  MOQ_CHECK(granularity == "per_group",
+            "granularity must be per_tensor, per_channel or per_group, got ", granularity);
+  return kernels::Granularity::kPerGroup;
+}
+
+}  // namespace
+
+void bind_export(py::module_& m) {
+  m.def(
+      "recover_codes",
+      [](const std::string& name, const at::Tensor& master, const at::Tensor& simulated,
+         int num_bits, const std::string& mode, const std::string& granularity,
+         std::int64_t group_size, bool transposed, at::ScalarType scale_dtype) {
+        const exporter::GridSpec spec{.num_bits = num_bits,
+                                      .mode = parse_mode(mode),
+                                      .granularity = parse_granularity(granularity),
+                                      .group_size = group_size,
+                                      .transposed = transposed,
+                                      .scale_dtype = scale_dtype};
+        exporter::StoredCodes stored;
+        {
+          const py::gil_scoped_release release;
+          stored = exporter::recover_codes(name, master, simulated, spec);
+        }
+        py::object zero_points = py::none();
+        if (stored.zero_points.defined()) {
+          zero_points = py::cast(stored.zero_points);
+        }
+        return py::make_tuple(stored.codes, stored.scales, zero_points, stored.quantization_error);
+      },
+      py::arg("name"), py::arg("master"), py::arg("simulated"), py::kw_only(), py::arg("num_bits"),
+      py::arg("mode"), py::arg("granularity"), py::arg("group_size"), py::arg("transposed"),
+      py::arg("scale_dtype"),
+      "Codes int8 [out, in], scales [out, groups], zero points int8 [out, groups] (None: "
+      "symmetric) "
+      "and relative quantization error of a trained weight. Raises moq._C.Error naming the "
+      "parameter unless the stored numbers are the simulated ones bit for bit.");
+  m.def("pack_codes", &exporter::pack_codes, py::arg("codes"), py::arg("num_bits"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Packs int8 codes [rows, columns] into int32 words [rows, ceil(columns * num_bits / 32)].");
+  m.def("unpack_codes", &exporter::unpack_codes, py::arg("words"), py::arg("num_bits"),
+        py::arg("columns"), py::call_guard<py::gil_scoped_release>(),
+        "The int8 codes [rows, columns] of packed int32 words.");
+}
+
+}  // namespace moq::bindings

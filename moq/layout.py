@@ -1,0 +1,185 @@
+"""Which tensors a weight becomes in a checkpoint, and what config.json says about them.
+
+The layout is compressed-tensors': ``pack-quantized`` for weight-only layers, ``int-quantized`` for
+layers with INT8 activations. docs/FORMAT.md has the fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PACKED = "pack-quantized"
+INTEGER = "int-quantized"
+DENSE = "dense"
+
+# Version of compressed-tensors whose layout this is.
+LAYOUT_VERSION = "0.20.0"
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How one weight matrix lies in the checkpoint; an entry of moq.json's ``weights``.
+
+    Attributes:
+        module: name of the module that owns the weight.
+        module_class: class of that module: ``Linear``, ``Embedding``, ``Conv1D``.
+        format: ``pack-quantized``, ``int-quantized``, or ``dense`` for a weight that was trained
+            above 8 bits and is stored in the model's dtype.
+        trained_bits: width of the grid that was trained.
+        stored_bits: width of a stored code; None when dense.
+        mode: ``symmetric`` or ``asymmetric``.
+        granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
+        group_size: input features per scale; 0 unless per_group.
+        shape: [output features, input features].
+        transposed: True if the module keeps its weight as [input features, output features]. Codes
+            are stored [output features, input features] all the same.
+        scale_dtype: dtype of the stored scales, as torch names it.
+        activations: None, or ``dynamic`` for INT8 activations with one scale per token.
+        quantization_error: Frobenius norm of (master - simulated) over that of the master.
+    """
+
+    module: str
+    module_class: str
+    format: str
+    trained_bits: int
+    stored_bits: int | None
+    mode: str
+    granularity: str
+    group_size: int
+    shape: list[int]
+    transposed: bool
+    scale_dtype: str
+    activations: str | None
+    quantization_error: float
+
+    @property
+    def symmetric(self) -> bool:
+        """True if the grid has no zero point."""
+        return self.mode == "symmetric"
+
+    @property
+    def num_groups(self) -> int:
+        """Scales per row. A per-tensor scale is stored once a row: every reader knows that form."""
+        return self.shape[1] // self.group_size if self.granularity == "per_group" else 1
+
+    @property
+    def qmax(self) -> int:
+        """Largest code of the trained grid."""
+        return int(2 ** (self.trained_bits - 1)) - 1
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code of the trained grid (symmetric grids are narrow)."""
+        return -self.qmax if self.symmetric else -self.qmax - 1
+
+    def tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """Name -> (safetensors dtype, shape) of the tensors that hold the weight."""
+        rows, columns = self.shape
+        float_dtype = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[self.scale_dtype]
+        weight = f"{self.module}.weight"
+        if self.format == DENSE:
+            stored_shape = [columns, rows] if self.transposed else [rows, columns]
+            return {weight: (float_dtype, stored_shape)}
+        assert self.stored_bits is not None
+        tensors = {f"{weight}_scale": (float_dtype, [rows, self.num_groups])}
+        if self.format == INTEGER:
+            tensors[weight] = ("I8", [rows, columns])
+            if not self.symmetric:
+                tensors[f"{weight}_zero_point"] = ("I8", [rows, self.num_groups])
+        else:
+            tensors[f"{weight}_packed"] = ("I32", [rows, words(columns, self.stored_bits)])
+            tensors[f"{weight}_shape"] = ("I64", [2])
+            if not self.symmetric:
+                packed = [words(rows, self.stored_bits), self.num_groups]
+                tensors[f"{weight}_zero_point"] = ("I32", packed)
+        return tensors
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of moq.json."""
+        return asdict(self)
+
+
+def words(count: int, num_bits: int) -> int:
+    """32-bit words that `count` packed codes take."""
+    return math.ceil(count * num_bits / 32)
+
+
+def storage_bits(trained_bits: int) -> int:
+    """Narrowest width that every reader unpacks alike: 3 bits go into 4, 5 to 7 into 8."""
+    return next(bits for bits in (2, 4, 8) if bits >= trained_bits)
+
+
+def quantization_config(
+    weights: Iterable[StoredWeight], ignore: Iterable[str], shared: Container[str] = ()
+) -> dict[str, Any]:
+    """config.json's ``quantization_config`` for these weights.
+
+    Weights that differ in format, width, grid or activations go into groups of their own. The
+    method is ``compressed-tensors`` where that library can load every quantized module, and
+    ``moq`` otherwise (Conv1D modules, and embeddings whose weight another module shares): readers
+    that do not know the method then refuse, instead of misreading.
+
+    Args:
+        weights: the model's quantized weights; dense ones are passed over.
+        ignore: names of the modules that keep a floating-point weight matrix.
+        shared: names of the modules whose weight another module uses too.
+    """
+    quantized = [weight for weight in weights if weight.format != DENSE]
+    groups: dict[tuple[Any, ...], list[StoredWeight]] = {}
+    for weight in quantized:
+        key = (
+            weight.format,
+            weight.stored_bits,
+            weight.symmetric,
+            weight.group_size,
+            weight.activations,
+        )
+        groups.setdefault(key, []).append(weight)
+    formats = {weight.format for weight in quantized}
+    loadable = all(
+        weight.module_class in ("Linear", "Embedding") and weight.module not in shared
+        for weight in quantized
+    )
+    return {
+        "quant_method": "compressed-tensors" if loadable else "moq",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": _config_group(group) for index, group in enumerate(groups.values())
+        },
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": LAYOUT_VERSION,
+    }
+
+
+def _config_group(group: list[StoredWeight]) -> dict[str, Any]:
+    first = group[0]
+    grouped = first.granularity == "per_group"
+    activations = None
+    if first.activations == "dynamic":
+        activations = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {
+        "targets": sorted(weight.module for weight in group),
+        "format": first.format,
+        "weights": {
+            "num_bits": first.stored_bits,
+            "type": "int",
+            "symmetric": first.symmetric,
+            "strategy": "group" if grouped else "channel",
+            "group_size": first.group_size if grouped else None,
+            "dynamic": False,
+        },
+        "input_activations": activations,
+        "output_activations": None,
+    }

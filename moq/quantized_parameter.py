@@ -1,0 +1,112 @@
+"""What the trainer hands to the exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MODES = ("symmetric", "asymmetric")
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class QuantizedParameter:
+    """One trained weight matrix: its two values and the grid that leads from one to the other.
+
+    Attributes:
+        name: full name of the parameter in the model, ``model.layers.0.mlp.up_proj.weight``.
+        master: full-precision value that the optimizer updates, any floating-point dtype, in the
+            shape of the parameter; the scales are computed from it.
+        simulated: value on the integer grid that the model computes with, in the dtype and shape of
+            the parameter.
+        num_bits: width that was trained, 2 to 16. Above 8 bits the simulated value is exported as
+            it is, without codes.
+        mode: ``symmetric`` or ``asymmetric``.
+        granularity: which elements share a scale: ``per_tensor``, ``per_channel`` (one scale per
+            output feature) or ``per_group`` (``group_size`` consecutive input features).
+        group_size: input features per scale; read only when granularity is ``per_group``.
+        transposed: True if the parameter is stored [input features, output features], as Hugging
+            Face's Conv1D does, instead of torch.nn.Linear's [output features, input features].
+        scale_dtype: dtype that the scales were rounded to before codes were computed; None: the
+            dtype of ``simulated``.
+        activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
+            8-bit per-token activations (exported as W8A8).
+    """
+
+    name: str
+    master: torch.Tensor
+    simulated: torch.Tensor
+    num_bits: int
+    mode: str = "symmetric"
+    granularity: str = "per_channel"
+    group_size: int = 0
+    transposed: bool = False
+    scale_dtype: torch.dtype | None = None
+    activations: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no grid or checkpoint can hold.
+
+        Raises:
+            ValueError: naming the parameter, the rule and the value.
+        """
+
+        def require(condition: bool, rule: str, got: object) -> None:
+            if not condition:
+                raise ValueError(f"{self.name}: {rule}, got {got!r}")
+
+        require(
+            self.simulated.dim() == 2,
+            "a weight matrix must have 2 dimensions",
+            self.simulated.dim(),
+        )
+        require(
+            self.master.shape == self.simulated.shape,
+            f"master must have the shape {list(self.simulated.shape)} of simulated",
+            list(self.master.shape),
+        )
+        require(
+            self.simulated.dtype in SCALE_DTYPES,
+            "simulated must be float32, float16 or bfloat16",
+            self.simulated.dtype,
+        )
+        require(2 <= self.num_bits <= 16, "num_bits must lie in [2, 16]", self.num_bits)
+        require(self.mode in MODES, f"mode must be one of {MODES}", self.mode)
+        require(
+            self.granularity in GRANULARITIES,
+            f"granularity must be one of {GRANULARITIES}",
+            self.granularity,
+        )
+        require(
+            self.granularity != "per_group"
+            or (self.group_size > 0 and self.in_features % self.group_size == 0),
+            f"group_size must be positive and divide the {self.in_features} input features",
+            self.group_size,
+        )
+        require(
+            self.scale_dtype is None or self.scale_dtype in SCALE_DTYPES,
+            "scale_dtype must be float32, float16 or bfloat16",
+            self.scale_dtype,
+        )
+        require(
+            self.activations in (None, "dynamic"),
+            "activations must be None or 'dynamic'",
+            self.activations,
+        )
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module that owns the parameter."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def out_features(self) -> int:
+        """Number of output features, whatever the storage."""
+        return self.simulated.shape[1 if self.transposed else 0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of input features, whatever the storage."""
+        return self.simulated.shape[0 if self.transposed else 1]
