@@ -115,6 +115,11 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
   return {scale, inverse_scale, zero_point, range};
 }
 
+/// Symmetric grid of a scale that is given, positive and finite, rather than measured.
+MOQ_HOST_DEVICE inline GridParams grid_of_scale(float scale, int num_bits) {
+  return {scale, 1.0F / scale, 0, grid_range(num_bits, QuantMode::kSymmetric)};
+}
+
 /// What the elements of one group decide their grid by, collected on bit patterns with integer
 /// minimum and maximum: exact, independent of the order, and a NaN cannot slip through.
 /// A default one is that of an all-zero group.

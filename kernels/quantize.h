@@ -17,7 +17,7 @@ namespace moq::kernels {
 /// Dynamic (static_scale is null): one scale per row (token), float32, absmax / 127 as
 /// quant_grid.h defines it; a row of zeros has the smallest scale and codes 0; a row that holds a
 /// NaN or an infinity has scale NaN, codes 0 and output NaN. Static: one given scale, and a NaN
-/// element has code 0 and output NaN.
+/// element has code 0 and output NaN. The output never holds a negative zero.
 struct QuantizeActivationArgs {
   const void* input = nullptr;          ///< [rows, cols], rows contiguous, input_dtype
   std::int8_t* codes = nullptr;         ///< [rows, cols] contiguous; null: not written

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/statistics.h"
 #include "kernels/cpu/simd/vector.h"
 #include "kernels/quant_grid.h"
@@ -18,23 +19,20 @@ inline GridParams activation_grid(const Element* input, std::int64_t size) {
                    DType::kFloat32);
 }
 
-/// Codes of one row under a grid that exists: codes = clamp(rint(input * inverse_scale), -127,
-/// 127).
+/// Codes of one row: clamp(rint(input * inverse_scale), -127, 127), and 0 where that is a NaN, be
+/// it the element's or the grid's.
 template <typename Element>
 inline void quantize_row(const Element* input, std::int64_t size, const GridParams& grid,
                          std::int8_t* codes) {
   const F32 inverse_scale = broadcast(grid.inverse_scale);
   const F32 qmax = broadcast(static_cast<float>(grid.range.qmax));
-  std::int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    const F32 rounded = round_nearest(load(input + i) * inverse_scale);
+  for_each_vector<false>(codes, size, [&](std::int64_t i, std::int64_t count) MOQ_INLINE_LAMBDA {
+    const F32 rounded = round_nearest(load_some(input + i, count) * inverse_scale);
     const F32 number = rounded == rounded ? rounded : F32{};
-    store(codes + i, convert<I32>(minimum(maximum(number, -qmax), qmax)));
-  }
-  for (; i < size; ++i) {
-    codes[i] =
-        static_cast<std::int8_t>(quantize_one(to_float(input[i]), grid, Rounding::kNearest, 0.0F));
-  }
+    std::int8_t vector[kWidth];
+    store(vector, convert<I32>(minimum(maximum(number, -qmax), qmax)));
+    std::memcpy(codes + i, vector, static_cast<std::size_t>(count));
+  });
 }
 
 /// Quantizes one row by its own absmax and returns the row's scale.
@@ -42,11 +40,7 @@ inline void quantize_row(const Element* input, std::int64_t size, const GridPara
 template <typename Element>
 inline float quantize_row(const Element* input, std::int64_t size, std::int8_t* codes) {
   const GridParams grid = activation_grid(input, size);
-  if (std::isnan(grid.scale)) {
-    std::memset(codes, 0, static_cast<std::size_t>(size));
-  } else {
-    quantize_row(input, size, grid, codes);
-  }
+  quantize_row(input, size, grid, codes);
   return grid.scale;
 }
 

@@ -308,7 +308,7 @@ TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
   }
 }
 
-TEST(FakeQuantizeCuda, PlacesBeyondTwoToThe31ElementsAreReached) {
+TEST(FakeQuantizeCuda, HugeMatricesBeyondTwoToThe31ElementsAreReached) {
   MOQ_SKIP_WITHOUT_GPU();
   constexpr std::int64_t kCols = 4099;
   constexpr std::int64_t kRows = (std::int64_t{1} << 31) / kCols + 2;

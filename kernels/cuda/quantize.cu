@@ -1,0 +1,140 @@
+// INT8 quantization of activations, and dequantization of codes, on CUDA. Both are memory-bound:
+// activations are read from device memory once (the second look at a row hits the caches).
+#include <cuda_runtime.h>
+
+#include "kernels/common/quantize_check.h"
+#include "kernels/common/visit.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/quantize.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kThreads = 256;
+constexpr unsigned kMaxBlocks = 1U << 20;  // further rows and elements are taken in turn
+
+// -------------------------------------------------------------------------------- device functions
+
+/// Bits of the largest magnitude in a row, on every thread of the block.
+template <typename Element>
+__device__ std::int32_t absmax_bits(const Element* input, std::int64_t cols) {
+  __shared__ std::int32_t shared[kThreads / kWarpSize];
+  std::int32_t highest = 0;
+  for (std::int64_t col = threadIdx.x; col < cols; col += kThreads) {
+    highest = max(highest, std::bit_cast<std::int32_t>(to_float(input[col])) & kMagnitudeMask);
+  }
+  highest = __reduce_max_sync(0xffffffffU, highest);
+  if (threadIdx.x % kWarpSize == 0) {
+    shared[threadIdx.x / kWarpSize] = highest;
+  }
+  __syncthreads();
+  for (const std::int32_t other : shared) {
+    highest = max(highest, other);
+  }
+  __syncthreads();  // the next row writes `shared` again
+  return highest;
+}
+
+template <typename Element>
+__device__ void quantize_row(const QuantizeActivationArgs& args, std::int64_t row) {
+  const Element* input = static_cast<const Element*>(args.input) + row * args.row_stride;
+  GridParams grid;
+  if (args.static_scale != nullptr) {
+    grid = grid_of_scale(*args.static_scale, 8);
+  } else {
+    const GroupStatistics statistics{0, absmax_bits(input, args.cols)};
+    grid = make_grid(statistics, 8, QuantMode::kSymmetric, DType::kFloat32);
+    if (threadIdx.x == 0 && args.scales != nullptr) {
+      args.scales[row] = grid.scale;
+    }
+  }
+  const bool exists = grid.scale == grid.scale;
+  for (std::int64_t col = threadIdx.x; col < args.cols; col += kThreads) {
+    const float value = to_float(input[col]);
+    const bool number = exists && value == value;
+    const std::int32_t code = number ? quantize_one(value, grid, Rounding::kNearest, 0.0F) : 0;
+    if (args.codes != nullptr) {
+      args.codes[row * args.cols + col] = static_cast<std::int8_t>(code);
+    }
+    if (args.output != nullptr) {
+      store_float(static_cast<Element*>(args.output) + row * args.cols + col,
+                  number ? dequantize_one(code, grid) : std::bit_cast<float>(kQuietNaNBits));
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- kernels
+
+/// A block takes a row at a time.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    quantize_activation_kernel(QuantizeActivationArgs args) {
+  for (std::int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    quantize_row<Element>(args, row);
+  }
+}
+
+/// A thread takes an element at a time.
+template <typename Code, typename Scale, typename Output>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgs args) {
+  const std::int64_t size = args.rows * args.cols;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size;
+       i += stride) {
+    const std::int64_t row = i / args.cols;
+    const std::int64_t col = i % args.cols;
+    const std::int64_t group = group_of(args, row, col);
+    GridParams grid{};
+    grid.scale = to_float(static_cast<const Scale*>(args.scales)[group]);
+    grid.zero_point = args.zero_points != nullptr ? args.zero_points[group] : 0;
+    const float value = dequantize_one(static_cast<const Code*>(args.codes)[i], grid);
+    store_float(static_cast<Output*>(args.output) + row * args.row_stride + col * args.col_stride,
+                value == value ? value : std::bit_cast<float>(kQuietNaNBits));
+  }
+}
+
+// --------------------------------------------------------------------------------------- launchers
+
+unsigned blocks_for(std::int64_t items) {
+  return items < kMaxBlocks ? static_cast<unsigned>(items) : kMaxBlocks;
+}
+
+template <typename Code>
+void launch_dequantize(const DequantizeArgs& args, unsigned blocks, cudaStream_t stream) {
+  visit_float(args.scale_dtype, [&]<typename Scale>(Scale) {
+    visit_float(args.output_dtype, [&]<typename Output>(Output) {
+      dequantize_kernel<Code, Scale, Output><<<blocks, kThreads, 0, stream>>>(args);
+    });
+  });
+}
+
+}  // namespace
+
+void quantize_activation(const QuantizeActivationArgs& args, CUstream_st* stream) {
+  check_quantize_activation(args);
+  if (args.rows == 0) {
+    return;
+  }
+  visit_float(args.input_dtype, [&]<typename Element>(Element) {
+    quantize_activation_kernel<Element><<<blocks_for(args.rows), kThreads, 0, stream>>>(args);
+  });
+  MOQ_CUDA_CHECK(cudaGetLastError());
+}
+
+void dequantize(const DequantizeArgs& args, CUstream_st* stream) {
+  check_dequantize(args);
+  const std::int64_t size = args.rows * args.cols;
+  if (size == 0) {
+    return;
+  }
+  const unsigned blocks = blocks_for((size + kThreads - 1) / kThreads);
+  if (args.codes_dtype == DType::kInt8) {
+    launch_dequantize<std::int8_t>(args, blocks, stream);
+  } else {
+    launch_dequantize<std::int16_t>(args, blocks, stream);
+  }
+  MOQ_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace moq::kernels::cuda
