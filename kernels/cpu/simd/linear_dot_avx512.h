@@ -54,7 +54,7 @@ void dot(const std::uint8_t* weight, std::int64_t panel_bytes, std::int64_t bloc
   constexpr int kChains = kVectors * kHalves >= 8 ? 1 : (kVectors * kHalves >= 4 ? 2 : 4);
   // Hardware prefetchers stop at page boundaries. Into the second-level cache: measured on Zen 4,
   // more lines under way to the first are a loss.
-  constexpr std::int64_t kPrefetchBytes = 1024;
+  constexpr std::int64_t kPrefetchBytes = kVectors > kPairVectors ? 4096 : 1024;
   __m512i sum[kChains][kVectors][kHalves];
 #pragma GCC unroll 4
   for (auto& chain : sum) {

@@ -35,6 +35,7 @@ inline void store_row(const OutputRows& output, std::int64_t row, std::int64_t p
   const std::int64_t width = panel_width(output, panel);
   alignas(64) float padded[2][kPanelRows];
   alignas(64) float result[kPanelRows];
+  float* target = output.output + row * output.output_stride + col;
   const float* bias = whole_panel(output.bias, col, width, padded[0]);
   const float* residual = whole_panel(
       output.residual == nullptr ? nullptr : output.residual + row * output.residual_stride, col,
@@ -42,7 +43,11 @@ inline void store_row(const OutputRows& output, std::int64_t row, std::int64_t p
   for (std::int64_t i = 0; i < kPanelRows; ++i) {
     result[i] = static_cast<float>(sums[i] * unit + bias[i]) + residual[i];
   }
-  std::memcpy(output.output + row * output.output_stride + col, result, width * sizeof(float));
+  if (width == kPanelRows) {
+    std::memcpy(target, result, sizeof(result));  // of constant size: no call
+  } else {
+    std::memcpy(target, result, width * sizeof(float));
+  }
 }
 
 }  // namespace moq::kernels::cpu::MOQ_ISA
