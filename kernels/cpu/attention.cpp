@@ -1,11 +1,12 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/aligned_floats.h"
 #include "kernels/cpu/float_kernels.h"
 
 namespace moq::kernels::cpu {
@@ -45,21 +46,67 @@ void check(const AttentionArgs& args) {
   }
 }
 
-/// Every tile of the batch, those of one kv head in a row: neighbours in a thread's range share
-/// keys.
-std::vector<AttentionTile> tiles_of(const AttentionArgs& args) {
+/// Keys of a span. Sums depend on it, so it is the same on every machine.
+constexpr std::int64_t kSpanKeys = 256;
+
+/// A tile over all of its keys, and how many spans they are divided into.
+struct SplitTile {
+  AttentionTile tile;
+  std::int64_t num_spans;
+  std::int64_t state_offset;  ///< of the spans' states, floats; several spans only
+
+  AttentionTile span(std::int64_t i) const {
+    AttentionTile part = tile;
+    part.first_key = i * kSpanKeys;
+    part.end_key = std::min(part.first_key + kSpanKeys, tile.end_key);
+    return part;
+  }
+};
+
+/// Everything that a call computes.
+struct Plan {
+  std::vector<SplitTile> tiles;
+  std::vector<std::pair<std::size_t, std::int64_t>> spans;  ///< (tile, number of the span)
+  std::int64_t most_rows = 0;                               ///< of a tile
+  std::int64_t states_size = 0;  ///< floats, of all tiles that have several spans
+};
+
+/// Tiles of one kv head follow each other: neighbours in a thread's range share keys. Where all
+/// rows of a kv head fit one tile, as in decoding, tiles are too few for many threads, and their
+/// keys are divided into spans.
+Plan make_plan(const AttentionArgs& args) {
   const std::int64_t group = args.num_heads / args.num_kv_heads;
-  std::vector<AttentionTile> tiles;
+  Plan plan;
   for (std::int64_t s = 0; s < args.num_sequences; ++s) {
     const AttentionSequence& sequence = args.sequences[s];
     const std::int64_t rows = sequence.num_tokens * group;
     for (std::int64_t kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
       for (std::int64_t row = 0; row < rows; row += kTileRows) {
-        tiles.push_back({&sequence, kv_head, row, std::min(kTileRows, rows - row)});
+        const std::int64_t num_rows = std::min(kTileRows, rows - row);
+        const std::int64_t last_token =
+            args.causal ? (row + num_rows - 1) / group : sequence.num_tokens - 1;
+        const std::int64_t num_keys = sequence.past_length + last_token + 1;
+        const std::int64_t num_spans =
+            rows <= kTileRows ? (num_keys + kSpanKeys - 1) / kSpanKeys : 1;
+        for (std::int64_t span = 0; span < num_spans; ++span) {
+          plan.spans.emplace_back(plan.tiles.size(), span);
+        }
+        plan.tiles.push_back({.tile = {.sequence = &sequence,
+                                       .kv_head = kv_head,
+                                       .first_row = row,
+                                       .num_rows = num_rows,
+                                       .first_key = 0,
+                                       .end_key = num_keys},
+                              .num_spans = num_spans,
+                              .state_offset = plan.states_size});
+        plan.most_rows = std::max(plan.most_rows, num_rows);
+        if (num_spans > 1) {
+          plan.states_size += num_spans * attention_state_size(num_rows, args.head_dim);
+        }
       }
     }
   }
-  return tiles;
+  return plan;
 }
 
 }  // namespace
@@ -86,21 +133,38 @@ void append_kv(const AppendKvArgs& args) {
 
 void attention(const AttentionArgs& args) {
   check(args);
-  const std::vector<AttentionTile> tiles = tiles_of(args);
-  std::int64_t most_rows = 0;
-  for (const AttentionTile& tile : tiles) {
-    most_rows = std::max(most_rows, tile.num_rows);
+  const Plan plan = make_plan(args);
+  const AlignedFloats states = make_aligned_floats(plan.states_size);
+  const std::int64_t scratch_size = attention_scratch_size(plan.most_rows, args.head_dim);
+  const std::int64_t own_state_size = attention_state_size(plan.most_rows, args.head_dim);
+  parallel_for(std::ssize(plan.spans), 1, [&](std::int64_t begin, std::int64_t end) {
+    const AlignedFloats scratch = make_aligned_floats(scratch_size + own_state_size);
+    float* own_state = scratch.get() + scratch_size;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const auto [tile_number, span] = plan.spans[static_cast<std::size_t>(i)];
+      const SplitTile& split = plan.tiles[tile_number];
+      if (split.num_spans == 1) {
+        MOQ_DISPATCH_ISA(attention_tile, args, split.tile, scratch.get(), own_state);
+        MOQ_DISPATCH_ISA(finish_attention, args, split.tile, own_state, 1);
+      } else {
+        const std::int64_t size = attention_state_size(split.tile.num_rows, args.head_dim);
+        MOQ_DISPATCH_ISA(attention_tile, args, split.span(span), scratch.get(),
+                         states.get() + split.state_offset + span * size);
+      }
+    }
+  });
+  if (plan.states_size == 0) {
+    return;
   }
-  const std::int64_t scratch_size =
-      MOQ_DISPATCH_ISA(attention_scratch_size, most_rows, args.head_dim);
-  parallel_for(
-      static_cast<std::int64_t>(tiles.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-        const auto scratch =
-            std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(scratch_size));
-        for (std::int64_t i = begin; i < end; ++i) {
-          MOQ_DISPATCH_ISA(attention_tile, args, tiles[static_cast<std::size_t>(i)], scratch.get());
-        }
-      });
+  parallel_for(std::ssize(plan.tiles), 16, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const SplitTile& split = plan.tiles[static_cast<std::size_t>(i)];
+      if (split.num_spans > 1) {
+        MOQ_DISPATCH_ISA(finish_attention, args, split.tile, states.get() + split.state_offset,
+                         split.num_spans);
+      }
+    }
+  });
 }
 
 }  // namespace moq::kernels::cpu

@@ -12,16 +12,38 @@
 /// without checks. The files of kernels/cpu check, divide the work and call these.
 namespace moq::kernels::cpu {
 
-/// Query rows that share a kv head: row r is token r / group, query head r % group of the head's
-/// group (group = num_heads / num_kv_heads). A tile is what one thread takes at once.
+/// Query rows that share a kv head, and a span of its keys: what one thread takes at once. Row r is
+/// token r / group, query head r % group of the head's group (group = num_heads / num_kv_heads).
 struct AttentionTile {
   const AttentionSequence* sequence;
   std::int64_t kv_head;
   std::int64_t first_row;
   std::int64_t num_rows;  ///< in [1, kTileRows]
+  std::int64_t first_key;
+  std::int64_t end_key;  ///< not above the keys that the last row may see
 };
 
 constexpr std::int64_t kTileRows = 64;
+/// Keys that a tile takes at a time.
+constexpr std::int64_t kKeyBlock = 128;
+
+/// Floats of whole cache lines, and so of whole vectors of every instruction set.
+constexpr std::int64_t round_up_to_lines(std::int64_t floats) {
+  return (floats + 15) / 16 * 16;
+}
+
+/// Floats of a tile's result: outputs [num_rows, dim] that are not yet divided by the sums, dim
+/// being head_dim in whole lines; maxima [num_rows] of the scores, sums [num_rows] of the weights.
+constexpr std::int64_t attention_state_size(std::int64_t num_rows, std::int64_t head_dim) {
+  return num_rows * round_up_to_lines(head_dim) + round_up_to_lines(2 * num_rows);
+}
+
+/// Floats of scratch memory that attention_tile needs: queries, a block of keys transposed, scores
+/// and one more number per row.
+constexpr std::int64_t attention_scratch_size(std::int64_t num_rows, std::int64_t head_dim) {
+  return (num_rows + kKeyBlock) * round_up_to_lines(head_dim) + num_rows * kKeyBlock +
+         round_up_to_lines(num_rows);
+}
 
 // clang-format off
 MOQ_FOR_EACH_ISA(
@@ -32,9 +54,13 @@ MOQ_FOR_EACH_ISA(
   void layer_norm_rows(const LayerNormArgs& args, std::int64_t begin, std::int64_t end);
   void rms_norm_rows(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);
 
-  /// Floats of scratch memory that attention_tile needs for a tile of `num_rows`.
-  std::int64_t attention_scratch_size(std::int64_t num_rows, std::int64_t head_dim);
-  void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch);
+  /// Attends a tile to its span of keys. scratch and state begin at a cache line.
+  void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch,
+                      float* state);
+  /// Merges the states of a tile's spans, which follow each other, into the first and writes the
+  /// tile's outputs.
+  void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* states,
+                        std::int64_t num_spans);
 
   /// The largest score, NaN if one is NaN.
   float largest(const float* scores, std::int64_t size);

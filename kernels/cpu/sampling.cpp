@@ -5,13 +5,13 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 #include "kernels/common/philox.h"
+#include "kernels/cpu/aligned_floats.h"
 #include "kernels/cpu/float_kernels.h"
 
 namespace moq::kernels::cpu {
@@ -47,20 +47,14 @@ void check(const SamplingArgs& args) {
   }
 }
 
-using Floats = std::unique_ptr<float[]>;
-
-Floats make_floats(std::int64_t size) {
-  return std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(size));
-}
-
 /// The row's logits after the repetition penalty, copied to `storage` if there is one.
 const float* penalised(const float* logits, std::int64_t vocab_size, const SamplingRow& row,
-                       Floats& storage) {
+                       AlignedFloats& storage) {
   const float penalty = row.params.repetition_penalty;
   if (penalty == 1.0F || row.history_length == 0) {
     return logits;
   }
-  storage = make_floats(vocab_size);
+  storage = make_aligned_floats(vocab_size);
   std::copy_n(logits, vocab_size, storage.get());
   for (std::int64_t j = 0; j < row.history_length; ++j) {
     // From the logit, not from the score: a token counts once, however often it occurs.
@@ -218,7 +212,7 @@ std::int64_t draw(const float* weights, std::int64_t vocab_size, double quantile
 void sample_row(const SamplingArgs& args, std::int64_t i) {
   const SamplingRow& row = args.rows[i];
   const std::int64_t n = args.vocab_size;
-  Floats storage;
+  AlignedFloats storage;
   const float* scores = penalised(args.logits + i * args.logits_stride, n, row, storage);
   const float largest = MOQ_DISPATCH_ISA(largest, scores, n);
   MOQ_CHECK(std::isfinite(largest), "sample: the largest logit must be finite, got ", largest,
@@ -227,7 +221,7 @@ void sample_row(const SamplingArgs& args, std::int64_t i) {
     args.tokens[i] = std::find(scores, scores + n, largest) - scores;
     return;
   }
-  const Floats weights = make_floats(n);
+  const AlignedFloats weights = make_aligned_floats(n);
   weigh(scores, n, largest, row.params, weights.get());
   if (args.tokens != nullptr) {
     args.tokens[i] = draw(weights.get(), n, uniform(row));

@@ -3,50 +3,76 @@
 #include "kernels/cpu/simd/matrix.h"
 #include "kernels/cpu/simd/shuffle.h"
 
-/// A tile of query rows meets the keys of its kv head in blocks of kKeyBlock:
+/// A tile of query rows meets the keys of its span in blocks of kKeyBlock:
 ///
-///   scores  [rows, keys]  = queries x keys^T          a matrix product, or dot products for few
-///   rows weights [rows, keys]  = exp(scores - maximum)     the running maximum and sum of each row
-///   outputs [rows, dim]   = correction * outputs + weights x values
+///   scores  [rows, keys] = queries x keys^T        a matrix product, dot products for few rows
+///   weights [rows, keys] = exp(scores - maxima)    with the running maximum of each row
+///   outputs [rows, dim]  = corrections * outputs + weights x values
 ///
 /// A row's sums run in the same order whichever rows share its tile: masked keys have weight zero,
 /// and blocks of masked keys change nothing.
 namespace moq::kernels::cpu::MOQ_ISA {
 namespace {
 
-constexpr std::int64_t kKeyBlock = 128;
 /// Up to here dot products with untouched keys cost less than transposing the block for a product.
 constexpr std::int64_t kFewRows = 4;
 constexpr float kInfinity = __builtin_inff();
 
-/// What lives in the scratch memory while a tile is computed. dim is head_dim rounded up to whole
-/// vectors, the columns beyond head_dim are zero.
+/// The rows of a tile in the terms of AttentionArgs.
+struct TileRows {
+  const AttentionArgs& args;
+  const AttentionTile& tile;
+  std::int64_t group = args.num_heads / args.num_kv_heads;
+
+  std::int64_t token(std::int64_t r) const { return (tile.first_row + r) / group; }
+  std::int64_t head(std::int64_t r) const {
+    return tile.kv_head * group + (tile.first_row + r) % group;
+  }
+  std::int64_t position(std::int64_t r) const { return tile.sequence->past_length + token(r); }
+  const float* query(std::int64_t r) const {
+    return args.query + (tile.sequence->token_begin + token(r)) * args.query_stride +
+           head(r) * args.head_dim;
+  }
+  float* output(std::int64_t r) const {
+    return args.output + (tile.sequence->token_begin + token(r)) * args.output_stride +
+           head(r) * args.head_dim;
+  }
+  /// Keys of a block that row r may see: from first_key on, below end_key.
+  std::int64_t visible_keys(std::int64_t r, std::int64_t first_key, std::int64_t end_key) const {
+    const std::int64_t end = args.causal && position(r) + 1 < end_key ? position(r) + 1 : end_key;
+    return end > first_key ? end - first_key : 0;
+  }
+};
+
+/// A tile's result, as attention_state_size lays it out.
+struct State {
+  Matrix<float> outputs;
+  float* maxima;
+  float* sums;
+
+  State(float* state, std::int64_t rows, std::int64_t head_dim)
+      : outputs{state, round_up_to_lines(head_dim)},
+        maxima(outputs.row(rows)),
+        sums(maxima + rows) {}
+};
+
+/// Scratch memory of a tile, as attention_scratch_size counts it, and the state that it updates.
 struct Workspace {
-  Matrix<float> queries;  ///< [rows, dim], times the softmax scale
-  Matrix<float> outputs;  ///< [rows, dim], not yet divided by the sums
-  Matrix<float> scores;   ///< [rows, kKeyBlock]
-  float* maxima;          ///< [rows], running maximum of the scores
-  float* sums;            ///< [rows], running sum of the weights
-  float* corrections;     ///< [rows], what a risen maximum multiplies earlier weights with
-  Matrix<float> keys;     ///< [head_dim, kKeyBlock], a block transposed; many rows only
   std::int64_t rows;
+  State state;
+  Matrix<float> queries;  ///< [rows, dim], times the softmax scale, zero beyond head_dim
+  Matrix<float> keys;     ///< [dim, kKeyBlock], a block transposed
+  Matrix<float> scores;   ///< [rows, kKeyBlock], then the weights
+  float* corrections;     ///< [rows], what a risen maximum multiplies earlier weights with
   std::int64_t visible[kTileRows];  ///< keys of the block that each row may see; never falls
 
-  Workspace(float* scratch, std::int64_t num_rows, std::int64_t head_dim) : rows(num_rows) {
-    const std::int64_t dim = round_up(head_dim);
-    const auto take = [&](std::int64_t size) {
-      float* part = scratch;
-      scratch += size;
-      return part;
-    };
-    queries = {take(rows * dim), dim};
-    outputs = {take(rows * dim), dim};
-    scores = {take(rows * kKeyBlock), kKeyBlock};
-    maxima = take(rows);
-    sums = take(rows);
-    corrections = take(rows);
-    keys = {take(rows > kFewRows ? dim * kKeyBlock : 0), kKeyBlock};
-  }
+  Workspace(float* scratch, float* state_memory, std::int64_t num_rows, std::int64_t head_dim)
+      : rows(num_rows),
+        state(state_memory, num_rows, head_dim),
+        queries{scratch, round_up_to_lines(head_dim)},
+        keys{queries.row(rows), kKeyBlock},
+        scores{keys.row(round_up_to_lines(head_dim)), kKeyBlock},
+        corrections(scores.row(rows)) {}
 };
 
 /// The part of a row's vector from element d on, whole or filled up with zeros.
@@ -126,13 +152,14 @@ void weigh(const Workspace& work) {
     return j + kWidth <= work.visible[r] ? scores : is_visible ? scores : broadcast(-kInfinity);
   };
   for (std::int64_t r = 0; r < work.rows; ++r) {
-    F32 best = broadcast(work.maxima[r]);
+    F32 best = broadcast(work.state.maxima[r]);
     for (std::int64_t j = 0; j < work.visible[r]; j += kWidth) {
       best = maximum(best, visible_scores(r, j));
     }
     const float maximum = reduce_max(best);
-    work.corrections[r] = work.maxima[r] - maximum;
-    work.maxima[r] = maximum;
+    // A row that has seen no key yet has nothing to correct.
+    work.corrections[r] = work.visible[r] == 0 ? 0.0F : work.state.maxima[r] - maximum;
+    work.state.maxima[r] = maximum;
   }
   map(
       work.corrections, work.rows, [](F32 x) { return exponential(x); }, work.corrections);
@@ -140,14 +167,14 @@ void weigh(const Workspace& work) {
     F32 sum{};
     std::int64_t j = 0;
     for (; j < work.visible[r]; j += kWidth) {
-      const F32 weight = exponential(visible_scores(r, j) - work.maxima[r]);
+      const F32 weight = exponential(visible_scores(r, j) - work.state.maxima[r]);
       store(work.scores.row(r) + j, weight);
       sum += weight;
     }
     for (; j < kKeyBlock; j += kWidth) {
       store(work.scores.row(r) + j, F32{});
     }
-    work.sums[r] = work.sums[r] * work.corrections[r] + reduce_add(sum);
+    work.state.sums[r] = work.state.sums[r] * work.corrections[r] + reduce_add(sum);
   }
 }
 
@@ -160,65 +187,70 @@ void add_alibi(float* scores, float slope, std::int64_t position, std::int64_t f
   }
 }
 
-}  // namespace
-
-std::int64_t attention_scratch_size(std::int64_t num_rows, std::int64_t head_dim) {
-  const std::int64_t dim = round_up(head_dim);
-  return num_rows * (2 * dim + kKeyBlock + 3) + (num_rows > kFewRows ? dim * kKeyBlock : 0);
+/// Adds the state of a later span to that of the ones before it. A span in which a row sees no key
+/// has maximum -infinity and weighs nothing.
+void merge(const State& merged, const State& later, std::int64_t rows, std::int64_t head_dim) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const F32 before = broadcast(merged.maxima[r]);
+    const F32 after = broadcast(later.maxima[r]);
+    const F32 largest = maximum(before, after);
+    const F32 kept = exponential(before - largest);
+    const F32 added = exponential(after - largest);
+    const auto add = [&](F32 x, F32 y) { return multiply_add(x, kept, y * added); };
+    map(merged.outputs.row(r), head_dim, add, merged.outputs.row(r), later.outputs.row(r));
+    map(merged.sums + r, 1, add, merged.sums + r, later.sums + r);
+    merged.maxima[r] = reduce_max(largest);
+  }
 }
 
-void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch) {
-  const AttentionSequence& sequence = *tile.sequence;
-  Workspace work(scratch, tile.num_rows, args.head_dim);
-  const std::int64_t group = args.num_heads / args.num_kv_heads;
-  const auto token_of = [&](std::int64_t r) { return (tile.first_row + r) / group; };
-  const auto head_of = [&](std::int64_t r) {
-    return tile.kv_head * group + (tile.first_row + r) % group;
-  };
-  const auto position_of = [&](std::int64_t r) { return sequence.past_length + token_of(r); };
-  const auto keys_of = [&](std::int64_t r) {
-    return args.causal ? position_of(r) + 1 : sequence.past_length + sequence.num_tokens;
-  };
+}  // namespace
 
+void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch,
+                    float* state) {
+  const TileRows rows{args, tile};
+  Workspace work(scratch, state, tile.num_rows, args.head_dim);
   for (std::int64_t r = 0; r < tile.num_rows; ++r) {
-    const float* query = args.query + (sequence.token_begin + token_of(r)) * args.query_stride +
-                         head_of(r) * args.head_dim;
     for (std::int64_t d = 0; d < args.head_dim; d += kWidth) {
-      store(work.queries.row(r) + d, load_part(query, d, args.head_dim) * args.scale);
-      store(work.outputs.row(r) + d, F32{});
+      store(work.queries.row(r) + d, load_part(rows.query(r), d, args.head_dim) * args.scale);
+      store(work.state.outputs.row(r) + d, F32{});
     }
-    work.maxima[r] = -kInfinity;
-    work.sums[r] = 0.0F;
+    work.state.maxima[r] = -kInfinity;
+    work.state.sums[r] = 0.0F;
   }
-
-  const std::int64_t base = sequence.slot * args.slot_stride + tile.kv_head * args.kv_head_stride;
-  const std::int64_t num_keys = keys_of(tile.num_rows - 1);
-  for (std::int64_t begin = 0; begin < num_keys; begin += kKeyBlock) {
-    const std::int64_t count = num_keys - begin < kKeyBlock ? num_keys - begin : kKeyBlock;
-    const std::int64_t offset = base + begin * args.key_stride;
+  const std::int64_t base =
+      tile.sequence->slot * args.slot_stride + tile.kv_head * args.kv_head_stride;
+  for (std::int64_t key = tile.first_key; key < tile.end_key; key += kKeyBlock) {
+    const std::int64_t count = tile.end_key - key < kKeyBlock ? tile.end_key - key : kKeyBlock;
+    const std::int64_t offset = base + key * args.key_stride;
     for (std::int64_t r = 0; r < tile.num_rows; ++r) {
-      const std::int64_t keys = keys_of(r) - begin;
-      work.visible[r] = keys < 0 ? 0 : keys < count ? keys : count;
+      work.visible[r] = rows.visible_keys(r, key, key + count);
     }
     score(work, {args.keys + offset, args.key_stride}, count, args.head_dim);
     if (args.alibi_slopes != nullptr) {
       for (std::int64_t r = 0; r < tile.num_rows; ++r) {
-        add_alibi(work.scores.row(r), args.alibi_slopes[head_of(r)], position_of(r), begin);
+        add_alibi(work.scores.row(r), args.alibi_slopes[rows.head(r)], rows.position(r), key);
       }
     }
     weigh(work);
     multiply<true>({work.scores.data, work.scores.stride}, {args.values + offset, args.key_stride},
-                   work.corrections, work.outputs, tile.num_rows, [&](std::int64_t r) {
+                   work.corrections, work.state.outputs, tile.num_rows, [&](std::int64_t r) {
                      return Extent{.k = work.visible[r], .columns = args.head_dim};
                    });
   }
+}
 
+void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* states,
+                      std::int64_t num_spans) {
+  const TileRows rows{args, tile};
+  const State merged(states, tile.num_rows, args.head_dim);
+  for (std::int64_t span = 1; span < num_spans; ++span) {
+    states += attention_state_size(tile.num_rows, args.head_dim);
+    merge(merged, State(states, tile.num_rows, args.head_dim), tile.num_rows, args.head_dim);
+  }
   for (std::int64_t r = 0; r < tile.num_rows; ++r) {
-    float* output = args.output + (sequence.token_begin + token_of(r)) * args.output_stride +
-                    head_of(r) * args.head_dim;
-    const F32 sum = broadcast(work.sums[r]);
+    const F32 sum = broadcast(merged.sums[r]);
     map(
-        output, args.head_dim, [&](F32 x) { return x / sum; }, work.outputs.row(r));
+        rows.output(r), args.head_dim, [&](F32 x) { return x / sum; }, merged.outputs.row(r));
   }
 }
 

@@ -239,6 +239,8 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"wide_heads", {2, 1, 256}, {{3, 66}, {17, 0}}},
         Case{"empty_sequence_between", {2, 2, 32}, {{2, 4}, {0, 9}, {0, 0}, {6, 0}}},
         Case{"gpt2_decode", {12, 12, 64}, {{1, 447}}},
+        Case{"keys_in_several_spans", {4, 2, 24}, {{1, 255}, {1, 256}, {9, 503}, {1, 1023}}},
+        Case{"more_rows_than_a_split_tile", {2, 2, 8}, {{65, 300}}},
         Case{"minilm_encoder", {12, 12, 32}, {{64, 0}, {23, 0}, {128, 0}}}),
     [](const auto& info) { return info.param.name; });
 
