@@ -32,14 +32,13 @@ struct AppendKvArgs {
 };
 
 /// Scaled dot-product attention of the new tokens of a ragged batch over their sequences' keys, the
-/// new tokens' own keys included. For query head h, with kv head g = h / (num_heads /
-/// num_kv_heads), and query at position p = past_length + i of a sequence of past_length +
-/// num_tokens keys:
+/// new tokens' own keys included. New token i of a sequence stands at position p = past_length + i.
+/// Query head h belongs to kv head g = h / group, with group = num_heads / num_kv_heads:
 ///
-///   score[j]  = scale * dot(query[i, h], key[j, g]) - alibi_slopes[h] * |p - j|
+///   score[j]     = scale * dot(query[i, h], key[j, g]) - alibi_slopes[h] * |p - j|
 ///   output[i, h] = sum_j softmax(score)[j] * value[j, g]
 ///
-/// over all keys j of the sequence, or over j <= p if causal.
+/// where j runs over the past_length + num_tokens keys of the sequence, up to p if causal.
 ///
 /// Element d of key j of kv head g lies at
 ///   keys[slot * slot_stride + g * kv_head_stride + j * key_stride + d],  and so for values,
@@ -50,9 +49,11 @@ struct AppendKvArgs {
 ///                           slot = token_begin, past_length = 0 (encoders: no cache needed)
 ///
 /// float32 with float32 accumulation, streaming softmax (no score matrix is stored). The order of
-/// every sum depends on the sequence's own num_tokens, past_length and on head_dim alone: a
-/// sequence gets the same bits alone, in any batch, and with any number of threads. Source: Milakov
-/// & Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling); Press et al. 2022 (ALiBi).
+/// every sum depends on the heads and on the sequence's own num_tokens and past_length alone: a
+/// sequence gets the same bits alone, in any batch, and with any number of threads.
+///
+/// Sources: Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022 (tiling), Dao et al. 2023
+/// (spans of keys), Press et al. 2022 (ALiBi).
 struct AttentionArgs {
   const float* query;         ///< [num_tokens, num_heads, head_dim], rows query_stride apart
   std::int64_t query_stride;  ///< elements
@@ -74,9 +75,8 @@ struct AttentionArgs {
 };
 
 namespace cpu {
-/// @throws moq::Error if a size is out of range, or a sequence's slot or length does not fit into
-/// the
-///         cache; nothing has been copied then.
+/// @throws moq::Error if a size is out of range, or the slot or the length of a sequence does not
+///         fit into the cache; nothing has been copied then.
 void append_kv(const AppendKvArgs& args);
 /// @throws moq::Error if a size is out of range.
 void attention(const AttentionArgs& args);

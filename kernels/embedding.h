@@ -7,8 +7,8 @@
 
 namespace moq::kernels {
 
-/// A table of row vectors, or a rank's share of one: it holds rows [first_row, first_row +
-/// num_rows) of a table of total_rows.
+/// A table of row vectors, or a rank's share of one: num_rows rows from first_row on, out of
+/// total_rows.
 struct EmbeddingTable {
   const void* data;                           ///< [num_rows, hidden_size], row-major, dtype
   DType dtype = DType::kFloat32;              ///< float32, float16, bfloat16 or int8
@@ -26,8 +26,7 @@ struct EmbeddingLookup {
   const std::int64_t* rows;  ///< [num_tokens], each in [0, total_rows)
 };
 
-/// Sum of one row from each table: token + position embedding (GPT-2), token + type + position
-/// (BERT).
+/// Sum of one row from each table: token + position embeddings, or token + type + position ones.
 ///
 ///   output[t] = sum over lookups l, in the order given, of table_l[rows_l[t]]
 ///

@@ -37,9 +37,9 @@ struct RotaryTableArgs {
 ///   x[i]     = x[i] * cos[p, i] - x[h + i] * sin[p, i]
 ///   x[h + i] = x[h + i] * cos[p, i] + x[i] * sin[p, i],   0 <= i < h
 ///
-/// Dimensions from rotary_dim on stay as they are. Heads lie head_stride apart within a token's
-/// row, rows token_stride apart: in a packed [q | k | v] row one call with num_heads = query +
-/// key/value heads rotates q and k. float32, no accumulation.
+/// Dimensions from rotary_dim on stay as they are. Heads lie head_stride apart in a token's row,
+/// rows token_stride apart: in packed [q | k | v] rows one call rotates q and k when num_heads
+/// counts the heads of both. float32, no accumulation.
 struct RotaryArgs {
   float* heads;                   ///< first head of the first token
   std::int64_t num_tokens;        ///< >= 0

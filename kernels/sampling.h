@@ -18,8 +18,7 @@ struct SamplingParams {
 /// One row of a sampling batch.
 struct SamplingRow {
   SamplingParams params;
-  const std::int64_t* history =
-      nullptr;  ///< [history_length]: the row's prompt and generated tokens
+  const std::int64_t* history = nullptr;  ///< [history_length]: the tokens before, prompt included
   std::int64_t history_length = 0;
   std::uint32_t stream = 0;  ///< separates rows that share a seed
   std::uint64_t step = 0;    ///< number of the token being drawn
@@ -42,15 +41,14 @@ struct SamplingArgs {
   std::int64_t logits_stride;
   const SamplingRow* rows;         ///< [batch_size]
   std::int64_t* tokens = nullptr;  ///< [batch_size], the drawn tokens; null: not drawn
-  float* probabilities =
-      nullptr;  ///< [batch_size, vocab_size] contiguous: the distribution drawn
-                ///< from, 0 where removed (greedy: 1 at the chosen token); null: not written
+  /// [batch_size, vocab_size], contiguous: the distribution drawn from, 0 where a token is removed
+  /// (greedy: 1 at the chosen one); null: not written
+  float* probabilities = nullptr;
 };
 
 namespace cpu {
-/// @throws moq::Error if a parameter is out of range, a history token lies outside the vocabulary,
-/// or
-///         a row has a NaN, a +infinity or no logit above -infinity.
+/// @throws moq::Error if a parameter or a token of a history is out of range, if both outputs are
+///         null, or if a row has a NaN, a +infinity or no logit above -infinity.
 void sample(const SamplingArgs& args);
 }  // namespace cpu
 
