@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor, dtype
 
@@ -41,6 +41,39 @@ def recover_codes(
 ) -> tuple[Tensor, Tensor, Tensor | None, float]: ...
 def pack_codes(codes: Tensor, num_bits: int) -> Tensor: ...
 def unpack_codes(words: Tensor, num_bits: int, columns: int) -> Tensor: ...
+class BlockEigenvalues(TypedDict):
+    largest: float
+    smallest: float
+    dominant: float
+    residual: float
+    iterations: int
+    converged: bool
+
+class HvpOperator:
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None: ...
+    def product(self, block: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]: ...
+    def traces(
+        self,
+        blocks: Sequence[Sequence[int]],
+        *,
+        tolerance: float,
+        min_products: int,
+        max_products: int,
+        seed: int,
+        batch: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[list[list[float]], bool]: ...
+    def eigenvalues(
+        self,
+        block: Sequence[int],
+        *,
+        max_iterations: int,
+        tolerance: float,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> BlockEigenvalues: ...
+
+def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
 class ScheduledBlock:
     name: str

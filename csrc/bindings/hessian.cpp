@@ -89,6 +89,9 @@ void bind_hessian(py::module_& m) {
           "Both ends of the spectrum of one block by Lanczos: a dict of largest, smallest, "
           "dominant, residual "
           "(of the dominant pair), iterations, converged.");
+
+  m.def("standard_errors", &hessian::standard_errors, py::arg("samples"),
+        "Standard errors of the means over the rows of samples [products][blocks].");
 }
 
 }  // namespace moq::bindings

@@ -1,0 +1,81 @@
+"""A frame in which a model can be evaluated as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Runs the body with the model in eval mode, and restores what the body may have changed.
+
+    Restored bit for bit: the training flag of every module, every buffer (identity and values), the
+    gradient that each parameter holds, and the random states of Python, NumPy, the CPU and the
+    model's CUDA devices. A DistributedDataParallel model does not synchronise in the body, since no
+    gradient is accumulated there.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_states(model))
+        stack.enter_context(_buffers(model))
+        stack.enter_context(_training_flags(model))
+        stack.enter_context(_gradients(model))
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            stack.enter_context(model.no_sync())
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def _random_states(model: nn.Module) -> Iterator[None]:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    saved = [(module, dict(module._buffers)) for module in model.modules()]
+    values = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        for module, buffers in saved:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if not torch.equal(buffer, value):  # an expanded buffer cannot be written
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _training_flags(model: nn.Module) -> Iterator[None]:
+    saved = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in saved:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    saved = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in saved:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in saved:
+            parameter.grad = gradient
