@@ -224,7 +224,6 @@ class MoQOptimizer(torch.optim.Optimizer):
         The usual dict of a torch optimizer: masters are entries of ``state``; step, seed, schedule
         and measurements are one JSON string in the first param group.
         """
-        self._masters.catch_up()
         state = super().state_dict()
         state["param_groups"][0][RECORD_KEY] = self._record().to_json()
         return state

@@ -188,7 +188,8 @@ def _require_match(index: int, rule: Rule, candidates: list[_Candidate], model: 
     stem = rule.match.removeprefix("re:").strip("*.^$")
     names = [candidate.name for candidate in candidates]
     parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
-    raise ValueError(f"{where}{suggestion(stem, names) or suggestion(stem, sorted(parts))}")
+    last = stem.rpartition(".")[2]
+    raise ValueError(f"{where}{suggestion(stem, names) or suggestion(last, sorted(parts))}")
 
 
 def _decide(names: list[_Candidate], config: MoQConfig) -> tuple[QuantSpec, str] | None:

@@ -1,0 +1,397 @@
+"""State of the wrapper: what is saved, what a resumed run does, what is refused."""
+
+import copy
+import io
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import (
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    weights,
+    wrap,
+)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from moq import MoQOptimizer
+
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "seed": 5,
+    "schedule": {"finish_at": 0.8},
+}
+STEPS = 10
+
+
+def through_a_file(state: dict) -> dict:
+    """Writes and reads as trainers do: no code may come out of the file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def run(model: nn.Module, optimizer: MoQOptimizer, steps: range) -> list[float]:
+    return [train_step(model, optimizer, step) for step in steps]
+
+
+def spread(optimizer: MoQOptimizer) -> None:
+    """Feeds the schedule as a probe does, without the cost of measuring."""
+    optimizer._masters.trainer.set_sensitivities([1.0, 0.2])
+
+
+@pytest.mark.parametrize("saved_at", [0, 1, 4, 7, STEPS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(decoder, dtype, saved_at):
+    whole = decoder(dtype)
+    reference = wrap(whole, FALLING, STEPS)
+    spread(reference)
+    expected = run(whole, reference, range(STEPS))
+
+    model = decoder(dtype)
+    optimizer = wrap(model, FALLING, STEPS)
+    spread(optimizer)
+    losses = run(model, optimizer, range(saved_at))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    torch.manual_seed(99)
+    other = decoder(dtype)
+    for p in other.parameters():
+        nn.init.normal_(p)
+    resumed = wrap(other, FALLING, STEPS)
+    other.load_state_dict(saved["model"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved["optimizer"])
+        losses += run(other, resumed, range(saved_at, STEPS))
+    assert losses == expected
+    assert_same(weights(other), weights(whole))
+    assert_same(masters(resumed), masters(reference))
+    assert resumed.num_bits == reference.num_bits
+    assert resumed.schedule().plan() == reference.schedule().plan()
+
+
+def test_the_simulated_weights_come_from_the_optimizers_state_alone(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(3))
+    other = decoder()
+    resumed = wrap(other, FALLING)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for name in masters(optimizer):
+        assert torch.equal(other.get_parameter(name), model.get_parameter(name))
+
+
+def test_the_state_dict_has_torchs_form_with_masters_and_one_json_record(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"}
+    assert sorted(state["state"]) == list(range(len(list(model.parameters()))))
+    quantized = [entry for entry in state["state"].values() if "moq_master" in entry]
+    assert len(quantized) == 12
+    assert quantized[0].keys() == {"step", "exp_avg", "exp_avg_sq", "moq_master"}
+    record = json.loads(state["param_groups"][0]["moq"])
+    assert (record["step"], record["seed"]) == (2, 5)
+    assert record["parameters"]["layers.0.q_proj.weight"]["target_bits"] == 4
+
+
+def test_asking_for_state_never_advances_anything(decoder):
+    asked, silent = decoder(), decoder()
+    first, second = wrap(asked, FALLING), wrap(silent, FALLING)
+    for step in range(4):
+        first.state_dict()
+        get_optimizer_state_dict(asked, first)
+        assert first.steps == step
+        assert train_step(asked, first, step) == train_step(silent, second, step)
+    assert_same(weights(asked), weights(silent))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_of_zeros_by_which_tools_create_state_is_no_step(decoder, momentum):
+    model = decoder()
+    optimizer = MoQOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, dampening=0.5),
+        model,
+        FALLING,
+        total_steps=10,
+        verbose=False,
+    )
+    twin = decoder()
+    untouched = MoQOptimizer(
+        torch.optim.SGD(twin.parameters(), lr=0.1, momentum=momentum, dampening=0.5),
+        twin,
+        FALLING,
+        total_steps=10,
+        verbose=False,
+    )
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.zero_grad()
+        assert optimizer.steps == step
+        assert train_step(model, optimizer, step) == train_step(twin, untouched, step)
+    assert_same(weights(model), weights(twin))
+
+
+def test_an_optimizer_without_state_of_its_own_is_resumed_too(decoder):
+    model, twin = decoder(), decoder()
+    optimizers = [
+        MoQOptimizer(
+            torch.optim.SGD(m.parameters(), lr=0.1), m, FALLING, total_steps=10, verbose=False
+        )
+        for m in (model, twin)
+    ]
+    run(model, optimizers[0], range(3))
+    optimizers[1].load_state_dict(through_a_file(optimizers[0].state_dict()))
+    twin.load_state_dict(model.state_dict())
+    assert run(model, optimizers[0], range(3, 6)) == run(twin, optimizers[1], range(3, 6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        StateDictOptions(),
+        StateDictOptions(full_state_dict=True, cpu_offload=True),
+        StateDictOptions(flatten_optimizer_state_dict=True),
+    ],
+    ids=["plain", "full", "flattened"],
+)
+@pytest.mark.parametrize("saved_at", [0, 3])
+def test_distributed_checkpoint_saves_and_resumes_everything(decoder, tmp_path, options, saved_at):
+    whole = decoder()
+    reference = wrap(whole, FALLING, STEPS)
+    expected = run(whole, reference, range(STEPS))
+
+    model = decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    losses = run(model, optimizer, range(saved_at))
+    states = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=tmp_path)
+
+    torch.manual_seed(1)
+    other = decoder()
+    for p in other.parameters():
+        nn.init.normal_(p)
+    resumed = wrap(other, FALLING, STEPS)
+    states = get_state_dict(other, resumed, options=options)
+    dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=tmp_path)
+    set_state_dict(
+        other,
+        resumed,
+        model_state_dict=states[0],
+        optim_state_dict=states[1],
+        options=options,
+    )
+    assert resumed.steps == saved_at
+    losses += run(other, resumed, range(saved_at, STEPS))
+    assert losses == expected
+    assert_same(weights(other), weights(whole))
+
+
+def test_set_optimizer_state_dict_takes_names_in_another_order(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(3))
+    state = get_optimizer_state_dict(model, optimizer)
+    other = decoder()
+    reversed_adamw = torch.optim.AdamW(list(other.parameters())[::-1], lr=1e-2)
+    resumed = MoQOptimizer(reversed_adamw, other, FALLING, total_steps=12, verbose=False)
+    set_optimizer_state_dict(other, resumed, copy.deepcopy(state))
+    assert_same(masters(resumed), masters(optimizer))
+
+
+def test_weights_replaced_without_the_optimizers_state_warn_and_name_what_is_lost(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(3))
+    other = decoder()
+    resumed = wrap(other, FALLING)
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match=r"layers\.0\.q_proj\.weight and 11 more were replaced"):
+        train_step(other, resumed, 3)
+    assert_simulated(resumed)
+
+
+def test_masters_start_from_replaced_weights(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    new = torch.randn_like(model.layers[0].up_proj.weight)
+    with torch.no_grad():
+        model.layers[0].up_proj.weight.copy_(new)
+    with pytest.warns(UserWarning, match="full-precision masters"):
+        optimizer.step()
+    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], new)
+
+
+def test_weights_that_were_written_back_unchanged_do_not_warn(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    train_step(model, optimizer, 0)
+    before = masters(optimizer)["layers.0.up_proj.weight"].detach().clone()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], before)
+
+
+def test_starting_from_simulated_weights_warns_that_they_look_like_a_resumed_run(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(3))
+    other = decoder()
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="lie on integer grids"):
+        wrap(other, FALLING)
+
+
+def test_starting_from_ordinary_weights_does_not_warn(decoder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16):
+            wrap(decoder(dtype), FALLING)
+
+
+def test_a_plain_optimizers_state_is_refused_with_the_remedy(decoder):
+    model = decoder()
+    plain = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="load it into that optimizer before wrapping it"):
+        wrap(model, FALLING).load_state_dict(plain.state_dict())
+
+
+def smaller(model: nn.Module) -> nn.Module:
+    model.layers[1].down_proj = nn.Linear(20, 12, bias=False)
+    return model
+
+
+def wider(model: nn.Module) -> nn.Module:
+    model.layers[1].down_proj = nn.Linear(21, 12)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (smaller, {}, r"only there: layers\.1\.down_proj\.bias; only here: none"),
+        (wider, {}, r"master of layers\.1\.down_proj\.weight must have shape \[12, 21\]"),
+        (None, {"rules": [{"match": "*.down_proj", "exclude": True}]}, "same parameters must be q"),
+        (None, {"granularity": "per_tensor"}, r"q_proj\.weight must be as it was saved.*per_tens"),
+        (None, {"target_bits": 5}, r"target_bits 5 \(saved: 4\)"),
+        (None, {"seed": 6}, "seed must be the saved 5, got 6"),
+        (None, {"schedule": {"finish_at": 0.4}}, "must agree with what happened"),
+    ],
+)
+def test_state_of_another_model_or_configuration_is_refused_and_says_what_differs(
+    decoder, change, config, message
+):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(6))
+    other = change(decoder()) if change else decoder()
+    resumed = wrap(other, FALLING | config)
+    before = weights(other)
+    with pytest.raises(ValueError, match=message):
+        resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.steps == 0
+    assert_same(weights(other), before)
+
+
+def test_a_longer_training_may_continue_if_its_schedule_agrees_with_the_past(decoder):
+    config = FALLING | {"schedule": {"table": {0: 9, 2: 6, 8: 4}}}
+    model = decoder()
+    optimizer = wrap(model, config, total_steps=10)
+    run(model, optimizer, range(5))
+    resumed = wrap(decoder(), config, total_steps=20)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.steps == 5
+
+
+def test_a_frozen_master_that_the_checkpoint_left_out_is_named(decoder):
+    model = decoder()
+    model.layers[0].requires_grad_(False)
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(2))
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    for name in list(state["state"]):
+        if name.startswith("layers.0"):
+            del state["state"][name]
+    other = decoder()
+    other.layers[0].requires_grad_(False)
+    resumed = wrap(other, FALLING)
+    with pytest.warns(UserWarning, match=r"no masters of the frozen layers\.0\.q_proj"):
+        set_optimizer_state_dict(other, resumed, state)
+    assert_same(masters(resumed), masters(optimizer))
+
+
+def test_a_missing_master_is_refused_by_name(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][1]["moq_master"]
+    with pytest.raises(ValueError, match=r"hold a master of layers\.0\.q_proj\.weight, got none"):
+        optimizer.load_state_dict(state)
+
+
+def test_state_dict_hooks_run(decoder):
+    optimizer = wrap(decoder(), FALLING)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("save"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: calls.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save", "load", "loaded"]
+
+
+def test_it_refuses_to_be_pickled_or_copied(decoder):
+    optimizer = wrap(decoder(), FALLING)
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="use state_dict"):
+            duplicate(optimizer)
+
+
+def test_loading_within_full_precision_takes_effect_at_its_end(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(2))
+    expected = weights(model)
+    other = decoder()
+    resumed = wrap(other, FALLING)
+    with resumed.full_precision():
+        resumed.load_state_dict(optimizer.state_dict())
+    for name in masters(optimizer):
+        assert torch.equal(other.get_parameter(name), expected[name])
+
+
+def test_loss_of_a_resumed_model_is_that_of_the_saved_one(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(4))
+    other = decoder()
+    resumed = wrap(other, FALLING)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert loss_of(other, batch(9)).item() == loss_of(model, batch(9)).item()

@@ -1,0 +1,264 @@
+"""The two values of a quantized parameter: what each step makes of them."""
+
+import pytest
+import torch
+from conftest import (
+    Decoder,
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    weights,
+    wrap,
+)
+from torch import nn
+
+import moq
+from moq import MoQOptimizer
+
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+NOTHING = {"rules": [{"match": "*", "exclude": True}]}
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"granularity": "per_tensor"},
+        {"granularity": "per_channel"},
+        {"granularity": "per_channel", "mode": "asymmetric"},
+        {"granularity": "per_group", "group_size": 4},
+        {"granularity": "per_group", "group_size": 2, "mode": "asymmetric"},
+    ],
+    ids=lambda grid: "-".join(map(str, grid.values())),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_simulated_values_are_the_masters_on_the_grid_after_every_step(
+    decoder, dtype, grid, rounding
+):
+    model = decoder(dtype)
+    optimizer = wrap(model, FALLING | grid | {"rounding": rounding, "seed": 3}, total_steps=6)
+    assert_simulated(optimizer)
+    for step in range(6):
+        train_step(model, optimizer, step)
+        assert_simulated(optimizer)
+    assert set(optimizer.num_bits.values()) == {4}
+
+
+def test_conv1d_is_quantized_along_its_output_features():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(7, 12), Conv1D(3, 7))
+    optimizer = wrap(model, {"start_bits": 4, "target_bits": 4})
+    optimizer.step()
+    assert_simulated(optimizer)
+    assert max(len(column.unique()) for column in model[0].weight.detach().T) <= 15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_at_the_simulated_value_is_applied_to_the_master(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3, bias=False).to(dtype)
+    before = layer.weight.detach().clone().float()
+    optimizer = MoQOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=0.5),
+        layer,
+        {"start_bits": 3, "target_bits": 3},
+        total_steps=1,
+        verbose=False,
+    )
+    layer(torch.randn(4, 5, dtype=dtype)).square().sum().backward()
+    gradient = layer.weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(masters(optimizer)["weight"], before - 0.5 * gradient.float())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, f: torch.optim.AdamW(p, lr=1e-2, foreach=f),
+        lambda p, f: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.5, foreach=f),
+        lambda p, f: torch.optim.Adagrad(p, lr=1e-2, foreach=f),
+        lambda p, f: torch.optim.NAdam(p, lr=1e-2, weight_decay=0.1, foreach=f),
+        lambda p, f: torch.optim.Rprop(p, lr=1e-2, foreach=f),
+    ],
+    ids=["AdamW", "SGD", "Adagrad", "NAdam", "Rprop"],
+)
+def test_without_quantized_parameters_the_trajectory_is_the_plain_optimizers(
+    decoder, make, foreach
+):
+    plain, wrapped = decoder(), decoder()
+    plain_optimizer = make(plain.parameters(), foreach)
+    optimizer = MoQOptimizer(
+        make(wrapped.parameters(), foreach), wrapped, NOTHING, total_steps=5, verbose=False
+    )
+    optimizer.state_dict()  # asking for state before the first step must leave no trace
+    for step in range(5):
+        assert train_step(plain, plain_optimizer, step) == train_step(wrapped, optimizer, step)
+    assert_same(weights(wrapped), weights(plain))
+
+
+def test_masters_follow_the_plain_optimizer_when_gradients_are_the_same(decoder):
+    plain, wrapped = decoder(), decoder()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = wrap(wrapped, FALLING)
+    optimizer.state_dict()
+    for step in range(4):
+        torch.manual_seed(step)
+        for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        plain_optimizer.step()
+        optimizer.step()
+    expected = weights(plain)
+    assert_same(
+        {name: value.detach() for name, value in masters(optimizer).items()},
+        {name: expected[name] for name in masters(optimizer)},
+    )
+
+
+def test_drops_happen_exactly_as_planned(decoder):
+    model = decoder()
+    config = FALLING | {"rules": [{"match": "layers.1.down_proj", "target_bits": 6}]}
+    optimizer = wrap(model, config, total_steps=15)
+    names = optimizer.schedule().block_names
+    assert names == ["layers.0", "layers.1 (9 to 4 bits)", "layers.1 (9 to 6 bits)"]
+    plan = optimizer.schedule().plan()
+    block = {
+        "layers.0.q_proj.weight": 0,
+        "layers.1.v_proj.weight": 1,
+        "layers.1.down_proj.weight": 2,
+    }
+    for step in range(16):
+        for name, number in block.items():
+            planned = [bits for at, bits in plan[number] if at <= step][-1]
+            assert optimizer.num_bits[name] == planned
+            levels = model.get_parameter(name).detach().unique(dim=None).numel()
+            assert levels <= model.get_parameter(name).shape[0] * (2**planned - 1)
+        assert_simulated(optimizer)
+        train_step(model, optimizer, step)
+    assert plan[0][-1] == (12, 4)
+
+
+def test_addresses_and_identities_of_parameters_never_change(decoder):
+    model = decoder()
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    optimizer = wrap(model, FALLING)
+    for step in range(3):
+        train_step(model, optimizer, step)
+    with optimizer.full_precision():
+        pass
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+
+
+def test_parameters_that_no_rule_matches_are_left_to_the_inner_optimizer(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    quantized = set(optimizer.num_bits)
+    assert "embedding.weight" not in quantized
+    assert "lm_head.weight" not in quantized
+    assert "layers.0.q_proj.bias" not in quantized
+    assert len(quantized) == 12
+
+
+def test_full_precision_shows_the_masters_and_gives_the_simulated_values_back(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING | {"rounding": "stochastic"})
+    train_step(model, optimizer, 0)
+    before = weights(model)
+    with optimizer.full_precision():
+        for name, master in masters(optimizer).items():
+            assert torch.equal(model.get_parameter(name), master)
+            assert not torch.equal(model.get_parameter(name), before[name])
+        with pytest.raises(RuntimeError, match="outside full_precision"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="must not be nested"), optimizer.full_precision():
+            pass
+    assert_same(weights(model), before)
+
+
+def test_full_precision_ends_when_its_body_fails(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    before = weights(model)
+    with pytest.raises(KeyError), optimizer.full_precision():
+        raise KeyError
+    assert_same(weights(model), before)
+    train_step(model, optimizer, 0)
+
+
+def test_a_blend_fades_to_the_grid_over_its_steps_after_each_drop():
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 4, bias=False)
+    optimizer = MoQOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=0.0),
+        layer,
+        {"start_bits": 6, "target_bits": 3, "blend_steps": 4, "schedule": {"table": {0: 6, 2: 3}}},
+        total_steps=8,
+        verbose=False,
+    )
+    master = masters(optimizer)["weight"].detach().clone()
+    on_grid = {b: torch.ops.moq.fake_quantize(master, b) for b in (6, 3)}
+    for step, ratio in enumerate([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0]):
+        bits = 6 if step < 2 else 3
+        expected = ratio * master + (1 - ratio) * on_grid[bits]
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-7)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        if 2 <= step < 6:
+            with pytest.raises(RuntimeError, match="still blends .* until step 6"):
+                optimizer.quantized_parameters()
+        optimizer.step()
+
+
+def test_a_blend_that_would_not_end_is_refused(decoder):
+    with pytest.raises(ValueError, match="blend_steps"):
+        wrap(decoder(), {"blend_steps": 6, "schedule": {"finish_at": 0.6}}, total_steps=12)
+
+
+def test_quantized_parameters_carry_both_values(decoder):
+    model = decoder(torch.bfloat16)
+    optimizer = wrap(model, FALLING)
+    train_step(model, optimizer, 0)
+    listed = {q.name: q for q in optimizer.quantized_parameters()}
+    assert listed.keys() == optimizer.num_bits.keys()
+    q = listed["layers.0.up_proj.weight"]
+    assert torch.equal(q.simulated, model.layers[0].up_proj.weight)
+    assert torch.equal(q.master, masters(optimizer)[q.name])
+    assert (q.num_bits, q.mode, q.granularity) == (
+        optimizer.num_bits[q.name],
+        "symmetric",
+        "per_channel",
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(decoder, value):
+    model = decoder()
+    with torch.no_grad():
+        model.layers[1].up_proj.weight[3, 2] = value
+    with pytest.raises(ValueError, match=r"layers\.1\.up_proj\.weight: weights must be finite"):
+        wrap(model, FALLING)
+
+
+def test_a_schedule_that_cannot_finish_is_refused_before_training(decoder):
+    with pytest.raises(moq._C.Error, match="layers"):
+        wrap(decoder(), {"schedule": {"period": 5}, "sensitivity": {"rule": "none"}})
+
+
+def test_loss_falls_while_bits_fall():
+    torch.manual_seed(0)
+    model = Decoder()
+    optimizer = wrap(model, FALLING, total_steps=60)
+    losses = []
+    for _ in range(60):
+        loss = loss_of(model, batch(0))
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.3 * losses[0]
