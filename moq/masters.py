@@ -19,7 +19,7 @@ from moq.rules import MatchedParameter
 from moq.sharding import first_element, local_tensor
 
 if TYPE_CHECKING:
-    from moq.export import QuantizedParameter
+    from moq.quantized_parameter import QuantizedParameter
 
 
 class Masters:
@@ -70,7 +70,7 @@ class Masters:
             self._take_over_state(m.parameter, master)
         self.matched = matched
         self.blocks = blocks
-        self._sharded = any(isinstance(m.parameter, DTensor) for m in matched)
+        self.sharded = any(isinstance(m.parameter, DTensor) for m in matched)
         self._make_trainer(schedule, step)
 
     def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -112,7 +112,7 @@ class Masters:
         the masters start from the new values, with a warning.
         """
         self.follow_devices()
-        if self._sharded:
+        if self.sharded:
             pairs = self.pairs()
             self.trainer.rebind(
                 [local_tensor(parameter) for parameter, _ in pairs],
@@ -223,7 +223,7 @@ class Masters:
 
     def export(self) -> list[QuantizedParameter]:
         """Returns both values of every parameter, gathered from all ranks."""
-        from moq.export import QuantizedParameter
+        from moq.quantized_parameter import QuantizedParameter
 
         schedule, step = self.trainer.schedule, self.trainer.step
         plans = schedule.plan()
@@ -245,6 +245,7 @@ class Masters:
                     granularity=m.spec.granularity,
                     group_size=m.spec.group_size,
                     transposed=m.transposed,
+                    scale_dtype=m.parameter.dtype,
                 )
             )
         return result

@@ -36,7 +36,7 @@ from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.state_creation import is_state_creation, make_blank_state
 
 if TYPE_CHECKING:
-    from moq.export import QuantizedParameter
+    from moq.quantized_parameter import QuantizedParameter
     from moq.sensitivity import Sensitivity
 
 
@@ -364,25 +364,37 @@ class MoQOptimizer(torch.optim.Optimizer):
         self._masters.catch_up()
         return self._masters.export()
 
-    def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes the model as a checkpoint directory of integers and scales.
+    def save(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes the run: model, masters, widths, schedule and measurements, without pickle.
+
+        ``moq export DIRECTORY`` makes of it what `export` makes. Rank 0 writes.
 
         Args:
             directory: Complete after the call, or as it was before.
             tokenizer: A transformers tokenizer to write beside the model.
 
         Raises:
-            RuntimeError: as `quantized_parameters`.
+            RuntimeError: as `quantized_parameters`, or if parameters are sharded.
+            ValueError: if the model is not a transformers model, whose config can rebuild it.
+        """
+        from moq.saved_run import save_run
+
+        self._write(save_run, directory, tokenizer)
+
+    def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes the model as a checkpoint directory of integers and scales. Rank 0 writes.
+
+        Args:
+            directory: Complete after the call, or as it was before.
+            tokenizer: A transformers tokenizer to write beside the model.
+
+        Raises:
+            RuntimeError: as `quantized_parameters`, or if parameters are sharded.
+            ValueError: if the directory holds something else already.
         """
         from moq.export import export_checkpoint
 
-        export_checkpoint(
-            directory,
-            self.model,
-            self.quantized_parameters(),
-            tokenizer=tokenizer,
-            history=self._record().summary(),
-        )
+        self._write(export_checkpoint, directory, tokenizer)
 
     # ------------------------------------------------------------------ inside
 
@@ -401,6 +413,25 @@ class MoQOptimizer(torch.optim.Optimizer):
                 stacklevel=3,
             )
         return matched, assign_blocks(matched)
+
+    def _write(
+        self, write: Callable[..., Any], directory: str | os.PathLike[str], tokenizer: Any
+    ) -> None:
+        """Hands what was trained to a writer of directories."""
+        if self._masters.sharded:
+            raise RuntimeError(
+                "MoQOptimizer: the model must be whole to be written, got sharded parameters: save "
+                "with torch.distributed.checkpoint, resume in one process and write from there"
+            )
+        quantized = self.quantized_parameters()
+        if is_main_process():
+            write(
+                directory,
+                self.model,
+                quantized,
+                tokenizer=tokenizer,
+                history=self._record().summary(),
+            )
 
     def _require_state(self) -> None:
         """Makes sure that the inner optimizer has state, or a form of it."""

@@ -20,7 +20,6 @@ from torch import nn
 from moq import MoQOptimizer
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
-NOTHING = {"rules": [{"match": "*", "exclude": True}]}
 
 
 def test_it_is_a_torch_optimizer_over_the_models_parameters(decoder):
