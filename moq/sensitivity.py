@@ -28,7 +28,7 @@ Measure = Literal["trace", "eigenvalue"]
 
 #: Finds the transformer layer in a parameter's name, as ``model.layers.3`` or
 #: ``bert.encoder.layer.0``: the shortest prefix that ends with an entry of a list of layers.
-BLOCK_PATTERN = r"^(?:.*?\.)?(?:layers|layer|h|blocks|block)\.\d+(?=\.)"
+BLOCK_PATTERN = r"^(?:.*?\.)??(?:layers|layer|h|blocks|block)\.\d+(?=\.)"
 
 DEFAULT_TOLERANCE: dict[Measure, float] = {"trace": 0.1, "eigenvalue": 0.01}
 DEFAULT_PRODUCTS: dict[Measure, int] = {"trace": 16, "eigenvalue": 30}
@@ -50,7 +50,7 @@ class Sensitivity:
         largest: Upper end of each block's spectrum (eigenvalue only, otherwise empty).
         products: Hessian-vector products made, on all ranks.
         seconds: Wall time on this rank.
-        converged: True if the tolerance was met.
+        converged: True if the tolerance is met.
     """
 
     measure: Measure
@@ -172,7 +172,14 @@ def measure(
         with raise_together(group), undisturbed(model), _twice_differentiable():
             for index, batch in enumerate(own, start=first):
                 meter.measure(_C.HvpOperator(loss_fn(batch), parameters), index)
-    return meter.combine(group, time.perf_counter() - started)
+    found = meter.combine(group, time.perf_counter() - started)
+    if not found.converged:
+        bar.say(
+            f"sensitivity ({measure}): tolerance {tolerance} not met in {found.products} products; "
+            f"largest error {max(found.standard_error):.3g}, largest value "
+            f"{max(map(abs, found.values)):.3g}"
+        )
+    return found
 
 
 def _trainable(blocks: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
@@ -239,7 +246,7 @@ class _Bar:
             TextColumn("products"),
             TimeElapsedColumn(),
             console=self.console,
-            disable=not enabled,
+            disable=not (enabled and self.console.is_terminal),
             transient=True,
         )
 
@@ -265,7 +272,7 @@ class _Bar:
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if self.enabled:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _indices(blocks: Mapping[str, Sequence[Tensor]]) -> list[list[int]]:

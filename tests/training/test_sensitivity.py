@@ -1,0 +1,311 @@
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from reference.hessian import block_ranges, dense_hessian
+from torch import nn
+from torch.nn import functional as F
+
+from moq.sensitivity import find_blocks, measure, normalise
+from moq.undisturbed import undisturbed
+
+
+class Noisy(nn.Module):
+    """Everything a measurement could disturb: dropout, running statistics, a buffer that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + torch.rand(2) + random.random() + np.random.rand()
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(self.dropout(self.norm(x)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return Noisy()
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(2)
+    return [(torch.randn(6, 4), torch.randint(0, 2, (6,))) for _ in range(3)]
+
+
+def loss_of(model):
+    return lambda batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def exact_blocks(model, batches):
+    """Diagonal blocks of the mean Hessian in eval mode, float64."""
+    twin = copy.deepcopy(model).double().eval()
+    blocks = find_blocks(twin)
+    data = [(x.double(), y) for x, y in batches]
+    dense = torch.stack(
+        [
+            dense_hessian(lambda batch=batch: loss_of(twin)(batch), sum(blocks.values(), []))
+            for batch in data
+        ]
+    )
+    return {
+        name: dense[:, rows, rows]
+        for name, rows in zip(blocks, block_ranges(list(blocks.values())), strict=True)
+    }
+
+
+def test_traces_are_those_of_the_mean_hessian_within_their_errors(model, batches):
+    exact = exact_blocks(model, batches)
+    found = measure(model, None, loss_of(model), batches, max_products=600, tolerance=0.02)
+    assert found.blocks == tuple(exact)
+    for name, value, error in zip(exact, found.values, found.standard_error, strict=True):
+        trace = exact[name].mean(0).trace().item()
+        assert abs(value - trace) <= 4 * error + 1e-5 * max(map(abs, found.values))
+
+
+def test_eigenvalues_are_the_means_of_both_ends(model, batches):
+    exact = exact_blocks(model, batches)
+    found = measure(
+        model, None, loss_of(model), batches, measure="eigenvalue", tolerance=1e-4, max_products=60
+    )
+    scale = max(map(abs, found.values))
+    for i, hessians in enumerate(exact.values()):
+        ends = torch.stack([torch.linalg.eigvalsh(h)[[0, -1]] for h in hessians]).mean(0).tolist()
+        assert found.smallest[i] == pytest.approx(ends[0], abs=1e-3 * scale)
+        assert found.largest[i] == pytest.approx(ends[1], abs=1e-3 * scale)
+        assert found.values[i] == max(found.smallest[i], found.largest[i], key=abs)
+
+
+def test_normalised_values_divide_by_the_largest_magnitude():
+    assert normalise([2.0, -8.0, 0.0]) == (0.25, 1.0, 0.0)
+    assert normalise([0.0, 0.0]) == (0.0, 0.0)
+    assert normalise([]) == ()
+
+
+def test_the_error_falls_to_the_tolerance_or_the_result_says_not(model, batches):
+    good = measure(model, None, loss_of(model), batches[:1], tolerance=0.1, max_products=3000)
+    assert good.converged
+    assert max(good.standard_error) <= 0.1 * max(map(abs, good.values))
+    assert good.products < 3000
+    poor = measure(model, None, loss_of(model), batches, tolerance=1e-6, max_products=12)
+    assert not poor.converged
+    assert poor.products == 12
+
+
+@pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
+def test_the_same_measurement_twice_gives_the_same_bits(model, batches, kind):
+    first = measure(model, None, loss_of(model), batches, measure=kind)
+    torch.rand(7)
+    again = measure(model, None, loss_of(model), batches, measure=kind)
+    assert first.values == again.values
+    assert (
+        measure(model, None, loss_of(model), batches, measure=kind, seed=9).values != first.values
+    )
+
+
+@pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_changed(model, batches, kind, training):
+    model.train(training)
+    model.layers[1].train(not training)
+    loss_of(model)(batches[0]).backward()
+    model.layers[2].weight.grad = None
+    calls = []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = dict(model.named_buffers())
+    gradients = {
+        n: (p.grad, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None
+    }
+    flags = [module.training for module in model.modules()]
+    needs = [p.requires_grad for p in model.parameters()]
+    hooks = [dict(m._forward_hooks) for m in model.modules()]
+    generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+
+    measure(model, None, loss_of(model), batches, measure=kind, max_products=4)
+
+    assert calls
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
+    for name, (gradient, value) in gradients.items():
+        assert model.get_parameter(name).grad is gradient
+        assert torch.equal(gradient, value)
+    assert [module.training for module in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == needs
+    assert [dict(m._forward_hooks) for m in model.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(np.random.get_state(), generators[2], strict=True)
+    )
+
+
+def test_an_error_in_the_body_restores_too(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), undisturbed(model):
+        model(torch.randn(6, 4))
+        raise ZeroDivisionError
+    assert model.training and model.dropout.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_training_step_is_the_same_with_and_without_a_measurement(model, batches):
+    def losses(measured):
+        twin = copy.deepcopy(model)
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
+        optimizer = torch.optim.AdamW(twin.parameters())
+        values = []
+        for _ in range(3):
+            loss = loss_of(twin)(batches[0])
+            optimizer.zero_grad()
+            loss.backward()
+            if measured:
+                measure(twin, None, loss_of(twin), batches, max_products=4)
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    assert losses(True) == losses(False)
+
+
+def test_measuring_under_no_grad_works(model, batches):
+    expected = measure(model, None, loss_of(model), batches).values
+    with torch.no_grad():
+        assert measure(model, None, loss_of(model), batches).values == expected
+
+
+def test_measuring_a_compiled_model_uses_its_plain_form(batches):
+    torch.manual_seed(1)
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    compiled = torch.compile(plain, backend="aot_eager")
+    compiled(batches[0][0])
+    expected = measure(plain, None, loss_of(plain), batches).values
+    assert measure(compiled, None, loss_of(compiled), batches).values == expected
+
+
+def test_attention_takes_its_math_form_only_while_measuring():
+    q = nn.Parameter(torch.randn(2, 4, 8, 16))
+    holder = nn.Module()
+    holder.q = q
+
+    def loss_fn(_):
+        return F.scaled_dot_product_attention(q, q, q).square().sum()
+
+    assert measure(holder, None, loss_fn, [0], max_products=2).values[0] != 0.0
+    assert "Flash" in type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.layers.0.mlp.weight", "model.layers.0.norm.weight"], ["model.layers.0"]),
+        (["h.0.attn.c_attn.weight", "h.11.mlp.c_fc.bias"], ["h.0", "h.11"]),
+        (["bert.encoder.layer.3.output.dense.weight"], ["bert.encoder.layer.3"]),
+        (["blocks.2.experts.layers.1.weight"], ["blocks.2"]),
+        (["lm_head.weight", "scale"], ["lm_head", "scale"]),
+    ],
+)
+def test_blocks_are_the_transformer_layers(monkeypatch, names, expected):
+    model = nn.Module()
+    parameters = [(name, nn.Parameter(torch.zeros(1))) for name in names]
+    monkeypatch.setattr(model, "named_parameters", lambda: iter(parameters), raising=False)
+    assert list(find_blocks(model)) == expected
+
+
+def test_blocks_can_be_named_by_a_pattern_and_leave_out_frozen_parameters(model):
+    model.layers[1].weight.requires_grad_(False)
+    blocks = find_blocks(model, r"^layers")
+    assert list(blocks) == ["layers", "norm", "head"]
+    assert len(blocks["layers"]) == 5
+
+
+def test_bad_arguments_are_refused(model, batches):
+    weight = model.head.weight
+    with pytest.raises(ValueError, match="'trace' or 'eigenvalue', got 'fisher'"):
+        measure(model, None, loss_of(model), batches, measure="fisher")
+    with pytest.raises(ValueError, match="at least one batch"):
+        measure(model, None, loss_of(model), [])
+    with pytest.raises(ValueError, match="trainable parameter, got none"):
+        measure(model, {"a": []}, loss_of(model), batches)
+    with pytest.raises(ValueError, match="one parameter in 'a' and 'b'"):
+        measure(model, {"a": [weight], "b": [weight]}, loss_of(model), batches)
+    with pytest.raises(ValueError, match=r"got shape \[6\]"):
+        measure(model, None, lambda b: model(b[0])[:, 0], batches)
+
+
+def test_the_cost_of_eigenvalues_is_printed_first(model, batches, capsys):
+    measure(model, None, loss_of(model), batches, measure="eigenvalue", max_products=5)
+    printed = capsys.readouterr().err
+    assert printed.startswith("top eigenvalues of 5 blocks, 3 batches: at most 75 products of")
+    measure(model, None, loss_of(model), batches, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def _all_batches():
+    torch.manual_seed(2)
+    return [(torch.randn(6, 4), torch.randint(0, 2, (6,))) for _ in range(3)]
+
+
+def _rank(rank: int, size: int, folder: str) -> None:
+    """One of two processes: the first brings one batch, the second two; then the second fails."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    torch.manual_seed(1)
+    model = Noisy()
+    own = _all_batches()[:1] if rank == 0 else _all_batches()[1:]
+    results = {}
+    for kind in ("trace", "eigenvalue"):
+        results[kind] = measure(
+            model, None, loss_of(model), own, measure=kind, max_products=12, progress=False
+        )
+    x, y = own[0]
+    try:
+        measure(model, None, loss_of(model), [(x, y + 99 * rank)], progress=False)
+    except Exception as error:
+        results["error"] = f"{type(error).__name__}: {error}"
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
+def test_ranks_with_different_data_agree_with_each_other_and_one_process(two_ranks, kind):
+    first, second = (rank[kind] for rank in two_ranks)
+    torch.manual_seed(1)
+    model = Noisy()
+    alone = measure(model, None, loss_of(model), _all_batches(), measure=kind, max_products=12)
+    assert first.values == second.values
+    assert first.normalised == second.normalised
+    assert first.standard_error == second.standard_error
+    assert first.products == alone.products
+    assert all(
+        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+        for a, b in zip(first.values, alone.values, strict=True)
+    )
+
+
+def test_a_rank_that_fails_fails_all(two_ranks):
+    first, second = (rank["error"] for rank in two_ranks)
+    assert second.startswith("IndexError")
+    assert first == f"RuntimeError: rank 1 failed: {second}"
