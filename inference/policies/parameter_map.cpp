@@ -221,8 +221,11 @@ class ParameterMap::Resolver {
   /// Fields that follow from others where config.json does not give them.
   void complete_spec() {
     ModelSpec& spec = map_.spec_;
-    const Json* architectures = config_.find("architectures");
-    spec.architecture = architectures != nullptr ? architectures->dump() : policy_.name;
+    spec.architecture = policy_.name;
+    if (const Json* names = config_.find("architectures");
+        names != nullptr && names->is_array() && !names->as_array("architectures").empty()) {
+      spec.architecture = names->as_array("architectures").front().as_string("architectures");
+    }
     if (spec.attention == AttentionKind::kCausal && spec.tied_head) {
       spec.has_head = true;
     }

@@ -1,0 +1,181 @@
+"""Small random models of every architecture, and directories of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+
+POLICIES = Path(__file__).parent / "policies"
+VOCAB_SIZE = 97  # odd sizes everywhere, so that no vector width divides them
+
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 83,
+    "max_position_embeddings": 96,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 36,
+    "n_layer": 2,
+    "n_head": 6,
+    "n_positions": 96,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
+    "llama_biases_tied": lambda: LlamaForCausalLM(
+        LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ),
+    "llama3_rope": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED, rope_parameters=_LLAMA3_ROPE)),
+    "linear_rope": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **_GROUPED,
+            rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**_GROUPED, head_dim=10, sliding_window=None)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "gpt2_relu": lambda: GPT2LMHeadModel(
+        GPT2Config(**_GPT2, n_inner=50, activation_function="relu")
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            **_SMALL,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.67,
+            },
+        )
+    ),
+    "bloom": lambda: BloomForCausalLM(
+        BloomConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=36,
+            n_layer=2,
+            n_head=6,
+            bos_token_id=None,
+            eos_token_id=None,
+            initializer_range=0.3,
+        )
+    ),
+}
+
+_ENCODER = {k: v for k, v in _SMALL.items() if k not in ("bos_token_id", "eos_token_id")}
+_DISTIL = {
+    "vocab_size": VOCAB_SIZE,
+    "dim": 36,
+    "n_layers": 2,
+    "n_heads": 6,
+    "hidden_dim": 83,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+}
+
+ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER, num_labels=5)),
+    "bert_base": lambda: BertModel(BertConfig(**_ENCODER)),
+    "bert_masked_lm": lambda: BertForMaskedLM(BertConfig(**_ENCODER)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER, num_labels=5)),
+    "roberta_base": lambda: RobertaModel(RobertaConfig(**_ENCODER)),
+    "roberta_masked_lm": lambda: RobertaForMaskedLM(RobertaConfig(**_ENCODER)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(**_DISTIL, num_labels=5)
+    ),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """The random model of that name, the same each time, with norms and biases that do something."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = (DECODERS | ENCODERS)[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def policy_of(name: str) -> Path | None:
+    """The JSON policy of architectures that moq has none for."""
+    path = POLICIES / f"{name}.json"
+    return path if path.exists() else None
+
+
+def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids; 0 and 1 are left out, which encoders use for padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths
+    ]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected magnitude."""
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def reference_logits(model: nn.Module, row: list[int]) -> Tensor:
+    """transformers' logits of one sequence: [length, vocab_size] or [num_labels]."""
+    return model(torch.tensor([row])).logits[0]
+
+
+def greedy(model: PreTrainedModel, row: list[int], tokens: list[int]) -> list[int]:
+    """transformers' greedy choice after each prefix of row + tokens, from row on.
+
+    Equal to `tokens` exactly if transformers' greedy continuation of `row` is.
+    """
+    logits = reference_logits(model, row + tokens[:-1])
+    return logits[len(row) - 1 :].argmax(dim=-1).tolist()

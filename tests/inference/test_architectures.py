@@ -1,0 +1,94 @@
+"""Every architecture against transformers, in FP32."""
+
+import models
+import pytest
+import torch
+from models import DECODERS, ENCODERS, greedy, reference_logits, relative_error, sequences
+
+from moq.inference import Engine
+
+# Both sides sum in float32 in their own order; measured: up to 7e-7.
+TOLERANCE = 5e-6
+
+
+def open_model(name, model_directory) -> Engine:
+    return Engine.from_pretrained(model_directory(name), policy=models.policy_of(name))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("length", [1, 17, 96])
+def test_decoder_logits_equal_transformers(name, length, model_directory):
+    (row,) = sequences(length)
+    logits = open_model(name, model_directory).forward([row])[0]
+    assert relative_error(logits, reference_logits(models.build(name), row)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens_equal_transformers(name, model_directory):
+    (row,) = sequences(11, seed=1)
+    tokens = open_model(name, model_directory).generate(row, 40).token_ids
+    assert len(tokens) == 40
+    assert tokens == greedy(models.build(name), row, tokens)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_hidden_states_equal_transformers(name, model_directory):
+    rows = sequences(1, 23, 94)
+    encoding = open_model(name, model_directory).encode(rows)
+    model = models.build(name)
+    for row, states in zip(rows, encoding.last_hidden_state, strict=True):
+        with torch.no_grad():
+            output = model(torch.tensor([row]), output_hidden_states=True)
+        assert relative_error(states, output.hidden_states[-1][0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_classification_logits_equal_transformers(name, model_directory):
+    rows = sequences(5, 31)
+    logits = open_model(name, model_directory).encode(rows).logits
+    expected = torch.stack([reference_logits(models.build(name), row) for row in rows])
+    assert relative_error(logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert_base", "roberta_base"])
+def test_pooled_output_equals_transformers(name, model_directory):
+    (row,) = sequences(13)
+    pooled = open_model(name, model_directory).encode([row]).pooled
+    with torch.no_grad():
+        expected = models.build(name)(torch.tensor([row])).pooler_output
+    assert relative_error(pooled, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert_masked_lm", "roberta_masked_lm"])
+def test_masked_lm_logits_equal_transformers(name, model_directory):
+    (row,) = sequences(19)
+    logits = open_model(name, model_directory).forward([row])[0]
+    assert relative_error(logits, reference_logits(models.build(name), row)) < TOLERANCE
+
+
+def test_token_types_select_their_embedding(model_directory):
+    ids, types = torch.tensor(sequences(9)), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    logits = open_model("bert_masked_lm", model_directory).forward(ids, token_type_ids=types)
+    with torch.no_grad():
+        expected = models.build("bert_masked_lm")(ids, token_type_ids=types).logits
+    assert relative_error(logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_16_bit_checkpoints_are_computed_in_fp32_with_their_own_weights(name, dtype, tmp_path):
+    models.build(name).to(dtype).save_pretrained(tmp_path)
+    model = type(models.build(name)).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    (row,) = sequences(29)
+    engine = Engine.from_pretrained(tmp_path)
+    logits = engine.encode([row]).logits[0] if name == "bert" else engine.forward([row])[0]
+    assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
+    assert engine.core.weight_format == str(dtype).removeprefix("torch.")
+
+
+def test_sharded_checkpoint_equals_a_single_file(model_directory, tmp_path):
+    models.build("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    rows = sequences(21)
+    sharded = Engine.from_pretrained(tmp_path).forward(rows)[0]
+    assert torch.equal(sharded, open_model("llama", model_directory).forward(rows)[0])

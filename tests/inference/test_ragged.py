@@ -1,0 +1,91 @@
+"""Rows of a batch against the same rows alone, and the KV cache."""
+
+import pytest
+import torch
+from models import sequences
+
+from moq.inference import Engine
+
+ROWS = sequences(1, 7, 30, 16)
+
+
+def padded(rows, side):
+    length = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    return ids, mask.long()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked_lm"])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_padded_rows_equal_each_row_alone(name, side, dtype, model_directory):
+    engine = Engine.from_pretrained(model_directory(name), dtype=dtype)
+    ids, mask = padded(ROWS, side)
+    logits = engine.forward(ids, mask)
+    for i, row in enumerate(ROWS):
+        assert torch.equal(logits[i][mask[i].bool()], engine.forward([row])[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_gets_no_logits(side, model_directory):
+    ids, mask = padded(ROWS, side)
+    logits = Engine.from_pretrained(model_directory("llama")).forward(ids, mask)
+    assert logits[mask == 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4, 16])
+def test_generated_rows_do_not_depend_on_the_batch(max_batch, model_directory):
+    engine = Engine.from_pretrained(model_directory("llama"), dtype="int8")
+    together = engine.generate(ROWS, 20, max_batch=max_batch)
+    assert [g.token_ids for g in together] == [engine.generate(r, 20).token_ids for r in ROWS]
+
+
+def test_several_appended_tokens_equal_the_whole_sequence(model_directory):
+    core = Engine.from_pretrained(model_directory("llama")).core
+    (row,) = sequences(23)
+    cache = core.make_cache(1, 32)
+    slot = cache.allocate()
+    pieces = [row[:5], row[5:6], row[6:20], row[20:]]
+    logits = torch.cat([core.forward([piece], [], cache, [slot]) for piece in pieces])
+    whole = core.forward([row])
+    assert cache.length(slot) == 23
+    assert ((logits - whole).abs().max() / whole.abs().max()).item() < 5e-6
+
+
+def test_forked_sequence_continues_as_its_parent_would(model_directory):
+    core = Engine.from_pretrained(model_directory("gpt2")).core
+    (row,) = sequences(12)
+    cache = core.make_cache(2, 32)
+    parent = cache.allocate()
+    core.forward([row], [], cache, [parent])
+    child = cache.fork(parent)
+    continued = core.forward([[5, 6], [7, 8]], [], cache, [parent, child])
+    cache.truncate(parent, 12)
+    again = core.forward([[7, 8]], [], cache, [parent])
+    assert torch.equal(continued[2:], again)
+
+
+def test_reordered_rows_continue_their_sources(model_directory):
+    core = Engine.from_pretrained(model_directory("llama")).core
+    rows = sequences(9, 14, 5)
+    cache = core.make_cache(3, 32)
+    slots = [cache.allocate() for _ in rows]
+    core.forward(rows, [], cache, slots)
+    slots = cache.reorder(slots, [1, 1, 0])
+    assert [cache.length(slot) for slot in slots] == [14, 14, 9]
+    logits = core.forward([[3], [4], [5]], [], cache, slots)
+    for i, (source, token) in enumerate([(1, 3), (1, 4), (0, 5)]):
+        alone = core.forward([[*rows[source], token]])[-1]
+        assert ((logits[i] - alone).abs().max() / alone.abs().max()).item() < 5e-6
+
+
+def test_freed_slots_are_used_again(model_directory):
+    cache = Engine.from_pretrained(model_directory("llama")).core.make_cache(2, 8)
+    first = cache.allocate()
+    cache.allocate()
+    cache.free(first)
+    assert cache.allocate() == first
+    assert cache.num_free_slots == 0
