@@ -3,6 +3,31 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(moq, m) {
+  // Weights on the integer grid of kernels/quant_grid.h. A weight is [out_features, in_features],
+  // or stored the other way round and `transposed`; group_size counts input features (per_group).
+  // fake_quantize has a straight-through gradient.
+  m.def(
+      "fake_quantize(Tensor weight, int num_bits, *, str granularity=\"per_channel\", int "
+      "group_size=0, str mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int step=0, int "
+      "name_hash=0, bool transposed=False, float blend_ratio=0.0, ScalarType? scale_dtype=None) -> "
+      "Tensor");
+  // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1] or
+  // [out, groups], and zero points of the scales' shape, int32.
+  m.def(
+      "quantize(Tensor weight, int num_bits, *, str granularity=\"per_channel\", int group_size=0, "
+      "str mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int step=0, int name_hash=0, "
+      "bool transposed=False, ScalarType? scale_dtype=None) -> (Tensor codes, Tensor scales, "
+      "Tensor "
+      "zero_points)");
+  // scale * (code - zero_point); dtype None: the scales'.
+  m.def(
+      "dequantize(Tensor codes, Tensor scales, Tensor? zero_points=None, *, bool transposed=False, "
+      "ScalarType? dtype=None) -> Tensor");
+  // Activations [..., features] as symmetric INT8: one scale a token, or the given [1] scale. The
+  // fake-quantized form has a straight-through gradient.
+  m.def("quantize_activation(Tensor input, Tensor? scale=None) -> (Tensor codes, Tensor scales)");
+  m.def("fake_quantize_activation(Tensor input, Tensor? scale=None) -> Tensor");
+
   // Linear layers on the CPU. A packed weight is an opaque byte tensor; whoever holds it also holds
   // its out_features, format ("int8", "int4", "int2", "float32", "bfloat16", "float16"), group_size
   // (None: one scale a row) and whether it has zero points.

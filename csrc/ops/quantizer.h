@@ -1,0 +1,59 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+#include "kernels/common/dtype.h"
+#include "kernels/fake_quantize.h"
+
+/// What the operators of fake_quantize.cpp and quantize.cpp share: one weight's quantizer, its
+/// arguments as the schemas spell them, and the checks that every dispatch key makes.
+namespace moq::ops {
+
+/// Arguments after the weight, in the schema's order.
+struct Quantizer {
+  std::int64_t num_bits;
+  std::string_view granularity;  ///< per_tensor, per_channel or per_group
+  std::int64_t group_size;       ///< input features per scale, for per_group
+  std::string_view mode;         ///< symmetric or asymmetric
+  std::string_view rounding;     ///< nearest or stochastic
+  std::int64_t seed;
+  std::int64_t step;
+  std::int64_t name_hash;
+  bool transposed;  ///< the weight is stored [in_features, out_features]
+  double blend_ratio;
+  std::optional<at::ScalarType> scale_dtype;  ///< none: the weight's
+};
+
+/// @throws ValueError or TypeError (Python's) naming `where`, for a weight that is no matrix of
+///         float32, float16 or bfloat16, and for each argument out of its range.
+void check_quantizer(const char* where, const at::Tensor& weight, const Quantizer& quantizer);
+
+/// Out- and input features of a checked weight, symbolic under tracing.
+struct Features {
+  c10::SymInt out;
+  c10::SymInt in;
+};
+Features features_of(const at::Tensor& weight, bool transposed);
+
+/// Sizes of the scales of a checked weight: [1], [out, 1] or [out, in / group_size].
+c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantizer);
+
+/// The kernel's description of a checked weight, its outputs still null. Strides are the weight's.
+kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& quantizer);
+
+/// Runs one weight through the kernel of its device. @param matrix from describe, with outputs
+void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
+                       const Quantizer& quantizer);
+
+/// @throws TypeError naming `where` and `what` unless `type` is float32, float16 or bfloat16.
+void check_float(const char* where, const char* what, at::ScalarType type);
+
+/// The kernels' name of a checked type.
+DType dtype_of(at::ScalarType type);
+
+}  // namespace moq::ops

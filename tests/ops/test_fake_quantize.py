@@ -1,0 +1,175 @@
+"""torch.ops.moq.fake_quantize against its definition, bit for bit, and its gradient."""
+
+import pytest
+import torch
+from bits import assert_same_bits
+from reference import quantize as reference
+
+import moq  # noqa: F401  (registers the operators)
+
+fake_quantize = torch.ops.moq.fake_quantize
+
+GRANULARITIES = [("per_tensor", 0), ("per_channel", 0), ("per_group", 16)]
+MODES = ["symmetric", "asymmetric"]
+ROUNDINGS = ["nearest", "stochastic"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_weight(out_features, in_features, dtype=torch.float32, transposed=False, seed=0):
+    """A weight with an offset and some zeros, in the storage of a Linear or of a Conv1D."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.02 * torch.randn(out_features, in_features, generator=generator) + 0.003
+    weight[:, ::7] = 0.0
+    return (weight.t().contiguous() if transposed else weight).to(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_gives_the_bits_of_the_definition(
+    device, mode, granularity, group_size, dtype, rounding, transposed
+):
+    weight = random_weight(37, 48, dtype, transposed)
+    arguments = dict(
+        granularity=granularity,
+        group_size=group_size,
+        mode=mode,
+        rounding=rounding,
+        seed=0x1234567890ABCDEF,
+        step=11,
+        name_hash=reference.fnv1a("layers.0.weight"),
+        transposed=transposed,
+    )
+    expected = reference.fake_quantize(weight, 8, **arguments)
+    assert_same_bits(fake_quantize(weight.to(device), 8, **arguments), expected)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 17))
+@pytest.mark.parametrize("mode", MODES)
+def test_every_width_gives_the_bits_of_the_definition(device, mode, num_bits):
+    weight = random_weight(5, 131)
+    expected = reference.fake_quantize(weight, num_bits, mode=mode)
+    assert_same_bits(fake_quantize(weight.to(device), num_bits, mode=mode), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (7, 1), (1, 1031), (576, 1536)])
+def test_every_shape_gives_the_bits_of_the_definition(device, shape):
+    weight = random_weight(*shape)
+    assert_same_bits(fake_quantize(weight.to(device), 4), reference.fake_quantize(weight, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blends_the_weight_and_its_simulated_value(device, dtype):
+    weight = random_weight(19, 35, dtype)
+    expected = reference.fake_quantize(weight, 3, blend_ratio=0.7)
+    assert_same_bits(fake_quantize(weight.to(device), 3, blend_ratio=0.7), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+def test_a_group_with_a_bad_number_is_nan_throughout(device, granularity, group_size, bad):
+    weight = random_weight(4, 32)
+    weight[2, 17] = bad
+    arguments = dict(granularity=granularity, group_size=group_size)
+    expected = reference.fake_quantize(weight, 8, **arguments)
+    assert (
+        expected.isnan().sum()
+        == {"per_tensor": 128, "per_channel": 32, "per_group": 16}[granularity]
+    )
+    assert_same_bits(fake_quantize(weight.to(device), 8, **arguments), expected)
+
+
+def test_scales_are_rounded_to_the_asked_dtype_first(device):
+    weight = random_weight(8, 40)
+    expected = reference.fake_quantize(weight, 8, scale_dtype=torch.bfloat16)
+    assert not torch.equal(expected, reference.fake_quantize(weight, 8))
+    actual = fake_quantize(weight.to(device), 8, scale_dtype=torch.bfloat16)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("view", ["slice", "every_second", "expanded"])
+def test_views_give_what_their_copies_give(device, view):
+    whole = random_weight(24, 60).to(device)
+    weight = {
+        "slice": whole[3:19, 5:38],
+        "every_second": whole[::2, ::2],
+        "expanded": whole[:1].expand(6, 60),
+    }[view]
+    assert_same_bits(fake_quantize(weight, 8), fake_quantize(weight.clone(), 8))
+
+
+def test_keeps_the_strides_of_a_transposed_weight():
+    weight = random_weight(6, 10).t()
+    assert fake_quantize(weight, 8).stride() == weight.stride()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    weight = random_weight(700, 301)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = fake_quantize(weight, 8, rounding="stochastic", seed=3)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(actual, reference.fake_quantize(weight, 8, rounding="stochastic", seed=3))
+
+
+def test_the_gradient_passes_straight_through(device):
+    weight = random_weight(5, 9).to(device).requires_grad_()
+    upstream = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)).to(device)
+    (fake_quantize(weight, 4) * upstream).sum().backward()
+    assert_same_bits(weight.grad, upstream)
+
+
+def test_the_second_derivative_is_that_of_the_identity_at_the_simulated_weight():
+    weight = random_weight(3, 4).requires_grad_()
+    loss = (fake_quantize(weight, 8) ** 3).sum()
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), weight)
+    torch.testing.assert_close(second, 6 * fake_quantize(weight, 8).detach())
+
+
+ERRORS = [
+    (dict(num_bits=1), ValueError, r"num_bits must be in \[2, 16\], got 1"),
+    (dict(num_bits=17), ValueError, r"num_bits must be in \[2, 16\], got 17"),
+    (dict(granularity="per_row"), ValueError, "granularity must be .* got per_row"),
+    (dict(mode="ternary"), ValueError, "mode must be symmetric or asymmetric, got ternary"),
+    (dict(rounding="up"), ValueError, "rounding must be nearest or stochastic, got up"),
+    (
+        dict(granularity="per_group", group_size=5),
+        ValueError,
+        "group_size must divide the input features, got 5 and 12",
+    ),
+    (
+        dict(granularity="per_group"),
+        ValueError,
+        "group_size must divide the input features, got 0 and 12",
+    ),
+    (dict(group_size=4), ValueError, "group_size belongs to granularity per_group, got 4"),
+    (dict(blend_ratio=1.5), ValueError, r"blend_ratio must be in \[0, 1\], got 1.5"),
+    (dict(name_hash=1 << 32), ValueError, "name_hash must be a 32-bit hash"),
+    (dict(scale_dtype=torch.float64), TypeError, "scale_dtype must be float32, .* got Double"),
+]
+
+
+@pytest.mark.parametrize("where", ["fake_quantize", "quantize"])
+@pytest.mark.parametrize(("arguments", "error", "message"), ERRORS)
+def test_refuses_arguments_out_of_range(where, arguments, error, message):
+    if where == "quantize" and "blend_ratio" in arguments:
+        pytest.skip("quantize has no blend_ratio")
+    operator = getattr(torch.ops.moq, where)
+    with pytest.raises(error, match=f"^{where}: {message}"):
+        operator(random_weight(6, 12), **({"num_bits": 8} | arguments))
+
+
+def test_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match="weight must be a matrix .* got 3 dimensions"):
+        fake_quantize(torch.zeros(2, 3, 4), 8)
+
+
+def test_refuses_integers():
+    with pytest.raises(TypeError, match="weight must be float32, float16 or bfloat16, got Int"):
+        fake_quantize(torch.zeros(2, 3, dtype=torch.int32), 8)

@@ -1,0 +1,186 @@
+"""torch.ops.moq.quantize, dequantize and the activation quantizers against their definitions."""
+
+import pytest
+import torch
+from bits import assert_same_bits
+from reference import quantize as reference
+from test_fake_quantize import DTYPES, GRANULARITIES, MODES, ROUNDINGS, random_weight
+
+import moq  # noqa: F401  (registers the operators)
+
+ops = torch.ops.moq
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_bits", [4, 8, 13])
+def test_codes_scales_and_zero_points_are_those_of_the_definition(
+    device, num_bits, mode, granularity, group_size, dtype, rounding, transposed
+):
+    weight = random_weight(29, 48, dtype, transposed)
+    arguments = dict(
+        granularity=granularity,
+        group_size=group_size,
+        mode=mode,
+        rounding=rounding,
+        seed=5,
+        step=2,
+        transposed=transposed,
+    )
+    actual = ops.quantize(weight.to(device), num_bits, **arguments)
+    expected = reference.quantize(weight, num_bits, **arguments)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(result, wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_dequantized_codes_are_the_simulated_weight(
+    device, mode, granularity, group_size, dtype, transposed
+):
+    weight = random_weight(29, 48, dtype, transposed).to(device)
+    arguments = dict(
+        granularity=granularity, group_size=group_size, mode=mode, transposed=transposed
+    )
+    codes, scales, zero_points = ops.quantize(weight, 8, **arguments)
+    restored = ops.dequantize(codes, scales, zero_points, transposed=transposed)
+    assert_same_bits(restored, ops.fake_quantize(weight, 8, **arguments))
+
+
+def test_dequantize_rounds_once_to_the_asked_dtype(device):
+    codes, scales, _ = ops.quantize(random_weight(11, 23).to(device), 8)
+    actual = ops.dequantize(codes, scales, dtype=torch.bfloat16)
+    expected = reference.dequantize(codes.cpu(), scales.cpu(), dtype=torch.bfloat16)
+    assert_same_bits(actual, expected)
+
+
+def test_a_bad_group_has_scale_nan_and_codes_zero(device):
+    weight = random_weight(3, 20)
+    weight[1, 4] = float("nan")
+    codes, scales, zero_points = ops.quantize(weight.to(device), 8, mode="asymmetric")
+    assert scales.isnan().flatten().tolist() == [False, True, False]
+    assert not codes[1].any() and not zero_points[1].any()
+
+
+def test_codes_have_no_gradient():
+    outputs = ops.quantize(random_weight(3, 4).requires_grad_(), 8)
+    assert not any(output.requires_grad for output in outputs)
+
+
+def test_dequantize_says_that_it_has_no_gradient():
+    codes, scales, _ = ops.quantize(random_weight(3, 4), 8)
+    output = ops.dequantize(codes, scales.requires_grad_())
+    with pytest.raises(RuntimeError, match="not implemented"):
+        output.sum().backward()
+
+
+CODES = torch.zeros(4, 6, dtype=torch.int8)
+DEQUANTIZE_ERRORS = [
+    ((CODES.float(), torch.ones(1)), TypeError, "codes must be int8 or int16, got Float"),
+    ((CODES[0], torch.ones(1)), ValueError, "codes must be a matrix"),
+    ((CODES, torch.ones(4, 4)), ValueError, r"scales must be \[1\] or .* got \[4, 4\]"),
+    ((CODES, torch.ones(3, 1)), ValueError, r"scales must be \[1\] or .* got \[3, 1\]"),
+    ((CODES, torch.ones(1, dtype=torch.float64)), TypeError, "scales must be float32"),
+    (
+        (CODES, torch.ones(4, 1), torch.zeros(4, 1)),
+        TypeError,
+        "zero_points must be int32, got Float",
+    ),
+    (
+        (CODES, torch.ones(4, 1), torch.zeros(1, dtype=torch.int32)),
+        ValueError,
+        "zero_points must have the scales' shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), DEQUANTIZE_ERRORS)
+def test_dequantize_refuses_what_does_not_fit_together(arguments, error, message):
+    with pytest.raises(error, match=f"^dequantize: {message}"):
+        ops.dequantize(*arguments)
+
+
+# ---------------------------------------------------------------------------------- activations
+
+
+def random_tokens(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 5, 37), (7, 384), (0, 8), (4, 0)])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_activations_give_the_bits_of_the_definition(device, static, shape, dtype):
+    tokens = random_tokens(*shape, dtype=dtype)
+    scale = torch.tensor([0.01]) if static else None
+    expected = reference.quantize_activation(tokens, scale)
+    simulated = reference.fake_quantize_activation(tokens, scale)
+    on_device = [None if scale is None else scale.to(device)]
+    actual = ops.quantize_activation(tokens.to(device), *on_device)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(result, wanted)
+    assert_same_bits(ops.fake_quantize_activation(tokens.to(device), *on_device), simulated)
+
+
+def test_a_token_with_a_nan_is_nan_throughout(device):
+    tokens = random_tokens(3, 21)
+    tokens[1, 20] = float("inf")
+    codes, scales = ops.quantize_activation(tokens.to(device))
+    assert scales.isnan().flatten().tolist() == [False, True, False]
+    assert not codes[1].any()
+    assert ops.fake_quantize_activation(tokens.to(device)).isnan().sum() == 21
+
+
+def test_strided_tokens_give_what_their_copies_give(device):
+    tokens = random_tokens(6, 40).to(device)[:, ::2]
+    for actual, expected in zip(
+        ops.quantize_activation(tokens), ops.quantize_activation(tokens.clone()), strict=True
+    ):
+        assert_same_bits(actual, expected)
+
+
+def test_the_gradient_of_a_dynamic_token_passes_straight_through():
+    tokens = random_tokens(3, 5).requires_grad_()
+    upstream = random_tokens(3, 5) + 1
+    (ops.fake_quantize_activation(tokens) * upstream).sum().backward()
+    assert_same_bits(tokens.grad, upstream)
+
+
+def test_the_gradient_is_zero_where_a_given_scale_clamps():
+    tokens = torch.tensor([[-2.0, -1.27, 0.5, 1.27, 1.2801]], requires_grad=True)
+    ops.fake_quantize_activation(tokens, torch.tensor([0.01])).sum().backward()
+    assert tokens.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_activations_are_twice_differentiable(static):
+    tokens = random_tokens(2, 6).requires_grad_()
+    scale = torch.tensor([0.05]) if static else None
+    (gradient,) = torch.autograd.grad(
+        (ops.fake_quantize_activation(tokens, scale) ** 3).sum(), tokens, create_graph=True
+    )
+    (second,) = torch.autograd.grad(gradient.sum(), tokens)
+    torch.testing.assert_close(second, 6 * ops.fake_quantize_activation(tokens, scale).detach())
+
+
+ACTIVATION_ERRORS = [
+    ((torch.zeros(2, 3, dtype=torch.int8),), TypeError, "input must be float32, .* got Char"),
+    ((torch.tensor(1.0),), ValueError, "input must be .* got a scalar"),
+    ((torch.zeros(2, 3), torch.ones(2)), ValueError, r"scale must have shape \[1\], got \[2\]"),
+    ((torch.zeros(2, 3), torch.ones(1).half()), TypeError, "scale must be float32, got Half"),
+]
+
+
+@pytest.mark.parametrize("where", ["quantize_activation", "fake_quantize_activation"])
+@pytest.mark.parametrize(("arguments", "error", "message"), ACTIVATION_ERRORS)
+def test_refuses_activations_and_scales_that_do_not_fit(where, arguments, error, message):
+    with pytest.raises(error, match=f"^{where}: {message}"):
+        getattr(ops, where)(*arguments)
