@@ -1,6 +1,8 @@
 """MoQ: training at a bit width that falls, and fused INT8 inference of what was trained."""
 
 from importlib import metadata as _metadata
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 for _distribution in _metadata.distributions(name="moq"):
     raise ImportError(
@@ -33,7 +35,9 @@ from moq.config import (  # noqa: E402
     ScheduleConfig,
     SensitivityConfig,
 )
-from moq.optimizer import MoQOptimizer  # noqa: E402
+
+if _TYPE_CHECKING:
+    from moq.optimizer import MoQOptimizer
 
 __all__ = [
     "MoQConfig",
@@ -43,3 +47,15 @@ __all__ = [
     "ScheduleConfig",
     "SensitivityConfig",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """Loads the optimizer at its first use.
+
+    It needs torch's DTensor, which takes seconds to import; a rank that serves has no use for it.
+    """
+    if name == "MoQOptimizer":
+        from moq.optimizer import MoQOptimizer
+
+        return MoQOptimizer
+    raise AttributeError(f"module 'moq' has no attribute {name!r}")
