@@ -96,7 +96,7 @@ void pack_row(const PackLinearArgs& args, const IntegerLayout& layout, std::int6
   const auto* codes = static_cast<const std::int8_t*>(args.weight) + row * args.row_stride;
   for_each_element(layout, panel, row % kPanelRows,
                    [&](std::int64_t col, std::uint8_t* byte, std::int64_t shift) {
-                     const std::int64_t code = codes[col * args.col_stride];
+                     const std::int8_t code = codes[col * args.col_stride];
                      check_range("codes", code, "column", col);
                      *byte |= static_cast<std::uint8_t>((code + offset) << shift);
                    });
