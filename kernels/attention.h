@@ -48,9 +48,10 @@ struct AppendKvArgs {
 ///   packed [q | k | v] rows slot_stride = key_stride = the row's width, kv_head_stride = head_dim,
 ///                           slot = token_begin, past_length = 0 (encoders: no cache needed)
 ///
-/// float32 with float32 accumulation, streaming softmax (no score matrix is stored). The order of
-/// every sum depends on the heads and on the sequence's own num_tokens and past_length alone: a
-/// sequence gets the same bits alone, in any batch, and with any number of threads.
+/// float32 with float32 accumulation, streaming softmax (no score matrix is stored). The order of a
+/// row's sums depends on its head_dim and the number of its keys alone: a causal token gets the
+/// same bits alone and in any batch, decoded or in a prompt cut in any way, with any number of
+/// threads.
 ///
 /// Sources: Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022 (tiling), Dao et al. 2023
 /// (spans of keys), Press et al. 2022 (ALiBi).

@@ -46,34 +46,55 @@ void check(const AttentionArgs& args) {
   }
 }
 
-/// Keys of a span. Sums depend on it, so it is the same on every machine.
+/// Keys that are summed before they are merged with the ones before: the same everywhere, because
+/// the order of a row's sums depends on it.
 constexpr std::int64_t kSpanKeys = 256;
 
-/// A tile over all of its keys, and how many spans they are divided into.
-struct SplitTile {
-  AttentionTile tile;
-  std::int64_t num_spans;
-  std::int64_t state_offset;  ///< of the spans' states, floats; several spans only
+/// A tile over all of its keys.
+struct SplitTile : AttentionTile {
+  bool is_split;              ///< its spans are dealt to threads one by one
+  std::int64_t state_offset;  ///< of the spans' states, floats; split tiles only
 
+  std::int64_t num_spans() const { return (end_key + kSpanKeys - 1) / kSpanKeys; }
   AttentionTile span(std::int64_t i) const {
-    AttentionTile part = tile;
+    AttentionTile part = *this;
     part.first_key = i * kSpanKeys;
-    part.end_key = std::min(part.first_key + kSpanKeys, tile.end_key);
+    part.end_key = std::min(part.first_key + kSpanKeys, end_key);
     return part;
   }
+};
+
+/// A piece of work for one thread: some spans of a tile.
+struct Piece {
+  std::size_t tile;
+  std::int64_t first_span;
+  std::int64_t end_span;
 };
 
 /// Everything that a call computes.
 struct Plan {
   std::vector<SplitTile> tiles;
-  std::vector<std::pair<std::size_t, std::int64_t>> spans;  ///< (tile, number of the span)
-  std::int64_t most_rows = 0;                               ///< of a tile
-  std::int64_t states_size = 0;  ///< floats, of all tiles that have several spans
+  std::vector<Piece> pieces;
+  std::int64_t most_rows = 0;    ///< of a tile
+  std::int64_t states_size = 0;  ///< floats, of all split tiles
+
+  void add(const AttentionTile& tile, bool is_split, std::int64_t head_dim) {
+    const SplitTile split{tile, is_split, states_size};
+    const std::int64_t step = is_split ? 1 : split.num_spans();
+    for (std::int64_t span = 0; span < split.num_spans(); span += step) {
+      pieces.push_back({tiles.size(), span, span + step});
+    }
+    most_rows = std::max(most_rows, tile.num_rows);
+    if (is_split) {
+      states_size += split.num_spans() * attention_state_size(tile.num_rows, head_dim);
+    }
+    tiles.push_back(split);
+  }
 };
 
 /// Tiles of one kv head follow each other: neighbours in a thread's range share keys. Where all
-/// rows of a kv head fit one tile, as in decoding, tiles are too few for many threads, and their
-/// keys are divided into spans.
+/// rows of a kv head fit one tile, as in decoding, tiles are too few for many threads, and are
+/// split.
 Plan make_plan(const AttentionArgs& args) {
   const std::int64_t group = args.num_heads / args.num_kv_heads;
   Plan plan;
@@ -86,27 +107,36 @@ Plan make_plan(const AttentionArgs& args) {
         const std::int64_t last_token =
             args.causal ? (row + num_rows - 1) / group : sequence.num_tokens - 1;
         const std::int64_t num_keys = sequence.past_length + last_token + 1;
-        const std::int64_t num_spans =
-            rows <= kTileRows ? (num_keys + kSpanKeys - 1) / kSpanKeys : 1;
-        for (std::int64_t span = 0; span < num_spans; ++span) {
-          plan.spans.emplace_back(plan.tiles.size(), span);
-        }
-        plan.tiles.push_back({.tile = {.sequence = &sequence,
-                                       .kv_head = kv_head,
-                                       .first_row = row,
-                                       .num_rows = num_rows,
-                                       .first_key = 0,
-                                       .end_key = num_keys},
-                              .num_spans = num_spans,
-                              .state_offset = plan.states_size});
-        plan.most_rows = std::max(plan.most_rows, num_rows);
-        if (num_spans > 1) {
-          plan.states_size += num_spans * attention_state_size(num_rows, args.head_dim);
-        }
+        plan.add({.sequence = &sequence,
+                  .kv_head = kv_head,
+                  .first_row = row,
+                  .num_rows = num_rows,
+                  .first_key = 0,
+                  .end_key = num_keys},
+                 rows <= kTileRows && num_keys > kSpanKeys, args.head_dim);
       }
     }
   }
   return plan;
+}
+
+/// Attends a tile to some of its spans, one after the other.
+void attend(const AttentionArgs& args, const SplitTile& tile, const Piece& piece, float* scratch,
+            float* state, float* later_state) {
+  MOQ_DISPATCH_ISA(attention_tile, args, tile.span(piece.first_span), scratch, state);
+  for (std::int64_t span = piece.first_span + 1; span < piece.end_span; ++span) {
+    MOQ_DISPATCH_ISA(attention_tile, args, tile.span(span), scratch, later_state);
+    MOQ_DISPATCH_ISA(merge_attention, args, tile.num_rows, state, later_state);
+  }
+}
+
+/// Merges the states of a split tile in the order in which `attend` would have.
+void finish_split(const AttentionArgs& args, const SplitTile& tile, float* states) {
+  const std::int64_t size = attention_state_size(tile.num_rows, args.head_dim);
+  for (std::int64_t span = 1; span < tile.num_spans(); ++span) {
+    MOQ_DISPATCH_ISA(merge_attention, args, tile.num_rows, states, states + span * size);
+  }
+  MOQ_DISPATCH_ISA(finish_attention, args, tile, states);
 }
 
 }  // namespace
@@ -136,35 +166,33 @@ void attention(const AttentionArgs& args) {
   const Plan plan = make_plan(args);
   const AlignedFloats states = make_aligned_floats(plan.states_size);
   const std::int64_t scratch_size = attention_scratch_size(plan.most_rows, args.head_dim);
-  const std::int64_t own_state_size = attention_state_size(plan.most_rows, args.head_dim);
-  parallel_for(std::ssize(plan.spans), 1, [&](std::int64_t begin, std::int64_t end) {
-    const AlignedFloats scratch = make_aligned_floats(scratch_size + own_state_size);
-    float* own_state = scratch.get() + scratch_size;
+  const std::int64_t state_size = attention_state_size(plan.most_rows, args.head_dim);
+  parallel_for(std::ssize(plan.pieces), 1, [&](std::int64_t begin, std::int64_t end) {
+    const AlignedFloats memory = make_aligned_floats(scratch_size + 2 * state_size);
+    float* own_state = memory.get() + scratch_size;
     for (std::int64_t i = begin; i < end; ++i) {
-      const auto [tile_number, span] = plan.spans[static_cast<std::size_t>(i)];
-      const SplitTile& split = plan.tiles[tile_number];
-      if (split.num_spans == 1) {
-        MOQ_DISPATCH_ISA(attention_tile, args, split.tile, scratch.get(), own_state);
-        MOQ_DISPATCH_ISA(finish_attention, args, split.tile, own_state, 1);
-      } else {
-        const std::int64_t size = attention_state_size(split.tile.num_rows, args.head_dim);
-        MOQ_DISPATCH_ISA(attention_tile, args, split.span(span), scratch.get(),
-                         states.get() + split.state_offset + span * size);
+      const Piece& piece = plan.pieces[static_cast<std::size_t>(i)];
+      const SplitTile& tile = plan.tiles[piece.tile];
+      float* state = !tile.is_split ? own_state
+                                    : states.get() + tile.state_offset +
+                                          piece.first_span *
+                                              attention_state_size(tile.num_rows, args.head_dim);
+      attend(args, tile, piece, memory.get(), state, own_state + state_size);
+      if (!tile.is_split) {
+        MOQ_DISPATCH_ISA(finish_attention, args, tile, state);
       }
     }
   });
-  if (plan.states_size == 0) {
-    return;
+  if (plan.states_size > 0) {
+    parallel_for(std::ssize(plan.tiles), 16, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const SplitTile& tile = plan.tiles[static_cast<std::size_t>(i)];
+        if (tile.is_split) {
+          finish_split(args, tile, states.get() + tile.state_offset);
+        }
+      }
+    });
   }
-  parallel_for(std::ssize(plan.tiles), 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const SplitTile& split = plan.tiles[static_cast<std::size_t>(i)];
-      if (split.num_spans > 1) {
-        MOQ_DISPATCH_ISA(finish_attention, args, split.tile, states.get() + split.state_offset,
-                         split.num_spans);
-      }
-    }
-  });
 }
 
 }  // namespace moq::kernels::cpu

@@ -57,10 +57,11 @@ MOQ_FOR_EACH_ISA(
   /// Attends a tile to its span of keys. scratch and state begin at a cache line.
   void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch,
                       float* state);
-  /// Merges the states of a tile's spans, which follow each other, into the first and writes the
-  /// tile's outputs.
-  void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* states,
-                        std::int64_t num_spans);
+  /// Adds the state of the next span to that of the spans before it.
+  void merge_attention(const AttentionArgs& args, std::int64_t num_rows, float* state,
+                       float* later_state);
+  /// Writes the outputs of a tile whose state covers all of its keys.
+  void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* state);
 
   /// The largest score, NaN if one is NaN.
   float largest(const float* scores, std::int64_t size);

@@ -5,16 +5,16 @@
 
 /// A tile of query rows meets the keys of its span in blocks of kKeyBlock:
 ///
-///   scores  [rows, keys] = queries x keys^T        a matrix product, dot products for few rows
+///   scores  [rows, keys] = queries x keys^T        a matrix product with the keys transposed
 ///   weights [rows, keys] = exp(scores - maxima)    with the running maximum of each row
 ///   outputs [rows, dim]  = corrections * outputs + weights x values
 ///
-/// A row's sums run in the same order whichever rows share its tile: masked keys have weight zero,
-/// and blocks of masked keys change nothing.
+/// The arithmetic of a row does not show which rows share its tile: dot products are summed in one
+/// order (see score), masked keys have weight zero, and blocks of masked keys change nothing.
 namespace moq::kernels::cpu::MOQ_ISA {
 namespace {
 
-/// Up to here dot products with untouched keys cost less than transposing the block for a product.
+/// Up to here dot products with the keys as they lie cost less than transposing them first.
 constexpr std::int64_t kFewRows = 4;
 constexpr float kInfinity = __builtin_inff();
 
@@ -80,10 +80,43 @@ struct Workspace {
   return d + kWidth <= size ? load(row + d) : load_first(row + d, size - d);
 }
 
-/// output[d, j] = keys[j, d] for `count` <= kKeyBlock keys.
+/// scores[r, j] = dot(queries[r], keys[j]) for kRows rows: a vector of partial sums for each key,
+/// then those of kWidth keys transposed and added.
+template <int kRows>
+void score_few_rows(const Workspace& work, Matrix<const float> keys, std::int64_t count,
+                    std::int64_t head_dim) {
+  for (std::int64_t j = 0; j < count; j += kWidth) {
+    F32 partial[kRows][kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      // Behind the last key its products are computed again and masked later.
+      const float* key = keys.row(j + i < count ? j + i : count - 1);
+      F32 sums[kRows]{};
+      for (std::int64_t d = 0; d < head_dim; d += kWidth) {
+        const F32 part = load_part(key, d, head_dim);
+        for (int r = 0; r < kRows; ++r) {
+          sums[r] = multiply_add(load(work.queries.row(r) + d), part, sums[r]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r) {
+        partial[r][i] = sums[r];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      transpose(partial[r]);
+      F32 score{};
+      for (const F32& lane : partial[r]) {
+        score += lane;
+      }
+      store(work.scores.row(r) + j, score);
+    }
+  }
+}
+
+/// output[d, j] = keys[j, d] for `count` <= kKeyBlock keys, zero beyond them and beyond head_dim as
+/// far as score_block reads.
 void transpose_keys(Matrix<const float> keys, std::int64_t count, std::int64_t head_dim,
                     Matrix<float> output) {
-  for (std::int64_t j = 0; j < count; j += kWidth) {
+  for (std::int64_t j = 0; j < count + kWidth && j < kKeyBlock; j += kWidth) {
     for (std::int64_t d = 0; d < head_dim; d += kWidth) {
       F32 block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
@@ -97,33 +130,65 @@ void transpose_keys(Matrix<const float> keys, std::int64_t count, std::int64_t h
   }
 }
 
-/// scores[r, j] = dot(queries[r], keys[j]) for kRows rows; reads each key once.
-template <int kRows>
-void score_few_rows(const Workspace& work, Matrix<const float> keys, std::int64_t count,
-                    std::int64_t head_dim) {
-  for (std::int64_t j = 0; j < count; j += kWidth) {
-    F32 products[kRows][kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      // Behind the last key its products are computed again and masked later.
-      const float* key = keys.row(j + i < count ? j + i : count - 1);
-      F32 sums[kRows]{};
-      for (std::int64_t d = 0; d < head_dim; d += kWidth) {
-        const F32 part = load_part(key, d, head_dim);
-        for (int r = 0; r < kRows; ++r) {
-          sums[r] = multiply_add(load(work.queries.row(r) + d), part, sums[r]);
+#if defined(MOQ_ISA_avx512)
+constexpr int kScoreRows = 4;
+#else
+constexpr int kScoreRows = 2;
+#endif
+constexpr int kScoreVectors = 2;
+
+/// Scores of kScoreRows rows and kScoreVectors vectors of transposed keys, in the order of
+/// score_few_rows: the partial sum of elements lane, lane + kWidth, … of each lane in turn.
+void score_block(const float* const (&queries)[kScoreRows], Matrix<const float> keys,
+                 std::int64_t head_dim, float* const (&scores)[kScoreRows]) {
+  F32 totals[kScoreRows][kScoreVectors]{};
+  for (std::int64_t lane = 0; lane < kWidth; ++lane) {
+    F32 sums[kScoreRows][kScoreVectors]{};
+    for (std::int64_t d = lane; d < round_up(head_dim); d += kWidth) {
+      for (int r = 0; r < kScoreRows; ++r) {
+        const F32 element = broadcast(queries[r][d]);
+        for (int v = 0; v < kScoreVectors; ++v) {
+          sums[r][v] = multiply_add(element, load(keys.row(d) + v * kWidth), sums[r][v]);
         }
       }
-      for (int r = 0; r < kRows; ++r) {
-        products[r][i] = sums[r];
+    }
+    for (int r = 0; r < kScoreRows; ++r) {
+      for (int v = 0; v < kScoreVectors; ++v) {
+        totals[r][v] += sums[r][v];
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      store(work.scores.row(r) + j, sum_lanes(products[r]));
+  }
+  for (int r = 0; r < kScoreRows; ++r) {
+    for (int v = 0; v < kScoreVectors; ++v) {
+      store(scores[r] + v * kWidth, totals[r][v]);
     }
   }
 }
 
-/// scores[r, j] = dot(queries[r], keys[j]) for at least the visible keys of each row.
+/// The visible scores of all rows, from keys that transpose_keys has put into the workspace.
+void score_many_rows(const Workspace& work, std::int64_t head_dim) {
+  for (std::int64_t first = 0; first < work.rows; first += kScoreRows) {
+    const float* queries[kScoreRows];
+    float* scores[kScoreRows];
+    std::int64_t visible = 0;
+    for (int i = 0; i < kScoreRows; ++i) {
+      // Behind the last row its scores are computed again.
+      const std::int64_t r = first + i < work.rows ? first + i : work.rows - 1;
+      queries[i] = work.queries.row(r);
+      scores[i] = work.scores.row(r);
+      visible = work.visible[r];
+    }
+    for (std::int64_t j = 0; j < visible; j += kScoreVectors * kWidth) {
+      score_block(queries, {work.keys.data + j, work.keys.stride}, head_dim, scores);
+      for (float*& row : scores) {
+        row += kScoreVectors * kWidth;
+      }
+    }
+  }
+}
+
+/// scores[r, j] = dot(queries[r], keys[j]) for at least the visible keys of each row. Both ways sum
+/// in the same order.
 void score(const Workspace& work, Matrix<const float> keys, std::int64_t count,
            std::int64_t head_dim) {
   switch (work.rows) {
@@ -137,10 +202,7 @@ void score(const Workspace& work, Matrix<const float> keys, std::int64_t count,
       return score_few_rows<kFewRows>(work, keys, count, head_dim);
     default:
       transpose_keys(keys, count, head_dim, work.keys);
-      multiply<false>({work.queries.data, work.queries.stride}, {work.keys.data, work.keys.stride},
-                      nullptr, work.scores, work.rows, [&](std::int64_t r) {
-                        return Extent{.k = head_dim, .columns = round_up(work.visible[r])};
-                      });
+      score_many_rows(work, head_dim);
   }
 }
 
@@ -187,22 +249,6 @@ void add_alibi(float* scores, float slope, std::int64_t position, std::int64_t f
   }
 }
 
-/// Adds the state of a later span to that of the ones before it. A span in which a row sees no key
-/// has maximum -infinity and weighs nothing.
-void merge(const State& merged, const State& later, std::int64_t rows, std::int64_t head_dim) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const F32 before = broadcast(merged.maxima[r]);
-    const F32 after = broadcast(later.maxima[r]);
-    const F32 largest = maximum(before, after);
-    const F32 kept = exponential(before - largest);
-    const F32 added = exponential(after - largest);
-    const auto add = [&](F32 x, F32 y) { return multiply_add(x, kept, y * added); };
-    map(merged.outputs.row(r), head_dim, add, merged.outputs.row(r), later.outputs.row(r));
-    map(merged.sums + r, 1, add, merged.sums + r, later.sums + r);
-    merged.maxima[r] = reduce_max(largest);
-  }
-}
-
 }  // namespace
 
 void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch,
@@ -232,25 +278,37 @@ void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float*
       }
     }
     weigh(work);
-    multiply<true>({work.scores.data, work.scores.stride}, {args.values + offset, args.key_stride},
-                   work.corrections, work.state.outputs, tile.num_rows, [&](std::int64_t r) {
-                     return Extent{.k = work.visible[r], .columns = args.head_dim};
-                   });
+    multiply_add({work.scores.data, work.scores.stride}, {args.values + offset, args.key_stride},
+                 work.corrections, work.state.outputs, tile.num_rows, args.head_dim,
+                 [&](std::int64_t r) { return work.visible[r]; });
   }
 }
 
-void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* states,
-                      std::int64_t num_spans) {
-  const TileRows rows{args, tile};
-  const State merged(states, tile.num_rows, args.head_dim);
-  for (std::int64_t span = 1; span < num_spans; ++span) {
-    states += attention_state_size(tile.num_rows, args.head_dim);
-    merge(merged, State(states, tile.num_rows, args.head_dim), tile.num_rows, args.head_dim);
+void merge_attention(const AttentionArgs& args, std::int64_t num_rows, float* state,
+                     float* later_state) {
+  const State merged(state, num_rows, args.head_dim);
+  const State later(later_state, num_rows, args.head_dim);
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    // A span in which the row sees no key has maximum -infinity and is not added.
+    const F32 before = broadcast(merged.maxima[r]);
+    const F32 after = broadcast(later.maxima[r]);
+    const F32 largest = maximum(before, after);
+    const F32 kept = exponential(before - largest);
+    const F32 added = exponential(after - largest);
+    const auto add = [&](F32 x, F32 y) { return multiply_add(x, kept, y * added); };
+    map(merged.outputs.row(r), args.head_dim, add, merged.outputs.row(r), later.outputs.row(r));
+    map(merged.sums + r, 1, add, merged.sums + r, later.sums + r);
+    merged.maxima[r] = reduce_max(largest);
   }
+}
+
+void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* state) {
+  const TileRows rows{args, tile};
+  const State result(state, tile.num_rows, args.head_dim);
   for (std::int64_t r = 0; r < tile.num_rows; ++r) {
-    const F32 sum = broadcast(merged.sums[r]);
+    const F32 sum = broadcast(result.sums[r]);
     map(
-        rows.output(r), args.head_dim, [&](F32 x) { return x / sum; }, merged.outputs.row(r));
+        rows.output(r), args.head_dim, [&](F32 x) { return x / sum; }, result.outputs.row(r));
   }
 }
 

@@ -18,12 +18,6 @@ constexpr std::int64_t round_up(std::int64_t size) {
   return (size + kWidth - 1) / kWidth * kWidth;
 }
 
-/// Which part of a product a group of rows needs.
-struct Extent {
-  std::int64_t k;
-  std::int64_t columns;
-};
-
 /// The block of sums that stays in registers while k runs: rows x vectors of columns.
 constexpr int kBlockRows = 4;
 #if defined(MOQ_ISA_avx512)
@@ -32,14 +26,14 @@ constexpr int kBlockVectors = 4;
 constexpr int kBlockVectors = 2;
 #endif
 
-/// One block of `multiply`; its last vector has `last` columns.
-template <bool kAdd, int kRows, int kVectors>
-void multiply_block(Matrix<const float> a, Matrix<const float> b, const float* factors,
-                    Matrix<float> output, std::int64_t k, std::int64_t last) {
+/// One block of `multiply_add`; its last vector has `last` columns.
+template <int kRows, int kVectors>
+void multiply_add_block(Matrix<const float> a, Matrix<const float> b, const float* factors,
+                        Matrix<float> output, std::int64_t k, std::int64_t last) {
   F32 sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = kAdd ? load(output.row(r) + v * kWidth) * factors[r] : F32{};
+      sums[r][v] = load(output.row(r) + v * kWidth) * factors[r];
     }
   }
   const auto step = [&](std::int64_t i, const auto& load_last) {
@@ -71,49 +65,49 @@ void multiply_block(Matrix<const float> a, Matrix<const float> b, const float* f
   }
 }
 
-/// `multiply` for kRows rows.
-template <bool kAdd, int kRows>
-void multiply_rows(Matrix<const float> a, Matrix<const float> b, const float* factors,
-                   Matrix<float> output, Extent extent) {
+/// `multiply_add` for kRows rows.
+template <int kRows>
+void multiply_add_rows(Matrix<const float> a, Matrix<const float> b, const float* factors,
+                       Matrix<float> output, std::int64_t k, std::int64_t columns) {
   std::int64_t j = 0;
   const auto at = [&](auto matrix) {
     matrix.data += j;
     return matrix;
   };
-  for (; j + kBlockVectors * kWidth <= extent.columns; j += kBlockVectors * kWidth) {
-    multiply_block<kAdd, kRows, kBlockVectors>(a, at(b), factors, at(output), extent.k, kWidth);
+  for (; j + kBlockVectors * kWidth <= columns; j += kBlockVectors * kWidth) {
+    multiply_add_block<kRows, kBlockVectors>(a, at(b), factors, at(output), k, kWidth);
   }
-  for (; j < extent.columns; j += kWidth) {
-    const std::int64_t last = extent.columns - j < kWidth ? extent.columns - j : kWidth;
-    multiply_block<kAdd, kRows, 1>(a, at(b), factors, at(output), extent.k, last);
+  for (; j < columns; j += kWidth) {
+    const std::int64_t last = columns - j < kWidth ? columns - j : kWidth;
+    multiply_add_block<kRows, 1>(a, at(b), factors, at(output), k, last);
   }
 }
 
-/// output[r, :] = (kAdd ? factors[r] * output[r, :] : 0) + a[r, 0:k] x b[0:k, :]
+/// output[r, :] = factors[r] * output[r, :] + a[r, 0:k] x b[0:k, :]
 ///
-/// Rows are taken in groups; extent_of(r), r the last row of a group, gives the k and the columns
-/// that the group needs. An element's sum runs over k in order, whatever the group. Rows of the
-/// output have room for whole vectors.
-template <bool kAdd, typename ExtentOf>
-void multiply(Matrix<const float> a, Matrix<const float> b, const float* factors,
-              Matrix<float> output, std::int64_t rows, const ExtentOf& extent_of) {
+/// Rows are taken in groups; k_of(r), r the last row of a group, is the k of the group. An
+/// element's sum runs over k in order, whatever the group. Rows of the output have room for whole
+/// vectors.
+template <typename KOf>
+void multiply_add(Matrix<const float> a, Matrix<const float> b, const float* factors,
+                  Matrix<float> output, std::int64_t rows, std::int64_t columns, const KOf& k_of) {
   for (std::int64_t r = 0; r < rows; r += kBlockRows) {
+    const std::int64_t group = rows - r < kBlockRows ? rows - r : kBlockRows;
+    const std::int64_t k = k_of(r + group - 1);
     const Matrix<const float> a_rows{a.row(r), a.stride};
     const Matrix<float> output_rows{output.row(r), output.stride};
-    const float* row_factors = kAdd ? factors + r : nullptr;
-    switch (rows - r) {
+    switch (group) {
       case 1:
-        multiply_rows<kAdd, 1>(a_rows, b, row_factors, output_rows, extent_of(r));
+        multiply_add_rows<1>(a_rows, b, factors + r, output_rows, k, columns);
         break;
       case 2:
-        multiply_rows<kAdd, 2>(a_rows, b, row_factors, output_rows, extent_of(r + 1));
+        multiply_add_rows<2>(a_rows, b, factors + r, output_rows, k, columns);
         break;
       case 3:
-        multiply_rows<kAdd, 3>(a_rows, b, row_factors, output_rows, extent_of(r + 2));
+        multiply_add_rows<3>(a_rows, b, factors + r, output_rows, k, columns);
         break;
       default:
-        multiply_rows<kAdd, kBlockRows>(a_rows, b, row_factors, output_rows,
-                                        extent_of(r + kBlockRows - 1));
+        multiply_add_rows<kBlockRows>(a_rows, b, factors + r, output_rows, k, columns);
     }
   }
 }

@@ -2,8 +2,8 @@
 
 #include "kernels/cpu/simd/vector.h"
 
-/// Square blocks of kWidth vectors: transposed, or summed along the vectors. Both run through
-/// log2(kWidth) stages in which vectors whose numbers differ in one bit exchange half their lanes.
+/// Square blocks of kWidth vectors, transposed in log2(kWidth) stages: in each, vectors whose
+/// numbers differ in one bit exchange half of their lanes.
 namespace moq::kernels::cpu::MOQ_ISA {
 
 #if defined(MOQ_ISA_avx512) || defined(MOQ_ISA_avx2)
@@ -45,20 +45,6 @@ template <int kBit = kWidth / 2>
 #else
   static_cast<void>(rows);
 #endif
-}
-
-/// Lane i of the result is the sum of the lanes of rows[i]. Overwrites rows.
-template <int kBit = kWidth / 2>
-[[gnu::always_inline]] inline F32 sum_lanes(F32 (&rows)[kWidth]) {
-#if defined(MOQ_ISA_avx512) || defined(MOQ_ISA_avx2)
-  for (int i = 0; i < kBit; ++i) {
-    rows[i] = join_low<kBit>(rows[i], rows[i + kBit]) + join_high<kBit>(rows[i], rows[i + kBit]);
-  }
-  if constexpr (kBit > 1) {
-    return sum_lanes<kBit / 2>(rows);
-  }
-#endif
-  return rows[0];
 }
 
 }  // namespace moq::kernels::cpu::MOQ_ISA

@@ -244,6 +244,35 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"minilm_encoder", {12, 12, 32}, {{64, 0}, {23, 0}, {128, 0}}}),
     [](const auto& info) { return info.param.name; });
 
+class AttentionCut : public ::testing::TestWithParam<Heads> {};
+
+TEST_P(AttentionCut, ATokenGetsTheSameBitsHoweverItsPromptIsCutIntoCalls) {
+  constexpr std::int64_t kTokens = 600;
+  Batch batch(GetParam(), {{kTokens, 0}});
+  cpu::append_kv(batch.append_args());
+  cpu::attention(batch.attention_args(true));
+  const std::vector<float> whole = batch.output();
+  const ThreadScope threads(2);
+  for (const std::vector<std::int64_t>& pieces :
+       {std::vector<std::int64_t>{1, 2, 3, 4, 5, 63, 64, 65, 129, 264},
+        {255, 1, 1, 343},
+        {599, 1}}) {
+    AttentionArgs args = batch.attention_args(true);
+    AttentionSequence& sequence = batch.sequences()[0];
+    sequence = {0, 0, 0, 0};
+    for (const std::int64_t piece : pieces) {
+      sequence.token_begin = sequence.past_length += sequence.num_tokens;
+      sequence.num_tokens = piece;
+      cpu::attention(args);
+    }
+    EXPECT_EQ(batch.output(), whole);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Heads, AttentionCut,
+                         ::testing::Values(Heads{2, 2, 64}, Heads{9, 3, 64}, Heads{2, 1, 37},
+                                           Heads{8, 1, 16}));
+
 TEST(AttentionTest, KeysBehindTheLastVisibleOneAreNotRead) {
   Batch batch({2, 2, 19}, {{3, 30}, {1, 12}});
   const AttentionArgs args = batch.attention_args(true);
