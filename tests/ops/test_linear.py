@@ -124,6 +124,38 @@ def test_a_row_of_a_batch_equals_the_row_alone_bit_for_bit():
         assert torch.equal(linear(x[i : i + 1], packed, 97)[0], together[i])
 
 
+class ProductDataset(torch.utils.data.Dataset):
+    """Multiplies by a packed weight in the process that loads an element."""
+
+    def __init__(self, packed, x):
+        self.packed, self.x = packed, x
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.set_num_threads(2)
+        return linear(self.x, self.packed, 300)
+
+
+def test_forked_data_loader_workers_can_multiply():
+    codes, scales, _ = random_codes(300, 1000, 1, 8)
+    packed, x = pack_linear(codes, scales), random_input(4, 1000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    expected = linear(x, packed, 300)  # the parent's pool exists before the fork
+    torch.set_num_threads(threads)
+    loader = torch.utils.data.DataLoader(
+        ProductDataset(packed, x),
+        batch_size=None,
+        num_workers=2,
+        timeout=60,
+        multiprocessing_context="fork",
+    )
+    for product in loader:
+        assert torch.equal(product, expected)
+
+
 def test_opcheck():
     codes, scales, zero_points = random_codes(37, 64, 4, 8)
     torch.library.opcheck(pack_linear.default, (codes, scales, zero_points))
