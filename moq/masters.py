@@ -111,13 +111,7 @@ class Masters:
         They may have moved to another device, or have been replaced (`model.load_state_dict`): then
         the masters start from the new values, with a warning.
         """
-        self.follow_devices()
-        if self.sharded:
-            pairs = self.pairs()
-            self.trainer.rebind(
-                [local_tensor(parameter) for parameter, _ in pairs],
-                [local_tensor(master) for _, master in pairs],
-            )
+        self.find_memory()
         changed = self.trainer.overwritten()
         if not changed:
             return
@@ -133,18 +127,40 @@ class Masters:
             stacklevel=3,
         )
 
-    def follow_devices(self) -> None:
-        """Moves masters, and the inner optimizer's state of them, to where the model now is."""
-        moved = [pair for pair in self.pairs() if pair[0].device != pair[1].device]
-        if not moved:
-            return
+    def find_memory(self) -> None:
+        """Follows the parameters to where they lie now: fully_shard and Module.to move them.
+
+        Masters move along, and so does the state that the inner optimizer has of them.
+        """
+        pairs = self.pairs()
+        moved = [pair for pair in pairs if pair[0].device != pair[1].device]
         for parameter, master in moved:
             master.data = master.data.to(parameter.device)
             state = self.inner.state.get(master, {})
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == master.shape:
                     state[key] = value.to(parameter.device)
-        self._make_trainer(self.trainer.schedule, self.trainer.step)
+        if moved:
+            self._make_trainer(self.trainer.schedule, self.trainer.step)
+        elif self.sharded:
+            self.trainer.rebind(
+                [local_tensor(parameter) for parameter, _ in pairs],
+                [local_tensor(master) for _, master in pairs],
+            )
+
+    def equal_those_of(self, state_dict: dict[str, Any]) -> bool:
+        """Says whether a state dict holds exactly the present masters, in their order."""
+        saved = [
+            local_tensor(entry[MASTER_KEY])
+            for _, entry in sorted(state_dict["state"].items())
+            if isinstance(entry, dict) and MASTER_KEY in entry
+        ]
+        present = [
+            local_tensor(self._of[parameter])
+            for parameter in chain.from_iterable(g["params"] for g in self.inner.param_groups)
+            if parameter in self._of
+        ]
+        return len(saved) == len(present) and all(map(torch.equal, saved, present))
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Loads masters and the inner optimizer's state.

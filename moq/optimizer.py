@@ -243,12 +243,16 @@ class MoQOptimizer(torch.optim.Optimizer):
         record, own = Record.from_state_dict(state_dict), self._record()
         record.require_same_model(own)
         schedule = record.resumed_schedule(own)
-        self._masters.follow_devices()
+        self._masters.find_memory()
+        # accelerate loads an optimizer's own state into it. If the model's weights were replaced
+        # just before, they must stay: the next step adopts them as masters, with a warning.
+        own_state = record == own and self._masters.equal_those_of(state_dict)
+        keep_weights = own_state and bool(self._masters.trainer.overwritten())
         self._masters.load(state_dict)
         self._masters.trainer.restore(schedule, record.step)
         self._blank_state = record.blank_state
         self.history = record.history
-        if not self._shows_masters:
+        if not (self._shows_masters or keep_weights):
             self._masters.trainer.write_simulated()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -119,11 +119,14 @@ void Trainer::begin_step() {
     TORCH_CHECK_VALUE(gradient.layout() == at::kStrided, "Trainer: the gradient of ",
                       parameter.name, " must be dense, got ", gradient.layout(),
                       "; exclude it by a rule, or use sparse=False in its module");
-    if (gradient.scalar_type() == parameter.master.scalar_type()) {
+    const at::ScalarType master_dtype = parameter.master.scalar_type();
+    if (gradient.scalar_type() == master_dtype) {
       parameter.master.mutable_grad() = gradient;
+    } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
+      parameter.master.mutable_grad() = gradient.to(master_dtype);  // DTensor has no _foreach_copy_
     } else {
       gradients.push_back(gradient);
-      casts.push_back(at::empty_like(gradient, parameter.master.scalar_type()));
+      casts.push_back(at::empty_like(gradient, master_dtype));
       parameter.master.mutable_grad() = casts.back();
     }
   }

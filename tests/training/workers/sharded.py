@@ -1,0 +1,285 @@
+"""Runs every check of test_optimizer_sharded.py on this rank; writes {check: error or ""}."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch.distributed.checkpoint as dcp
+from conftest import Decoder, batch, loss_of, masters, train_step, wrap
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import moq
+
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "seed": 5,
+    "schedule": {"finish_at": 0.8},
+}
+STEPS = 8
+UNEVEN = {"hidden": 11, "intermediate": 5}  # no dimension divides by two
+
+
+def whole_decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    return Decoder(**UNEVEN).to(dtype)
+
+
+def sharded_decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **options) -> Decoder:
+    model = whole_decoder(dtype, seed)
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def require_same_weights(model: nn.Module, expected: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(full(p), full(q)), name
+
+
+def train_both(config: dict, dtype: torch.dtype = torch.float32, **options) -> None:
+    """Every rank sees the same batch, so averaged gradients are those of one process."""
+    model, reference = sharded_decoder(dtype, **options), whole_decoder(dtype)
+    optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
+    assert any(isinstance(p, DTensor) for p in model.parameters())
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+        train_step(reference, expected, step)
+        require_same_weights(model, reference)
+    for name, master in masters(optimizer).items():
+        assert torch.equal(full(master), masters(expected)[name]), name
+    assert optimizer.num_bits == expected.num_bits
+
+
+def check_sharded_training_is_the_unsharded_one() -> None:
+    train_both(FALLING)
+
+
+def check_bfloat16_weights_with_float32_masters() -> None:
+    train_both(FALLING, torch.bfloat16)
+
+
+def check_asymmetric_groups_within_rows() -> None:
+    train_both(FALLING | {"mode": "asymmetric", "granularity": "per_group", "group_size": 1})
+
+
+def check_mixed_precision_policy_trains() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = sharded_decoder(mp_policy=policy)
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+    assert set(optimizer.num_bits.values()) == {4}
+    row = full(model.layers[0].v_proj.weight)[0]
+    assert len(row.unique()) <= 15
+
+
+def check_gradient_clipping() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    loss_of(model, batch(0)).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert full(norm) > 1e-3
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
+def check_one_scale_over_all_shards_is_refused() -> None:
+    if dist.get_world_size() == 1:
+        train_both(FALLING | {"granularity": "per_tensor"})
+        return
+    try:
+        wrap(sharded_decoder(), FALLING | {"granularity": "per_tensor"}, STEPS)
+    except ValueError as error:
+        assert "layers.0.q_proj.weight is sharded over ranks" in str(error)
+        assert "granularity must be 'per_channel' or 'per_group'" in str(error)
+    else:
+        raise AssertionError("per_tensor over shards was accepted")
+
+
+def conv1d_model() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    return nn.Sequential(Conv1D(7, 6), Conv1D(3, 7))
+
+
+def check_scales_over_split_input_features_are_refused() -> None:
+    model = fully_shard(conv1d_model())
+    if dist.get_world_size() == 1:
+        wrap(model, FALLING, STEPS)
+        return
+    try:
+        wrap(model, FALLING, STEPS)
+    except ValueError as error:
+        assert "its input features are split" in str(error)
+        assert "shard_placement_fn=lambda parameter: Shard(1)" in str(error)
+    else:
+        raise AssertionError("a scale over several ranks was accepted")
+
+
+def check_the_remedy_for_split_input_features_works() -> None:
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter.dim() == 2 else 0)
+
+    # Padding is not supported along dimension 1: both sizes divide by two.
+    from transformers.pytorch_utils import Conv1D
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(8, 6), Conv1D(4, 8))
+
+    model, reference = fully_shard(build(), shard_placement_fn=placement), build()
+    optimizer, expected = wrap(model, FALLING, STEPS), wrap(reference, FALLING, STEPS)
+    for step in range(STEPS):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        for m, o in ((model, optimizer), (reference, expected)):
+            m(x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+        require_same_weights(model, reference)
+
+
+def check_groups_of_split_input_features() -> None:
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter.dim() == 2 else 0)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+
+    model, reference = build(), build()
+    fully_shard(model, shard_placement_fn=placement)
+    config = FALLING | {"granularity": "per_group", "group_size": 1}
+    optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
+    for step in range(STEPS):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        for m, o in ((model, optimizer), (reference, expected)):
+            m(x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+        require_same_weights(model, reference)
+
+
+def check_distributed_checkpoint_resumes() -> None:
+    directory = Path(os.environ["MOQ_TEST_DIRECTORY"]) / f"dcp-{dist.get_world_size()}"
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(STEPS):
+        if step == 3:
+            states = get_state_dict(model, optimizer)
+            dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=directory)
+        train_step(model, optimizer, step)
+    other = sharded_decoder(seed=1)
+    resumed = wrap(other, FALLING, STEPS)
+    states = get_state_dict(other, resumed)
+    dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=directory)
+    set_state_dict(other, resumed, model_state_dict=states[0], optim_state_dict=states[1])
+    assert resumed.steps == 3
+    for step in range(3, STEPS):
+        train_step(other, resumed, step)
+    require_same_weights(other, model)
+
+
+def check_full_state_moves_between_sharded_and_whole() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(3):
+        train_step(model, optimizer, step)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_optimizer_state_dict(model, optimizer, options=options)
+    other = sharded_decoder(seed=1)
+    resumed = wrap(other, FALLING, STEPS)
+    broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = gathered if dist.get_rank() == 0 else {}
+    set_optimizer_state_dict(other, resumed, state, options=broadcast)
+    for name, master in masters(optimizer).items():
+        assert torch.equal(full(masters(resumed)[name]), full(master)), name
+
+
+def check_both_values_are_gathered_for_export() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    train_step(model, optimizer, 0)
+    listed = {q.name: q for q in optimizer.quantized_parameters()}
+    assert listed["layers.0.q_proj.weight"].simulated.shape == (11, 11)
+    try:
+        optimizer.export("nowhere")
+    except RuntimeError as error:
+        assert "the model must be whole" in str(error)
+    else:
+        raise AssertionError("a sharded model was exported")
+
+
+def check_full_precision() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    train_step(model, optimizer, 0)
+    before = [full(p).clone() for p in model.parameters()]
+    with optimizer.full_precision():
+        for name, master in masters(optimizer).items():
+            assert torch.equal(full(model.get_parameter(name)), full(master))
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(full(p), value)
+
+
+def check_sharding_after_wrapping_is_refused() -> None:
+    model = whole_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    fully_shard(model)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    loss_of(model, batch(0)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "before MoQOptimizer is made" in str(error)
+    else:
+        raise AssertionError("replaced parameters were not noticed")
+
+
+def check_replicas_stay_equal_under_ddp() -> None:
+    model = nn.parallel.DistributedDataParallel(whole_decoder(seed=dist.get_rank()))
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(STEPS):
+        train_step(model, optimizer, step + 100 * dist.get_rank())
+    for p in model.parameters():
+        copies = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, p.detach())
+        assert all(torch.equal(copy, p) for copy in copies)
+    assert isinstance(optimizer, moq.MoQOptimizer)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    results = {}
+    for name, check in sorted(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                results[name] = ""
+            except Exception:
+                results[name] = traceback.format_exc()
+    path = Path(os.environ["MOQ_TEST_DIRECTORY"]) / f"results-{dist.get_rank()}.json"
+    path.write_text(json.dumps(results))
+    dist.destroy_process_group()
