@@ -9,14 +9,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from moq._C import Schedule, TrainedParameter, Trainer
 from moq.blocks import Blocks
 from moq.config import MoQConfig
 from moq.record import MASTER_KEY
 from moq.rules import MatchedParameter
-from moq.sharding import first_element, local_tensor
+from moq.sharding import first_element, is_sharded, local_tensor, whole_tensor
 
 if TYPE_CHECKING:
     from moq.quantized_parameter import QuantizedParameter
@@ -70,7 +69,7 @@ class Masters:
             self._take_over_state(m.parameter, master)
         self.matched = matched
         self.blocks = blocks
-        self.sharded = any(isinstance(m.parameter, DTensor) for m in matched)
+        self.sharded = any(is_sharded(m.parameter) for m in matched)
         self._make_trainer(schedule, step)
 
     def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -254,8 +253,8 @@ class Masters:
             result.append(
                 QuantizedParameter(
                     name=m.name,
-                    master=_whole(self._of[m.parameter]),
-                    simulated=_whole(m.parameter),
+                    master=whole_tensor(self._of[m.parameter].detach()),
+                    simulated=whole_tensor(m.parameter.detach()),
                     num_bits=schedule.bits_at(block, step),
                     mode=m.spec.mode,
                     granularity=m.spec.granularity,
@@ -324,11 +323,6 @@ def _has_telling_groups(matched: MatchedParameter) -> bool:
         "per_group": matched.spec.group_size,
     }[matched.spec.granularity]
     return sharing >= 8 and local.numel() >= 8 and len(set(local.flatten()[:64].tolist())) > 3
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _some(names: Sequence[str]) -> str:

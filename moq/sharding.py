@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moq.rules import MatchedParameter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Says whether a tensor is a DTensor, without importing what only sharded models need."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this rank's memory of a DTensor, or the tensor itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor gathered from all ranks, which must all call; a plain one as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def first_element(matched: MatchedParameter) -> tuple[int, int]:
@@ -23,9 +39,9 @@ def first_element(matched: MatchedParameter) -> tuple[int, int]:
     """
     parameter = matched.parameter
     row_dim, column_dim = (1, 0) if matched.transposed else (0, 1)
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return 0, int(parameter.shape[column_dim])
-    # Imported here: a private helper of torch, needed for sharded models only.
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = parameter.device_mesh, tuple(parameter.placements)

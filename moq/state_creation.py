@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from moq.sharding import whole_tensor
 
 
 def is_state_creation(groups: list[dict[str, Any]]) -> bool:
@@ -24,9 +25,7 @@ def is_state_creation(groups: list[dict[str, Any]]) -> bool:
     if not gradients or any(gradient.layout != torch.strided for gradient in gradients):
         return False
     largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-    if isinstance(largest, DTensor):
-        largest = largest.full_tensor()
-    return bool(largest == 0)
+    return bool(whole_tensor(largest) == 0)
 
 
 def make_blank_state(optimizer: torch.optim.Optimizer) -> None:

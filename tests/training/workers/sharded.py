@@ -1,4 +1,7 @@
-"""Runs every check of test_optimizer_sharded.py on this rank; writes {check: error or ""}."""
+"""The checks of test_optimizer_sharded.py, as one rank of a job makes them.
+
+As a program: DIRECTORY RANK WORLD_SIZE; writes {check: error or ""} into the directory.
+"""
 
 import json
 import os
@@ -33,7 +36,7 @@ FALLING = {
     "seed": 5,
     "schedule": {"finish_at": 0.8},
 }
-STEPS = 8
+STEPS = 6
 UNEVEN = {"hidden": 11, "intermediate": 5}  # no dimension divides by two
 
 
@@ -270,16 +273,24 @@ def check_replicas_stay_equal_under_ddp() -> None:
     assert isinstance(optimizer, moq.MoQOptimizer)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    results = {}
+def run_checks(directory: Path, rank: int, world_size: int) -> dict[str, str]:
+    """Makes every check; returns the traceback of each that failed, "" for the others."""
+    os.environ["MOQ_TEST_DIRECTORY"] = str(directory)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
+    )
+    outcomes = {}
     for name, check in sorted(globals().items()):
         if name.startswith("check_"):
             try:
                 check()
-                results[name] = ""
+                outcomes[name] = ""
             except Exception:
-                results[name] = traceback.format_exc()
-    path = Path(os.environ["MOQ_TEST_DIRECTORY"]) / f"results-{dist.get_rank()}.json"
-    path.write_text(json.dumps(results))
+                outcomes[name] = traceback.format_exc()
     dist.destroy_process_group()
+    return outcomes
+
+
+if __name__ == "__main__":
+    where, own_rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    (where / f"results-{own_rank}.json").write_text(json.dumps(run_checks(where, own_rank, ranks)))
