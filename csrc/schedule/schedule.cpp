@@ -32,6 +32,11 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
   if (slowest.largest_period) {
     text << "its period <= " << *slowest.largest_period << ", or ";
   }
+  ScheduleConfig unstretched = config;
+  unstretched.stretch_rule = "none";
+  if (unfinished(unstretched).empty()) {
+    text << "the stretch rule 'none' (nothing is measured), or ";
+  }
   text << "total_steps >= " << slowest.arrival << ", or target_bits >= " << reached
        << ", or finish_at (at most 1.0), which scales the periods to fit; on_unfinished='clamp' "
           "shortens "

@@ -1,0 +1,259 @@
+"""`moq schedule`: when every layer reaches every bit width, before a training is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from moq._C import Schedule
+from moq.blocks import Blocks, assign_blocks, make_schedule
+from moq.config import MoQConfig
+from moq.reporting import compact_names
+from moq.rules import DEFAULT_RULE, match_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Width:
+    """When a block has a bit width: from the step that lies in [earliest, latest] on.
+
+    The two differ where the schedule follows measured sensitivities. None: not within the training.
+    """
+
+    bits: int
+    earliest: int | None
+    latest: int | None
+
+    def __str__(self) -> str:
+        """The step, the range of steps, or a dash."""
+        if self.earliest is None:
+            return "-"
+        if self.latest is None:
+            return f"{self.earliest} or never"
+        return (
+            str(self.latest) if self.earliest == self.latest else f"{self.earliest}-{self.latest}"
+        )
+
+
+@dataclass(frozen=True)
+class BlockOutlook:
+    """Every width of one block, widest first."""
+
+    name: str
+    widths: tuple[Width, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `moq schedule`."""
+    parser.add_argument(
+        "config", help="configuration file (.json, .yaml), as MoQOptimizer takes it"
+    )
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of the training")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face model directory (its config.json is enough): plan its own layers; "
+        "without it each rule of the configuration is planned for a layer that it matches",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE", help="draw the plan to a .png or .svg file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs `moq schedule`; a schedule that cannot finish is an error with the remedy."""
+    config = MoQConfig.load(options.config)
+    if options.model is None:
+        outlook = rules_outlook(config, options.steps)
+    else:
+        outlook = model_outlook(config, options.steps, _empty_model(options.model))
+    if options.plot is not None:
+        plot(outlook, options.steps, options.plot)
+    if options.json:
+        print(json.dumps(_as_json(outlook, config, options.steps)))
+    else:
+        _print_table(outlook, config, options.steps)
+    return 0
+
+
+def outlook_of(schedule: Schedule) -> list[BlockOutlook]:
+    """Returns when each block of a schedule can reach each of its widths.
+
+    Before a measurement these are bounds; drops beyond the end of the training have no step.
+    """
+    total_steps = schedule.total_steps
+    earliest, latest = schedule.bounds()
+
+    def within(step: int) -> int | None:
+        return step if step <= total_steps else None
+
+    return [
+        BlockOutlook(
+            name,
+            tuple(
+                Width(bits, within(low), within(high))
+                for (low, bits), (high, _) in zip(first, last, strict=True)
+            ),
+        )
+        for name, first, last in zip(schedule.block_names, earliest, latest, strict=True)
+    ]
+
+
+def model_outlook(
+    config: MoQConfig, total_steps: int, model: torch.nn.Module
+) -> list[BlockOutlook]:
+    """Plans the blocks of a model.
+
+    Raises:
+        ValueError: if a rule does not fit the model, or nothing is quantized.
+        moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+    """
+    matched, _ = match_parameters(model, config, model.parameters())
+    if not matched:
+        raise ValueError("at least one parameter must be quantized, got 0")
+    return outlook_of(make_schedule(assign_blocks(matched), config, total_steps))
+
+
+def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
+    """Plans one layer for the configuration itself and for each rule that quantizes.
+
+    How fast a layer can be depends on the others: each rule stands for two, the usual case of
+    several layers alike.
+
+    Raises:
+        moq._C.Error: as model_outlook.
+    """
+    specs = {DEFAULT_RULE: config.spec()}
+    specs |= {rule.match: config.spec(rule) for rule in config.rules if not rule.exclude}
+    widths = [(spec.start_bits, spec.target_bits) for spec in specs.values()]
+    blocks = Blocks(list(specs) * 2, widths * 2, [])
+    return outlook_of(make_schedule(blocks, config, total_steps))[: len(specs)]
+
+
+def _empty_model(directory: str) -> PreTrainedModel:
+    """Builds a model from its config.json, with memory that is never touched instead of weights.
+
+    Raises:
+        OSError: if there is no readable config.json.
+        ValueError: if it names no model class that transformers has.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    names = config.architectures or [None]
+    model_class = getattr(transformers, str(names[0]), None)
+    if model_class is None:
+        raise ValueError(
+            f"{directory}/config.json: architectures must name a class of transformers, "
+            f"got {names[0]!r}"
+        )
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def _grouped(outlook: Sequence[BlockOutlook]) -> list[tuple[str, tuple[Width, ...]]]:
+    """Joins blocks whose names differ in one number and whose widths come at the same steps."""
+    groups: dict[tuple[str, str, tuple[Width, ...]], list[str]] = {}
+    for block in outlook:
+        name, _, widths = block.name.partition(" ")  # "model.layers.3 (16 to 8 bits)"
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1)
+        groups.setdefault((pattern, widths, block.widths), []).append(name)
+    return [
+        (f"{compact_names(names)} {suffix}".rstrip(), widths)
+        for (_, suffix, widths), names in groups.items()
+    ]
+
+
+def _title(config: MoQConfig, total_steps: int) -> str:
+    finish_at = config.schedule.finish_at
+    end = "" if finish_at is None else f", all at their target by {finish_at:.0%}"
+    return f"First step at each bit width, of {total_steps} steps{end}"
+
+
+def _print_table(outlook: Sequence[BlockOutlook], config: MoQConfig, total_steps: int) -> None:
+    all_bits = sorted({width.bits for block in outlook for width in block.widths}, reverse=True)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("bits", no_wrap=True)
+    for bits in all_bits:
+        table.add_column(str(bits), justify="right", no_wrap=True)
+    for name, widths in _grouped(outlook):
+        steps = {width.bits: str(width) for width in widths}
+        table.add_row(name, *(steps.get(bits, "") for bits in all_bits))
+    console = Console()
+    # A terminal wraps a line that is too long; a table whose cells are cut is of no use.
+    unbounded = console.options.update(width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(_title(config, total_steps), highlight=False, soft_wrap=True)
+    console.print(table)
+    if any(width.earliest != width.latest for block in outlook for width in block.widths):
+        console.print(
+            f"Ranges: the step follows the measured sensitivities ({config.sensitivity.rule}).",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _as_json(
+    outlook: Sequence[BlockOutlook], config: MoQConfig, total_steps: int
+) -> dict[str, Any]:
+    return {
+        "total_steps": total_steps,
+        "finish_at": config.schedule.finish_at,
+        "on_unfinished": config.schedule.on_unfinished,
+        "sensitivity_rule": config.sensitivity.rule,
+        "blocks": [asdict(block) for block in outlook],
+    }
+
+
+def plot(outlook: Sequence[BlockOutlook], total_steps: int, path: str | Path) -> None:
+    """Draws bits over steps: a line where the plan is fixed, a band where it follows measurements.
+
+    Raises:
+        ValueError: if the file ends in neither .png nor .svg.
+        RuntimeError: if matplotlib is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"{path}: a plot must end in .png or .svg")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from error
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="bits")
+    for index, (name, widths) in enumerate(_grouped(outlook)):
+        color = f"C{index}"
+        ends = []
+        for side in ("earliest", "latest"):
+            drops = [(getattr(w, side), w.bits) for w in widths if getattr(w, side) is not None]
+            steps = [step for step, _ in drops] + [total_steps]
+            bits = [width for _, width in drops] + [drops[-1][1]]
+            ends.append((steps, bits))
+            axes.step(steps, bits, where="post", color=color, label=name if not ends[1:] else None)
+        grid = sorted({step for steps, _ in ends for step in steps})
+        low, high = ([_value_at(step, *end) for step in grid] for end in ends)
+        axes.fill_between(grid, low, high, step="post", color=color, alpha=0.2, linewidth=0)
+    axes.set_xlim(0, total_steps)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize="small")
+    figure.savefig(path)
+
+
+def _value_at(step: int, steps: Sequence[int], bits: Sequence[int]) -> int:
+    return min(width for at, width in zip(steps, bits, strict=True) if at <= step)

@@ -1,0 +1,195 @@
+import json
+
+import pytest
+
+from moq._C import Error, Schedule, ScheduledBlock, stretch_rules
+from moq.cli import main
+from moq.config import MoQConfig
+from moq.schedule import Width, outlook_of, rules_outlook
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "vocab_size": 50,
+}
+
+
+def adaptive(total_steps=425):
+    """Two layers of 16 to 8 bits, one twice as slow, and a fixed table."""
+    return Schedule(
+        [
+            ScheduledBlock("layers.0"),
+            ScheduledBlock("layers.1", period=2),
+            ScheduledBlock.from_table("head", {0: 16, 5: 8}),
+        ],
+        total_steps,
+        finish_at=0.6,
+        stretch_rule="stepped",
+    )
+
+
+def test_the_default_block_falls_from_16_to_8_bits_within_finish_at():
+    schedule = Schedule([ScheduledBlock("layers.0")], 425, finish_at=0.6)
+    expected = [(2**k - 1, 16 - k) for k in range(9)]
+    assert schedule.plan() == [expected]
+    assert [schedule.bits_at(0, step) for step in (0, 1, 126, 127, 255, 425)] == [
+        16, 15, 10, 9, 8, 8,
+    ]  # fmt: skip
+    assert not schedule.finished(254)
+    assert schedule.finished(255)
+
+
+def test_a_state_that_went_through_json_resumes_bit_for_bit():
+    schedule = adaptive()
+    schedule.set_sensitivities(17, [0.3, 1.0, 0.0])
+    resumed = Schedule.from_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert resumed.plan() == schedule.plan()
+    assert resumed.state_dict() == schedule.state_dict()
+    for each in (schedule, resumed):
+        each.set_sensitivities(90, [1.0, 0.1, 0.5])
+    assert resumed.plan() == schedule.plan()
+
+
+def test_what_a_trainer_sees_step_by_step_is_the_plan():
+    measurements = {0: [0.1, 0.9, 0.0], 40: [1.0, 0.2, 0.0], 41: [0.0, 1.0, 1.0]}
+    walked, seen = adaptive(), []
+    for step in range(walked.total_steps + 1):
+        seen.append([walked.bits_at(block, step) for block in range(3)])
+        if step in measurements:
+            walked.set_sensitivities(step, measurements[step])
+    planned = adaptive()
+    for step, sensitivities in measurements.items():
+        planned.set_sensitivities(step, sensitivities)
+    assert seen == [
+        [planned.bits_at(block, step) for block in range(3)] for step in range(len(seen))
+    ]
+
+
+def test_a_measurement_lies_within_the_bounds_given_before():
+    schedule = adaptive()
+    earliest, latest = schedule.bounds()
+    schedule.set_sensitivities(0, [1.0, 0.0, 0.5])
+    for low, drops, high in zip(earliest, schedule.plan(), latest, strict=True):
+        assert all(a[0] <= b[0] <= c[0] + 1 for a, b, c in zip(low, drops, high, strict=True))
+
+
+def test_unfinished_blocks_are_described():
+    schedule = Schedule([ScheduledBlock("layers.0", period=10)], 2000, on_unfinished="allow")
+    assert schedule.unfinished() == [
+        {"block": "layers.0", "arrival": 2550, "bits": 9, "largest_period": 7}
+    ]
+
+
+def test_errors_have_their_own_type_and_say_what_to_change():
+    with pytest.raises(Error, match=r"'a', arrives at step 2550.*period <= 7.*total_steps >= 2550"):
+        Schedule([ScheduledBlock("a", period=10)], 2000)
+    with pytest.raises(Error, match="on_unfinished must be"):
+        Schedule([], 10, on_unfinished="warn")
+    with pytest.raises(Error, match="stretch rule 'none'"):
+        Schedule([ScheduledBlock("a")], 300, stretch_rule="stepped")
+
+
+def test_a_state_of_another_version_is_refused():
+    state = adaptive().state_dict() | {"version": 99}
+    with pytest.raises(Error, match="version must be 1, got 99"):
+        Schedule.from_state_dict(state)
+
+
+def test_the_rules_of_the_configuration_are_those_of_the_schedule():
+    assert stretch_rules() == ["none", "stepped", "linear"]
+    for rule in stretch_rules():
+        MoQConfig.from_dict({"sensitivity": {"rule": rule}})
+
+
+def test_an_outlook_marks_drops_beyond_the_training():
+    schedule = Schedule(
+        [ScheduledBlock("a", period=10, start_bits=10)],
+        60,
+        on_unfinished="allow",
+        stretch_rule="stepped",
+    )
+    assert outlook_of(schedule)[0].widths == (
+        Width(10, 0, 0),
+        Width(9, 10, 50),
+        Width(8, 30, None),
+    )
+    assert [str(width) for width in outlook_of(schedule)[0].widths] == ["0", "10-50", "30 or never"]
+
+
+def test_rules_are_planned_for_several_layers_each():
+    config = MoQConfig.from_dict(
+        {"rules": [{"match": "*.mlp.*", "target_bits": 4}, {"match": "*.o", "exclude": True}]}
+    )
+    outlook = rules_outlook(config, 400)
+    assert [block.name for block in outlook] == ["default", "*.mlp.*"]
+    arrival = outlook[1].widths[-1]
+    assert (arrival.bits, arrival.latest) == (4, 240)
+    assert arrival.earliest < 240
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(**config):
+        path = tmp_path / "moq.json"
+        path.write_text(json.dumps(config))
+        return str(path)
+
+    return write
+
+
+def test_the_command_prints_the_steps_of_every_layer(config_file, capsys):
+    config = config_file(sensitivity={"rule": "none"}, start_bits=10)
+    assert main(["schedule", config, "--steps", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "of 100 steps, all at their target by 60%" in printed
+    row = next(line for line in printed.splitlines() if "default" in line)
+    assert row.split() == ["default", "0", "20", "60"]
+
+
+def test_the_command_plans_the_layers_of_a_model(config_file, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    config = config_file(rules=[{"match": "*.mlp.*", "target_bits": 4}])
+    arguments = ["schedule", config, "--steps", "400", "--model", str(tmp_path)]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total_steps"] == 400
+    assert len(found["blocks"]) == 6
+    assert found["blocks"][1]["name"] == "model.layers.0 (16 to 4 bits)"
+    assert found["blocks"][1]["widths"][-1] == {"bits": 4, "earliest": 48, "latest": 240}
+    assert main(arguments) == 0
+    assert "model.layers.{0-2} (16 to 4 bits)" in capsys.readouterr().out
+
+
+def test_the_command_refuses_a_schedule_that_cannot_finish(config_file, capsys):
+    config = config_file(schedule={"period": 10}, sensitivity={"rule": "none"})
+    assert main(["schedule", config, "--steps", "2000"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "period <= 7" in captured.err and "total_steps >= 2550" in captured.err
+    assert main(["schedule", config, "--steps", "2550"]) == 0
+
+
+def test_the_command_names_a_rule_that_matches_nothing(config_file, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    config = config_file(rules=[{"match": "*.mpl.*", "target_bits": 4}])
+    assert main(["schedule", config, "--steps", "400", "--model", str(tmp_path)]) == 1
+    assert "'*.mpl.*'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_command_draws_the_plan(config_file, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plan{suffix}"
+    assert main(["schedule", config_file(), "--steps", "100", "--plot", str(path)]) == 0
+    start = {".png": b"\x89PNG", ".svg": b"<?xml"}[suffix]
+    assert path.read_bytes().startswith(start)
+
+
+def test_the_command_refuses_another_kind_of_plot(config_file, capsys):
+    assert main(["schedule", config_file(), "--steps", "100", "--plot", "plan.jpg"]) == 1
+    assert ".png or .svg" in capsys.readouterr().err
