@@ -23,6 +23,7 @@ struct AttentionTile {
   std::int64_t end_key;  ///< not above the keys that the last row may see
 };
 
+/// Rows of a tile at most: enough to transpose a block of keys for.
 constexpr std::int64_t kTileRows = 64;
 /// Keys that a tile takes at a time.
 constexpr std::int64_t kKeyBlock = 128;

@@ -1,7 +1,7 @@
-/// Times the CPU kernels beside `linear` at the shapes of named models, on one thread unless the
-/// benchmark's last argument says otherwise. Counters: GB/s of what must be read or written at
-/// least, GFLOP/s of the products (2 per multiply-add). Compare the first with ReadBandwidth of the
-/// same run.
+/// Times the CPU kernels beside `linear` at the shapes of named models, on one thread unless a
+/// benchmark's name says otherwise. Counters: GB/s of what must be read and written at least, to be
+/// compared with ReadBandwidth of the same run; GFLOP/s of the products, 2 per multiply-add.
+/// Build with MOQ_BUILD_BENCHMARKS=ON (needs libbenchmark-dev), run moq_kernels_bench.
 #include <benchmark/benchmark.h>
 
 #include <random>
