@@ -276,6 +276,22 @@ TEST(Linear, KeepsEverySumExactForTheSmallestCodes) {
   }
 }
 
+/// Integers whose digits in base 2^11 or 2^8 are as large as digits get, in a row whose absmax
+/// gives the integers the unit 2^-29.
+class LargestDigits : public testing::TestWithParam<int> {};
+
+TEST_P(LargestDigits, KeepEverySumExact) {
+  LinearProblem problem = LinearProblem::random(1, 33, 16384);
+  std::fill(problem.codes.begin(), problem.codes.end(), std::int8_t{127});
+  std::fill(problem.input.begin(), problem.input.end(), std::ldexp(GetParam(), -29));
+  problem.input.back() = 1.0F;
+  problem.pack();
+  EXPECT_EQ(problem.run(), by_definition(problem, InputMode::kFloat32));
+}
+
+INSTANTIATE_TEST_SUITE_P(Signs, LargestDigits,
+                         testing::Values(1023 * 2049, -1024 * 2049, 127 * 65793, -128 * 65793));
+
 class InputMagnitude : public testing::TestWithParam<float> {};
 
 TEST_P(InputMagnitude, DoesNotChangeTheRelativeError) {
