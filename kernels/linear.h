@@ -98,6 +98,7 @@ void pack_linear(const PackLinearArgs& args);
 
 /// Reads row `row` of a packed weight back: output[c] = scale * (code - zero_point), or the value,
 /// as float32 [k]. What an embedding table that shares the head's weight looks tokens up with.
+/// @throws moq::Error for a row outside the weight, or a null or misaligned weight.
 void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* output);
 
 /// output = activation(input · weightᵀ + bias) + residual for any m >= 0, n >= 0, k >= 0.
@@ -107,20 +108,23 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
 /// exactly and the others within 2^-30 of it), or as codes of the 8-bit grid. Then
 ///
 ///   sum_g  = Σ over the columns of group g of x * (code - zero_point)      exact, in integers
-///   output = float(Σ_g scale_g * sum_g * input_scale + bias)               in float64, rounded
-///   once
+///   output = float((Σ_g scale_g * sum_g) * unit + bias)                    in float64
 ///
-/// (a group wider than 8192 columns is cut into pieces of that width). Because the sums are exact,
-/// a row's output before the activation depends on nothing but that row and the weight: not on m,
-/// the number of threads or the instruction set.
+/// where unit is 2^-e or the scale of the 8-bit grid
+///
+/// (and a group wider than 8192 columns is cut into pieces of that width). Because the sums are
+/// exact, a row's output before the activation depends on nothing but that row and the weight: not
+/// on m, the number of threads or the instruction set.
 ///
 /// Float weights: float32 products and sums in blocks of columns; a row's output depends on the
 /// instruction set, not on m or the number of threads.
 ///
-/// A row that holds a NaN or an infinity gives NaN throughout its output for integer weights.
+/// For integer weights a row that holds a NaN or an infinity gives NaN throughout its output; on a
+/// static grid an infinity is limited like any other large number.
 /// Runs on up to num_threads() threads (kernels/common/parallel.h).
-/// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, an
-///         INT8 input mode with float weights, or kStaticInt8 without a positive, finite scale.
+/// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
+///         packed weight that is not aligned, an INT8 input mode with float weights, kStaticInt8
+///         without a positive, finite scale, or an activation over a residual that is the output.
 void linear(const LinearArgs& args);
 
 }  // namespace cpu

@@ -44,7 +44,9 @@ void check(const LinearArgs& args) {
   if (args.m == 0 || shape.n == 0) {
     return;
   }
-  MOQ_CHECK(packed_size == 0 || args.weight.data != nullptr, "linear: weight must not be null");
+  if (packed_size > 0) {
+    check_packed("linear", args.weight.data);
+  }
   MOQ_CHECK(shape.k == 0 || args.input != nullptr, "linear: input must not be null");
   MOQ_CHECK(args.output != nullptr, "linear: output must not be null");
   MOQ_CHECK(args.m == 1 || args.input_stride >= shape.k, "linear: input_stride must be >= k, got ",

@@ -18,6 +18,7 @@
 /// whole blocks and the last panel to 32 rows.
 namespace moq::kernels::cpu {
 
+constexpr std::int64_t kPackedAlignment = 64;
 constexpr std::int64_t kPanelRows = 32;
 constexpr std::int64_t kBlockBytes = 128;
 /// Columns of one step of dot products, whatever the width.
@@ -44,6 +45,9 @@ struct IntegerLayout {
   std::int64_t bases_offset;
   bool asymmetric;
 };
+
+/// @throws moq::Error, naming `where`, if a packed weight is null or not aligned.
+void check_packed(const char* where, const void* data);
 
 /// The layout of an integer weight with k > 0.
 IntegerLayout integer_layout(const LinearShape& shape);

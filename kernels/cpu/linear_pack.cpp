@@ -46,6 +46,13 @@ IntegerLayout integer_layout(const LinearShape& shape) {
   return layout;
 }
 
+void check_packed(const char* where, const void* data) {
+  MOQ_CHECK(data != nullptr, where, ": the packed weight must not be null");
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  MOQ_CHECK(address % kPackedAlignment == 0, where, ": the packed weight must be aligned to ",
+            kPackedAlignment, " bytes, got an address ", address % kPackedAlignment, " above");
+}
+
 namespace {
 
 void check_shape(const LinearShape& shape) {
@@ -58,10 +65,6 @@ void check_shape(const LinearShape& shape) {
   }
   MOQ_CHECK(shape.k == 0 || (shape.group_size > 0 && shape.k % shape.group_size == 0),
             "linear: group_size must divide k, got ", shape.group_size, " and ", shape.k);
-}
-
-bool aligned(const void* pointer) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0;
 }
 
 /// Calls visit(col, byte, shift) for every column of row `row` of a panel: its element lies in
@@ -188,9 +191,8 @@ void pack_linear(const PackLinearArgs& args) {
   if (size == 0) {
     return;
   }
-  MOQ_CHECK(args.weight != nullptr && args.packed != nullptr,
-            "pack_linear: weight and packed must not be null");
-  MOQ_CHECK(aligned(args.packed), "pack_linear: packed must be 64-byte aligned");
+  MOQ_CHECK(args.weight != nullptr, "pack_linear: weight must not be null");
+  check_packed("pack_linear", args.packed);
   MOQ_CHECK(!is_integer(args.shape.format) || args.scales != nullptr,
             "pack_linear: integer weights need scales");
   MOQ_CHECK(!args.shape.asymmetric || args.zero_points != nullptr,
@@ -219,6 +221,7 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
   if (shape.k == 0) {
     return;
   }
+  check_packed("unpack_linear_row", weight.data);
   switch (shape.format) {
     case WeightFormat::kFloat32:
       return unpack_float_row<float>(weight, row, output);

@@ -179,6 +179,11 @@ TEST_F(RefusedArgs, NullPointers) {
   EXPECT_THROW(cpu::linear(args), Error);
 }
 
+TEST_F(RefusedArgs, MisalignedWeight) {
+  args_.weight.data = static_cast<const std::byte*>(args_.weight.data) + 32;
+  EXPECT_THROW(cpu::linear(args_), Error);
+}
+
 TEST_F(RefusedArgs, StaticInputWithoutAScale) {
   args_.input_mode = InputMode::kStaticInt8;
   args_.input_scale = 0.0F;
