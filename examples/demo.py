@@ -66,7 +66,7 @@ def serve(directory: Path, ranks: int) -> dict[str, object]:
     console.rule(f"serve on {ranks} process{'es' if ranks > 1 else ''}")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     generate = ["-m", "moq.inference", "generate", directory, "--prompt", PROMPT]
-    length = ["--max-new-tokens", str(NEW_TOKENS)]
+    length = ["--max-new-tokens", str(NEW_TOKENS), "--threads", "1"]
     python(*torchrun, *generate, *length, "--stream")
     result = python(*torchrun, *generate, *length, "--json", capture=True)
     return json.loads(result.strip().splitlines()[-1])
