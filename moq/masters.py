@@ -80,6 +80,28 @@ class Masters:
         """Returns (parameter, master) of every quantized parameter."""
         return [(m.parameter, self._of[m.parameter]) for m in self.matched]
 
+    def placed(self) -> Iterator[tuple[MatchedParameter, int]]:
+        """Yields every quantized parameter with the number of its block."""
+        return zip(self.matched, self.blocks.numbers, strict=True)
+
+    def by_block(self) -> dict[str, list[torch.Tensor]]:
+        """Returns the parameters of each block, in the order of the schedule's blocks."""
+        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in self.blocks.names}
+        for m, block in self.placed():
+            blocks[self.blocks.names[block]].append(m.parameter)
+        return blocks
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Returns grid, block and master dtype of every parameter, as the state's record has it."""
+        return {
+            m.name: m.spec.to_dict()
+            | {
+                "block": self.blocks.names[block],
+                "master_dtype": str(self._of[m.parameter].dtype).removeprefix("torch."),
+            }
+            for m, block in self.placed()
+        }
+
     @contextmanager
     def in_groups(self) -> Iterator[None]:
         """Puts the masters into the param groups, where the inner optimizer looks for them.
@@ -243,7 +265,7 @@ class Masters:
         schedule, step = self.trainer.schedule, self.trainer.step
         plans = schedule.plan()
         result = []
-        for m, block in zip(self.matched, self.blocks.numbers, strict=True):
+        for m, block in self.placed():
             last_drop = max(drop for drop, _ in plans[block] if drop <= step)
             if 0 < last_drop and step < last_drop + m.spec.blend_steps:
                 raise RuntimeError(
@@ -268,7 +290,7 @@ class Masters:
     def _make_trainer(self, schedule: Schedule, step: int) -> None:
         """Makes the C++ object that does a step's work."""
         trained = []
-        for m, block in zip(self.matched, self.blocks.numbers, strict=True):
+        for m, block in self.placed():
             master = self._of[m.parameter]
             element, columns = first_element(m)
             trained.append(

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,22 +24,17 @@ from moq.blocks import (
 from moq.config import MoQConfig
 from moq.masters import Masters
 from moq.record import MASTER_KEY, RECORD_KEY, Record
-from moq.reporting import (
-    drop_lines,
-    is_main_process,
-    print_line,
-    sensitivity_line,
-    start_table,
-)
+from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.state_creation import is_state_creation, make_blank_state
+from moq.wrapper import OptimizerWrapper, require_wrappable
 
 if TYPE_CHECKING:
     from moq.quantized_parameter import QuantizedParameter
     from moq.sensitivity import Sensitivity
 
 
-class MoQOptimizer(torch.optim.Optimizer):
+class MoQOptimizer(OptimizerWrapper):
     """Trains with `optimizer` while the weights of `model` fall to fewer and fewer bits.
 
     Every quantized parameter has two values: the *master*, in full precision, which the inner
@@ -89,18 +83,14 @@ class MoQOptimizer(torch.optim.Optimizer):
         verbose: bool = True,
     ) -> None:
         """Makes the masters and writes the first simulated values into the model."""
-        _require_wrappable(optimizer, model, total_steps)
-        self.inner = optimizer
+        require_wrappable(optimizer, model, total_steps)
+        super().__init__(optimizer)
         self.model = unwrap(model)
         self.config = MoQConfig.load(config)
         self.total_steps = total_steps
-        self.verbose = verbose
         self.history: list[dict[str, Any]] = []
         self._blank_state = False
         self._shows_masters = False
-        # Hooks and profiling, as torch sets them up for an unpickled optimizer; torch's __init__
-        # would make param groups of its own.
-        super().__setstate__({})
         matched, blocks = self._match()
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
@@ -108,19 +98,10 @@ class MoQOptimizer(torch.optim.Optimizer):
         self._masters.warn_if_simulated()
         self._masters.trainer.write_simulated()
         self.param_groups[0][RECORD_KEY] = self._record().to_json()
-        self._print_start()
+        self._reporter = Reporter(verbose)
+        self._reporter.start(matched, blocks.numbers, schedule)
 
     # ------------------------------------------------------------------ what torch asks for
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's param groups, with the model's parameters in them."""
-        return self.inner.param_groups
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Default hyperparameters of the inner optimizer."""
-        return self.inner.defaults
 
     @property
     def state(self) -> Mapping[Any, Any]:  # type: ignore[override]
@@ -131,7 +112,7 @@ class MoQOptimizer(torch.optim.Optimizer):
         """
         self._require_state()
         shown: defaultdict[Any, Any] = defaultdict(dict)
-        for parameter in self._parameters():
+        for parameter in self.parameters():
             master = self._masters.get(parameter)
             if master is not None:
                 shown[parameter] = {**self.inner.state.get(master, {}), MASTER_KEY: master}
@@ -141,11 +122,6 @@ class MoQOptimizer(torch.optim.Optimizer):
             if not isinstance(key, torch.Tensor):
                 shown[key] = value
         return shown
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Tells GradScaler to leave unscaling and the overflow check to a fused inner optimizer."""
-        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, and quantizes those of its parameters that the rules match.
@@ -199,23 +175,15 @@ class MoQOptimizer(torch.optim.Optimizer):
             self.inner.state.clear()
             self._blank_state = False
         trainer = self._masters.trainer
-        seen = trainer.step_seen
-        found_inf = getattr(self, "found_inf", None)  # both are set by GradScaler for fused ones
-        scaling = {"found_inf": found_inf, "grad_scale": getattr(self, "grad_scale", None)}
-        scaling = scaling if self._step_supports_amp_scaling and found_inf is not None else {}
         trainer.begin_step()
         try:
-            self.inner.__dict__.update(scaling)
-            with self._masters.in_groups():
+            with self.grad_scaling() as found_inf, self._masters.in_groups():
                 self.inner.step()
         except BaseException:
             trainer.abandon_step()
             raise
-        finally:
-            for name in scaling:
-                del self.inner.__dict__[name]
-        trainer.end_step(scaling.get("found_inf"))
-        self._print_drops(seen)
+        trainer.end_step(found_inf)
+        self._reporter.drops(trainer)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,18 +220,11 @@ class MoQOptimizer(torch.optim.Optimizer):
         self._masters.trainer.restore(schedule, record.step)
         self._blank_state = record.blank_state
         self.history = record.history
+        self._reporter.reported = record.step
         if not (self._shows_masters or keep_weights):
             self._masters.trainer.write_simulated()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuses to be pickled or copied: masters belong to one model.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("MoQOptimizer cannot be pickled or copied: use state_dict() or save()")
 
     # ------------------------------------------------------------------ what moq adds
 
@@ -278,9 +239,7 @@ class MoQOptimizer(torch.optim.Optimizer):
         schedule, steps = self.schedule(), self.steps
         return {
             matched.name: schedule.bits_at(block, steps)
-            for matched, block in zip(
-                self._masters.matched, self._masters.blocks.numbers, strict=True
-            )
+            for matched, block in self._masters.placed()
         }
 
     def schedule(self) -> Schedule:
@@ -332,25 +291,21 @@ class MoQOptimizer(torch.optim.Optimizer):
             raise ValueError("MoQOptimizer.probe: at least one parameter must be quantized, got 0")
         self._masters.catch_up()
         trainer = self._masters.trainer
-        names = trainer.schedule.block_names
-        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for matched, block in zip(self._masters.matched, self._masters.blocks.numbers, strict=True):
-            blocks[names[block]].append(matched.parameter)
+        blocks = self._masters.by_block()
         section = self.config.sensitivity
         settings = {
             "measure": section.measure,
             "tolerance": section.tolerance,
             "max_products": section.max_products,
             "seed": self.config.seed,
-            "progress": self.verbose,
+            "progress": self._reporter.enabled,
         }
         sensitivity = measure(self.model, blocks, loss_fn, batches, **(settings | options))
         # A block of frozen weights is not measured; nothing in it moves, so it need not wait.
         found = dict(zip(sensitivity.blocks, sensitivity.normalised, strict=True))
-        trainer.set_sensitivities([found.get(name, 0.0) for name in names])
+        trainer.set_sensitivities([found.get(name, 0.0) for name in blocks])
         self.history.append({"step": trainer.step} | asdict(sensitivity))
-        if self.verbose and is_main_process():
-            print_line(sensitivity_line(trainer.step, sensitivity.measure, found))
+        self._reporter.sensitivity(trainer.step, sensitivity.measure, found)
         return sensitivity
 
     def quantized_parameters(self) -> list[QuantizedParameter]:
@@ -402,12 +357,9 @@ class MoQOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ inside
 
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
-
     def _match(self) -> tuple[list[MatchedParameter], Blocks]:
         """Applies the rules to the parameters that the optimizer holds now."""
-        matched, unheld = match_parameters(self.model, self.config, self._parameters())
+        matched, unheld = match_parameters(self.model, self.config, self.parameters())
         if unheld:
             warnings.warn(
                 f"MoQOptimizer: {len(unheld)} weights match the rules but are in no param group of "
@@ -447,61 +399,12 @@ class MoQOptimizer(torch.optim.Optimizer):
     def _record(self) -> Record:
         """Says what the state dict says beside tensors."""
         names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
-        blocks = self._masters.blocks
         return Record(
             step=self.steps,
             seed=self.config.seed,
-            parameters={
-                m.name: m.spec.to_dict()
-                | {"block": blocks.names[block], "master_dtype": str(master.dtype)}
-                for m, block, (_, master) in zip(
-                    self._masters.matched, blocks.numbers, self._masters.pairs(), strict=True
-                )
-            },
+            parameters=self._masters.describe(),
             names=[[names.get(id(p), "") for p in group["params"]] for group in self.param_groups],
             schedule=self.schedule().state_dict(),
             history=self.history,
             blank_state=self._blank_state,
-        )
-
-    def _print_start(self) -> None:
-        if self.verbose and self._masters.matched and is_main_process():
-            print_line(
-                start_table(self._masters.matched, self._masters.blocks.numbers, self.schedule())
-            )
-
-    def _print_drops(self, seen: int) -> None:
-        """Prints the drops since `seen` steps, as far as the host has heard of them."""
-        if self.verbose and is_main_process():
-            until = self._masters.trainer.step_seen
-            if until != seen:
-                for line in drop_lines(self.schedule(), seen, until):
-                    print_line(line)
-
-
-def _require_wrappable(
-    optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int
-) -> None:
-    """Refuses what cannot be wrapped.
-
-    Raises:
-        TypeError: for an argument of another type.
-        ValueError: for an optimizer or a number of steps that cannot work, with the reason.
-    """
-    where = "MoQOptimizer"
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{where}: optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-    if isinstance(optimizer, MoQOptimizer):
-        raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
-        raise TypeError(f"{where}: total_steps must be an integer, got {total_steps!r}")
-    if total_steps < 1:
-        raise ValueError(f"{where}: total_steps must be at least 1, got {total_steps}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"{where}: optimizer must take one gradient a step, got LBFGS: its line search "
-            "evaluates the loss at weights that are on no grid, so the curvature it collects is "
-            "not that of the simulated model; use AdamW, SGD or another first-order optimizer"
         )

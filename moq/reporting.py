@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch.distributed
 
-from moq._C import Schedule
+from moq._C import Schedule, Trainer
 from moq.rules import MatchedParameter
 
 
@@ -156,3 +156,39 @@ def sensitivity_line(step: int, measure: str, found: Mapping[str, float]) -> str
     shown = ", ".join(f"{name} {value:.2f}" for name, value in ranked[:4])
     rest = f", … {ranked[-1][0]} {ranked[-1][1]:.2f}" if len(ranked) > 4 else ""
     return f"moq: step {step}: sensitivity ({measure}): {shown}{rest}"
+
+
+class Reporter:
+    """Prints what happens to a training, on the main process.
+
+    Args:
+        enabled: False prints nothing.
+
+    Attributes:
+        reported: Step up to which drops have been printed.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        """Begins at step 0."""
+        self.enabled = enabled and is_main_process()
+        self.reported = 0
+
+    def start(
+        self, parameters: Sequence[MatchedParameter], blocks: Sequence[int], schedule: Schedule
+    ) -> None:
+        """Prints the start table."""
+        if self.enabled and parameters:
+            print_line(start_table(parameters, blocks, schedule))
+
+    def drops(self, trainer: Trainer) -> None:
+        """Prints the drops that the host has heard of since it printed last."""
+        step = trainer.step_seen
+        if self.enabled and step != self.reported:
+            for line in drop_lines(trainer.schedule, self.reported, step):
+                print_line(line)
+        self.reported = step
+
+    def sensitivity(self, step: int, measure: str, found: Mapping[str, float]) -> None:
+        """Prints a measurement."""
+        if self.enabled:
+            print_line(sensitivity_line(step, measure, found))

@@ -8,8 +8,8 @@ namespace moq::bindings {
 
 void bind_build_info(pybind11::module_& m) {
   namespace py = pybind11;
-  // pybind11 turns moq::Error (a std::runtime_error) into RuntimeError by itself; a type of our own lets callers
-  // tell a refused input from any other failure.
+  // pybind11 turns moq::Error (a std::runtime_error) into RuntimeError by itself; a type of our own
+  // lets callers tell a refused input from any other failure.
   py::register_exception<moq::Error>(m, "Error", PyExc_RuntimeError);
 
   m.def(
@@ -26,7 +26,8 @@ void bind_build_info(pybind11::module_& m) {
         info["cpu_isa"] = kernels::cpu::name_of(kernels::cpu::active_isa());
         return info;
       },
-      "What this extension was built for: torch version, compiler, CUDA architectures (None: CPU only), and the "
+      "What this extension was built for: torch version, compiler, CUDA architectures (None: CPU "
+      "only), and the "
       "instruction set that its CPU kernels run with here.");
 }
 

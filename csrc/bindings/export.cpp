@@ -2,34 +2,11 @@
 
 #include "csrc/bindings/bindings.h"
 #include "csrc/export/codes.h"
-#include "kernels/common/check.h"
+#include "kernels/common/grid_names.h"
 
 namespace moq::bindings {
-namespace {
 
 namespace py = pybind11;
-
-QuantMode parse_mode(const std::string& mode) {
-  if (mode == "symmetric") {
-    return QuantMode::kSymmetric;
-  }
-  MOQ_CHECK(mode == "asymmetric", "mode must be symmetric or asymmetric, got ", mode);
-  return QuantMode::kAsymmetric;
-}
-
-kernels::Granularity parse_granularity(const std::string& granularity) {
-  if (granularity == "per_tensor") {
-    return kernels::Granularity::kPerTensor;
-  }
-  if (granularity == "per_channel") {
-    return kernels::Granularity::kPerChannel;
-  }
-  MOQ_CHECK(granularity == "per_group",
-            "granularity must be per_tensor, per_channel or per_group, got ", granularity);
-  return kernels::Granularity::kPerGroup;
-}
-
-}  // namespace
 
 void bind_export(py::module_& m) {
   m.def(
@@ -38,8 +15,8 @@ void bind_export(py::module_& m) {
          int num_bits, const std::string& mode, const std::string& granularity,
          std::int64_t group_size, bool transposed, at::ScalarType scale_dtype) {
         const exporter::GridSpec spec{.num_bits = num_bits,
-                                      .mode = parse_mode(mode),
-                                      .granularity = parse_granularity(granularity),
+                                      .mode = kernels::parse_mode(mode),
+                                      .granularity = kernels::parse_granularity(granularity),
                                       .group_size = group_size,
                                       .transposed = transposed,
                                       .scale_dtype = scale_dtype};

@@ -1,5 +1,5 @@
-// The Python module moq._C: a list. Each class has its own file beside this one; operators are registered by
-// csrc/library.cpp when this library is loaded.
+// The Python module moq._C: a list. Each class has its own file beside this one; operators are
+// registered by csrc/library.cpp when this library is loaded.
 #include <torch/csrc/utils/pybind.h>
 
 #include "csrc/bindings/bindings.h"

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "csrc/bindings/bindings.h"
-#include "csrc/trainer/grid_names.h"
+#include "kernels/common/grid_names.h"
 
 namespace moq::bindings {
 
@@ -32,9 +32,9 @@ void bind_trainer(pybind11::module_& m) {
                                        .simulated = std::move(simulated),
                                        .full_precision = std::move(full_precision),
                                        .block = block,
-                                       .granularity = trainer::parse_granularity(granularity),
-                                       .mode = trainer::parse_mode(mode),
-                                       .rounding = trainer::parse_rounding(rounding),
+                                       .granularity = kernels::parse_granularity(granularity),
+                                       .mode = kernels::parse_mode(mode),
+                                       .rounding = kernels::parse_rounding(rounding),
                                        .group_size = group_size,
                                        .transposed = transposed,
                                        .blend_steps = blend_steps,

@@ -15,6 +15,7 @@
 #include <span>
 #include <utility>
 
+#include "csrc/ops/quantizer.h"
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 
@@ -29,20 +30,6 @@ std::uint32_t hash_of(const std::string& name) {
     hash = (hash ^ static_cast<unsigned char>(character)) * 16777619U;
   }
   return hash;
-}
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "Trainer: dtype must be float32, float16 or bfloat16, got ",
-                       tensor.scalar_type());
-  }
 }
 
 void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
@@ -295,6 +282,9 @@ void Trainer::set_plan(DeviceGroup& group) const {
 kernels::FakeQuantizeTensor Trainer::describe(const QuantizedParameter& parameter) const {
   const std::int64_t row_dim = parameter.transposed ? 1 : 0;
   const at::Tensor& master = parameter.full_precision;
+  for (const at::Tensor* value : {&master, &parameter.simulated}) {
+    ops::check_float("Trainer", parameter.name.c_str(), value->scalar_type());
+  }
   return {.input = master.const_data_ptr(),
           .output = parameter.simulated.mutable_data_ptr(),
           .rows = master.size(row_dim),
@@ -305,10 +295,10 @@ kernels::FakeQuantizeTensor Trainer::describe(const QuantizedParameter& paramete
           .first_element = parameter.first_element,
           .unsharded_cols = parameter.unsharded_cols,
           .name_hash = hash_of(parameter.name),
-          .input_dtype = dtype_of(master),
-          .output_dtype = dtype_of(parameter.simulated),
+          .input_dtype = ops::dtype_of(master.scalar_type()),
+          .output_dtype = ops::dtype_of(parameter.simulated.scalar_type()),
           // Readers load scales in the model's dtype; only a scale of that dtype survives it.
-          .scale_dtype = dtype_of(parameter.simulated),
+          .scale_dtype = ops::dtype_of(parameter.simulated.scalar_type()),
           .granularity = parameter.granularity,
           .mode = parameter.mode,
           .rounding = parameter.rounding};

@@ -5,16 +5,16 @@
 #include "kernels/common/check.h"
 #include "kernels/fake_quantize.h"
 
-/// The words that name a grid at the boundary to Python.
-namespace moq::trainer {
+/// The words that name a grid at the boundary to Python and in files.
+namespace moq::kernels {
 
 /// "per_tensor", "per_channel" or "per_group". @throws moq::Error on any other string.
-inline kernels::Granularity parse_granularity(const std::string& name) {
-  if (name == "per_tensor") return kernels::Granularity::kPerTensor;
-  if (name == "per_channel") return kernels::Granularity::kPerChannel;
+inline Granularity parse_granularity(const std::string& name) {
+  if (name == "per_tensor") return Granularity::kPerTensor;
+  if (name == "per_channel") return Granularity::kPerChannel;
   MOQ_CHECK(name == "per_group", "granularity must be per_tensor, per_channel or per_group, got ",
             name);
-  return kernels::Granularity::kPerGroup;
+  return Granularity::kPerGroup;
 }
 
 /// "symmetric" or "asymmetric". @throws moq::Error on any other string.
@@ -31,4 +31,4 @@ inline Rounding parse_rounding(const std::string& name) {
   return Rounding::kStochastic;
 }
 
-}  // namespace moq::trainer
+}  // namespace moq::kernels

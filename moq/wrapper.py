@@ -1,0 +1,100 @@
+"""An optimizer around another one: what torch's tools need to take it for the inner one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """Shows the param groups, the very same dicts, and the defaults of `inner`.
+
+    Args:
+        inner: The optimizer that does the work.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        """Sets up hooks and profiling as torch does for an unpickled optimizer.
+
+        torch's own __init__ would make param groups of its own.
+        """
+        self.inner = inner
+        super().__setstate__({})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's param groups, with the model's parameters in them."""
+        return self.inner.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Default hyperparameters of the inner optimizer."""
+        return self.inner.defaults
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Yields the parameters of all param groups."""
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells GradScaler to leave unscaling and the overflow check to a fused inner optimizer."""
+        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    @contextmanager
+    def grad_scaling(self) -> Iterator[torch.Tensor | None]:
+        """Hands what GradScaler has set on this optimizer to the inner one.
+
+        Yields:
+            The tensor that is non-zero if the inner optimizer skips this step; None if it cannot.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or not self._step_supports_amp_scaling:
+            yield None
+            return
+        given = {"found_inf": found_inf, "grad_scale": getattr(self, "grad_scale", None)}
+        self.inner.__dict__.update(given)
+        try:
+            yield found_inf
+        finally:
+            for name in given:
+                del self.inner.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuses to be pickled or copied: masters belong to one model.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(f"{name} cannot be pickled or copied: use state_dict() or save()")
+
+
+def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int) -> None:
+    """Refuses what cannot be wrapped.
+
+    Raises:
+        TypeError: for an argument of another type.
+        ValueError: for an optimizer or a number of steps that cannot work, with the reason.
+    """
+    where = "MoQOptimizer"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{where}: optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int):
+        raise TypeError(f"{where}: total_steps must be an integer, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"{where}: total_steps must be at least 1, got {total_steps}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{where}: optimizer must take one gradient a step, got LBFGS: its line search "
+            "evaluates the loss at weights that are on no grid, so the curvature it collects is "
+            "not that of the simulated model; use AdamW, SGD or another first-order optimizer"
+        )
