@@ -11,6 +11,17 @@ TORCH_LIBRARY(moq, m) {
       "group_size=0, str mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int step=0, int "
       "name_hash=0, bool transposed=False, float blend_ratio=0.0, ScalarType? scale_dtype=None) -> "
       "Tensor");
+  // Many weights with one quantizer in one kernel call, into tensors of their shapes and strides.
+  // Bit widths (int32, 0 copies) and the random step (int64) are read on the device: a captured
+  // CUDA graph follows them. Without a gradient. (quant_mode is the others' mode, a name that torch
+  // keeps for itself in operators that write to their arguments.)
+  m.def(
+      "foreach_fake_quantize(Tensor[] weights, Tensor num_bits, *, str "
+      "granularity=\"per_channel\", "
+      "int group_size=0, str quant_mode=\"symmetric\", str rounding=\"nearest\", int seed=0, "
+      "Tensor? "
+      "step=None, int[] name_hashes=[], bool transposed=False, ScalarType? scale_dtype=None, "
+      "Tensor(a!)[] out) -> ()");
   // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1] or
   // [out, groups], and zero points of the scales' shape, int32.
   m.def(

@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "csrc/ops/quantizer.h"
 
 namespace moq::ops {
@@ -46,6 +48,77 @@ Tensor fake_quantize_meta(const Tensor& weight, std::int64_t num_bits, std::stri
   return at::empty_like(weight);
 }
 
+// ------------------------------------------------------------------------------------ many weights
+
+constexpr const char* kForeachName = "foreach_fake_quantize";
+
+void check_foreach(at::TensorList weights, const Tensor& num_bits,
+                   const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
+                   at::TensorList out, Quantizer quantizer) {
+  TORCH_CHECK_VALUE(out.size() == weights.size(), kForeachName,
+                    ": out must have one tensor a weight, got ", out.size(), " for ",
+                    weights.size());
+  TORCH_CHECK_VALUE(name_hashes.empty() || name_hashes.size() == weights.size(), kForeachName,
+                    ": name_hashes must have one hash a weight, got ", name_hashes.size(), " for ",
+                    weights.size());
+  TORCH_CHECK_TYPE(num_bits.scalar_type() == at::kInt, kForeachName,
+                   ": num_bits must be int32, got ", num_bits.scalar_type());
+  TORCH_CHECK_VALUE(num_bits.dim() == 1 && num_bits.sym_size(0) == weights.size(), kForeachName,
+                    ": num_bits must have shape [", weights.size(), "], got ",
+                    num_bits.sym_sizes());
+  TORCH_CHECK_TYPE(!step.has_value() || step->scalar_type() == at::kLong, kForeachName,
+                   ": step must be int64, got ", step->scalar_type());
+  TORCH_CHECK_VALUE(!step.has_value() || step->sym_numel() == 1, kForeachName,
+                    ": step must have one element, got ", step->sym_sizes());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    quantizer.name_hash = name_hashes.empty() ? 0 : name_hashes[i];
+    check_quantizer(kForeachName, weights[i], quantizer);
+    check_float(kForeachName, "out", out[i].scalar_type());
+    TORCH_CHECK_VALUE(out[i].sym_sizes() == weights[i].sym_sizes() &&
+                          out[i].sym_strides() == weights[i].sym_strides(),
+                      kForeachName, ": out must have its weight's shape and strides ",
+                      weights[i].sym_sizes(), " and ", weights[i].sym_strides(), ", got ",
+                      out[i].sym_sizes(), " and ", out[i].sym_strides());
+    for (const Tensor& other : {weights[i], out[i], step.value_or(num_bits)}) {
+      TORCH_CHECK_VALUE(other.device() == num_bits.device(), kForeachName,
+                        ": all tensors must be on the device of num_bits, ", num_bits.device(),
+                        ", got ", other.device());
+    }
+  }
+}
+
+void foreach_fake_quantize(at::TensorList weights, const Tensor& num_bits,
+                           std::string_view granularity, std::int64_t group_size,
+                           std::string_view mode, std::string_view rounding, std::int64_t seed,
+                           const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
+                           bool transposed, std::optional<at::ScalarType> scale_dtype,
+                           at::TensorList out) {
+  Quantizer quantizer{kMaxBits, granularity, group_size, mode, rounding,   seed,
+                      0,        0,           transposed, 0.0,  scale_dtype};
+  check_foreach(weights, num_bits, step, name_hashes, out, quantizer);
+  std::vector<kernels::FakeQuantizeTensor> matrices;
+  matrices.reserve(weights.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    quantizer.name_hash = name_hashes.empty() ? 0 : name_hashes[i];
+    matrices.push_back(describe(weights[i], quantizer));
+    matrices.back().output = out[i].mutable_data_ptr();
+    matrices.back().output_dtype = dtype_of(out[i].scalar_type());
+  }
+  run_fake_quantize(num_bits.device(), matrices, seed,
+                    {num_bits.contiguous(), Tensor(), step.value_or(Tensor())});
+}
+
+void foreach_fake_quantize_meta(at::TensorList weights, const Tensor& num_bits,
+                                std::string_view granularity, std::int64_t group_size,
+                                std::string_view mode, std::string_view rounding, std::int64_t seed,
+                                const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
+                                bool transposed, std::optional<at::ScalarType> scale_dtype,
+                                at::TensorList out) {
+  check_foreach(weights, num_bits, step, name_hashes, out,
+                {kMaxBits, granularity, group_size, mode, rounding, seed, 0, 0, transposed, 0.0,
+                 scale_dtype});
+}
+
 // ---------------------------------------------------------------------------------------- autograd
 
 /// Straight-through estimator: d output / d weight is taken to be 1, which is differentiable again.
@@ -83,16 +156,19 @@ Tensor fake_quantize_autograd(const Tensor& weight, std::int64_t num_bits,
 
 TORCH_LIBRARY_IMPL(moq, CPU, m) {
   m.impl(kName, fake_quantize);
+  m.impl(kForeachName, foreach_fake_quantize);
 }
 
 #if defined(MOQ_WITH_CUDA)
 TORCH_LIBRARY_IMPL(moq, CUDA, m) {
   m.impl(kName, fake_quantize);
+  m.impl(kForeachName, foreach_fake_quantize);
 }
 #endif
 
 TORCH_LIBRARY_IMPL(moq, Meta, m) {
   m.impl(kName, fake_quantize_meta);
+  m.impl(kForeachName, foreach_fake_quantize_meta);
 }
 
 TORCH_LIBRARY_IMPL(moq, Autograd, m) {

@@ -1,13 +1,15 @@
 #include "csrc/ops/quantizer.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
 
 #include "kernels/common/parallel.h"
 
 #if defined(MOQ_WITH_CUDA)
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -26,29 +28,6 @@ Granularity granularity_of(std::string_view name) {
          : name == "per_channel" ? Granularity::kPerChannel
                                  : Granularity::kPerGroup;
 }
-
-#if defined(MOQ_WITH_CUDA)
-/// The kernel reads what may change between replays of a graph from device memory.
-void run_on_cuda(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
-                 const Quantizer& quantizer) {
-  const c10::cuda::CUDAGuard guard(weight.device());
-  const auto options = weight.options();
-  const at::Tensor num_bits = at::full({1}, quantizer.num_bits, options.dtype(at::kInt));
-  const at::Tensor blend_ratio = at::full({1}, quantizer.blend_ratio, options.dtype(at::kFloat));
-  const at::Tensor step = at::full({1}, quantizer.step, options.dtype(at::kLong));
-  const std::span<const kernels::FakeQuantizeTensor> tensors(&matrix, 1);
-  const auto bytes =
-      static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(tensors));
-  const at::Tensor workspace = at::empty({bytes}, options.dtype(at::kByte));
-  kernels::cuda::fake_quantize({.tensors = tensors,
-                                .num_bits = num_bits.const_data_ptr<std::int32_t>(),
-                                .blend_ratio = blend_ratio.const_data_ptr<float>(),
-                                .seed = static_cast<std::uint64_t>(quantizer.seed),
-                                .step = step.const_data_ptr<std::int64_t>(),
-                                .workspace = workspace.mutable_data_ptr()},
-                               c10::cuda::getCurrentCUDAStream());
-}
-#endif
 
 }  // namespace
 
@@ -141,21 +120,38 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
           .rounding = quantizer.rounding == "nearest" ? Rounding::kNearest : Rounding::kStochastic};
 }
 
-void run_fake_quantize([[maybe_unused]] const at::Tensor& weight,
-                       const kernels::FakeQuantizeTensor& matrix, const Quantizer& quantizer) {
+void run_fake_quantize([[maybe_unused]] const at::Device& device,
+                       std::span<const kernels::FakeQuantizeTensor> matrices, std::int64_t seed,
+                       const StepTensors& step) {
+  kernels::FakeQuantizeArgs args{
+      .tensors = matrices,
+      .num_bits = step.num_bits.const_data_ptr<std::int32_t>(),
+      .blend_ratio =
+          step.blend_ratio.defined() ? step.blend_ratio.const_data_ptr<float>() : nullptr,
+      .seed = static_cast<std::uint64_t>(seed),
+      .step = step.step.defined() ? step.step.const_data_ptr<std::int64_t>() : nullptr};
 #if defined(MOQ_WITH_CUDA)
-  if (weight.is_cuda()) {
-    return run_on_cuda(weight, matrix, quantizer);
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    const auto bytes =
+        static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(matrices));
+    const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(device).dtype(at::kByte));
+    args.workspace = workspace.mutable_data_ptr();
+    kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream());
+    return;
   }
 #endif
   const kernels::ThreadScope threads(at::get_num_threads());
-  const auto num_bits = static_cast<std::int32_t>(quantizer.num_bits);
-  const auto blend_ratio = static_cast<float>(quantizer.blend_ratio);
-  kernels::cpu::fake_quantize({.tensors = {&matrix, 1},
-                               .num_bits = &num_bits,
-                               .blend_ratio = &blend_ratio,
-                               .seed = static_cast<std::uint64_t>(quantizer.seed),
-                               .step = &quantizer.step});
+  kernels::cpu::fake_quantize(args);
+}
+
+void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
+                       const Quantizer& quantizer) {
+  const auto options = at::TensorOptions(weight.device());
+  run_fake_quantize(weight.device(), {&matrix, 1}, quantizer.seed,
+                    {at::full({1}, quantizer.num_bits, options.dtype(at::kInt)),
+                     at::full({1}, quantizer.blend_ratio, options.dtype(at::kFloat)),
+                     at::full({1}, quantizer.step, options.dtype(at::kLong))});
 }
 
 }  // namespace moq::ops

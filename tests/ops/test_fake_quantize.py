@@ -132,6 +132,77 @@ def test_the_second_derivative_is_that_of_the_identity_at_the_simulated_weight()
     torch.testing.assert_close(second, 6 * fake_quantize(weight, 8).detach())
 
 
+# ------------------------------------------------------------------------------ many weights
+
+
+def test_many_weights_in_one_call_equal_each_alone(device):
+    weights = [random_weight(5 + i, 32, seed=i).to(device) for i in range(9)]
+    num_bits = torch.tensor([8, 4, 0, 2, 16, 3, 8, 8, 5], dtype=torch.int32, device=device)
+    out = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+    torch.ops.moq.foreach_fake_quantize(
+        weights,
+        num_bits,
+        rounding="stochastic",
+        seed=9,
+        step=torch.tensor([4], device=device),
+        name_hashes=list(range(9)),
+        out=out,
+    )
+    for i, (weight, bits, actual) in enumerate(zip(weights, num_bits.tolist(), out, strict=True)):
+        arguments = dict(rounding="stochastic", seed=9, step=4, name_hash=i)
+        alone = fake_quantize(weight, bits, **arguments) if bits else weight
+        assert_same_bits(actual, alone.bfloat16())
+
+
+def test_a_captured_graph_follows_the_bit_widths(device):
+    if device == "cpu":
+        pytest.skip("the CPU has no graphs")
+    weight = random_weight(40, 70).to(device)
+    num_bits = torch.tensor([8], dtype=torch.int32, device=device)
+    out = torch.empty_like(weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.moq.foreach_fake_quantize([weight], num_bits, granularity="per_tensor", out=[out])
+    for bits in (8, 5):
+        num_bits.fill_(bits)
+        graph.replay()
+        assert_same_bits(out, fake_quantize(weight, bits, granularity="per_tensor"))
+
+
+WEIGHT = torch.zeros(3, 4)
+FOREACH_ERRORS = [
+    (dict(out=[]), ValueError, "out must have one tensor a weight, got 0 for 1"),
+    (dict(out=[torch.zeros(4, 3).t()]), ValueError, "out must have its weight's shape and strides"),
+    (dict(out=[WEIGHT.int()]), TypeError, "out must be float32, .* got Int"),
+    (dict(num_bits=torch.tensor([8])), TypeError, "num_bits must be int32, got Long"),
+    (dict(num_bits=torch.zeros(2).int()), ValueError, r"num_bits must have shape \[1\], got \[2\]"),
+    (dict(step=torch.zeros(1)), TypeError, "step must be int64, got Float"),
+    (dict(step=torch.zeros(2).long()), ValueError, r"step must have one element, got \[2\]"),
+    (dict(name_hashes=[1, 2]), ValueError, "name_hashes must have one hash a weight, got 2 for 1"),
+    (dict(weights=[WEIGHT[0]], out=[WEIGHT[0]]), ValueError, "weight must be a matrix"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), FOREACH_ERRORS)
+def test_foreach_refuses_what_does_not_fit_together(arguments, error, message):
+    call = dict(
+        weights=[WEIGHT], num_bits=torch.tensor([8], dtype=torch.int32), out=[WEIGHT.clone()]
+    )
+    with pytest.raises(error, match=f"^foreach_fake_quantize: {message}"):
+        torch.ops.moq.foreach_fake_quantize(**(call | arguments))
+
+
+def test_foreach_refuses_a_bit_width_without_a_grid():
+    with pytest.raises(
+        RuntimeError, match=r"num_bits of tensor 0 must be 0 or in \[2, 16\], got 1"
+    ):
+        torch.ops.moq.foreach_fake_quantize(
+            [WEIGHT], torch.tensor([1], dtype=torch.int32), out=[WEIGHT.clone()]
+        )
+
+
+# ------------------------------------------------------------------------------------- errors
+
 ERRORS = [
     (dict(num_bits=1), ValueError, r"num_bits must be in \[2, 16\], got 1"),
     (dict(num_bits=17), ValueError, r"num_bits must be in \[2, 16\], got 17"),
