@@ -116,9 +116,8 @@ def load_decoder() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     model.load_state_dict(_decoder_state(reader, config), strict=True, assign=True)
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=DECODER_GGUF)
-    tokenizer.clean_up_tokenization_spaces = (
-        False  # made for WordPiece; it would strip BPE's spaces
-    )
+    # A clean-up made for WordPiece, which would strip the spaces of a BPE vocabulary.
+    tokenizer.clean_up_tokenization_spaces = False
     return model, tokenizer
 
 

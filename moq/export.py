@@ -176,7 +176,7 @@ def _write_shards(
 
 def save_generation_config(directory: Path, model: torch.nn.Module) -> None:
     """Saves a Hugging Face model's generation defaults, if it has any."""
-    if isinstance(model, transformers.PreTrainedModel) and model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
 
 
