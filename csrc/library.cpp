@@ -16,12 +16,10 @@ TORCH_LIBRARY(moq, m) {
   // CUDA graph follows them. Without a gradient. (quant_mode is the others' mode, a name that torch
   // keeps for itself in operators that write to their arguments.)
   m.def(
-      "foreach_fake_quantize(Tensor[] weights, Tensor num_bits, *, str "
-      "granularity=\"per_channel\", "
-      "int group_size=0, str quant_mode=\"symmetric\", str rounding=\"nearest\", int seed=0, "
-      "Tensor? "
-      "step=None, int[] name_hashes=[], bool transposed=False, ScalarType? scale_dtype=None, "
-      "Tensor(a!)[] out) -> ()");
+      "foreach_fake_quantize(Tensor[] weights, Tensor num_bits, *, "
+      "str granularity=\"per_channel\", int group_size=0, str quant_mode=\"symmetric\", "
+      "str rounding=\"nearest\", int seed=0, Tensor? step=None, int[] name_hashes=[], "
+      "bool transposed=False, ScalarType? scale_dtype=None, Tensor(a!)[] out) -> ()");
   // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1] or
   // [out, groups], and zero points of the scales' shape, int32.
   m.def(

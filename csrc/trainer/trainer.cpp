@@ -17,20 +17,12 @@
 
 #include "csrc/ops/quantizer.h"
 #include "kernels/common/check.h"
+#include "kernels/common/name_hash.h"
 #include "kernels/common/parallel.h"
 
 namespace moq::trainer {
 
 namespace {
-
-/// FNV-1a, 32 bits. Source: draft-eastlake-fnv.
-std::uint32_t hash_of(const std::string& name) {
-  std::uint32_t hash = 2166136261U;
-  for (const char character : name) {
-    hash = (hash ^ static_cast<unsigned char>(character)) * 16777619U;
-  }
-  return hash;
-}
 
 void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
   if (device.is_cpu()) {
@@ -294,7 +286,7 @@ kernels::FakeQuantizeTensor Trainer::describe(const QuantizedParameter& paramete
           .group_size = parameter.group_size,
           .first_element = parameter.first_element,
           .unsharded_cols = parameter.unsharded_cols,
-          .name_hash = hash_of(parameter.name),
+          .name_hash = name_hash(parameter.name),
           .input_dtype = ops::dtype_of(master.scalar_type()),
           .output_dtype = ops::dtype_of(parameter.simulated.scalar_type()),
           // Readers load scales in the model's dtype; only a scale of that dtype survives it.

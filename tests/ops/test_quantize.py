@@ -147,6 +147,17 @@ def test_strided_tokens_give_what_their_copies_give(device):
         assert_same_bits(actual, expected)
 
 
+def test_the_int8_linear_multiplies_exactly_these_codes():
+    tokens, weight = random_tokens(5, 67), random_weight(29, 67)
+    input_codes, input_scales = ops.quantize_activation(tokens)
+    codes, scales, _ = ops.quantize(weight, 8)
+    products = input_codes.long() @ codes.long().t()
+    expected = products.double() * input_scales.double() * scales.double().t()
+    actual = ops.linear(tokens, ops.pack_linear(codes, scales), 29, input_mode="dynamic_int8")
+    # The product of the integers is exact; only the multiplications by the scales round.
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-22, atol=0.0)
+
+
 def test_the_gradient_of_a_dynamic_token_passes_straight_through():
     tokens = random_tokens(3, 5).requires_grad_()
     upstream = random_tokens(3, 5) + 1
