@@ -80,7 +80,10 @@ struct LinearArgs {
   std::int64_t residual_stride = 0;
   InputMode input_mode = InputMode::kFloat32;
   float input_scale = 0.0F;  ///< step size of kStaticInt8, > 0
-  float* output = nullptr;   ///< [m, n]; must not overlap `input`
+  /// kDynamicInt8: [m], the absmax that each row's grid is made for, where `input` is a part of
+  /// longer rows (row-parallel layers); null: the row's own.
+  const float* input_absmax = nullptr;
+  float* output = nullptr;  ///< [m, n]; must not overlap `input`
   std::int64_t output_stride = 0;
 };
 
@@ -124,7 +127,8 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
 /// Runs on up to num_threads() threads (kernels/common/parallel.h).
 /// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
 ///         packed weight that is not aligned, an INT8 input mode with float weights, kStaticInt8
-///         without a positive, finite scale, or an activation over a residual that is the output.
+///         without a positive, finite scale, input_absmax without kDynamicInt8, or an activation
+///         over a residual that is the output.
 void linear(const LinearArgs& args);
 
 }  // namespace cpu

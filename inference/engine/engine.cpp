@@ -29,40 +29,26 @@ Json read_json(const std::filesystem::path& path) {
   return Json::parse(checkpoint::read_text_file(path), path.filename().string());
 }
 
-/// Whether the layers' projections read 8-bit activations: the caller's wish, or what the
-/// checkpoint was trained for.
-kernels::InputMode input_mode(const Json& config, const std::optional<std::string>& activations) {
-  if (activations.has_value()) {
-    MOQ_CHECK(*activations == "dynamic",
-              "engine: activations must be None or \"dynamic\" on the "
-              "CPU, got \"",
-              *activations, "\"");
-    return kernels::InputMode::kDynamicInt8;
-  }
+/// Whether the checkpoint's int-quantized weights were trained with INT8 activations, one scale per
+/// token.
+bool has_dynamic_activations(const Json& config) {
   const Json* quantization = config.find("quantization_config");
   const Json* groups = quantization == nullptr ? nullptr : quantization->find("config_groups");
   if (groups == nullptr) {
-    return kernels::InputMode::kFloat32;
+    return false;
   }
-  std::size_t dynamic = 0;
-  const Json::Object& all = groups->as_object("config.json: config_groups");
-  for (const auto& [name, group] : all) {
+  bool dynamic = false;
+  for (const auto& [name, group] : groups->as_object("config.json: config_groups")) {
     const Json* input = group.find("input_activations");
-    if (input == nullptr || input->is_null()) {
-      continue;
+    if (input != nullptr && !input->is_null()) {
+      const std::string where = "config.json: " + name + ".input_activations";
+      MOQ_CHECK(input->at("num_bits", where).as_integer(where) == 8 &&
+                    input->at("dynamic", where).as_boolean(where),
+                where, " must be dynamic and of 8 bits, got ", input->dump());
+      dynamic = true;
     }
-    const std::string where = "config.json: " + name + ".input_activations";
-    MOQ_CHECK(input->at("num_bits", where).as_integer(where) == 8 &&
-                  input->at("dynamic", where).as_boolean(where),
-              where, " must be dynamic 8-bit, got ", input->dump());
-    ++dynamic;
   }
-  MOQ_CHECK(dynamic == 0 || dynamic == all.size(),
-            "config.json: either all or none of the "
-            "config_groups must have input_activations, got ",
-            dynamic, " of ", all.size(),
-            ": pass activations=\"dynamic\" to run all layers with them");
-  return dynamic > 0 ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
+  return dynamic;
 }
 
 void check_quantization(const Json& config) {
@@ -72,8 +58,8 @@ void check_quantization(const Json& config) {
   }
   const std::string where = "config.json: quantization_config";
   const std::string& method = quantization->at("quant_method", where).as_string(where);
-  MOQ_CHECK(method == "compressed-tensors", where,
-            ".quant_method must be compressed-tensors, got \"", method,
+  MOQ_CHECK(method == "compressed-tensors" || method == "moq", where,
+            ".quant_method must be compressed-tensors or moq, got \"", method,
             "\": export the model with moq, or load the unquantized one with dtype=\"int8\"");
 }
 
@@ -82,6 +68,9 @@ void check_quantization(const Json& config) {
 Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   MOQ_CHECK(std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
             directory.string());
+  MOQ_CHECK(options.activations.value_or("dynamic") == "dynamic",
+            "engine: activations must be None or \"dynamic\" on the CPU, got \"",
+            *options.activations, "\"");
   const Json config = read_json(directory / "config.json");
   check_quantization(config);
   auto files = std::make_shared<const Checkpoint>(Checkpoint::open(directory));
@@ -95,15 +84,20 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
                    {.dtype = options.dtype.has_value() ? parse_weight_dtype(*options.dtype)
                                                        : WeightDtype::kAsStored,
                     .quantize_head = options.quantize_head,
+                    .dynamic_activations = options.activations.has_value(),
+                    .int_quantized_is_dynamic = has_dynamic_activations(config),
                     .rank = communicator->rank(),
                     .size = communicator->size()});
-  return {Transformer(parameters.spec(), std::move(weights), std::move(communicator),
-                      input_mode(config, options.activations)),
-          policy.name};
+  return {Transformer(parameters.spec(), std::move(weights), std::move(communicator)), policy.name};
 }
 
 std::string Engine::activations() const {
-  return model_.input_mode() == kernels::InputMode::kDynamicInt8 ? "dynamic" : "weight_only";
+  const auto& layers = model_.weights().layers;
+  const bool dynamic = std::any_of(layers.begin(), layers.end(), [](const Layer& layer) {
+    return layer.up.input_mode == kernels::InputMode::kDynamicInt8 ||
+           layer.qkv.input_mode == kernels::InputMode::kDynamicInt8;
+  });
+  return dynamic ? "dynamic" : "weight_only";
 }
 
 std::string Engine::weight_format() const {

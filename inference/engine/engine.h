@@ -44,7 +44,7 @@ class Engine {
   const ModelSpec& spec() const { return model_.spec(); }
   const Transformer& model() const { return model_; }
   const std::string& policy_name() const { return policy_name_; }
-  std::string activations() const;    ///< "weight_only" or "dynamic"
+  std::string activations() const;    ///< "dynamic" if any layer reads INT8, or "weight_only"
   std::string weight_format() const;  ///< of the layers' projections
   std::string head_format() const;    ///< of the language-model head; empty without one
 

@@ -70,11 +70,8 @@ void TokenBatch::append(std::span<const std::int64_t> token_ids, std::int64_t sl
 }
 
 Transformer::Transformer(ModelSpec spec, Weights weights,
-                         std::shared_ptr<Communicator> communicator, kernels::InputMode input_mode)
-    : spec_(std::move(spec)),
-      weights_(std::move(weights)),
-      communicator_(std::move(communicator)),
-      input_mode_(input_mode) {
+                         std::shared_ptr<Communicator> communicator)
+    : spec_(std::move(spec)), weights_(std::move(weights)), communicator_(std::move(communicator)) {
   if (spec_.positions == PositionKind::kAlibi) {
     const std::vector<float> all = alibi_slopes(spec_.num_heads);
     const Range heads = weights_.heads.query_heads;
@@ -287,16 +284,15 @@ void Transformer::normalize_heads(const Norm& norm, std::int64_t first_head,
 void Transformer::project(const float* input, const Linear& linear, float* output,
                           std::int64_t rows, kernels::Activation activation) const {
   const kernels::LinearShape& shape = linear.weight.shape;
-  cpu::linear(
-      {.input = input,
-       .m = rows,
-       .input_stride = shape.k,
-       .weight = linear.weight,
-       .bias = linear.bias_or_null(),
-       .activation = activation,
-       .input_mode = kernels::is_integer(shape.format) ? input_mode_ : kernels::InputMode::kFloat32,
-       .output = output,
-       .output_stride = shape.n});
+  cpu::linear({.input = input,
+               .m = rows,
+               .input_stride = shape.k,
+               .weight = linear.weight,
+               .bias = linear.bias_or_null(),
+               .activation = activation,
+               .input_mode = linear.input_mode,
+               .output = output,
+               .output_stride = shape.n});
 }
 
 /// residual += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the
@@ -304,21 +300,39 @@ void Transformer::project(const float* input, const Linear& linear, float* outpu
 void Transformer::project_and_add(const float* input, const Linear& linear, float* residual) {
   const bool root = communicator_->rank() == 0;
   const kernels::LinearShape& shape = linear.weight.shape;
-  cpu::linear(
-      {.input = input,
-       .m = num_tokens_,
-       .input_stride = shape.k,
-       .weight = linear.weight,
-       .bias = root ? linear.bias_or_null() : nullptr,
-       .residual = root ? residual : nullptr,
-       .residual_stride = root ? shape.n : 0,
-       .input_mode = kernels::is_integer(shape.format) ? input_mode_ : kernels::InputMode::kFloat32,
-       .output = residual,
-       .output_stride = shape.n});
+  cpu::linear({.input = input,
+               .m = num_tokens_,
+               .input_stride = shape.k,
+               .weight = linear.weight,
+               .bias = root ? linear.bias_or_null() : nullptr,
+               .residual = root ? residual : nullptr,
+               .residual_stride = root ? shape.n : 0,
+               .input_mode = linear.input_mode,
+               .input_absmax = shared_absmax(input, linear),
+               .output = residual,
+               .output_stride = shape.n});
   if (communicator_->size() > 1) {
     at::Tensor sum = at::from_blob(residual, {num_tokens_, shape.n}, at::kFloat);
     communicator_->all_reduce_sum(sum);
   }
+}
+
+/// Absmax of whole rows of an input that is split over the ranks, so that all round it to one grid;
+/// null where a row needs no grid, or is whole here.
+const float* Transformer::shared_absmax(const float* input, const Linear& linear) {
+  if (communicator_->size() == 1 || linear.input_mode != kernels::InputMode::kDynamicInt8) {
+    return nullptr;
+  }
+  const std::int64_t k = linear.weight.shape.k;
+  absmax_.assign(static_cast<std::size_t>(num_tokens_), 0.0F);
+  for (std::int64_t i = 0; i < num_tokens_ * k; ++i) {
+    float& largest = absmax_[static_cast<std::size_t>(i / k)];
+    const float magnitude = std::fabs(input[i]);
+    largest = magnitude <= largest ? largest : magnitude;  // a NaN is kept
+  }
+  at::Tensor shared = at::from_blob(absmax_.data(), {num_tokens_}, at::kFloat);
+  communicator_->all_reduce_max(shared);
+  return absmax_.data();
 }
 
 const float* Transformer::logits(std::span<const std::int64_t> rows) {

@@ -47,14 +47,11 @@ class TokenBatch {
 /// gets the same results. Not thread-safe; kernels run on the caller's ThreadScope.
 class Transformer {
  public:
-  /// @param input_mode  how the layers' projections read their inputs (integer weights only)
-  Transformer(ModelSpec spec, Weights weights, std::shared_ptr<Communicator> communicator,
-              kernels::InputMode input_mode);
+  Transformer(ModelSpec spec, Weights weights, std::shared_ptr<Communicator> communicator);
 
   const ModelSpec& spec() const { return spec_; }
   const Weights& weights() const { return weights_; }
   Communicator& communicator() const { return *communicator_; }
-  kernels::InputMode input_mode() const { return input_mode_; }
 
   /// A cache for this rank's heads.
   KvCache make_cache(std::int64_t num_slots, std::int64_t capacity) const;
@@ -93,6 +90,7 @@ class Transformer {
   void project(const float* input, const Linear& linear, float* output, std::int64_t rows,
                kernels::Activation activation = kernels::Activation::kNone) const;
   void project_and_add(const float* input, const Linear& linear, float* residual);
+  const float* shared_absmax(const float* input, const Linear& linear);
   void check(const TokenBatch& batch, const KvCache* cache) const;
   void prepare_positions(const TokenBatch& batch);
 
@@ -103,7 +101,6 @@ class Transformer {
   ModelSpec spec_;
   Weights weights_;
   std::shared_ptr<Communicator> communicator_;
-  kernels::InputMode input_mode_;
 
   std::int64_t rope_positions_ = 0;  ///< positions that the tables cover so far
   std::vector<float> rope_cos_;      ///< [rope_positions_, rotary_dim / 2]
@@ -116,16 +113,17 @@ class Transformer {
   std::int64_t num_tokens_ = 0;  ///< of the last batch
   std::int64_t max_tokens_ = 0;
   std::int64_t max_logit_rows_ = 0;
-  AlignedBuffer x_;         ///< [hidden_size], the residual stream
-  AlignedBuffer normed_;    ///< [hidden_size]
-  AlignedBuffer ffn_in_;    ///< [hidden_size], parallel residual only
-  AlignedBuffer qkv_;       ///< [q | k | v]
-  AlignedBuffer attended_;  ///< [query heads, head_dim]
-  AlignedBuffer up_;        ///< [ffn columns], or [gate | up]
-  AlignedBuffer gated_;     ///< [ffn columns]
-  AlignedBuffer head_in_;   ///< [logit rows, hidden_size]
-  AlignedBuffer logits_;    ///< [logit rows, this rank's vocabulary]
-  at::Tensor gathered_;     ///< [logit rows, vocab_size]
+  AlignedBuffer x_;            ///< [hidden_size], the residual stream
+  AlignedBuffer normed_;       ///< [hidden_size]
+  AlignedBuffer ffn_in_;       ///< [hidden_size], parallel residual only
+  AlignedBuffer qkv_;          ///< [q | k | v]
+  AlignedBuffer attended_;     ///< [query heads, head_dim]
+  AlignedBuffer up_;           ///< [ffn columns], or [gate | up]
+  AlignedBuffer gated_;        ///< [ffn columns]
+  AlignedBuffer head_in_;      ///< [logit rows, hidden_size]
+  AlignedBuffer logits_;       ///< [logit rows, this rank's vocabulary]
+  std::vector<float> absmax_;  ///< of the rows that ranks share, for INT8 activations
+  at::Tensor gathered_;        ///< [logit rows, vocab_size]
 };
 
 }  // namespace moq::inference

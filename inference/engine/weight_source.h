@@ -49,6 +49,7 @@ class WeightSource {
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
   bool quantized() const { return num_bits_ > 0; }
+  bool packed() const { return packed_; }     ///< pack-quantized
   int num_bits() const { return num_bits_; }  ///< width of the stored codes; 0: not quantized
   std::int64_t group_size() const { return group_size_; }  ///< columns per scale
   bool asymmetric() const { return zero_point_ != nullptr; }

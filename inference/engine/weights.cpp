@@ -151,6 +151,8 @@ class Loader {
   Linear load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const;
   Linear load_whole(Module module) const;
   Linear load_head(const Weights& weights) const;
+  kernels::InputMode input_mode_of(const std::vector<RowSlice>& slices,
+                                   const kernels::LinearShape& shape) const;
   kernels::LinearShape shape_of(const std::vector<RowSlice>& slices, Range cols,
                                 bool quantize) const;
 
@@ -316,6 +318,28 @@ kernels::LinearShape Loader::shape_of(const std::vector<RowSlice>& slices, Range
   return shape;
 }
 
+/// How the projection reads its input: as the caller asked, or as all of its parts were trained.
+kernels::InputMode Loader::input_mode_of(const std::vector<RowSlice>& slices,
+                                         const kernels::LinearShape& shape) const {
+  if (!kernels::is_integer(shape.format)) {
+    return kernels::InputMode::kFloat32;
+  }
+  bool dynamic = options_.dynamic_activations;
+  if (!dynamic && options_.int_quantized_is_dynamic) {
+    const auto trained = [](const RowSlice& slice) {
+      return slice.source->quantized() && !slice.source->packed();
+    };
+    dynamic = trained(slices.front());
+    for (const RowSlice& slice : slices) {
+      MOQ_CHECK(trained(slice) == dynamic,
+                "weights: projections that are computed together must "
+                "agree on INT8 activations, got ",
+                slices.front().source->name(), " and ", slice.source->name());
+    }
+  }
+  return dynamic ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
+}
+
 Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const {
   const kernels::LinearShape shape = shape_of(slices, cols, quantize);
   const bool integers = kernels::is_integer(shape.format);
@@ -357,6 +381,7 @@ Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool
       linear.bias.insert(linear.bias.end(), bias.begin(), bias.end());
     }
   }
+  linear.input_mode = input_mode_of(slices, shape);
   linear.storage = AlignedBuffer(kernels::cpu::packed_linear_size(shape));
   linear.weight = {.shape = shape, .data = linear.storage.data()};
   kernels::cpu::pack_linear({.shape = shape,

@@ -21,6 +21,7 @@ struct Linear {
   kernels::PackedLinear weight;  ///< a view of `storage`
   AlignedBuffer storage;
   std::vector<float> bias;  ///< [n], or empty
+  kernels::InputMode input_mode = kernels::InputMode::kFloat32;
 
   const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
 };
@@ -90,6 +91,9 @@ struct LoadOptions {
   /// Whether kInt8 quantizes a head that is stored as floats; nullopt: unless the checkpoint is a
   /// quantized one, which is taken as it is.
   std::optional<bool> quantize_head;
+  bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
+  /// int-quantized weights read INT8 activations, as the checkpoint says.
+  bool int_quantized_is_dynamic = false;
   int rank = 0;
   int size = 1;
 };

@@ -37,6 +37,8 @@ void check(const LinearArgs& args) {
   MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 ||
                 (args.input_scale > 0.0F && std::isfinite(args.input_scale)),
             "linear: input_scale must be positive and finite, got ", args.input_scale);
+  MOQ_CHECK(args.input_absmax == nullptr || args.input_mode == InputMode::kDynamicInt8,
+            "linear: input_absmax needs the dynamic INT8 input mode, got another");
   MOQ_CHECK(args.activation == Activation::kNone || args.residual == nullptr ||
                 args.residual != args.output,
             "linear: the residual may be the output only without an activation, got ",
@@ -166,14 +168,16 @@ void linear_integer(const LinearArgs& args) {
   for (std::int64_t row = 0; row < args.m; row += capacity) {
     const std::int64_t rows = std::min(capacity, args.m - row);
     for_tiles(rows, format.tile_rows, layout.padded_cols, [&](std::int64_t i, std::int64_t count) {
-      const SplitArgs split = {.input = args.input + (row + i) * args.input_stride,
-                               .input_stride = args.input_stride,
-                               .rows = count,
-                               .mode = args.input_mode,
-                               .input_scale = args.input_scale,
-                               .output = {.digits = input.digits + i * row_bytes,
-                                          .sums = input.sums + i * layout.pieces,
-                                          .units = input.units + i}};
+      const SplitArgs split = {
+          .input = args.input + (row + i) * args.input_stride,
+          .input_stride = args.input_stride,
+          .rows = count,
+          .mode = args.input_mode,
+          .input_scale = args.input_scale,
+          .input_absmax = args.input_absmax == nullptr ? nullptr : args.input_absmax + row + i,
+          .output = {.digits = input.digits + i * row_bytes,
+                     .sums = input.sums + i * layout.pieces,
+                     .units = input.units + i}};
       MOQ_DISPATCH_ISA(split_rows, split, layout);
     });
     const IntegerMultiplyArgs multiply = {

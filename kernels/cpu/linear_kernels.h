@@ -36,8 +36,9 @@ struct SplitArgs {
   std::int64_t input_stride;
   std::int64_t rows;
   InputMode mode;
-  float input_scale;  ///< of kStaticInt8
-  DigitRows output;   ///< where this tile's go
+  float input_scale;          ///< of kStaticInt8
+  const float* input_absmax;  ///< of kDynamicInt8: [rows], or null
+  DigitRows output;           ///< where this tile's go
 };
 
 /// Where the results of a batch of rows go; each pointer is that of the batch's first row.

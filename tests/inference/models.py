@@ -136,7 +136,7 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """The random model of that name, the same each time, with norms and biases that do something."""
+    """The random model of that name, the same each time, its norms and biases not trivial."""
     torch.manual_seed(sum(map(ord, name)))
     model = (DECODERS | ENCODERS)[name]().eval()
     with torch.no_grad():

@@ -54,7 +54,7 @@ InputGrid exact_grid(GroupStatistics row) {
 }
 
 InputGrid int8_grid(const GridParams& grid) {
-  if (std::isnan(grid.scale)) {
+  if (!std::isfinite(grid.scale)) {
     return kNoResult;
   }
   return {grid.inverse_scale, 1.0F, static_cast<float>(grid.range.qmax), grid.scale};
@@ -255,7 +255,10 @@ void split_rows(const SplitArgs& args, const IntegerLayout& layout) {
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const float* input = args.input + row * args.input_stride;
     const InputGrid grid =
-        input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale);
+        args.input_absmax != nullptr
+            ? int8_grid(make_grid(-args.input_absmax[row], args.input_absmax[row], 8,
+                                  QuantMode::kSymmetric, DType::kFloat32))
+            : input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale);
     args.output.units[row] = grid.unit;
     auto* vectors = reinterpret_cast<Digit*>(args.output.digits) + row * digits * kStepCols;
     double* sums = args.output.sums + row * layout.pieces;

@@ -348,5 +348,14 @@ TEST(Linear, SaturatesAnInfinityOnAStaticGrid) {
   EXPECT_EQ(problem.run(InputMode::kStaticInt8), expected);
 }
 
+TEST(Linear, RoundsAPartOfARowToTheGridOfTheWholeRow) {
+  const LinearProblem problem = LinearProblem::random(3, 40, 50);
+  const std::vector<float> absmax = {127.0F * 0.02F, 127.0F * 0.02F, 127.0F * 0.02F};
+  std::vector<float> output(3 * 40);
+  LinearArgs args = problem.args(output.data(), InputMode::kDynamicInt8);
+  args.input_absmax = absmax.data();
+  cpu::linear(args);
+  EXPECT_EQ(output, problem.run(InputMode::kStaticInt8));  // whose step size is 0.02
+}
 }  // namespace
 }  // namespace moq::kernels
