@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
 #include <functional>
 #include <limits>
 #include <tuple>
@@ -30,8 +32,9 @@ struct Quantized {
 
 /// Scales as bit patterns, so that NaN equals NaN.
 bool operator==(const Quantized& a, const Quantized& b) {
-  return a.codes == b.codes && a.output == b.output && a.scales.size() == b.scales.size() &&
-         std::memcmp(a.scales.data(), b.scales.data(), a.scales.size() * sizeof(float)) == 0;
+  const auto bits = [](float scale) { return std::bit_cast<std::uint32_t>(scale); };
+  return a.codes == b.codes && a.output == b.output &&
+         std::ranges::equal(a.scales, b.scales, {}, bits, bits);
 }
 
 using Quantize = std::function<void(const QuantizeActivationArgs&)>;
