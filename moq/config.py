@@ -214,7 +214,8 @@ class SensitivityConfig(Strict):
         rule: How a normalised sensitivity s stretches the residence times of a block:
             ``stepped`` 1 + floor(4 s), ``linear`` 1 + 4 s, ``none`` not at all.
         tolerance: Accuracy at which measuring stops; None takes that of moq.sensitivity.measure.
-        max_products: Bound on Hessian-vector products per batch; None likewise.
+        max_products: Bound on Hessian-vector products, over all batches for the trace, per block
+            and batch for the eigenvalue; None likewise.
     """
 
     measure: Literal["trace", "eigenvalue"] = "trace"

@@ -181,7 +181,7 @@ def _grouped(outlook: Sequence[BlockOutlook]) -> list[tuple[str, tuple[Width, ..
 
 def _title(config: MoQConfig, total_steps: int) -> str:
     finish_at = config.schedule.finish_at
-    end = "" if finish_at is None else f", all at their target by {finish_at:.0%}"
+    end = "" if finish_at is None else f", all at their target by {100 * finish_at:g} %"
     return f"First step at each bit width, of {total_steps} steps{end}"
 
 

@@ -31,7 +31,7 @@ Measure = Literal["trace", "eigenvalue"]
 BLOCK_PATTERN = r"^(?:.*?\.)??(?:layers|layer|h|blocks|block)\.\d+(?=\.)"
 
 DEFAULT_TOLERANCE: dict[Measure, float] = {"trace": 0.1, "eigenvalue": 0.01}
-DEFAULT_PRODUCTS: dict[Measure, int] = {"trace": 16, "eigenvalue": 30}
+DEFAULT_PRODUCTS: dict[Measure, int] = {"trace": 12, "eigenvalue": 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def measure(
             printed first).
         tolerance: At which to stop. Trace: standard error of every block over the largest |trace|
             (default 0.1). Eigenvalue: relative residual (default 0.01).
-        max_products: Trace: over all batches, at least two each (default 16). Eigenvalue: for each
+        max_products: Trace: over all batches, at least two each (default 12). Eigenvalue: for each
             block and batch (default 30).
         seed: Of the random vectors; they are the same on every machine.
         group: Ranks to average over; None means all.

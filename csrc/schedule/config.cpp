@@ -138,6 +138,7 @@ const char* name_of(OnUnfinished policy) {
 
 std::vector<std::string> stretch_rules() {
   std::vector<std::string> names;
+  names.reserve(kStretchRules.size());
   for (const StretchRule& rule : kStretchRules) {
     names.emplace_back(rule.name);
   }

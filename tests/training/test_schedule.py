@@ -146,7 +146,7 @@ def test_the_command_prints_the_steps_of_every_layer(config_file, capsys):
     config = config_file(sensitivity={"rule": "none"}, start_bits=10)
     assert main(["schedule", config, "--steps", "100"]) == 0
     printed = capsys.readouterr().out
-    assert "of 100 steps, all at their target by 60%" in printed
+    assert "of 100 steps, all at their target by 60 %" in printed
     row = next(line for line in printed.splitlines() if "default" in line)
     assert row.split() == ["default", "0", "20", "60"]
 

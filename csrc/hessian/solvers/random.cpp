@@ -1,7 +1,9 @@
 #include "csrc/hessian/solvers/random.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
+#include <cstring>
 
 #include "kernels/common/check.h"
 #include "kernels/common/philox.h"
@@ -23,6 +25,17 @@ void check_length(std::size_t length, std::size_t per_draw) {
             length, " elements");
 }
 
+/// The eight signs that the bits of each byte stand for, lowest bit first.
+constexpr auto kSigns = [] {
+  std::array<std::array<float, 8>, 256> table{};
+  for (unsigned byte = 0; byte < 256; ++byte) {
+    for (unsigned bit = 0; bit < 8; ++bit) {
+      table[byte][bit] = (byte >> bit & 1U) != 0U ? 1.0F : -1.0F;
+    }
+  }
+  return table;
+}();
+
 }  // namespace
 
 void fill_rademacher(std::span<float> values, const RandomStream& stream) {
@@ -30,10 +43,12 @@ void fill_rademacher(std::span<float> values, const RandomStream& stream) {
   check_length(values.size(), kPerDraw);
   for (std::size_t begin = 0; begin < values.size(); begin += kPerDraw) {
     const PhiloxBlock bits = draw(stream, begin / kPerDraw);
-    const std::size_t count = std::min(kPerDraw, values.size() - begin);
-    for (std::size_t i = 0; i < count; ++i) {
-      values[begin + i] = (bits.word[i / 32] >> (i % 32) & 1U) != 0U ? 1.0F : -1.0F;
+    std::array<std::array<float, 8>, kPerDraw / 8> signs;
+    for (std::size_t i = 0; i < signs.size(); ++i) {
+      signs[i] = kSigns[bits.word[i / 4] >> (8 * (i % 4)) & 0xffU];
     }
+    std::memcpy(&values[begin], signs.data(),
+                sizeof(float) * std::min(kPerDraw, values.size() - begin));
   }
 }
 
