@@ -1,0 +1,164 @@
+"""Measuring and planning: optimizer.probe, the schedule, and what is printed of both."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_same, assert_simulated, batch, loss_of, train_step, weights, wrap
+from torch import nn
+
+from moq import MoQOptimizer
+from moq._C import Schedule
+from moq.reporting import compact_names
+
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+STEPS = 15
+
+
+def probed(decoder, at: int, **config):
+    model = decoder()
+    optimizer = wrap(model, FALLING | config, STEPS)
+    for step in range(at):
+        train_step(model, optimizer, step)
+    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50), batch(51)])
+    return model, optimizer, found
+
+
+@pytest.mark.parametrize("measure", ["trace", "eigenvalue"])
+def test_a_probe_measures_every_block_and_stretches_the_sensitive_ones(decoder, measure):
+    _, optimizer, found = probed(decoder, 0, sensitivity={"measure": measure})
+    assert found.measure == measure
+    assert found.blocks == ("layers.0", "layers.1")
+    assert max(found.normalised) == 1.0
+    plan = dict(zip(optimizer.schedule().block_names, optimizer.schedule().plan(), strict=True))
+    least, most = sorted(found.blocks, key=lambda b: found.normalised[found.blocks.index(b)])
+    assert plan[least][-1][0] <= plan[most][-1][0] == 12  # finish_at is met exactly
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_what_happens_is_the_plan_of_configuration_and_sensitivities(decoder, at):
+    model, optimizer, found = probed(decoder, at)
+    state = wrap(decoder(), FALLING, STEPS).schedule().state_dict()
+    planned = Schedule.from_state_dict(
+        state | {"measurements": [{"step": at, "sensitivities": list(found.normalised)}]}
+    )
+    for step in range(at, STEPS):
+        expected = [planned.bits_at(block, step) for block in (0, 1)]
+        assert optimizer.num_bits["layers.0.q_proj.weight"] == expected[0]
+        assert optimizer.num_bits["layers.1.down_proj.weight"] == expected[1]
+        assert_simulated(optimizer)
+        train_step(model, optimizer, step)
+    assert optimizer.schedule().plan() == planned.plan()
+
+
+def test_a_probe_leaves_the_training_as_it_was(decoder):
+    model, twin = decoder(), decoder()
+    optimizer, untouched = wrap(model, FALLING, STEPS), wrap(twin, FALLING, STEPS)
+    loss_of(model, batch(0)).backward()
+    loss_of(twin, batch(0)).backward()
+    before = weights(model)
+    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    assert model.training
+    assert_same(weights(model), before)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    assert optimizer.steps == untouched.steps == 0
+
+
+def test_the_measurements_are_in_the_state_and_come_back(decoder):
+    _, optimizer, found = probed(decoder, 3)
+    state = optimizer.state_dict()
+    record = json.loads(state["param_groups"][0]["moq"])
+    assert record["history"][0]["step"] == 3
+    assert tuple(record["history"][0]["values"]) == found.values
+    resumed = wrap(decoder(), FALLING, STEPS)
+    resumed.load_state_dict(state)
+    assert resumed.history == record["history"]
+    assert resumed.schedule().plan() == optimizer.schedule().plan()
+
+
+def test_blocks_of_frozen_weights_are_not_measured_and_do_not_wait(decoder):
+    model = decoder()
+    model.layers[0].requires_grad_(False)
+    optimizer = wrap(model, FALLING, STEPS)
+    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    assert found.blocks == ("layers.1",)
+    plan = optimizer.schedule().plan()
+    assert plan[0][-1][0] < plan[1][-1][0] == 12
+
+
+def test_nothing_to_probe_is_an_error(decoder):
+    model = decoder()
+    optimizer = wrap(model, {"rules": [{"match": "*", "exclude": True}]})
+    with pytest.raises(ValueError, match="at least one parameter must be quantized"):
+        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+
+
+def shown(model: nn.Module, config: dict, total_steps: int = STEPS) -> MoQOptimizer:
+    return MoQOptimizer(
+        torch.optim.AdamW(model.parameters()), model, config, total_steps=total_steps
+    )
+
+
+def test_the_start_table_says_what_falls_where_and_when(decoder, capsys):
+    rules = [{"match": "*.down_proj", "granularity": "per_group", "group_size": 4}]
+    shown(decoder(layers=4), FALLING | {"rules": rules, "rounding": "stochastic"})
+    output = capsys.readouterr().out
+    assert "24 quantized parameters" in output
+    row = next(line for line in output.splitlines() if "up_proj" in line)
+    assert "layers.{0-3}.up_proj" in row
+    assert "20 x 12" in row
+    assert "default" in row
+    assert "per_channel, stochastic" in row
+    assert "9 -> 4" in row
+    group_row = next(line for line in output.splitlines() if "down_proj" in line)
+    assert "*.down_proj" in group_row
+    assert "per_group of 4" in group_row
+
+
+def test_one_line_is_printed_at_each_drop_and_none_between(decoder, capsys):
+    model = decoder()
+    optimizer = shown(model, FALLING | {"schedule": {"table": {0: 9, 2: 6, 5: 4}}})
+    capsys.readouterr()
+    lines = []
+    for step in range(7):
+        train_step(model, optimizer, step)
+        lines.append(capsys.readouterr().out.splitlines())
+    assert [len(line) for line in lines] == [0, 1, 0, 0, 1, 0, 0]
+    assert lines[1] == ["moq: step 2: 9 -> 6 bits: layers.0, layers.1"]
+    assert lines[4] == ["moq: step 5: 6 -> 4 bits: layers.0, layers.1"]
+
+
+def test_lines_are_printed_above_a_progress_bar(decoder, capsys):
+    from tqdm import tqdm
+
+    model = decoder()
+    optimizer = shown(model, FALLING | {"schedule": {"table": {0: 9, 1: 4}}})
+    capsys.readouterr()
+    for step in tqdm(range(2), mininterval=0):
+        train_step(model, optimizer, step)
+    out, err = capsys.readouterr()
+    assert out == "moq: step 1: 9 -> 4 bits: layers.0, layers.1\n"
+    assert "2/2" in err
+
+
+def test_nothing_is_printed_when_told_so(decoder, capsys):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    for step in range(6):
+        train_step(model, optimizer, step)
+    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        (["a.fc"], "a.fc"),
+        (["h.0.fc", "h.1.fc"], "h.{0-1}.fc"),
+        (["h.3.fc", "h.0.fc", "h.1.fc", "h.10.fc"], "h.{0-1,3,10}.fc"),
+        (["0", "2", "4"], "{0,2,4}"),
+    ],
+)
+def test_names_that_differ_in_a_number_are_joined(names, joined):
+    assert compact_names(names) == joined
