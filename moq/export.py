@@ -180,6 +180,15 @@ def save_generation_config(directory: Path, model: torch.nn.Module) -> None:
         model.generation_config.save_pretrained(directory)
 
 
+def has_tokenizer(directory: str | os.PathLike[str]) -> bool:
+    """Says whether a model's directory holds a tokenizer."""
+    return any(
+        (Path(directory) / name).is_file()
+        for name in TOKENIZER_FILES
+        if "token" in name or "vocab" in name
+    )
+
+
 def save_tokenizer(directory: Path, tokenizer: Any) -> None:
     """Saves a tokenizer object, or copies the tokenizer files of a model's directory.
 
@@ -192,8 +201,8 @@ def save_tokenizer(directory: Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(directory)
         return
     source = Path(tokenizer)
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not any("token" in name or "vocab" in name for name in found):
+    if not has_tokenizer(source):
         raise ValueError(f"{source}: expected a directory with tokenizer files, got none")
-    for name in found:
-        shutil.copyfile(source / name, directory / name)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

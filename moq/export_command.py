@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from moq.export import TOKENIZER_FILES, export_checkpoint
+from moq.export import export_checkpoint, has_tokenizer
 from moq.saved_run import load_run
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs `moq export`."""
     saved = load_run(options.run)
     tokenizer = options.tokenizer
-    if tokenizer is None and any((saved.directory / name).exists() for name in TOKENIZER_FILES):
+    if tokenizer is None and has_tokenizer(saved.directory):
         tokenizer = saved.directory
     directory = export_checkpoint(
         options.output,

@@ -113,7 +113,8 @@ class ExportedModel:
             config["quantization_config"] = quantization_config(
                 weights.values(), self._matrix_modules() - stored, shared
             )
-        return config
+        # In one order, whatever the order in which transformers read or made its config.
+        return dict(sorted(config.items()))
 
     def _matrix_modules(self) -> set[str]:
         """Names of the modules that own a weight matrix, stored or tied."""

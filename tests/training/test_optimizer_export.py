@@ -1,0 +1,101 @@
+"""From the optimizer to files: save, export, and what the two have in common."""
+
+import json
+
+import pytest
+import torch
+from conftest import train_step, wrap
+
+transformers = pytest.importorskip("transformers")
+
+from moq import cli  # noqa: E402
+from moq.saved_run import load_run  # noqa: E402
+
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 8,
+    "rounding": "stochastic",
+    "schedule": {"finish_at": 0.5},
+}
+STEPS = 4
+
+
+class Logits(torch.nn.Module):
+    """Makes a transformers model look like the decoder of the other tests."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens).logits
+
+
+@pytest.fixture
+def trained():
+    """A tiny Llama at the end of its training, and its optimizer."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(STEPS):
+        train_step(Logits(model), optimizer, step)
+    return model, optimizer
+
+
+def test_a_saved_run_holds_both_values_widths_and_history(trained, tmp_path):
+    model, optimizer = trained
+    optimizer.save(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    expected = {q.name: q for q in optimizer.quantized_parameters()}
+    assert {q.name for q in run.quantized} == expected.keys()
+    for q in run.quantized:
+        assert torch.equal(q.master, expected[q.name].master)
+        assert torch.equal(q.simulated, expected[q.name].simulated)
+        assert q.num_bits == 8
+    assert (run.history["step"], run.history["total_steps"]) == (STEPS, STEPS)
+    assert run.history["drops"]["model.layers.0"] == [[0, 9], [2, 8]]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_saved_run_needs_no_pickle(trained, tmp_path):
+    trained[1].save(tmp_path / "run")
+    suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_exporting_the_saved_run_is_exporting_from_the_optimizer(trained, tmp_path):
+    trained[1].save(tmp_path / "run")
+    trained[1].export(tmp_path / "direct")
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "later")]) == 0
+    files = sorted(path.name for path in (tmp_path / "direct").iterdir())
+    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "direct" / name).read_bytes() == (
+            tmp_path / "later" / name
+        ).read_bytes(), name
+
+
+def test_the_exported_checkpoint_tells_its_history(trained, tmp_path):
+    trained[1].export(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "moq.json").read_text())
+    assert manifest["history"]["step"] == STEPS
+    assert manifest["history"]["seed"] == 0
+
+
+def test_a_model_without_a_config_cannot_be_saved_as_a_run(decoder, tmp_path):
+    with pytest.raises(ValueError, match="Hugging Face model"):
+        wrap(decoder(), FALLING).save(tmp_path / "run")
+
+
+def test_nothing_is_written_within_full_precision(trained, tmp_path):
+    optimizer = trained[1]
+    with optimizer.full_precision(), pytest.raises(RuntimeError, match="outside full_precision"):
+        optimizer.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
