@@ -113,11 +113,10 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
 ///   sum_g  = Σ over the columns of group g of x * (code - zero_point)      exact, in integers
 ///   output = float((Σ_g scale_g * sum_g) * unit + bias)                    in float64
 ///
-/// where unit is 2^-e or the scale of the 8-bit grid
-///
-/// (and a group wider than 8192 columns is cut into pieces of that width). Because the sums are
-/// exact, a row's output before the activation depends on nothing but that row and the weight: not
-/// on m, the number of threads or the instruction set.
+/// where unit is 2^-e or the scale of the 8-bit grid, and a group wider than 8192 columns is cut
+/// into pieces of that width. Because the sums are exact, a row's output before the activation
+/// depends on nothing but that row and the weight: not on m, the number of threads or the
+/// instruction set.
 ///
 /// Float weights: float32 products and sums in blocks of columns; a row's output depends on the
 /// instruction set, not on m or the number of threads.
