@@ -67,6 +67,9 @@ void dot(const std::uint8_t* weight, std::int64_t panel_bytes, std::int64_t bloc
     }
   }
   const auto add_block = [&](std::int64_t i, auto& chain) {
+    if constexpr (kVectors > kPairVectors) {  // the input of a large batch comes from far, too
+      _mm_prefetch(reinterpret_cast<const char*>(input + i * kInputOfBlock + 1024), _MM_HINT_T0);
+    }
     __m512i bytes[kHalves];
 #pragma GCC unroll 4
     for (int half = 0; half < kHalves; ++half) {

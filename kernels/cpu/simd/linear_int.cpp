@@ -135,19 +135,20 @@ void split_row(const float* row, const InputGrid& grid, const IntegerLayout& lay
 
 // ----------------------------------------------------------------------------------------- output
 
-/// totals[row] += scale * Σ x * (element - base) of one piece, from the sums of each digit.
+/// totals[i] += scale[i] * Σ x * (element - base[i]) of one piece, from the sums of each digit.
 template <int kDigits>
 void add_piece(const std::int32_t* digit_sums, double input_sum, const float* scales,
                const std::int32_t* bases, double* totals) {
   constexpr double kDigitBase = 1 << kDigitBits;
-  for (std::int64_t row = 0; row < kPanelRows; ++row) {
-    double sum = digit_sums[(kDigits - 1) * kPanelRows + row];
+  for (std::int64_t i = 0; i < kPanelRows; i += kDoubles) {
+    F64 sum = load_doubles<HalfI32>(digit_sums + (kDigits - 1) * kPanelRows + i);
 #pragma GCC unroll 4
     for (int digit = kDigits - 2; digit >= 0; --digit) {
-      sum = sum * kDigitBase + digit_sums[digit * kPanelRows + row];
+      sum = sum * kDigitBase + load_doubles<HalfI32>(digit_sums + digit * kPanelRows + i);
     }
-    sum -= input_sum * bases[row];
-    totals[row] += sum * scales[row];
+    sum = (sum - input_sum * load_doubles<HalfI32>(bases + i)) * load_doubles<HalfF32>(scales + i);
+    sum += load_bits<F64>(totals + i);
+    std::memcpy(totals + i, &sum, sizeof(sum));
   }
 }
 
