@@ -176,8 +176,9 @@ def _write_shards(
 
 def save_generation_config(directory: Path, model: torch.nn.Module) -> None:
     """Saves a Hugging Face model's generation defaults, if it has any."""
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(directory)
+    config: Any = getattr(model, "generation_config", None)
+    if config is not None:
+        config.save_pretrained(directory)
 
 
 def has_tokenizer(directory: str | os.PathLike[str]) -> bool:

@@ -21,7 +21,7 @@ enum class QkvOrder {
   kElementwise,   ///< [num_heads, head_dim, 3]: Megatron-LM checkpoint version 1.0; no grouped
                   ///< queries
   kPerGroup       ///< [num_kv_heads, queries of the group, key, value, head_dim]: Megatron-LM
-             ///< version 2.0 on, NeoX
+                  ///< version 2.0 on, NeoX
 };
 
 /// The sizes of an attention layer.

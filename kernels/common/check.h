@@ -26,9 +26,9 @@ template <typename... Parts>
 }  // namespace moq
 
 /// Throws moq::Error with the streamed message parts unless `condition` holds.
-#define MOQ_CHECK(condition, ...)         \
-  do {                                    \
-    if (!(condition)) [[unlikely]] {      \
-      ::moq::detail::fail(__VA_ARGS__);   \
-    }                                     \
+#define MOQ_CHECK(condition, ...)       \
+  do {                                  \
+    if (!(condition)) [[unlikely]] {    \
+      ::moq::detail::fail(__VA_ARGS__); \
+    }                                   \
   } while (false)
