@@ -33,12 +33,11 @@ from moq.staging import replaced_directory
 
 __all__ = ["QuantizedParameter", "export_checkpoint"]
 
-# What a tokenizer leaves beside a model, and the generation defaults.
+# What a tokenizer leaves beside a model.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",

@@ -118,9 +118,9 @@ def quantization_config(
     """config.json's ``quantization_config`` for these weights.
 
     Weights that differ in format, width, grid or activations go into groups of their own. The
-    method is ``compressed-tensors`` where that library can load every quantized module, and
-    ``moq`` otherwise (Conv1D modules, and embeddings whose weight another module shares): readers
-    that do not know the method then refuse, instead of misreading.
+    method is ``compressed-tensors`` where transformers can load every quantized module through
+    that library, and ``moq`` otherwise: Conv1D modules, embeddings, and modules whose weight
+    another one shares.
 
     Args:
         weights: the model's quantized weights; dense ones are passed over.
@@ -140,8 +140,7 @@ def quantization_config(
         groups.setdefault(key, []).append(weight)
     formats = {weight.format for weight in quantized}
     loadable = all(
-        weight.module_class in ("Linear", "Embedding") and weight.module not in shared
-        for weight in quantized
+        weight.module_class == "Linear" and weight.module not in shared for weight in quantized
     )
     return {
         "quant_method": "compressed-tensors" if loadable else "moq",

@@ -1,0 +1,100 @@
+"""Small models whose weights are simulated as training leaves them, for the tests beside."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from moq.export import QuantizedParameter, export_checkpoint
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Grid of a weight; num_bits above 8 stays dense."""
+
+    num_bits: int = 8
+    mode: str = "symmetric"
+    granularity: str = "per_channel"
+    group_size: int = 0
+    activations: str | None = None
+    rounding: str = "nearest"
+
+
+def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torch.Tensor:
+    """The trained value of a master: the operator that training runs."""
+    return torch.ops.moq.fake_quantize(
+        master,
+        spec.num_bits,
+        granularity=spec.granularity,
+        group_size=spec.group_size if spec.granularity == "per_group" else 0,
+        mode=spec.mode,
+        rounding=spec.rounding,
+        seed=3,
+        step=5,
+        transposed=transposed,
+    )
+
+
+@torch.no_grad()
+def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[QuantizedParameter]:
+    """Replaces the weights of the modules named in `specs` (by full name or last part)."""
+    quantized = []
+    for name, module in model.named_modules():
+        spec = specs.get(name) or specs.get(name.rpartition(".")[2])
+        if spec is None or not name:
+            continue
+        transposed = isinstance(module, Conv1D)
+        master = module.weight.detach().clone()
+        module.weight.copy_(simulate(master, spec, transposed))
+        quantized.append(
+            QuantizedParameter(
+                f"{name}.weight",
+                master,
+                module.weight.detach(),
+                spec.num_bits,
+                spec.mode,
+                spec.granularity,
+                spec.group_size,
+                transposed,
+                activations=spec.activations,
+            )
+        )
+    return quantized
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **options) -> transformers.LlamaForCausalLM:
+    """Two layers; 4 heads, 2 of keys and values; sizes that no vector width divides."""
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**(settings | options))
+    model = transformers.LlamaForCausalLM(config)
+    # Only the weights: a cast of the whole model would round the rotary frequencies too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def export_tiny_llama(directory: Path, seed: int = 0, **options) -> transformers.LlamaForCausalLM:
+    """A tiny Llama at 8 bits, exported; the seed makes checkpoints that differ."""
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    quantized = quantize_modules(model, dict.fromkeys(LLAMA_LINEARS, Spec()))
+    export_checkpoint(directory, model, quantized, **options)
+    return model

@@ -1,0 +1,248 @@
+"""`moq verify` finds what is wrong, says where, and its exit status says so."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from exported import LLAMA_LINEARS, Spec, export_tiny_llama, quantize_modules, tiny_llama
+
+from moq import _C, cli
+from moq.export import export_checkpoint
+from moq.manifest import (
+    list_files,
+    read_manifest,
+    read_sums,
+    tensor_sha256,
+    write_json,
+    write_sums,
+)
+from moq.verify import verify_checkpoint
+
+FILES = [
+    "SHA256SUMS",
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00003.safetensors",
+    "model-00003-of-00003.safetensors",
+    "model.safetensors.index.json",
+    "moq.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def pristine(memory_path):
+    directory = memory_path
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    export_tiny_llama(directory / "out", tokenizer=tokenizer, max_shard_size=30_000)
+    shutil.rmtree(tokenizer)
+    return directory / "out"
+
+
+@pytest.fixture
+def checkpoint(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "out")
+
+
+def outcome(directory) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in verify_checkpoint(directory)}
+
+
+def problems(directory) -> str:
+    return "\n".join(p for check in verify_checkpoint(directory) for p in check.problems)
+
+
+def rewrite_sums(directory) -> None:
+    """What somebody does who changes a file on purpose."""
+    write_sums(directory, list_files(directory))
+
+
+def rewrite_tensor(directory, name, change) -> None:
+    """Changes one tensor in its file, and every hash that covers it."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    path = directory / index["weight_map"][name]
+    tensors = _C.read_safetensors(str(path))
+    tensors[name] = change(tensors[name])
+    _C.write_safetensors(str(path), list(tensors.items()), {"format": "pt"})
+    manifest = read_manifest(directory)
+    manifest["tensors"][name]["sha256"] = tensor_sha256(tensors[name])
+    write_json(directory / "moq.json", manifest)
+    rewrite_sums(directory)
+
+
+def test_a_fresh_export_passes_every_check(pristine, capsys):
+    assert problems(pristine) == ""
+    assert outcome(pristine) == dict.fromkeys(("hashes", "structure", "grid", "probe"), True)
+    assert cli.main(["verify", str(pristine)]) == 0
+    assert capsys.readouterr().out.count("passed") == 4
+
+
+def test_the_exported_files_are_those_that_the_tests_below_damage(pristine):
+    present = {path.name for path in pristine.iterdir()}
+    assert present == {*FILES, "model-00002-of-00003.safetensors"}
+
+
+@pytest.mark.parametrize("where", [0.0, 0.37, 0.99], ids=["start", "middle", "end"])
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_any_file_makes_verify_exit_1(checkpoint, name, where, capsys):
+    data = bytearray((checkpoint / name).read_bytes())
+    data[int(where * len(data))] ^= 1 << (len(name) % 8)
+    (checkpoint / name).write_bytes(data)
+    assert cli.main(["verify", str(checkpoint)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model-00002-of-00003.safetensors"]
+)
+def test_a_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    assert f"{name}: listed in SHA256SUMS, missing" in problems(checkpoint)
+
+
+def test_an_extra_file_is_named(checkpoint):
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "pytorch_model.bin: not listed in SHA256SUMS" in problems(checkpoint)
+
+
+def test_a_link_in_place_of_a_file_is_named(checkpoint, pristine):
+    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").symlink_to(pristine / "config.json")
+    assert "config.json: expected a regular file" in problems(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "garbage\n",
+        lambda text: text[1:],
+        lambda text: text.upper(),
+        lambda text: text.rstrip("\n"),
+        lambda text: text + text.splitlines(keepends=True)[0],
+        lambda text: text.replace("  config.json", "  ../config.json"),
+        lambda text: "",
+    ],
+    ids=["line", "short", "upper", "no line break", "twice", "path", "empty"],
+)
+def test_sums_that_cannot_be_trusted_fail(checkpoint, change):
+    sums = checkpoint / "SHA256SUMS"
+    sums.write_text(change(sums.read_text()))
+    assert outcome(checkpoint)["hashes"] is False
+
+
+def test_the_sums_are_those_that_sha256sum_reads(pristine):
+    lines = (pristine / "SHA256SUMS").read_text().splitlines()
+    assert lines == [f"{digest}  {name}" for name, digest in sorted(read_sums(pristine).items())]
+
+
+def test_a_code_outside_the_trained_grid_is_found(tmp_path):
+    model = tiny_llama()
+    specs = dict.fromkeys(LLAMA_LINEARS, Spec(6))
+    export_checkpoint(
+        tmp_path / "out", model, quantize_modules(model, specs), max_shard_size=30_000
+    )
+    name = "model.layers.0.mlp.up_proj.weight_packed"
+    rewrite_tensor(tmp_path / "out", name, lambda words: words | 0x40)
+    assert outcome(tmp_path / "out") == {
+        "hashes": True,
+        "structure": True,
+        "grid": False,
+        "probe": None,
+    }
+    assert "up_proj.weight: expected codes of 6 bits in [-31, 31]" in problems(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-45])
+def test_a_scale_that_no_grid_has_is_found(checkpoint, scale):
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite_tensor(checkpoint, name, lambda values: values.fill_(scale))
+    assert outcome(checkpoint)["grid"] is False
+    assert "up_proj.weight_scale: expected finite scales" in problems(checkpoint)
+
+
+def test_a_weight_shape_that_lies_is_found(checkpoint):
+    name = "model.layers.1.mlp.up_proj.weight_shape"
+    rewrite_tensor(checkpoint, name, lambda shape: shape.flip(0))
+    assert "weight_shape: expected [72, 48], got [48, 72]" in problems(checkpoint)
+
+
+def test_a_tensor_of_another_shape_is_found(checkpoint):
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite_tensor(checkpoint, name, lambda values: values.flatten())
+    assert "weight_scale: expected F32 [72, 1], got F32 [72]" in problems(checkpoint)
+
+
+def test_a_quantization_config_that_disagrees_with_the_manifest_is_found(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    write_json(checkpoint / "config.json", config)
+    rewrite_sums(checkpoint)
+    assert "quantization_config: expected what moq.json describes" in problems(checkpoint)
+
+
+def test_other_logits_than_the_recorded_ones_are_found(checkpoint):
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite_tensor(checkpoint, name, lambda values: values * 1.5)
+    assert outcome(checkpoint) == {
+        "hashes": True,
+        "structure": True,
+        "grid": True,
+        "probe": False,
+    }
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused(checkpoint, version):
+    manifest = read_manifest(checkpoint)
+    manifest["format_version"] = version
+    write_json(checkpoint / "moq.json", manifest)
+    rewrite_sums(checkpoint)
+    assert "format_version must be 1" in problems(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": 1, "a": 2}', '{"a": NaN}', "\ufeff{}", '{"weights": {}}']
+)
+def test_a_manifest_that_is_not_one_is_refused(checkpoint, text):
+    (checkpoint / "moq.json").write_text(text)
+    rewrite_sums(checkpoint)
+    assert outcome(checkpoint)["structure"] is False
+
+
+@pytest.mark.parametrize("entry", [{}, {"module": 1}, [], None])
+def test_a_manifest_entry_that_is_not_one_is_refused(checkpoint, entry):
+    manifest = read_manifest(checkpoint)
+    manifest["weights"]["model.layers.0.mlp.up_proj.weight"] = entry
+    write_json(checkpoint / "moq.json", manifest)
+    rewrite_sums(checkpoint)
+    assert outcome(checkpoint)["structure"] is False
+
+
+def test_a_directory_that_does_not_exist_fails(tmp_path):
+    assert cli.main(["verify", str(tmp_path / "none")]) == 1
+
+
+def test_json_output_names_every_check(checkpoint, capsys):
+    (checkpoint / "extra").touch()
+    assert cli.main(["verify", str(checkpoint), "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False
+    assert [check["name"] for check in printed["checks"]] == [
+        "hashes",
+        "structure",
+        "grid",
+        "probe",
+    ]
+    assert "extra" in printed["checks"][0]["problems"][0]
+
+
+def test_a_checkpoint_without_a_probe_passes(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    export_checkpoint(tmp_path / "out", model, quantize_modules(model, {"0": Spec()}))
+    assert outcome(tmp_path / "out")["probe"] is None
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
