@@ -92,8 +92,11 @@ def _check(name: str, run: Callable[[], Findings]) -> Check:
     """Runs one check; an error of the readers is a finding."""
     try:
         passed, summary, problems = run()
-    except (FormatError, _C.Error, OSError, TypeError, KeyError, ValueError) as error:
+    except (FormatError, _C.Error, OSError) as error:
         passed, summary, problems = False, "stopped at the first error", [str(error)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # fields of another form
+        problem = f"{type(error).__name__}: {error}"
+        passed, summary, problems = False, "stopped at the first error", [problem]
     return Check(name, passed, summary, problems)
 
 

@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from exported import LLAMA_LINEARS, Spec, export_tiny_llama, quantize_modules, tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from moq import _C, cli
 from moq.export import export_checkpoint
@@ -35,12 +38,9 @@ FILES = [
 @pytest.fixture(scope="module")
 def pristine(memory_path):
     directory = memory_path
-    tokenizer = directory / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     export_tiny_llama(directory / "out", tokenizer=tokenizer, max_shard_size=30_000)
-    shutil.rmtree(tokenizer)
     return directory / "out"
 
 
