@@ -138,7 +138,7 @@ def main() -> None:
             "target_bits": 8,
             "schedule": {"finish_at": 0.6},
             # A rough eigenvalue ranks the layers as well as an exact one.
-            "sensitivity": {"measure": "eigenvalue", "max_iterations": 8, "tolerance": 0.05},
+            "sensitivity": {"measure": "eigenvalue", "max_products": 8, "tolerance": 0.05},
         },
         total_steps=args.steps,
     )
