@@ -5,6 +5,7 @@
 #   tests/gpu.sh --part kernels          C++ kernel tests on the GPU
 #   tests/gpu.sh --part sanitizer        the same under compute-sanitizer: memcheck, racecheck, initcheck
 #   tests/gpu.sh --part ops              operator tests of tests/ops on the GPU
+#   tests/gpu.sh --part training         the optimizer on the GPU: same bits, no synchronisation, graphs
 #   tests/gpu.sh --part bench            bandwidth of the CUDA kernels beside a copy
 #
 # A build made elsewhere (the same Python and torch) serves as well: put it in build/gpu.
@@ -41,6 +42,7 @@ part() {
       done
       ;;
     ops) package && "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/ops -k 'cuda or gpu' ;;
+    training) package && "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/training/test_optimizer_cuda.py ;;
     bench) package && "$PYTHON" tests/benchmarks/fake_quantize.py --device cuda ;;
     *) echo "unknown part '$1'; see the top of $0" >&2; exit 2 ;;
   esac

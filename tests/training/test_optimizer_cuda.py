@@ -1,0 +1,139 @@
+"""The optimizer on a GPU: the same bits as on the CPU, no host synchronisation, CUDA graphs."""
+
+import pytest
+import torch
+from conftest import assert_same, assert_simulated, batch, loss_of, masters, weights, wrap
+from torch import nn
+
+from moq import MoQOptimizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "schedule": {"finish_at": 0.8},
+}
+
+
+def step_on_gpu(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    loss_of(model, batch(step).cuda()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_simulated_values_are_the_masters_on_the_grid_after_every_step(decoder, dtype):
+    model = decoder(dtype).cuda()
+    optimizer = wrap(model, FALLING, total_steps=6)
+    for step in range(6):
+        assert_simulated(optimizer)
+        step_on_gpu(model, optimizer, step)
+    assert set(optimizer.num_bits.values()) == {4}
+
+
+def test_a_model_moved_after_wrapping_takes_its_masters_along(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    on_cpu = weights(model)
+    state = {name: m.detach().clone() for name, m in masters(optimizer).items()}
+    model.cuda()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert {m.device.type for m in masters(optimizer).values()} == {"cuda"}
+    assert_same({name: m.detach().cpu() for name, m in masters(optimizer).items()}, state)
+    assert_same({name: w.cpu() for name, w in weights(model).items()}, on_cpu)
+    step_on_gpu(model, optimizer, 1)
+    assert optimizer.steps == 2
+    assert_simulated(optimizer)
+
+
+def test_a_step_never_waits_for_the_device(decoder):
+    model = decoder().cuda()
+    optimizer = MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), fused=True),
+        model,
+        FALLING,
+        total_steps=20,
+        verbose=False,
+    )
+    step_on_gpu(model, optimizer, 0)
+    loss_of(model, batch(1).cuda()).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.steps == 2
+
+
+def test_an_overflow_that_only_the_device_knows_changes_nothing(decoder):
+    model = decoder().cuda()
+    optimizer = MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), fused=True),
+        model,
+        FALLING,
+        total_steps=4,
+        verbose=False,
+    )
+    scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
+    for step, overflow in enumerate([False, True, False]):
+        before = weights(model), {n: m.detach().clone() for n, m in masters(optimizer).items()}
+        scaler.scale(loss_of(model, batch(step).cuda())).backward()
+        if overflow:
+            model.layers[0].q_proj.weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if overflow:
+            assert_same(weights(model), before[0])
+            assert_same({n: m.detach() for n, m in masters(optimizer).items()}, before[1])
+    assert optimizer.steps == 2
+    assert_simulated(optimizer)
+
+
+def test_a_captured_step_replays_across_bit_drops(decoder):
+    def trained(captured: bool) -> tuple[dict, MoQOptimizer]:
+        model = decoder().cuda()
+        optimizer = MoQOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True, foreach=True),
+            model,
+            FALLING,
+            total_steps=12,
+            verbose=False,
+        )
+        tokens = batch(0).cuda()
+
+        def step() -> None:
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            for _ in range(8):
+                graph.replay()
+        else:
+            for _ in range(8):
+                step()
+        torch.cuda.synchronize()
+        return weights(model), optimizer
+
+    expected, eager = trained(captured=False)
+    actual, replayed = trained(captured=True)
+    assert replayed.steps == eager.steps == 11
+    assert replayed.num_bits == eager.num_bits
+    assert set(replayed.num_bits.values()) == {4}
+    assert_same(actual, expected)
+    assert_simulated(replayed)
