@@ -22,7 +22,7 @@ def test_logits_equal_transformers(smollm2):
     error = relative_error(
         Engine.from_pretrained(directory).forward([row])[0], reference_logits(model, row)
     )
-    assert error < 1e-5  # measured: 1.4e-6
+    assert error < 1e-5  # measured: 1.8e-6
 
 
 def test_int8_weights_keep_the_perplexity(smollm2):
