@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import os
 import signal
+import socket
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,18 @@ def connect(
     return _C.make_communicator(_cpu_group(group).group_name, transport)
 
 
+def broadcast_text(communicator: _C.Communicator, text: str) -> str:
+    """Rank 0's text, on every rank; what the others pass does not matter."""
+    data = text.encode()
+    length = torch.tensor([len(data)])
+    communicator.broadcast(length, 0)
+    content = torch.zeros(int(length), dtype=torch.uint8)
+    if communicator.rank == 0:
+        content = torch.tensor(list(data), dtype=torch.uint8)
+    communicator.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
 def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group itself if it carries CPU tensors, otherwise a gloo group of the same ranks."""
     group = group or dist.group.WORLD
@@ -78,10 +91,22 @@ def _destroy_process_group() -> None:
 
 
 def _end_with_the_launcher() -> None:
-    """Makes the kernel end this rank when torchrun is killed and can't do it any more."""
-    launcher = os.getppid()
+    """Makes the kernel end this rank when torchrun is killed and can't do it any more.
+
+    Raises:
+        ConnectionError: if torchrun has ended already.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) must succeed")
-    if os.getppid() != launcher:  # it died before the request
-        os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    # torchrun's store listens before any rank starts. Without this a rank that was still importing
+    # when torchrun was killed would wait half an hour for it.
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((address, int(port)), timeout=60).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"torchrun must be reachable at {address}:{port}, got {error}: it has ended"
+        ) from error

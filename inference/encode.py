@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-from moq.inference.options import add_engine_arguments, is_first_rank, open_engine
+from moq.inference.options import (
+    add_engine_arguments,
+    is_first_rank,
+    open_engine,
+    read_standard_input,
+)
 
 _EXAMPLES = """examples:
   python -m moq.inference encode out/encoder --text "a small dog" --text "a big house"
@@ -33,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encodes and prints; returns the exit status."""
-    texts = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    engine = open_engine(args)
+    texts = args.text
+    if not texts:
+        texts = [line for line in read_standard_input(engine).splitlines() if line.strip()]
     if not texts:
         raise ValueError("encode needs a text: give --text, or lines on standard input")
-    engine = open_engine(args)
     encoding = engine.encode(texts)
     vectors = encoding.mean if args.pooling == "mean" else encoding.pooled
     if vectors is None:

@@ -8,7 +8,13 @@ import sys
 from typing import Any
 
 from moq.inference.api import Engine, Generation
-from moq.inference.options import add_engine_arguments, describe, is_first_rank, open_engine
+from moq.inference.options import (
+    add_engine_arguments,
+    describe,
+    is_first_rank,
+    open_engine,
+    read_standard_input,
+)
 
 _EXAMPLES = """examples:
   python -m moq.inference generate out/model --prompt "My fellow Americans" --stream
@@ -49,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generates and prints; returns the exit status."""
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt or ["-"]]
     engine = open_engine(args)
+    texts = [read_standard_input(engine) if text == "-" else text for text in args.prompt or ["-"]]
     prompts: list[Any] = texts
     if args.chat or args.system:
         prompts = [_chat_prompt(engine, text, args.system) for text in texts]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from moq.inference.api import DTYPES, Engine
+from moq.inference.distributed import broadcast_text
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,11 @@ def describe(engine: Engine) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "weight_bytes": core.weight_bytes,
     }
+
+
+def read_standard_input(engine: Engine) -> str:
+    """Standard input on every rank: the ranks of torchrun share one, so rank 0 alone reads it."""
+    return broadcast_text(engine.core.communicator, sys.stdin.read() if is_first_rank() else "")
 
 
 def is_first_rank() -> bool:

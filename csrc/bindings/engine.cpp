@@ -181,6 +181,10 @@ void bind_engine(py::module_& m) {
           "weight_bytes",
           [](const Engine& e) { return inference::weight_bytes(e.model().weights()); },
           "Bytes of this rank's packed projections.")
+      .def_property_readonly(
+          "communicator",
+          [](const Engine& e) -> inference::Communicator& { return e.model().communicator(); },
+          py::return_value_policy::reference_internal, "The ranks that share the model.")
       .def_property_readonly("rank",
                              [](const Engine& e) { return e.model().communicator().rank(); })
       .def_property_readonly("tp_size",

@@ -25,10 +25,11 @@ void check_shard_name(const std::string& name, const std::string& key, const std
 /// Key -> shard of the index's weight_map.
 std::map<std::string, std::string> read_weight_map(const std::filesystem::path& path) {
   const std::string where = path.string();
+  const std::string map_name = where + ": weight_map";
   const Json index = Json::parse(read_text_file(path), where);
   std::map<std::string, std::string> weight_map;
-  for (const auto& [key, shard] : index.at("weight_map", where).as_object(where + ": weight_map")) {
-    const std::string& name = shard.as_string(where + ": " + key);
+  for (const auto& [key, shard] : index.at("weight_map", where).as_object(map_name)) {
+    const std::string& name = shard.as_string(map_name);
     check_shard_name(name, key, where);
     weight_map.emplace(key, name);
   }

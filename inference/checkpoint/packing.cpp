@@ -43,7 +43,7 @@ void pack_codes(std::span<const std::int8_t> codes, std::int64_t rows, std::int6
     const std::int8_t* source = codes.data() + row * columns;
     std::uint32_t* target = words.data() + row * row_words;
     for (std::int64_t column = 0; column < columns; ++column) {
-      const int code = source[column];
+      const auto code = static_cast<int>(source[column]);
       MOQ_CHECK(code >= -offset && code < offset, "packing: a code of ", num_bits,
                 " bits must lie in [", -offset, ", ", offset - 1, "], got ", code, " at [", row,
                 ", ", column, "]");

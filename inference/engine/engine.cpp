@@ -119,6 +119,12 @@ KvCache Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const 
 GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> prompts,
                                   GenerationOptions options, const OnToken& on_token) {
   const kernels::ThreadScope threads(at::get_num_threads());
+  std::vector<std::int64_t> request = {options.max_new_tokens};
+  for (const std::vector<std::int64_t>& prompt : prompts) {
+    request.push_back(static_cast<std::int64_t>(prompt.size()));
+    request.insert(request.end(), prompt.begin(), prompt.end());
+  }
+  check_agreement(model_.communicator(), "generate: the prompts", request);
   at::Tensor seed = at::scalar_tensor(static_cast<std::int64_t>(options.sampling.seed), at::kLong);
   model_.communicator().broadcast(seed, 0);
   options.sampling.seed = static_cast<std::uint64_t>(seed.item<std::int64_t>());
@@ -131,14 +137,18 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
   batch_.clear();
+  std::vector<std::int64_t> request;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const TokenSequence& sequence = sequences[i];
     MOQ_CHECK(!sequence.token_ids.empty(),
               "engine: a sequence must have at least one token, got none in sequence ", i);
     const std::int64_t slot = cache == nullptr ? 0 : slots[i];
+    request.push_back(static_cast<std::int64_t>(sequence.token_ids.size()));
+    request.insert(request.end(), sequence.token_ids.begin(), sequence.token_ids.end());
     batch_.append(sequence.token_ids, slot, cache == nullptr ? 0 : cache->length(slot),
                   sequence.token_types);
   }
+  check_agreement(model_.communicator(), "engine: the tokens", request);
   model_.forward(batch_, cache);
 }
 

@@ -1,6 +1,7 @@
 #include "inference/engine/weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -59,6 +60,10 @@ CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
                                            .scale_dtype = DType::kFloat32};
   const std::int32_t num_bits = 8;
   kernels::cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
+  for (const float scale : stored_scales) {
+    MOQ_CHECK(std::isfinite(scale), source.name(),
+              ".weight must hold finite numbers to be quantized, got a NaN or an infinity");
+  }
   CodeBlock block;
   block.scales = std::move(stored_scales);
   if (cols.size() == source.cols()) {
@@ -236,26 +241,10 @@ std::vector<RowSlice> Loader::qkv_slices(std::int64_t layer, const HeadShard& he
             {&*key.matrix, rows(heads.kv_heads, 0), key.bias},
             {&*value.matrix, rows(heads.kv_heads, 0), value.bias}};
   }
-  const WeightSource* source = &*fused->matrix;
-  if (fused->order == QkvOrder::kConcatenated) {
-    const std::int64_t key_row = spec_.num_heads * dim;
-    const std::int64_t value_row = key_row + spec_.num_kv_heads * dim;
-    return {{source, rows(heads.query_heads, 0), fused->bias},
-            {source, rows(heads.kv_heads, key_row), fused->bias},
-            {source, rows(heads.kv_heads, value_row), fused->bias}};
-  }
-  // Each KV head's block of rows: its query heads, its key head, its value head.
-  const std::int64_t group = spec_.num_heads / spec_.num_kv_heads;
+  const QkvShape shape{spec_.num_heads, spec_.num_kv_heads, dim};
   std::vector<RowSlice> slices;
-  for (std::int64_t head = heads.query_heads.begin; head < heads.query_heads.end; ++head) {
-    const std::int64_t row = (head / group) * (group + 2) + head % group;
-    slices.push_back({source, rows({row, row + 1}, 0), fused->bias});
-  }
-  for (const std::int64_t part : {group, group + 1}) {
-    for (std::int64_t head = heads.kv_heads.begin; head < heads.kv_heads.end; ++head) {
-      const std::int64_t row = head * (group + 2) + part;
-      slices.push_back({source, rows({row, row + 1}, 0), fused->bias});
-    }
+  for (const Range& run : runs_of(qkv_rows(fused->order, shape, heads))) {
+    slices.push_back({&*fused->matrix, run, fused->bias});
   }
   return slices;
 }

@@ -81,6 +81,31 @@ std::shared_ptr<Communicator> shared_memory_communicator(std::unique_ptr<SharedM
   return std::make_shared<SharedMemoryCommunicator>(std::move(group));
 }
 
+void check_agreement(Communicator& communicator, const char* what,
+                     std::span<const std::int64_t> numbers) {
+  if (communicator.size() == 1) {
+    return;
+  }
+  std::uint64_t hash = 0xcbf29ce484222325U;  // FNV-1a, on whole numbers
+  for (const std::int64_t number : numbers) {
+    hash = (hash ^ static_cast<std::uint64_t>(number)) * 0x100000001b3U;
+    hash ^= hash >> 29;  // a product carries upwards only
+  }
+  // Pieces that float32 holds exactly, and their negatives: max(x) == -max(-x) if all are equal.
+  constexpr int kPieceBits = 22;
+  at::Tensor pieces = at::empty({6}, at::kFloat);
+  float* const piece = pieces.mutable_data_ptr<float>();
+  for (int i = 0; i < 3; ++i) {
+    piece[i] = static_cast<float>(hash >> (i * kPieceBits) & ((1U << kPieceBits) - 1));
+    piece[i + 3] = -piece[i];
+  }
+  communicator.all_reduce_max(pieces);
+  for (int i = 0; i < 3; ++i) {
+    MOQ_CHECK(piece[i] == -piece[i + 3], what, " must be the same on all ", communicator.size(),
+              " ranks, got different ones: rank 0 can send its own with Communicator.broadcast");
+  }
+}
+
 Transport parse_transport(const std::string& name) {
   if (name == "auto") {
     return Transport::kAuto;

@@ -52,6 +52,13 @@ class Communicator {
 /// argument's values.
 std::shared_ptr<Communicator> single_process();
 
+/// Checks that all ranks pass the same numbers, by one small all-reduce. Ranks that ran different
+/// requests would wait for each other in vain or mix their results.
+/// @param what  names the numbers in the message: "the prompts"
+/// @throws moq::Error on every rank if any rank's numbers differ.
+void check_agreement(Communicator& communicator, const char* what,
+                     std::span<const std::int64_t> numbers);
+
 /// Which way a communicator takes.
 enum class Transport {
   kAuto,          ///< shared memory if all ranks can map it, c10d otherwise

@@ -65,6 +65,18 @@ void for_each_piece(const AxisView& view, std::span<const std::int64_t> indices,
 
 }  // namespace
 
+QkvOrder parse_qkv_order(const std::string& name, const std::string& where) {
+  if (name == "concatenated") {
+    return QkvOrder::kConcatenated;
+  }
+  if (name == "elementwise") {
+    return QkvOrder::kElementwise;
+  }
+  MOQ_CHECK(name == "per_group", where, " must be concatenated, elementwise or per_group, got \"",
+            name, "\"");
+  return QkvOrder::kPerGroup;
+}
+
 std::vector<std::int64_t> qkv_rows(QkvOrder order, const QkvShape& shape, const HeadShard& shard) {
   MOQ_CHECK(shape.num_kv_heads >= 1 && shape.num_heads % shape.num_kv_heads == 0,
             "qkv_rows: num_kv_heads must divide num_heads, got ", shape.num_kv_heads, " and ",

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "inference/parallel/sharding.h"
@@ -23,6 +24,10 @@ enum class QkvOrder {
   kPerGroup       ///< [num_kv_heads, queries of the group, key, value, head_dim]: Megatron-LM
                   ///< version 2.0 on, NeoX
 };
+
+/// QkvOrder from its name in a policy: "concatenated", "elementwise", "per_group".
+/// @throws moq::Error for another name; `where` begins the message.
+QkvOrder parse_qkv_order(const std::string& name, const std::string& where);
 
 /// The sizes of an attention layer.
 struct QkvShape {

@@ -35,10 +35,7 @@ ModuleRule parse_rule(const std::string& key, const Json& json, const std::strin
                 " must be out_in (Linear) or in_out (Conv1D), got \"", layout, "\"");
       rule.layout = layout == "out_in" ? WeightLayout::kOutIn : WeightLayout::kInOut;
     } else if (option == "order") {
-      const std::string& order = value.as_string(at);
-      MOQ_CHECK(order == "concatenated" || order == "per_group", at,
-                " must be concatenated or per_group, got \"", order, "\"");
-      rule.order = order == "per_group" ? QkvOrder::kPerGroup : QkvOrder::kConcatenated;
+      rule.order = parse_qkv_order(value.as_string(at), at);
     } else if (option == "in_body") {
       rule.in_body = value.as_boolean(at);
     } else {

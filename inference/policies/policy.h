@@ -12,6 +12,7 @@
 
 #include "inference/checkpoint/json.h"
 #include "inference/engine/model_spec.h"
+#include "inference/parallel/reshard.h"
 
 /// A policy tells how one architecture of Hugging Face becomes a ModelSpec: which key of
 /// config.json fills which field, and which parameter is which module. Policies are tables; the
@@ -51,20 +52,14 @@ enum class WeightLayout : std::uint8_t {
   kInOut,  ///< Hugging Face's Conv1D (GPT-2)
 };
 
-/// Row order of a fused query, key and value projection.
-enum class QkvOrder : std::uint8_t {
-  kConcatenated,  ///< all of q, all of k, all of v
-  kPerGroup,      ///< for each KV head: its query heads, its key head, its value head
-};
-
 /// Where a module's parameters are: `name` + ".weight" (or the parts of a quantized weight) and
 /// `name` + ".bias".
 struct ModuleRule {
   Module module{};
   std::string name = {};  ///< "{layer}" stands for the layer's number
   WeightLayout layout = WeightLayout::kOutIn;
-  QkvOrder order = QkvOrder::kConcatenated;
-  bool in_body = true;  ///< the name carries the policy's prefix
+  QkvOrder order = QkvOrder::kConcatenated;  ///< of a fused projection
+  bool in_body = true;                       ///< the name carries the policy's prefix
 };
 
 /// A field of ModelSpec that a table may name.

@@ -69,10 +69,24 @@ _LLAMA3_ROPE = {
 
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
+    "llama_even": lambda: LlamaForCausalLM(  # sizes that groups of 12 divide
+        LlamaConfig(**_GROUPED | {"intermediate_size": 84})
+    ),
     "llama_biases_tied": lambda: LlamaForCausalLM(
         LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     ),
     "llama3_rope": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED, rope_parameters=_LLAMA3_ROPE)),
+    "nine_heads": lambda: LlamaForCausalLM(  # SmolLM2's heads, which two ranks share unevenly
+        LlamaConfig(
+            **_SMALL
+            | {
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "intermediate_size": 200,
+            }
+        )
+    ),
+    "one_head": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2 | {"n_head": 1})),
     "linear_rope": lambda: LlamaForCausalLM(
         LlamaConfig(
             **_GROUPED,

@@ -191,6 +191,15 @@ def test_more_ranks_than_heads_are_refused_naming_the_largest_degree(runs):
         )
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_ranks_with_different_prompts_are_told_so(runs, call, num_ranks):
+    for rank in runs[num_ranks]:
+        message = rank["disagreement"][call]
+        assert f"must be the same on all {num_ranks} ranks, got different ones" in message
+    assert runs[1][0]["disagreement"] == {}
+
+
 def test_a_ranks_peak_memory_is_about_its_share(runs):
     # A rank's pages of the file and its packed weights. Row-parallel shards are columns: with rows
     # of this width, three quarters of a page, they touch every page of a third of the file.

@@ -1,25 +1,12 @@
-"""The communicator between real ranks: values, equal bits over both transports, and failures."""
-
-import os
-import signal
-import subprocess
-import time
-from pathlib import Path
+"""The communicator between real ranks: values, equal bits over both transports, errors."""
 
 import pytest
 import torch
-from launch import (
-    WORKERS,
-    is_running,
-    one_thread_environment,
-    run_ranks,
-    torchrun_command,
-    wait_until,
-)
+from launch import WORKERS, run_ranks
 from workers.collectives import SIZES, contribution
 
 from moq import _C
-from moq.inference.distributed import connect
+from moq.inference.distributed import broadcast_text, connect
 
 TRANSPORTS = ["shared_memory", "c10d"]
 
@@ -87,6 +74,11 @@ def test_a_broadcast_copies_the_roots_tensor_of_any_dtype(results, transport, dt
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_text_of_rank_0_reaches_all_ranks(results, transport):
+    assert all(rank[transport]["text"] == "rank 0: 北京" for rank in results)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_uneven_column_shards_are_joined_in_rank_order(results, transport):
     rows = torch.arange(5.0)[:, None] * 100
     shards = [rows + rank * 10 + torch.arange(3.0 * rank) for rank in range(len(results))]
@@ -100,6 +92,10 @@ def test_uneven_column_shards_are_joined_in_rank_order(results, transport):
 def test_a_process_without_a_launcher_holds_the_whole_model():
     communicator = connect()
     assert (communicator.rank, communicator.size, communicator.transport) == (0, 1, "none")
+
+
+def test_one_process_keeps_its_own_text():
+    assert broadcast_text(_C.single_process(), "straße 北京") == "straße 北京"
 
 
 def test_one_process_gets_back_what_it_gives():
@@ -148,56 +144,3 @@ def test_a_shard_of_another_width_is_an_error():
 def test_a_root_outside_the_group_is_an_error():
     with pytest.raises(ValueError, match=r"broadcast: root must be in \[0, 1\), got 1"):
         _C.single_process().broadcast(torch.zeros(2), 1)
-
-
-# ------------------------------------------------------------------------------------ failures
-
-
-class Job:
-    """Two ranks under torchrun that reduce until something ends them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.log = directory / "log"
-        self.shared_memory_before = sorted(os.listdir("/dev/shm"))
-        with self.log.open("w") as log:
-            self.launcher = subprocess.Popen(
-                torchrun_command(2, WORKERS / "reduce_forever.py", directory),
-                env=one_thread_environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        files = [directory / f"rank{rank}.pid" for rank in range(2)]
-        wait_until(lambda: all(file.exists() for file in files), 60, "the ranks have started")
-        self.ranks = [int(file.read_text()) for file in files]
-
-    def end(self) -> None:
-        for process in (self.launcher.pid, *self.ranks):
-            if is_running(process):
-                os.kill(process, signal.SIGKILL)
-        self.launcher.wait()
-
-
-@pytest.fixture
-def job(tmp_path):
-    job = Job(tmp_path)
-    yield job
-    job.end()
-
-
-def test_a_killed_rank_ends_the_job_with_an_error_that_names_it(job):
-    os.kill(job.ranks[1], signal.SIGKILL)
-    start = time.monotonic()
-    status = job.launcher.wait(timeout=60)
-    output = job.log.read_text()
-    assert status != 0
-    named = f"got no rank 1 (process {job.ranks[1]}) of 2: its process has ended"
-    assert named in output, output
-    assert time.monotonic() - start < 30
-    assert not any(is_running(process) for process in job.ranks)
-    assert sorted(os.listdir("/dev/shm")) == job.shared_memory_before
-
-
-def test_no_rank_outlives_a_killed_torchrun(job):
-    os.kill(job.launcher.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(is_running, job.ranks)), 10, "the ranks have ended")
-    assert sorted(os.listdir("/dev/shm")) == job.shared_memory_before

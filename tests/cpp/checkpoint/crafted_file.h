@@ -14,11 +14,14 @@
 
 namespace moq::checkpoint {
 
-/// A directory that lives as long as a test.
+/// A directory that lives as long as a test: in memory, because tests write thousands of files.
 class TemporaryDirectory {
  public:
   TemporaryDirectory() {
-    std::string name = (std::filesystem::temp_directory_path() / "moq_test_XXXXXX").string();
+    const std::filesystem::path memory = "/dev/shm";
+    const bool has_memory = std::filesystem::is_directory(memory);
+    const auto parent = has_memory ? memory : std::filesystem::temp_directory_path();
+    std::string name = (parent / "moq_test_XXXXXX").string();
     if (::mkdtemp(name.data()) == nullptr) {
       throw std::runtime_error("mkdtemp failed");
     }

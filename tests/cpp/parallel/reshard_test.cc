@@ -139,6 +139,13 @@ TEST(QkvRows, FollowTheThreeOrdersOnAShapeSmallEnoughToReadOff) {
             (Rows{0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11}));
 }
 
+TEST(ParseQkvOrder, KnowsTheNamesOfPolicies) {
+  EXPECT_EQ(parse_qkv_order("concatenated", "order"), QkvOrder::kConcatenated);
+  EXPECT_EQ(parse_qkv_order("elementwise", "order"), QkvOrder::kElementwise);
+  EXPECT_EQ(parse_qkv_order("per_group", "order"), QkvOrder::kPerGroup);
+  EXPECT_THROW(parse_qkv_order("interleaved", "order"), Error);
+}
+
 TEST(QkvRows, TheElementwiseOrderHasNoGroupedQueries) {
   EXPECT_THROW(qkv_rows(QkvOrder::kElementwise, {4, 2, 8}, {{0, 4}, {0, 2}}), Error);
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moq.inference.distributed import connect
+from moq.inference.distributed import broadcast_text, connect
 
 SIZES = [0, 1, 97, 4099, 70001]  # the last one is longer than a chunk of shared memory
 
@@ -32,6 +32,7 @@ def run_all(communicator) -> dict:
         tensor = torch.arange(7).add(rank).to(dtype)
         communicator.broadcast(tensor, size - 1)
         results["broadcast", str(dtype)] = tensor
+    results["text"] = broadcast_text(communicator, f"rank {rank}: 北京")
     widths = [3 * r for r in range(size)]
     shard = torch.arange(5.0)[:, None] * 100 + rank * 10 + torch.arange(3.0 * rank)
     results["gather"] = communicator.all_gather_columns(shard, widths)

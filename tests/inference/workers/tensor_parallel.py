@@ -30,6 +30,19 @@ def load(directory: Path) -> dict:
     return {"peak_growth": memory_megabytes("VmHWM") - before}
 
 
+def disagree(directory: Path) -> dict:
+    """What a rank is told when every rank has a prompt of its own."""
+    engine = Engine.from_pretrained(directory)
+    errors = {}
+    calls = {"generate": lambda ids: engine.generate(ids, 4), "forward": engine.forward}
+    for name, call in calls.items():
+        try:
+            call([[1 + engine.core.rank, 2, 3]])
+        except _C.Error as error:
+            errors[name] = str(error)
+    return errors
+
+
 def run(directory: Path, dtype: str) -> dict:
     """Outputs and tokens of a model, or the error that refuses it."""
     try:
@@ -58,6 +71,7 @@ def main() -> None:
     for directory in sorted(models.iterdir()):
         if directory.name != "large":
             results |= {(directory.name, dtype): run(directory, dtype) for dtype in DTYPES}
+    results["disagreement"] = disagree(models / "llama")
     torch.save(results, output / f"rank{os.environ['RANK']}.pt")
 
 

@@ -1,0 +1,72 @@
+"""Exports small models whose weights were rounded to a grid, without training them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moq.export import export_checkpoint
+from moq.quantized_parameter import QuantizedParameter
+
+# Grids by name: keyword arguments of QuantizedParameter, chosen per parameter name.
+GRIDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "8 bits per channel": lambda name: {"num_bits": 8},
+    "8 bits per tensor": lambda name: {"num_bits": 8, "granularity": "per_tensor"},
+    "4 bits per group": lambda name: {
+        "num_bits": 4,
+        "granularity": "per_group",
+        "group_size": 12,
+    },
+    "2 bits per group": lambda name: {
+        "num_bits": 2,
+        "granularity": "per_group",
+        "group_size": 12,
+    },
+    "6 bits in 8-bit codes": lambda name: {"num_bits": 6},
+    "8 bits asymmetric": lambda name: {"num_bits": 8, "mode": "asymmetric"},
+    "4 bits asymmetric per group": lambda name: {
+        "num_bits": 4,
+        "mode": "asymmetric",
+        "granularity": "per_group",
+        "group_size": 12,
+    },
+    "mixed": lambda name: {"num_bits": 4 if ".1." in name else 12 if "down" in name else 8},
+}
+
+
+@torch.no_grad()
+def export(
+    model: PreTrainedModel, directory: Path, grid: str, activations: str | None = None
+) -> PreTrainedModel:
+    """Rounds the layers' matrices of `model` to a grid, in place, and exports it."""
+    quantized = []
+    for name, parameter in model.named_parameters():
+        in_layer = any(part in name for part in (".h.", ".layers.", ".layer."))
+        if parameter.dim() != 2 or not in_layer:
+            continue
+        options = GRIDS[grid](name)
+        transposed = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+        master = parameter.detach().clone()
+        num_bits = options["num_bits"]
+        simulated = torch.ops.moq.fake_quantize(
+            master,
+            num_bits,
+            **{key: value for key, value in options.items() if key != "num_bits"},
+            transposed=transposed,
+        )
+        parameter.copy_(simulated)
+        quantized.append(
+            QuantizedParameter(
+                name,
+                master,
+                simulated,
+                transposed=transposed,
+                activations=activations,
+                **options,
+            )
+        )
+    assert quantized
+    export_checkpoint(directory, model, quantized)
+    return model

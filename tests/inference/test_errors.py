@@ -1,0 +1,221 @@
+"""Unsuitable input is refused before any work, with a message that names what was expected."""
+
+import json
+import shutil
+
+import models
+import pytest
+import torch
+from models import sequences
+from safetensors.torch import load_file, save_file
+
+from moq import _C
+from moq.inference import Engine
+
+
+@pytest.fixture(scope="module")
+def engine(model_directory) -> Engine:
+    return Engine.from_pretrained(model_directory("llama"))
+
+
+@pytest.fixture
+def copy(model_directory, tmp_path):
+    """A copy of the small Llama's directory to spoil."""
+    return shutil.copytree(model_directory("llama"), tmp_path / "copy")
+
+
+def change_config(directory, **values):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "this engine runs on the CPU, got 'cuda'"),
+        ({"dtype": "int4"}, "dtype must be None or one of int8, fp32, fp16, bf16, got 'int4'"),
+        ({"compute_dtype": "bf16"}, "compute_dtype must be None or 'fp32' on the CPU"),
+        ({"activations": "static"}, "activations must be None or 'dynamic' on the CPU"),
+        ({"quantize_head": True}, "quantize_head=True needs dtype='int8'"),
+        ({"tp_size": 2}, "tp_size must be 1 or the number of ranks, got 2 with 1 ranks"),
+    ],
+)
+def test_unsuitable_option(options, message, model_directory):
+    with pytest.raises(ValueError, match=message):
+        Engine.from_pretrained(model_directory("llama"), **options)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(_C.Error, match="the model must be a directory, got .*nothing"):
+        Engine.from_pretrained(tmp_path / "nothing")
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(_C.Error, match="config.json"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_unknown_architecture_lists_the_known(copy):
+    change_config(copy, architectures=["MambaForCausalLM"])
+    with pytest.raises(_C.Error, match="GPT2LMHeadModel.*got .*MambaForCausalLM"):
+        Engine.from_pretrained(copy)
+
+
+def test_unsupported_rope_scaling_lists_the_supported(copy):
+    change_config(copy, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(_C.Error, match='rope_type: must be one of default, linear, llama3.*"yarn"'):
+        Engine.from_pretrained(copy)
+
+
+def test_value_that_the_engine_does_not_compute(model_directory, tmp_path):
+    directory = shutil.copytree(model_directory("gpt2"), tmp_path / "copy")
+    change_config(directory, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(_C.Error, match="scale_attn_by_inverse_layer_idx must be false.*got true"):
+        Engine.from_pretrained(directory)
+
+
+def test_wrong_type_in_config(copy):
+    change_config(copy, hidden_size="36")
+    with pytest.raises(_C.Error, match="hidden_size"):
+        Engine.from_pretrained(copy)
+
+
+def test_heads_that_kv_heads_do_not_divide(copy):
+    change_config(copy, num_key_value_heads=4)
+    with pytest.raises(_C.Error, match="num_kv_heads must divide num_heads, got 4 and 6"):
+        Engine.from_pretrained(copy)
+
+
+def test_missing_tensor_is_named(copy):
+    change_tensors(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(_C.Error, match=r"must hold model.layers.1.mlp.up_proj.weight \(up\)"):
+        Engine.from_pretrained(copy)
+
+
+def test_tensor_that_no_rule_names(copy):
+    change_tensors(copy, lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    with pytest.raises(_C.Error, match="every tensor must belong to a module.*model.extra.weight"):
+        Engine.from_pretrained(copy)
+
+
+def test_wrong_shape_names_expected_and_found(copy):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    change_tensors(copy, lambda tensors: tensors.update({name: torch.ones(6, 36)}))
+    with pytest.raises(_C.Error, match=r"k_proj \(key\) must be \[12, 36\].*got \[6, 36\]"):
+        Engine.from_pretrained(copy)
+
+
+def test_wrong_dtype_is_named(copy):
+    name = "model.norm.weight"
+    change_tensors(copy, lambda t: t.update({name: torch.ones(36, dtype=torch.int32)}))
+    with pytest.raises(_C.Error, match="model.norm.weight must be F32, F16 or BF16.*got I32"):
+        Engine.from_pretrained(copy)
+
+
+def test_codes_without_scales_are_named(copy):
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_tensors(copy, lambda t: t.update({name: torch.ones(83, 36, dtype=torch.int8)}))
+    with pytest.raises(_C.Error, match="up_proj.weight_scale"):
+        Engine.from_pretrained(copy)
+
+
+def test_other_quantization_methods_are_refused(copy):
+    change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(_C.Error, match='quant_method must be compressed-tensors.*got "gptq"'):
+        Engine.from_pretrained(copy)
+
+
+def test_not_finite_weight_is_refused_at_load_time_quantization(copy):
+    def spoil(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    change_tensors(copy, spoil)
+    with pytest.raises(_C.Error, match="model.layers.0.mlp.up_proj"):
+        Engine.from_pretrained(copy, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "a prompt must have at least one token, got none in prompt 0"),
+        ([5] * 90, {"max_new_tokens": 7}, "must fit into the model's 96 positions, got 97"),
+        ([5, 97], {}, r"a token must lie in \[0, 97\), got 97 in prompt 0"),
+        ([5, -1], {}, r"a token must lie in \[0, 97\), got -1"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ([5], {"max_new_tokens": 4, "max_batch": 0}, "max_batch and chunk_tokens must be >= 1"),
+        ([5], {"max_new_tokens": 4, "temperature": -1.0}, "temperature"),
+        ([5], {"max_new_tokens": 4, "temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ([5], {"max_new_tokens": 4, "repetition_penalty": 0.0}, "repetition_penalty"),
+    ],
+)
+def test_unsuitable_prompt_or_option(prompt, options, message, engine):
+    with pytest.raises(_C.Error, match=message):
+        engine.generate(prompt, **{"max_new_tokens": 4} | options)
+
+
+def test_text_without_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="must have a tokenizer to take text, got none"):
+        engine.generate("hello")
+
+
+def test_stop_string_without_a_tokenizer(engine):
+    with pytest.raises(ValueError, match="must have a tokenizer for stop strings"):
+        engine.generate([3, 4], stop="x")
+
+
+def test_generate_needs_a_decoder(model_directory):
+    with pytest.raises(_C.Error, match="must be causal.*got BertForSequenceClassification"):
+        Engine.from_pretrained(model_directory("bert")).generate([3, 4])
+
+
+def test_forward_needs_a_head(model_directory):
+    with pytest.raises(_C.Error, match="forward needs a model with a language-model head"):
+        Engine.from_pretrained(model_directory("bert")).forward([[3, 4]])
+
+
+def test_sequence_longer_than_the_model(model_directory):
+    engine = Engine.from_pretrained(model_directory("bert"))
+    with pytest.raises(_C.Error, match="a sequence must have at most 96 tokens, got 97"):
+        engine.encode(sequences(97))
+
+
+def test_token_type_outside_its_table(model_directory):
+    engine = Engine.from_pretrained(model_directory("bert_masked_lm"))
+    with pytest.raises(_C.Error, match=r"a token type must lie in \[0, 2\), got 2"):
+        engine.forward(torch.tensor([[3, 4]]), token_type_ids=torch.tensor([[0, 2]]))
+
+
+def test_mask_of_another_shape(engine):
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape \[1, 2\]"):
+        engine.forward(torch.tensor([[3, 4]]), torch.ones(1, 3))
+
+
+def test_full_cache_refuses_a_sequence(engine):
+    cache = engine.core.make_cache(1, 8)
+    cache.allocate()
+    with pytest.raises(_C.Error, match="needs a free slot, got 1 slots in use"):
+        cache.allocate()
+
+
+def test_cache_refuses_tokens_beyond_its_capacity(engine):
+    cache = engine.core.make_cache(1, 8)
+    slot = cache.allocate()
+    with pytest.raises(_C.Error, match="8"):
+        engine.core.forward(sequences(9), [], cache, [slot])
+    assert cache.length(slot) == 0
+
+
+def test_sliding_window_limits_the_length(tmp_path):
+    model = models.build("mistral")
+    model.config.sliding_window = 40
+    model.save_pretrained(tmp_path)
+    engine = Engine.from_pretrained(tmp_path)
+    with pytest.raises(_C.Error, match="must fit into the model's 40 positions"):
+        engine.generate([3] * 38, 8)
