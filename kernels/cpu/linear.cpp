@@ -84,17 +84,18 @@ class Scratch {
   std::int64_t size_ = 0;
 };
 
-/// Rows of a batch: whole tiles of them, batches of about the same size.
-std::int64_t batch_rows(std::int64_t m, std::int64_t row_bytes, std::int64_t tile_rows) {
-  const std::int64_t batches = divide_up(m * row_bytes, kBatchBytes);
-  return round_up(divide_up(m, std::max<std::int64_t>(batches, 1)), tile_rows);
+/// Rows of a batch: batches of about the same size.
+std::int64_t batch_rows(std::int64_t m, std::int64_t row_bytes) {
+  return divide_up(m, std::max<std::int64_t>(divide_up(m * row_bytes, kBatchBytes), 1));
 }
 
 /// The rows of the result that a batch beginning at `row` writes. With an activation the residual
 /// comes after it, in finish().
-OutputRows output_rows(const LinearArgs& args, std::int64_t row, std::int64_t rows) {
+OutputRows output_rows(const LinearArgs& args, std::int64_t row, std::int64_t rows,
+                       std::int64_t tiles) {
   const bool adds_residual = args.residual != nullptr && args.activation == Activation::kNone;
   return {.rows = rows,
+          .tiles = tiles,
           .n = args.weight.shape.n,
           .bias = args.bias,
           .residual = adds_residual ? args.residual + row * args.residual_stride : nullptr,
@@ -103,15 +104,15 @@ OutputRows output_rows(const LinearArgs& args, std::int64_t row, std::int64_t ro
           .output_stride = args.output_stride};
 }
 
-/// Applies the activation, and the residual after it, to the columns of some panels.
-void finish(const LinearArgs& args, std::int64_t row, std::int64_t rows, std::int64_t first_panel,
-            std::int64_t last_panel) {
+/// Applies the activation, and the residual after it, to a part of a batch beginning at `row`.
+void finish(const LinearArgs& args, std::int64_t row, const OutputRows& batch, const Part& part) {
   if (args.activation == Activation::kNone) {
     return;
   }
-  const std::int64_t first = first_panel * kPanelRows;
-  const std::int64_t size = std::min(last_panel * kPanelRows, args.weight.shape.n) - first;
-  for (std::int64_t i = row; i < row + rows; ++i) {
+  const std::int64_t first = part.first_panel * kPanelRows;
+  const std::int64_t size = std::min(part.last_panel * kPanelRows, batch.n) - first;
+  const std::int64_t end = row + tile_begin(part.last_tile, batch.rows, batch.tiles);
+  for (std::int64_t i = row + tile_begin(part.first_tile, batch.rows, batch.tiles); i < end; ++i) {
     float* output = args.output + i * args.output_stride + first;
     activation({.input = output, .output = output, .size = size, .activation = args.activation});
     if (args.residual != nullptr) {
@@ -123,30 +124,42 @@ void finish(const LinearArgs& args, std::int64_t row, std::int64_t rows, std::in
   }
 }
 
-/// Calls multiply(first panel, last panel) for all panels of the weight on several threads.
+/// Calls multiply(part) for all parts of a batch beginning at `row` on several threads. Threads get
+/// panels of their own, and parts of the rows as well if there are few panels.
 template <typename Multiply>
-void for_panels(const LinearArgs& args, std::int64_t row, std::int64_t rows,
-                const Multiply& multiply) {
+void for_parts(const LinearArgs& args, std::int64_t row, const OutputRows& batch,
+               const Multiply& multiply) {
   const LinearShape& shape = args.weight.shape;
-  const std::int64_t panel_bytes =
-      std::max<std::int64_t>(kPanelRows * shape.k * bits_of(shape.format) / 8, 1);
-  const std::int64_t grain = divide_up(kGrainBytes, panel_bytes * rows);
-  parallel_for(divide_up(shape.n, kPanelRows), grain,
-               [&](std::int64_t first_panel, std::int64_t last_panel) {
-                 multiply(first_panel, last_panel);
-                 finish(args, row, rows, first_panel, last_panel);
+  const std::int64_t panels = divide_up(shape.n, kPanelRows);
+  const std::int64_t wanted = num_threads() == 1 ? 1 : num_threads() * std::int64_t{4};
+  const std::int64_t row_parts = std::min(divide_up(wanted, panels), batch.tiles);
+  const std::int64_t bytes = std::max<std::int64_t>(
+      kPanelRows * shape.k * bits_of(shape.format) / 8 * batch.rows / row_parts, 1);
+  parallel_for(panels * row_parts, divide_up(kGrainBytes, bytes),
+               [&](std::int64_t begin, std::int64_t end) {
+                 while (begin < end) {
+                   const std::int64_t i = begin / panels;
+                   const std::int64_t stop = std::min((i + 1) * panels, end);
+                   const Part part = {.first_tile = i * batch.tiles / row_parts,
+                                      .last_tile = (i + 1) * batch.tiles / row_parts,
+                                      .first_panel = begin - i * panels,
+                                      .last_panel = stop - i * panels};
+                   multiply(part);
+                   finish(args, row, batch, part);
+                   begin = stop;
+                 }
                });
 }
 
 /// Calls rearrange(first row, rows) for the tiles of a batch on several threads.
 template <typename Rearrange>
-void for_tiles(std::int64_t rows, std::int64_t tile_rows, std::int64_t k,
-               const Rearrange& rearrange) {
+void for_tiles(std::int64_t rows, std::int64_t tiles, std::int64_t k, const Rearrange& rearrange) {
   const std::int64_t grain =
-      round_up(divide_up(kGrainBytes, std::max<std::int64_t>(k, 1)), tile_rows);
-  parallel_for(rows, grain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; row += tile_rows) {
-      rearrange(row, std::min(tile_rows, end - row));
+      divide_up(kGrainBytes, std::max<std::int64_t>(k * divide_up(rows, tiles), 1));
+  parallel_for(tiles, grain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t tile = begin; tile < end; ++tile) {
+      const std::int64_t row = tile_begin(tile, rows, tiles);
+      rearrange(row, tile_begin(tile + 1, rows, tiles) - row);
     }
   });
 }
@@ -155,7 +168,7 @@ void linear_integer(const LinearArgs& args) {
   const IntegerLayout layout = integer_layout(args.weight.shape);
   const DigitFormat format = MOQ_DISPATCH_ISA(digit_format, args.input_mode);
   const std::int64_t row_bytes = layout.padded_cols * format.digits * format.digit_bytes;
-  const std::int64_t capacity = batch_rows(args.m, row_bytes, format.tile_rows);
+  const std::int64_t capacity = batch_rows(args.m, row_bytes);
   const std::int64_t digits_bytes = round_up(capacity * row_bytes, 64);
   const std::int64_t sums_bytes =
       capacity * layout.pieces * static_cast<std::int64_t>(sizeof(double));
@@ -167,7 +180,8 @@ void linear_integer(const LinearArgs& args) {
 
   for (std::int64_t row = 0; row < args.m; row += capacity) {
     const std::int64_t rows = std::min(capacity, args.m - row);
-    for_tiles(rows, format.tile_rows, layout.padded_cols, [&](std::int64_t i, std::int64_t count) {
+    const std::int64_t tiles = divide_up(rows, format.tile_rows);
+    for_tiles(rows, tiles, layout.padded_cols, [&](std::int64_t i, std::int64_t count) {
       const SplitArgs split = {
           .input = args.input + (row + i) * args.input_stride,
           .input_stride = args.input_stride,
@@ -184,9 +198,9 @@ void linear_integer(const LinearArgs& args) {
         .input = input,
         .exact = args.input_mode == InputMode::kFloat32,
         .weight = static_cast<const std::uint8_t*>(args.weight.data),
-        .output = output_rows(args, row, rows)};
-    for_panels(args, row, rows, [&](std::int64_t first_panel, std::int64_t last_panel) {
-      MOQ_DISPATCH_ISA(multiply_integers, multiply, layout, first_panel, last_panel);
+        .output = output_rows(args, row, rows, tiles)};
+    for_parts(args, row, multiply.output, [&](const Part& part) {
+      MOQ_DISPATCH_ISA(multiply_integers, multiply, layout, part);
     });
   }
 }
@@ -195,12 +209,13 @@ void linear_float(const LinearArgs& args) {
   const LinearShape& shape = args.weight.shape;
   const std::int64_t tile_rows = MOQ_DISPATCH_ISA(float_tile_rows);
   const std::int64_t row_bytes = shape.k * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t capacity = batch_rows(args.m, row_bytes, tile_rows);
+  const std::int64_t capacity = batch_rows(args.m, row_bytes);
   auto* input = reinterpret_cast<float*>(Scratch::get(capacity * row_bytes));
 
   for (std::int64_t row = 0; row < args.m; row += capacity) {
     const std::int64_t rows = std::min(capacity, args.m - row);
-    for_tiles(rows, tile_rows, shape.k, [&](std::int64_t i, std::int64_t count) {
+    const std::int64_t tiles = divide_up(rows, tile_rows);
+    for_tiles(rows, tiles, shape.k, [&](std::int64_t i, std::int64_t count) {
       float* tile = input + i * shape.k;  // [k, count]
       for (std::int64_t j = 0; j < count; ++j) {
         const float* values = args.input + (row + i + j) * args.input_stride;
@@ -213,10 +228,9 @@ void linear_float(const LinearArgs& args) {
                                         .format = shape.format,
                                         .weight = args.weight.data,
                                         .k = shape.k,
-                                        .output = output_rows(args, row, rows)};
-    for_panels(args, row, rows, [&](std::int64_t first_panel, std::int64_t last_panel) {
-      MOQ_DISPATCH_ISA(multiply_floats, multiply, first_panel, last_panel);
-    });
+                                        .output = output_rows(args, row, rows, tiles)};
+    for_parts(args, row, multiply.output,
+              [&](const Part& part) { MOQ_DISPATCH_ISA(multiply_floats, multiply, part); });
   }
 }
 

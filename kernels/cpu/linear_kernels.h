@@ -16,11 +16,32 @@
 /// vector is one digit of one row, a tile the vectors whose sums a kernel keeps in registers.
 namespace moq::kernels::cpu {
 
+/// Two runs of memory to ask for during a dot product: `step` bytes on with each block.
+struct Prefetch {
+  const std::uint8_t* first;
+  const std::uint8_t* second;
+  std::int64_t step;
+};
+
 /// How an instruction set arranges the input of an integer weight.
 struct DigitFormat {
   std::int64_t digits;       ///< vectors of a row
   std::int64_t digit_bytes;  ///< bytes of one digit
-  std::int64_t tile_rows;    ///< rows of a tile; the last tile of a batch may have fewer
+  std::int64_t tile_rows;    ///< most rows of a tile
+};
+
+/// The first row of a tile when `rows` rows are cut into `tiles` tiles of about the same size.
+[[gnu::always_inline]] inline std::int64_t tile_begin(std::int64_t tile, std::int64_t rows,
+                                                      std::int64_t tiles) {
+  return tile * rows / tiles;
+}
+
+/// A part of the product of a batch and a weight.
+struct Part {
+  std::int64_t first_tile;
+  std::int64_t last_tile;  ///< one past it, as everywhere
+  std::int64_t first_panel;
+  std::int64_t last_panel;
 };
 
 /// Input rows as digits: tiles of [padded columns / 4, vectors, 4 columns], one after the other.
@@ -44,6 +65,7 @@ struct SplitArgs {
 /// Where the results of a batch of rows go; each pointer is that of the batch's first row.
 struct OutputRows {
   std::int64_t rows;
+  std::int64_t tiles;  ///< that the rows are cut into
   std::int64_t n;
   const float* bias;      ///< [n] or null
   const float* residual;  ///< [rows, n] or null
@@ -74,10 +96,9 @@ struct FloatMultiplyArgs {
   DigitFormat digit_format(InputMode mode);                                            \
   void split_rows(const SplitArgs& args, const IntegerLayout& layout);                 \
   void multiply_integers(const IntegerMultiplyArgs& args, const IntegerLayout& layout, \
-                         std::int64_t first_panel, std::int64_t last_panel);           \
+                         const Part& part);                                            \
   std::int64_t float_tile_rows();                                                      \
-  void multiply_floats(const FloatMultiplyArgs& args, std::int64_t first_panel,        \
-                       std::int64_t last_panel);                                       \
+  void multiply_floats(const FloatMultiplyArgs& args, const Part& part);               \
   }
 MOQ_DECLARE_LINEAR_KERNELS(scalar)
 MOQ_DECLARE_LINEAR_KERNELS(avx2)

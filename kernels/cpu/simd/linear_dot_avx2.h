@@ -19,11 +19,10 @@ constexpr int kPairVectors = 0;  // panels are multiplied one by one
 /// panel and kVectors vectors.
 template <int kBits, int kVectors, int kPanels>
 void dot(const std::uint8_t* weight, std::int64_t /*panel_bytes*/, std::int64_t blocks,
-         const Digit* input, std::int32_t* sums) {
+         const Prefetch& prefetch, const Digit* input, std::int32_t* sums) {
   static_assert(kPanels == 1);
   constexpr int kSteps = 8 / kBits;
   constexpr int kQuarters = 4;  // of a block: 8 rows each
-  constexpr std::int64_t kPrefetchBytes = 1024;
   const __m256i even_bytes = _mm256_set1_epi16(0xff);
   const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << kBits) - 1));
   __m256i sum[kVectors][kQuarters];
@@ -35,8 +34,8 @@ void dot(const std::uint8_t* weight, std::int64_t /*panel_bytes*/, std::int64_t 
     }
   }
   for (std::int64_t i = 0; i < blocks; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(weight + kPrefetchBytes), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(weight + kPrefetchBytes + 64), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(prefetch.first + i * prefetch.step), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(prefetch.second + i * prefetch.step), _MM_HINT_T1);
 #pragma GCC unroll 4
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 4

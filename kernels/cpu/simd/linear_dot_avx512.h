@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cpu/linear_layout.h"
+#include "kernels/cpu/linear_kernels.h"
 
 // Innermost loops of the integer linear kernel with vpdpbusd: unsigned elements of the weight by
 // signed 8-bit digits of the input, four columns at a time, summed in 32 bits without saturation.
@@ -18,6 +18,7 @@ constexpr int kDigitsOfExact = 4;
 constexpr int kMaxVectors = 12;
 /// A product with few vectors waits for memory, which answers two streams faster than one.
 constexpr int kPairVectors = 4;
+constexpr std::int64_t kPrefetchBytes = 1024;
 
 /// Writes 16 integers as kDigits balanced digits each: for each of the first `steps` groups of four
 /// columns [kDigits, 4], `stride` digits apart.
@@ -45,16 +46,14 @@ void write_digits(const std::int32_t* x, std::int64_t steps, std::int64_t stride
 /// panels of 32 rows, `panel_bytes` apart, and kVectors vectors.
 template <int kBits, int kVectors, int kPanels>
 void dot(const std::uint8_t* weight, std::int64_t panel_bytes, std::int64_t blocks,
-         const Digit* input, std::int32_t* sums) {
+         const Prefetch& prefetch, const Digit* input, std::int32_t* sums) {
   constexpr int kSteps = 8 / kBits;
   constexpr std::int64_t kInputOfBlock = kSteps * kVectors * kStepCols;
   constexpr int kHalves = 2 * kPanels;  // 16 rows each
   // A sum is ready 4 or 5 cycles after it was begun, and every cycle one or two can begin: few
   // vectors need several sums each.
   constexpr int kChains = kVectors * kHalves >= 8 ? 1 : (kVectors * kHalves >= 4 ? 2 : 4);
-  // Hardware prefetchers stop at page boundaries. Into the second-level cache: measured on Zen 4,
-  // more lines under way to the first are a loss.
-  constexpr std::int64_t kPrefetchBytes = kVectors > kPairVectors ? 4096 : 1024;
+  const Prefetch ahead = prefetch;
   __m512i sum[kChains][kVectors][kHalves];
 #pragma GCC unroll 4
   for (auto& chain : sum) {
@@ -70,11 +69,17 @@ void dot(const std::uint8_t* weight, std::int64_t panel_bytes, std::int64_t bloc
     if constexpr (kVectors > kPairVectors) {  // the input of a large batch comes from far, too
       _mm_prefetch(reinterpret_cast<const char*>(input + i * kInputOfBlock + 1024), _MM_HINT_T0);
     }
+    if constexpr (kPanels == 1) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.first + i * ahead.step), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.second + i * ahead.step), _MM_HINT_T1);
+    }
     __m512i bytes[kHalves];
 #pragma GCC unroll 4
     for (int half = 0; half < kHalves; ++half) {
       const std::uint8_t* line = weight + half / 2 * panel_bytes + i * kBlockBytes + half % 2 * 64;
-      _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T1);
+      if constexpr (kPanels > 1) {
+        _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T1);
+      }
       bytes[half] = _mm512_load_si512(line);
     }
 #pragma GCC unroll 4

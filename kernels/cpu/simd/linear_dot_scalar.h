@@ -14,7 +14,7 @@ constexpr int kPairVectors = 0;  // panels are multiplied one by one
 /// panel and kVectors vectors.
 template <int kBits, int kVectors, int kPanels>
 void dot(const std::uint8_t* weight, std::int64_t /*panel_bytes*/, std::int64_t blocks,
-         const Digit* input, std::int32_t* sums) {
+         const Prefetch& /*prefetch*/, const Digit* input, std::int32_t* sums) {
   static_assert(kPanels == 1);
   constexpr int kSteps = 8 / kBits;
   constexpr int kMask = (1 << kBits) - 1;

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/linear_layout.h"
+#include "kernels/cpu/linear_kernels.h"
 
 // Digits of the input for instruction sets without 8-bit dot products that do not saturate: 16-bit
 // integers of 11 bits. A product with an element has 19 bits, and kPieceCols of them 32.

@@ -65,11 +65,11 @@ AddBlock<Element> find_add_block(std::int64_t rows, std::integer_sequence<int, k
 }
 
 template <typename Element>
-void multiply(const FloatMultiplyArgs& args, std::int64_t first_panel, std::int64_t last_panel) {
-  for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
-    for (std::int64_t row = 0; row < args.output.rows; row += kTileRows) {
-      const std::int64_t left = args.output.rows - row;
-      const std::int64_t rows = left < kTileRows ? left : kTileRows;
+void multiply(const FloatMultiplyArgs& args, const Part& part) {
+  for (std::int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
+    for (std::int64_t tile = part.first_tile; tile < part.last_tile; ++tile) {
+      const std::int64_t row = tile_begin(tile, args.output.rows, args.output.tiles);
+      const std::int64_t rows = tile_begin(tile + 1, args.output.rows, args.output.tiles) - row;
       const auto add = find_add_block<Element>(rows, std::make_integer_sequence<int, kTileRows>());
       const Element* weight =
           static_cast<const Element*>(args.weight) + panel * kPanelRows * args.k;
@@ -92,15 +92,14 @@ std::int64_t float_tile_rows() {
   return kTileRows;
 }
 
-void multiply_floats(const FloatMultiplyArgs& args, std::int64_t first_panel,
-                     std::int64_t last_panel) {
+void multiply_floats(const FloatMultiplyArgs& args, const Part& part) {
   switch (args.format) {
     case WeightFormat::kBFloat16:
-      return multiply<BFloat16>(args, first_panel, last_panel);
+      return multiply<BFloat16>(args, part);
     case WeightFormat::kFloat16:
-      return multiply<Float16>(args, first_panel, last_panel);
+      return multiply<Float16>(args, part);
     default:
-      return multiply<float>(args, first_panel, last_panel);
+      return multiply<float>(args, part);
   }
 }
 

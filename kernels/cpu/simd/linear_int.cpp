@@ -135,6 +135,24 @@ void split_row(const float* row, const InputGrid& grid, const IntegerLayout& lay
 
 // ----------------------------------------------------------------------------------------- output
 
+/// As many float64 numbers as a vector register holds.
+#if defined(MOQ_ISA_avx512) || defined(MOQ_ISA_avx2)
+constexpr int kDoubles = kWidth / 2;
+using F64 = double __attribute__((vector_size(8 * kDoubles)));
+using HalfF32 = float __attribute__((vector_size(4 * kDoubles)));
+using HalfI32 = std::int32_t __attribute__((vector_size(4 * kDoubles)));
+#else
+constexpr int kDoubles = 1;
+using F64 = double;
+using HalfF32 = float;
+using HalfI32 = std::int32_t;
+#endif
+
+template <typename Half>
+[[gnu::always_inline]] inline F64 load_doubles(const void* values) {
+  return convert<F64>(load_bits<Half>(values));
+}
+
 /// totals[i] += scale[i] * Σ x * (element - base[i]) of one piece, from the sums of each digit.
 template <int kDigits>
 void add_piece(const std::int32_t* digit_sums, double input_sum, const float* scales,
@@ -152,7 +170,8 @@ void add_piece(const std::int32_t* digit_sums, double input_sum, const float* sc
   }
 }
 
-using Dot = void (*)(const std::uint8_t*, std::int64_t, std::int64_t, const Digit*, std::int32_t*);
+using Dot = void (*)(const std::uint8_t*, std::int64_t, std::int64_t, const Prefetch&, const Digit*,
+                     std::int32_t*);
 
 template <int kPanels, int kBits, int... kVectorsMinusOne>
 Dot dot_of(std::int64_t vectors, std::integer_sequence<int, kVectorsMinusOne...> /*sequence*/) {
@@ -172,7 +191,27 @@ Dot find_dot(std::int64_t bits, std::int64_t vectors) {
 struct Tile {
   std::int64_t first_row;
   std::int64_t rows;
+  std::int64_t tiles_left;  ///< that come after this one with the same panel
+  std::int64_t tiles;       ///< in all
 };
+
+/// What to ask for while `blocks` blocks at `weight` are multiplied. A single tile reads the weight
+/// from memory itself, and asks some way ahead: hardware prefetchers stop at page boundaries. Of
+/// several tiles the last ones ask for the next panel, while their own is in the cache.
+Prefetch prefetch_of(const Tile& tile, const std::uint8_t* weight, std::int64_t blocks,
+                     std::int64_t panel_bytes, std::int64_t vectors) {
+  if (tile.tiles == 1) {
+    const std::uint8_t* ahead = weight + (vectors > 4 ? 4096 : 1024);
+    return {.first = ahead, .second = ahead + kBlockBytes / 2, .step = kBlockBytes};
+  }
+  const std::int64_t askers = tile.tiles >= 4 ? 4 : 2;
+  if (tile.tiles_left >= askers) {
+    return {.first = weight, .second = weight, .step = 0};
+  }
+  const std::int64_t run = blocks * kBlockBytes / (2 * askers);
+  const std::uint8_t* first = weight + panel_bytes + 2 * run * tile.tiles_left;
+  return {.first = first, .second = first + run, .step = kBlockBytes / (2 * askers)};
+}
 
 /// A tile of rows times kPanels panels.
 template <int kDigits, int kPanels>
@@ -190,13 +229,17 @@ void multiply_tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
   for (std::int32_t& offset : offsets) {
     offset = static_cast<std::int32_t>(layout.offset);
   }
+  for (int i = 0; i < kPanels; ++i) {
+    ask_for_rows(args.output, tile.first_row, tile.rows, first_panel + i);
+  }
   alignas(64) double totals[kPanels][kRows][kPanelRows] = {};
   alignas(64) std::int32_t sums[kPanels * kRows * kDigits * kPanelRows];
   for (std::int64_t group = 0; group < layout.groups; ++group) {
     for (std::int64_t done = 0; done < layout.blocks_per_group; done += layout.piece_blocks) {
       const std::int64_t left = layout.blocks_per_group - done;
       const std::int64_t count = left < layout.piece_blocks ? left : layout.piece_blocks;
-      dot_piece(blocks, layout.panel_bytes, count, input, sums);
+      dot_piece(blocks, layout.panel_bytes, count,
+                prefetch_of(tile, blocks, count, layout.panel_bytes, vectors), input, sums);
       for (int i = 0; i < kPanels; ++i) {
         const std::uint8_t* end = panel + i * layout.panel_bytes;
         const auto* scales = reinterpret_cast<const float*>(end + layout.scales_offset);
@@ -222,22 +265,24 @@ void multiply_tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
 }
 
 template <int kDigits>
-void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
-              std::int64_t first_panel, std::int64_t last_panel) {
-  constexpr std::int64_t kTileRows = kMaxVectors / kDigits;
-  std::int64_t panel = first_panel;
+void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout, const Part& part) {
+  const OutputRows& output = args.output;
+  std::int64_t panel = part.first_panel;
   if constexpr (kPairVectors >= kDigits) {
-    if (args.output.rows * kDigits <= kPairVectors) {
-      for (; panel + 2 <= last_panel; panel += 2) {
-        multiply_tile<kDigits, 2>(args, layout, {0, args.output.rows}, panel);
+    if (output.rows * kDigits <= kPairVectors) {
+      for (; panel + 2 <= part.last_panel; panel += 2) {
+        multiply_tile<kDigits, 2>(args, layout, {0, output.rows, 0, 1}, panel);
       }
     }
   }
   // A panel stays in the second-level cache while every tile of the input passes by.
-  for (; panel < last_panel; ++panel) {
-    for (std::int64_t row = 0; row < args.output.rows; row += kTileRows) {
-      const std::int64_t left = args.output.rows - row;
-      multiply_tile<kDigits, 1>(args, layout, {row, left < kTileRows ? left : kTileRows}, panel);
+  for (; panel < part.last_panel; ++panel) {
+    for (std::int64_t tile = part.first_tile; tile < part.last_tile; ++tile) {
+      const std::int64_t row = tile_begin(tile, output.rows, output.tiles);
+      const std::int64_t rows = tile_begin(tile + 1, output.rows, output.tiles) - row;
+      multiply_tile<kDigits, 1>(
+          args, layout, {row, rows, part.last_tile - 1 - tile, part.last_tile - part.first_tile},
+          panel);
     }
   }
 }
@@ -272,11 +317,11 @@ void split_rows(const SplitArgs& args, const IntegerLayout& layout) {
 }
 
 void multiply_integers(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
-                       std::int64_t first_panel, std::int64_t last_panel) {
+                       const Part& part) {
   if (args.exact) {
-    multiply<kDigitsOfExact>(args, layout, first_panel, last_panel);
+    multiply<kDigitsOfExact>(args, layout, part);
   } else {
-    multiply<1>(args, layout, first_panel, last_panel);
+    multiply<1>(args, layout, part);
   }
 }
 

@@ -202,6 +202,13 @@ TEST_P(EveryFormat, GivesTheSameBitsOnAnyNumberOfThreads) {
   }
 }
 
+TEST_P(EveryFormat, GivesTheSameBitsWhenThreadsShareTheRowsOfFewOutputs) {
+  const LinearProblem problem = LinearProblem::random(67, 40, 768, GetParam());
+  const std::vector<float> expected = problem.run();
+  const ThreadScope scope(5);
+  EXPECT_EQ(problem.run(), expected);
+}
+
 TEST_P(EveryFormat, ReadsAPackedRowBack) {
   const LinearProblem problem = LinearProblem::random(1, 45, 70, GetParam(), 35);
   std::vector<float> row(70);
