@@ -67,10 +67,9 @@ def compare(sequence_length: int, rounding: str, steps: int) -> list[Row]:
     rows = []
     for clock, name in enumerate(("wall", "processor")):
         own, other = ([times[clock] * 1e3 for times in side] for side in (moq_times, plain_times))
-        case = f"MiniLM-L6 batch {BATCH_SIZE} x {sequence_length}, {rounding}, {name} time"
-        rows.append(Row(f"{case}, best of {steps}", min(own), min(other), "ms"))
+        rows.append(Row(f"{case}, {name} time, best of {steps}", min(own), min(other), "ms"))
         medians = statistics.median(own), statistics.median(other)
-        rows.append(Row(f"{case}, median of {steps}", *medians, "ms"))
+        rows.append(Row(f"{case}, {name} time, median of {steps}", *medians, "ms"))
     return rows
 
 
