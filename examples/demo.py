@@ -8,6 +8,7 @@ Every step is a command that a user would type; each is printed before it runs.
 
 import argparse
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -19,18 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent
-ROOT = EXAMPLES.parent
 PROMPT = "My fellow Americans, the state of our Union"
 NEW_TOKENS = 64
 console = Console(highlight=False)
 
 
 def run(*command: str | Path, expect: int = 0, capture: bool = False) -> str:
-    """Prints and runs one command in the checkout's root; stops the demo on another exit status."""
+    """Prints and runs one command; stops the demo on another exit status."""
     words = [str(word) for word in command]
     console.print("\n[bold]$ " + shlex.join(words).replace(sys.executable, "python"))
     done = subprocess.run(
-        words, cwd=ROOT, check=False, text=True, stdout=subprocess.PIPE if capture else None
+        words, check=False, text=True, stdout=subprocess.PIPE if capture else None
     )
     if done.returncode != expect:
         sys.exit(f"demo: exit status {expect} was expected, got {done.returncode}")
@@ -72,9 +72,17 @@ def serve(directory: Path, ranks: int) -> dict[str, object]:
     return json.loads(result.strip().splitlines()[-1])
 
 
-def folder_bytes(folder: Path) -> int:
+def transformers_speed(threads: int) -> dict[str, float]:
+    """The JSON result of transformers generating the same with the original model."""
+    program = [EXAMPLES / "transformers_speed.py", "--prompt", PROMPT]
+    output = python(*program, "--threads", str(threads), capture=True)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def megabytes(folder: Path) -> str:
     """Size of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 1e6:.0f} MB"
 
 
 def main() -> None:
@@ -105,11 +113,7 @@ def main() -> None:
     console.print("one and two processes generated the same tokens")
 
     console.rule("speed beside transformers FP32")
-    peer = json.loads(
-        python(EXAMPLES / "transformers_speed.py", "--prompt", PROMPT, capture=True).splitlines()[
-            -1
-        ]
-    )
+    peers = [transformers_speed(threads=1), transformers_speed(threads=2)]
 
     console.rule("encoder")
     short = ["--warmup-steps", "20", "--steps", "15", "--held-out", "200"] if args.quick else []
@@ -119,14 +123,17 @@ def main() -> None:
     table = Table(title="SmolLM2-135M on speeches from 2001 on (4,096 tokens)")
     for column in ("model", "perplexity", "size on disk", "decode, tokens/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    size = f"{folder_bytes(ROOT / decoder) / 1e6:.0f} MB"
-    fp32_size = f"{peer['bytes'] / 1e6:.0f} MB"
+    served = [float(result["decode_tokens_per_second"]) for result in (one, two)]
     speeds = {
-        "original": (fp32_size, f"{peer['tokens_per_second']:.1f} (transformers, 1 thread)"),
+        "original": (
+            f"{peers[0]['megabytes']:.0f} MB",
+            "transformers: {:.1f} (1 thread), {:.1f} (2 threads)".format(
+                *(peer["tokens_per_second"] for peer in peers)
+            ),
+        ),
         "MoQ INT8, exported, in the engine": (
-            size,
-            f"{one['decode_tokens_per_second']:.1f} (1 process), "
-            f"{two['decode_tokens_per_second']:.1f} (2 processes)",
+            megabytes(decoder),
+            "{:.1f} (1 process), {:.1f} (2 processes of 1 thread)".format(*served),
         ),
     }
     for name, row in perplexities.items():
@@ -134,12 +141,14 @@ def main() -> None:
         table.add_row(name, value, *speeds.get(name, ("", "")))
     console.print(table)
     simulated = perplexities["MoQ INT8, simulated in PyTorch"]["perplexity"]
-    served = perplexities["MoQ INT8, exported, in the engine"]["perplexity"]
-    difference = abs(served / simulated - 1)
+    exported = perplexities["MoQ INT8, exported, in the engine"]["perplexity"]
+    difference = abs(exported / simulated - 1)
     console.print(f"simulated and served perplexity differ by {difference:.5%}")
     if difference > 1e-3:
         sys.exit("demo: simulated and served perplexity must agree within 0.1 %")
-    console.print(f"the demo took {time.perf_counter() - started:.0f} s")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    seconds = time.perf_counter() - started
+    console.print(f"the demo took {seconds:.0f} s; its largest process took {peak:.1f} GiB")
 
 
 if __name__ == "__main__":

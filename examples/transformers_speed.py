@@ -5,7 +5,9 @@ python examples/transformers_speed.py --threads 1
 
 import argparse
 import json
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from pretrained import load_decoder
@@ -34,9 +36,12 @@ def main() -> None:
 
     seconds(2)
     decode = seconds(args.max_new_tokens) - seconds(1)  # less the prompt's share
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
     result = {
         "tokens_per_second": (args.max_new_tokens - 1) / decode,
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "megabytes": size / 1e6,
         "threads": args.threads,
     }
     print(json.dumps(result))

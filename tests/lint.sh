@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every format and lint check: lint.sh BIN BUILD (the environment's bin folder, the CMake build folder).
-# clang-tidy is slow on libtorch's headers, so it looks at the C++ files that changed since the last commit on
-# origin/main (or since the previous commit), and at all of them with LINT_ALL=1.
+# clang-tidy is slow on libtorch's headers, so it looks at the C++ files and headers that changed since the last
+# commit on origin/main (or since the previous commit), and at all sources with LINT_ALL=1.
 set -euo pipefail
 bin=$1 build=$2
 for tool in clang-format clang-tidy; do
@@ -41,11 +41,19 @@ if [ "${LINT_ALL:-0}" = 1 ]; then
 else
   base=$(git merge-base HEAD origin/main 2>/dev/null || true)
   [ -n "$base" ] && [ "$base" != "$(git rev-parse HEAD)" ] || base=$(git rev-parse -q --verify HEAD~1 || true)
-  changed=$(git diff --name-only --diff-filter=d ${base:-$(git hash-object -t tree /dev/null)} -- '*.cpp')
+  base=${base:-$(git hash-object -t tree /dev/null)}
+  changed=$(git diff --name-only --diff-filter=d "$base" -- '*.cpp')
+  # A header is read where it is included: in the source of its own name, or else in the first that includes it.
+  for header in $(git diff --name-only --diff-filter=d "$base" -- '*.h'); do
+    users=$(git grep -lF "#include \"$header\"" -- '*.cpp' ':!kernels/cpu/simd' || true)
+    own=${header%.h}.cpp
+    changed+=$'\n'$(grep -xF "$own" <<<"$users" || head -n 1 <<<"$users")
+  done
 fi
 # Files compiled once per instruction set carry gcc flags that clang 14 reads differently; the rest is checked as built.
-files=$(for file in $changed; do grep -q "/$file\"" "$build/compile_commands.json" && echo "$file"; done | grep -v '^kernels/cpu/simd/' || true)
+files=$(for file in $(sort -u <<<"$changed"); do
+  grep -q "/$file\"" "$build/compile_commands.json" && echo "$file"; done | grep -v '^kernels/cpu/simd/' || true)
 if [ -n "$files" ]; then
-  printf '%s\n' $files | head -n "${LINT_FILES:-12}" | xargs -P "$(nproc)" -n 1 clang-tidy --quiet -p "$build"
+  printf '%s\n' $files | xargs -P "$(nproc)" -n 1 clang-tidy --quiet -p "$build"
 fi
 echo "lint: clean"
