@@ -36,6 +36,7 @@ __all__ = ["QuantizedParameter", "export_checkpoint"]
 # What a tokenizer leaves beside a model.
 TOKENIZER_FILES = (
     "added_tokens.json",
+    "additional_chat_templates",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
@@ -204,5 +205,7 @@ def save_tokenizer(directory: Path, tokenizer: Any) -> None:
     if not has_tokenizer(source):
         raise ValueError(f"{source}: expected a directory with tokenizer files, got none")
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, directory / name)
+        elif (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ MANIFEST_NAME = "moq.json"
 SUMS_NAME = "SHA256SUMS"
 CONFIG_NAME = "config.json"
 
-_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
+_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^\\\0]+)")
 
 
 class FormatError(ValueError):
@@ -93,8 +92,16 @@ def file_sha256(path: Path) -> str:
 
 
 def list_files(directory: Path) -> list[str]:
-    """Every entry of a checkpoint but SHA256SUMS, sorted: directories and links are entries too."""
-    return sorted(name for name in os.listdir(directory) if name != SUMS_NAME)
+    """Relative path of every file of a checkpoint but SHA256SUMS, sorted.
+
+    Links and empty directories count as files, so that nothing in the directory goes unseen.
+    """
+    entries = (
+        path
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    )
+    return sorted({str(path.relative_to(directory)) for path in entries} - {SUMS_NAME})
 
 
 def write_sums(directory: Path, names: Iterable[str]) -> None:
@@ -104,26 +111,28 @@ def write_sums(directory: Path, names: Iterable[str]) -> None:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """Reads SHA256SUMS: file name -> SHA-256.
+    """Reads SHA256SUMS: relative path of a file -> SHA-256.
 
     Raises:
-        FormatError: naming the line, if one cannot be parsed or names a file twice.
+        FormatError: naming the line, if one cannot be parsed, leads out of the directory or names a
+            file twice.
     """
     path = directory / SUMS_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: expected one line a file, got {error}") from error
+    if not text.endswith("\n"):
+        raise FormatError(f"{path}: expected a line break at the end")
     sums: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    # str.splitlines would also split at other characters, and miss a line break that became one.
+    for number, line in enumerate(text[:-1].split("\n"), start=1):
         match = _SUMS_LINE.fullmatch(line)
-        if match is None:
+        if match is None or not {"", ".", ".."}.isdisjoint(match[2].split("/")):
             raise FormatError(f"{path}: line {number}: expected 'sha256  name', got {line!r}")
         if match[2] in sums:
             raise FormatError(f"{path}: line {number}: expected {match[2]} once, got it again")
         sums[match[2]] = match[1]
-    if text and not text.endswith("\n"):
-        raise FormatError(f"{path}: expected a line break at the end")
     return sums
 
 

@@ -1,7 +1,9 @@
 """`moq verify` finds what is wrong, says where, and its exit status says so."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from moq import _C, cli
 from moq.export import export_checkpoint
 from moq.manifest import (
+    FormatError,
     list_files,
     read_manifest,
     read_sums,
@@ -35,12 +38,15 @@ FILES = [
 ]
 
 
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
 @pytest.fixture(scope="module")
 def pristine(memory_path):
     directory = memory_path
-    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    export_tiny_llama(directory / "out", tokenizer=tokenizer, max_shard_size=30_000)
+    export_tiny_llama(directory / "out", tokenizer=tiny_tokenizer(), max_shard_size=30_000)
     return directory / "out"
 
 
@@ -97,6 +103,28 @@ def test_one_flipped_bit_in_any_file_makes_verify_exit_1(checkpoint, name, where
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_every_flipped_bit_of_the_sums_is_found(checkpoint):
+    """Every bit of the file that nothing else vouches for, line breaks above all."""
+    sums = checkpoint / "SHA256SUMS"
+    pristine, expected = sums.read_bytes(), read_sums(checkpoint)
+    for position in range(len(pristine)):
+        for bit in range(8):
+            data = bytearray(pristine)
+            data[position] ^= 1 << bit
+            sums.write_bytes(data)
+            with contextlib.suppress(FormatError):
+                assert read_sums(checkpoint) != expected, (position, bit)
+
+
+@pytest.mark.parametrize("character", "\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029", ids=ascii)
+def test_only_a_line_feed_ends_a_line_of_the_sums(checkpoint, character):
+    sums = checkpoint / "SHA256SUMS"
+    lines = sums.read_text().split("\n")
+    for number in range(1, len(lines)):
+        sums.write_text("\n".join(lines[:number]) + character + "\n".join(lines[number:]))
+        assert outcome(checkpoint)["hashes"] is False
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "model-00002-of-00003.safetensors"]
 )
@@ -108,6 +136,29 @@ def test_a_missing_file_is_named(checkpoint, name):
 def test_an_extra_file_is_named(checkpoint):
     (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
     assert "pytorch_model.bin: not listed in SHA256SUMS" in problems(checkpoint)
+
+
+def test_an_extra_file_in_a_folder_is_named(checkpoint):
+    (checkpoint / "a" / "b").mkdir(parents=True)
+    assert "a/b: not listed in SHA256SUMS" in problems(checkpoint)
+    (checkpoint / "a" / "b" / "c").touch()
+    assert "a/b/c: not listed in SHA256SUMS" in problems(checkpoint)
+
+
+def test_several_chat_templates_are_exported_covered_and_copied(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    export_tiny_llama(tmp_path / "out", tokenizer=tokenizer)
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+    assert str(template) in read_sums(tmp_path / "out")
+    export_tiny_llama(tmp_path / "out", tokenizer=tokenizer)
+    export_tiny_llama(tmp_path / "copied", tokenizer=tmp_path / "out")
+    for directory in (tmp_path / "out", tmp_path / "copied"):
+        assert problems(directory) == ""
+        read = PreTrainedTokenizerFast.from_pretrained(directory)
+        assert read.chat_template == tokenizer.chat_template
+    (tmp_path / "out" / template).write_text("{{ other }}")
+    assert f"{template}: expected sha256" in problems(tmp_path / "out")
 
 
 def test_a_link_in_place_of_a_file_is_named(checkpoint, pristine):
@@ -125,9 +176,16 @@ def test_a_link_in_place_of_a_file_is_named(checkpoint, pristine):
         lambda text: text.rstrip("\n"),
         lambda text: text + text.splitlines(keepends=True)[0],
         lambda text: text.replace("  config.json", "  ../config.json"),
+        lambda text: text.replace("  config.json", "  ./config.json"),
+        lambda text: text.replace("  config.json", "  a/../config.json"),
+        lambda text: text.replace("  config.json", "  /config.json"),
+        lambda text: text.replace("  config.json", "  config.json/"),
         lambda text: "",
     ],
-    ids=["line", "short", "upper", "no line break", "twice", "path", "empty"],
+    ids=[
+        *("line", "short", "upper", "no line break", "twice"),
+        *("parent", "dot", "out and back", "absolute", "folder", "empty"),
+    ],
 )
 def test_sums_that_cannot_be_trusted_fail(checkpoint, change):
     sums = checkpoint / "SHA256SUMS"
