@@ -91,9 +91,8 @@ def export_checkpoint(
             dtype from the others; or if `directory` holds files that are not a checkpoint's.
     """
     target = Path(directory)
-    _refuse_foreign_files(target)
     parameters = ExportedModel(model, quantized)
-    with replaced_directory(target) as staged:
+    with replaced_directory(target, _own_files) as staged:
         tensors, weights = parameters.convert()
         _write_shards(staged, tensors, max_shard_size)
         config = parameters.config(weights)
@@ -122,26 +121,12 @@ def export_checkpoint(
     return target
 
 
-def _refuse_foreign_files(target: Path) -> None:
-    """An export deletes what it replaces: only a checkpoint, and nothing that was put beside it."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target}: expected a directory, got a file")
-    present = list_files(target)
-    if not present:
-        return
-    if MANIFEST_NAME not in present or not (target / SUMS_NAME).exists():
-        raise ValueError(
-            f"{target}: expected a new or empty directory, or a moq checkpoint to replace, got a "
-            f"directory with {present[0]}"
-        )
-    foreign = sorted(set(present) - set(read_sums(target)))
-    if foreign:
-        raise ValueError(
-            f"{target}: expected only the files of a checkpoint, got {foreign[0]} too: move it "
-            "away before the checkpoint is replaced"
-        )
+def _own_files(target: Path) -> set[str]:
+    """The files of a checkpoint; none if `target` is something else."""
+    if not (target / SUMS_NAME).exists():
+        return set()
+    names = {SUMS_NAME, *read_sums(target)}
+    return names if MANIFEST_NAME in names else set()
 
 
 def _write_shards(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from moq.staging import files_below
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "moq.json"
 SUMS_NAME = "SHA256SUMS"
@@ -92,16 +94,8 @@ def file_sha256(path: Path) -> str:
 
 
 def list_files(directory: Path) -> list[str]:
-    """Relative path of every file of a checkpoint but SHA256SUMS, sorted.
-
-    Links and empty directories count as files, so that nothing in the directory goes unseen.
-    """
-    entries = (
-        path
-        for path in directory.rglob("*")
-        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
-    )
-    return sorted({str(path.relative_to(directory)) for path in entries} - {SUMS_NAME})
+    """Relative path of every file of a checkpoint but SHA256SUMS, sorted."""
+    return [name for name in files_below(directory) if name != SUMS_NAME]
 
 
 def write_sums(directory: Path, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -21,21 +21,25 @@ from moq.export import save_generation_config, save_tokenizer
 from moq.exported_model import ExportedModel
 from moq.manifest import CONFIG_NAME, FormatError, read_json, write_json
 from moq.quantized_parameter import QuantizedParameter
-from moq.staging import recover, replaced_directory
+from moq.staging import files_below, recover, replaced_directory
+from moq.strict import Strict
 
 RUN_NAME = "run.json"
 MASTERS_NAME = "masters.safetensors"
 RUN_VERSION = 1
 
-# Fields of a QuantizedParameter that run.json keeps as they are.
-_PLAIN_FIELDS = (
-    "num_bits",
-    "mode",
-    "granularity",
-    "group_size",
-    "transposed",
-    "activations",
-)
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry(Strict):
+    """What run.json says about a parameter: the fields of QuantizedParameter beside its tensors."""
+
+    num_bits: int
+    mode: str
+    granularity: str
+    group_size: int
+    transposed: bool
+    activations: str | None
+    scale_dtype: Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def save_run(
 
     Raises:
         ValueError: if the model has no Hugging Face config, so that nobody could rebuild it; or if
-            `directory` holds anything but a run.
+            `directory` holds a file that is not a run's.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
@@ -85,10 +89,8 @@ def save_run(
             f"{type(model).__name__}: export it from the training script instead"
         )
     target = Path(directory)
-    if target.exists() and any(target.iterdir()) and not (target / RUN_NAME).exists():
-        raise ValueError(f"{target}: expected a new directory or a saved run, got other files")
     exported = ExportedModel(model, quantized)
-    with replaced_directory(target) as staged:
+    with replaced_directory(target, _own_files) as staged:
         stored = [(n, value) for n, value in exported.state.items() if n not in exported.aliases]
         _C.write_safetensors(str(staged / "model.safetensors"), stored, {"format": "pt"})
         masters = [(name, p.master.detach()) for name, p in exported.quantized.items()]
@@ -100,15 +102,22 @@ def save_run(
             "run_version": RUN_VERSION,
             "quantized": {name: _describe(p) for name, p in exported.quantized.items()},
             "history": dict(history or {}),
+            "files": [RUN_NAME, *files_below(staged)],
         }
         write_json(staged / RUN_NAME, run)
     return target
 
 
+def _own_files(target: Path) -> list[str]:
+    """The files of a run; none if `target` is something else."""
+    return _read_run(target)["files"] if (target / RUN_NAME).exists() else []
+
+
 def _describe(parameter: QuantizedParameter) -> dict[str, Any]:
-    entry: dict[str, Any] = {field: getattr(parameter, field) for field in _PLAIN_FIELDS}
+    fields = {name: getattr(parameter, name) for name in _Entry.keys()}
     scale_dtype = parameter.scale_dtype or parameter.simulated.dtype
-    return entry | {"scale_dtype": str(scale_dtype).removeprefix("torch.")}
+    fields["scale_dtype"] = str(scale_dtype).removeprefix("torch.")
+    return _Entry(**fields).to_dict()
 
 
 def load_run(directory: str | os.PathLike[str]) -> SavedRun:
@@ -120,28 +129,58 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
     """
     recover(directory)
     path = Path(directory)
-    run = read_json(path / RUN_NAME)
-    if run.get("run_version") != RUN_VERSION:
-        raise FormatError(
-            f"{path / RUN_NAME}: run_version must be {RUN_VERSION}, got {run.get('run_version')!r}"
-        )
-    architecture = read_json(path / CONFIG_NAME)["architectures"][0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise FormatError(
-            f"{path / CONFIG_NAME}: architectures must name a class of transformers, got "
-            f"{architecture}: export the run from the script that trained it"
-        )
-    model = model_class.from_pretrained(path, dtype="auto", local_files_only=True)
+    run = _read_run(path)
+    model = _model_class(path / CONFIG_NAME).from_pretrained(
+        path, dtype="auto", local_files_only=True
+    )
     state = model.state_dict()
     masters = _C.read_safetensors(str(path / MASTERS_NAME))
     quantized = []
     for name, entry in run["quantized"].items():
         if name not in masters or name not in state:
             raise FormatError(f"{path / MASTERS_NAME}: {name}: expected by {RUN_NAME}, missing")
-        scale_dtype = getattr(torch, entry["scale_dtype"])
-        fields = {field: entry[field] for field in _PLAIN_FIELDS}
-        quantized.append(
-            QuantizedParameter(name, masters[name], state[name], scale_dtype=scale_dtype, **fields)
-        )
+        quantized.append(_parameter(name, entry, masters[name], state[name], path / RUN_NAME))
     return SavedRun(model, quantized, run["history"], path)
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    """Reads run.json of a version that this release knows."""
+    path = directory / RUN_NAME
+    run = read_json(path)
+    if run.get("run_version") != RUN_VERSION:
+        raise FormatError(
+            f"{path}: run_version must be {RUN_VERSION}, got {run.get('run_version')!r}"
+        )
+    for key, kind, words in (
+        ("quantized", dict, "an object"),
+        ("history", dict, "an object"),
+        ("files", list, "a list"),
+    ):
+        if not isinstance(run.get(key), kind):
+            raise FormatError(f"{path}: {key} must be {words}, got {run.get(key)!r}")
+    return run
+
+
+def _model_class(config: Path) -> Any:
+    """The class of transformers that config.json names."""
+    architectures = read_json(config).get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if model_class is None:
+        raise FormatError(
+            f"{config}: architectures must name a class of transformers, got {architectures!r}: "
+            "export the run from the script that trained it"
+        )
+    return model_class
+
+
+def _parameter(
+    name: str, entry: object, master: torch.Tensor, simulated: torch.Tensor, path: Path
+) -> QuantizedParameter:
+    """One parameter of a run, from its entry in run.json."""
+    try:
+        fields = _Entry.from_dict(entry, "quantized").to_dict()
+        fields["scale_dtype"] = getattr(torch, fields["scale_dtype"])
+        return QuantizedParameter(name, master, simulated, **fields)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {name}: {error}") from error

@@ -18,7 +18,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -131,8 +131,40 @@ def _swap(staged: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
+def files_below(directory: Path) -> list[str]:
+    """Relative path of every file of a directory, sorted.
+
+    Links and empty directories count as files, so that nothing in the directory goes unseen.
+    """
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    )
+
+
+def _require_only(target: Path, own_files: Callable[[Path], Iterable[str]]) -> None:
+    """Refuses to replace, and so to delete, what nobody who writes here has written.
+
+    Raises:
+        ValueError: naming the first such file.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: expected a directory, got a file")
+    present = files_below(target)
+    foreign = sorted(set(present) - set(own_files(target))) if present else []
+    if foreign:
+        raise ValueError(
+            f"{target}: expected a directory that may be replaced (a new or an empty one, or one "
+            f"that holds only what was written there before), got {foreign[0]} in it: move it "
+            "away, or write to another place"
+        )
+
+
 @contextmanager
-def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced_directory(
+    directory: str | os.PathLike[str], own_files: Callable[[Path], Iterable[str]]
+) -> Iterator[Path]:
     """Yields an empty directory that takes the place of `directory` when the block ends.
 
     If the block raises, or the process is killed at any moment, `directory` keeps its complete old
@@ -140,23 +172,28 @@ def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         directory: the directory to create or to replace; its parent is created if missing.
+        own_files: lists those files of an old `directory`, as `files_below` does, that may be
+            deleted with it.
 
     Yields:
         The path to write the new content to.
 
     Raises:
         OSError: if the file system refuses.
+        ValueError: if `directory` holds any other file when the block begins, or when it ends.
     """
     target = _resolve(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target):
         _put_back(target)
         _remove_leftovers(target)
+        _require_only(target, own_files)
         staged = Path(tempfile.mkdtemp(prefix=_sibling(target, "new-").name, dir=target.parent))
         try:
             os.chmod(staged, 0o777 & ~_umask())
             yield staged
             _sync_tree(staged)
+            _require_only(target, own_files)  # the block may have taken minutes
             _swap(staged, target)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)

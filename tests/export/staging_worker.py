@@ -158,9 +158,10 @@ def main(directory: Path) -> None:
     announce(os, "close")
     outcome = {
         "exchange": kill(directory / "exchange" / "out"),
-        "concurrent": concurrent(directory / "concurrent" / "out"),
+        "concurrent exchange": concurrent(directory / "concurrent" / "out"),
     }
     _C.exchange_paths = lambda first, second: False
+    outcome["concurrent no-exchange"] = concurrent(directory / "concurrent-no" / "out")
     outcome["no-exchange"] = kill(directory / "no-exchange" / "out")
     print(json.dumps(outcome))
 

@@ -56,9 +56,18 @@ def test_a_run_is_replaced_by_the_next(tmp_path):
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "notes.md").write_text("mine")
-    with pytest.raises(ValueError, match="a new directory or a saved run"):
+    with pytest.raises(ValueError, match=r"got notes\.md in it"):
         save(tmp_path)
     assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_what_others_put_into_a_run_is_not_deleted_with_it(tmp_path):
+    save(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-500").mkdir()
+    (tmp_path / "run" / "checkpoint-500" / "optimizer.pt").write_text("hours")
+    with pytest.raises(ValueError, match=r"got checkpoint-500/optimizer\.pt in it"):
+        save(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-500" / "optimizer.pt").read_text() == "hours"
 
 
 def test_a_model_without_a_config_is_refused(tmp_path):
@@ -82,6 +91,35 @@ def test_a_missing_master_is_named(tmp_path):
     write_json(tmp_path / "run" / "run.json", run)
     with pytest.raises(FormatError, match=r"no\.such\.weight: expected by run\.json, missing"):
         load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("run.json", lambda run: run.pop("quantized"), "run.json: quantized must be an object"),
+        ("run.json", lambda run: run.pop("history"), "run.json: history must be an object"),
+        ("run.json", lambda run: run.pop("files"), "run.json: files must be a list, got None"),
+        ("run.json", lambda run: entry_of(run).pop("num_bits"), "quantized.num_bits is missing"),
+        ("run.json", lambda run: entry_of(run).update(num_bits=1), "num_bits must lie in"),
+        ("run.json", lambda run: entry_of(run).update(mode=3), "quantized.mode must be a string"),
+        ("run.json", lambda run: entry_of(run).update(bits=3), "bits is not a known key"),
+        ("run.json", lambda run: entry_of(run).update(scale_dtype="int8"), "scale_dtype must be"),
+        ("config.json", lambda config: config.pop("architectures"), "architectures must name"),
+        ("config.json", lambda config: config.update(architectures=[]), "architectures must name"),
+        ("config.json", lambda config: config.update(architectures=["X"]), "architectures must"),
+    ],
+)
+def test_a_file_without_a_key_gives_one_line_and_status_1(tmp_path, capsys, file, change, message):
+    save(tmp_path / "run")
+    content = read_json(tmp_path / "run" / file)
+    change(content)
+    write_json(tmp_path / "run" / file, content)
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def entry_of(run: dict) -> dict:
+    return run["quantized"]["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_what_is_not_a_run_gives_one_line_and_status_1(tmp_path, capsys):

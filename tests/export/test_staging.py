@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moq import _C, staging
-from moq.staging import recover, replaced_directory
+from moq.staging import files_below, recover, replaced_directory
 
 WORKER = Path(__file__).with_name("staging_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def outcomes(memory_path) -> dict:
 
 
 def write(directory: Path, text: str) -> None:
-    with replaced_directory(directory) as staged:
+    with replaced_directory(directory, files_below) as staged:
         (staged / "file").write_text(text)
 
 
@@ -48,8 +48,9 @@ def test_a_killed_export_leaves_the_complete_old_or_new_directory(outcomes, mode
     assert outcome["left"] == ["out"]
 
 
-def test_concurrent_exports_to_one_place_do_not_mix(outcomes):
-    outcome = outcomes["concurrent"]
+@pytest.mark.parametrize("mode", ["exchange", "no-exchange"])
+def test_concurrent_exports_to_one_place_do_not_mix(outcomes, mode):
+    outcome = outcomes[f"concurrent {mode}"]
     assert outcome["statuses"] == [0, 0, 0]
     assert outcome["content_is_one_of_them"]
     assert outcome["left"] == ["out"]
@@ -73,11 +74,39 @@ def test_a_directory_is_replaced_and_nothing_is_left(tmp_path, monkeypatch, exch
 
 def test_an_error_keeps_the_old_content(tmp_path):
     write(tmp_path / "out", "1")
-    with pytest.raises(KeyError), replaced_directory(tmp_path / "out") as staged:
+    with pytest.raises(KeyError), replaced_directory(tmp_path / "out", files_below) as staged:
         (staged / "file").write_text("2")
         raise KeyError
     assert (tmp_path / "out" / "file").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+def test_a_file_of_somebody_else_is_not_deleted(tmp_path, late):
+    write(tmp_path / "out", "1")
+    own = files_below(tmp_path / "out")
+    foreign = tmp_path / "out" / "checkpoint-500" / "optimizer.pt"
+    if not late:
+        foreign.parent.mkdir()
+        foreign.touch()
+    with (
+        pytest.raises(ValueError, match=r"got checkpoint-500/optimizer\.pt in it: move it away"),
+        replaced_directory(tmp_path / "out", lambda target: own) as staged,
+    ):
+        (staged / "file").write_text("2")
+        assert late
+        foreign.parent.mkdir()
+        foreign.touch()
+    assert foreign.exists()
+    assert (tmp_path / "out" / "file").read_text() == "1"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_in_the_place_of_a_directory_is_left_alone(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="expected a directory, got a file"):
+        write(tmp_path / "out", "1")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
@@ -117,7 +146,10 @@ def test_a_link_keeps_leading_to_the_directory(tmp_path):
 
 
 def test_the_root_is_refused():
-    with pytest.raises(ValueError, match="a directory of its own"), replaced_directory("/"):
+    with (
+        pytest.raises(ValueError, match="a directory of its own"),
+        replaced_directory("/", files_below),
+    ):
         pass
 
 
@@ -126,7 +158,7 @@ def test_every_file_and_directory_is_flushed_before_the_swap(tmp_path, monkeypat
     flush, swap = os.fsync, staging._swap
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(_path(fd)), flush(fd)))
     monkeypatch.setattr(staging, "_swap", lambda a, b: (events.append("swap"), swap(a, b)))
-    with replaced_directory(tmp_path / "out") as staged:
+    with replaced_directory(tmp_path / "out", files_below) as staged:
         (staged / "a").write_text("a")
         (staged / "b").write_text("b")
     before = events[: events.index("swap")]
