@@ -10,18 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moq.strict import Strict
+from moq.strict import Strict, require
 
 Mode = Literal["symmetric", "asymmetric"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 2, 16
-
-
-def _require(condition: bool, rule: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{rule}, got {got!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +54,26 @@ class QuantSpec(Strict):
         bounds = f"must lie in [{MIN_BITS}, {MAX_BITS}]"
         for name in ("start_bits", "target_bits"):
             bits = getattr(self, name)
-            _require(MIN_BITS <= bits <= MAX_BITS, f"{name} {bounds}", bits)
-        _require(
+            require(MIN_BITS <= bits <= MAX_BITS, f"{name} {bounds}", bits)
+        require(
             self.start_bits >= self.target_bits,
             f"start_bits must be at least target_bits ({self.target_bits})",
             self.start_bits,
         )
         if self.granularity == "per_group":
-            _require(
+            require(
                 self.group_size >= 1,
                 "group_size must be at least 1 when granularity is 'per_group'",
                 self.group_size,
             )
         else:
-            _require(
+            require(
                 self.group_size == 0,
                 f"group_size must be 0 unless granularity is 'per_group' (it is "
                 f"{self.granularity!r})",
                 self.group_size,
             )
-        _require(self.blend_steps >= 0, "blend_steps must be at least 0", self.blend_steps)
+        require(self.blend_steps >= 0, "blend_steps must be at least 0", self.blend_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +109,15 @@ class Rule(Strict):
         Raises:
             ValueError: naming the field.
         """
-        _require(bool(self.match), "match must name a module or hold a pattern", self.match)
+        require(bool(self.match), "match must name a module or hold a pattern", self.match)
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match.removeprefix("re:"))
             except re.error as error:
                 raise ValueError(f"match must be a regular expression: {error}") from None
-        _require(bool(self.modules), "modules must name at least one kind", self.modules)
+        require(bool(self.modules), "modules must name at least one kind", self.modules)
         given = [name for name in QuantSpec.keys() if getattr(self, name) is not None]
-        _require(
+        require(
             not (self.exclude and given),
             "exclude must be false when the rule sets other values",
             given,
@@ -170,34 +165,34 @@ class ScheduleConfig(Strict):
         shapes = [
             name for name in ("finish_at", "period", "table") if getattr(self, name) is not None
         ]
-        _require(
+        require(
             len(shapes) == 1, "finish_at, period and table exclude each other: give one", shapes
         )
         if self.finish_at is not None:
-            _require(0 < self.finish_at <= 1, "finish_at must lie in (0, 1]", self.finish_at)
+            require(0 < self.finish_at <= 1, "finish_at must lie in (0, 1]", self.finish_at)
         if self.period is not None:
-            _require(self.period >= 1, "period must be at least 1 step", self.period)
-        _require(self.offset >= 0, "offset must be at least 0 steps", self.offset)
-        _require(
+            require(self.period >= 1, "period must be at least 1 step", self.period)
+        require(self.offset >= 0, "offset must be at least 0 steps", self.offset)
+        require(
             self.offset == 0 or self.period is not None,
             "offset must be 0 unless period is given",
             self.offset,
         )
-        _require(1 <= self.growth <= 16, "growth must lie in [1, 16]", self.growth)
+        require(1 <= self.growth <= 16, "growth must lie in [1, 16]", self.growth)
         if self.table is not None:
             self._validate_table(self.table)
 
     @staticmethod
     def _validate_table(table: dict[int, int]) -> None:
         steps = sorted(table)
-        _require(bool(steps) and steps[0] == 0, "table must begin at step 0", steps)
+        require(bool(steps) and steps[0] == 0, "table must begin at step 0", steps)
         widths = [table[step] for step in steps]
-        _require(
+        require(
             all(MIN_BITS <= bits <= MAX_BITS for bits in widths),
             f"table must hold widths in [{MIN_BITS}, {MAX_BITS}]",
             widths,
         )
-        _require(
+        require(
             all(a > b for a, b in zip(widths, widths[1:], strict=False)),
             "table must fall strictly from step to step",
             widths,
@@ -230,9 +225,9 @@ class SensitivityConfig(Strict):
             ValueError: naming the field.
         """
         if self.tolerance is not None:
-            _require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
+            require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
         if self.max_products is not None:
-            _require(self.max_products >= 1, "max_products must be at least 1", self.max_products)
+            require(self.max_products >= 1, "max_products must be at least 1", self.max_products)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,11 +268,11 @@ class MoQConfig(QuantSpec):
             ValueError: naming the field.
         """
         super().validate()
-        _require(0 <= self.seed < 2**63, "seed must lie in [0, 2^63)", self.seed)
+        require(0 <= self.seed < 2**63, "seed must lie in [0, 2^63)", self.seed)
         if self.schedule.table is not None:
             table = sorted(self.schedule.table.items())
             for name, bits in (("start_bits", table[0][1]), ("target_bits", table[-1][1])):
-                _require(
+                require(
                     getattr(self, name) == bits,
                     f"{name} must be the {bits} bits of schedule.table",
                     getattr(self, name),

@@ -108,7 +108,7 @@ def export_checkpoint(
                 "python": platform.python_version(),
             },
             "scale_convention": "real = weight_scale * (code - zero_point)",
-            "weights": {name: weight.to_json() for name, weight in weights.items()},
+            "weights": {name: weight.to_dict() for name, weight in weights.items()},
             "tensors": {
                 name: {"sha256": tensor_sha256(tensor)} for name, tensor in tensors.items()
             },

@@ -170,7 +170,7 @@ def _convert_weight(
             if zero_points is not None:  # packed down the rows
                 packed = _C.pack_codes(zero_points.t(), stored_bits)
                 tensors[f"{name}_zero_point"] = packed.t().contiguous()
-    stored = StoredWeight(
+    stored = dict(
         module=name.rpartition(".")[0],
         module_class=module_class,
         format=weight_format,
@@ -185,4 +185,4 @@ def _convert_weight(
         activations=None if dense else parameter.activations,
         quantization_error=error,
     )
-    return stored, tensors
+    return StoredWeight.from_dict(stored, name), tensors

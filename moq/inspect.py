@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moq import _C
-from moq.layout import DENSE, StoredWeight
+from moq.layout import DENSE, stored_weights
 from moq.manifest import CONFIG_NAME, list_files, read_json, read_manifest
 from moq.staging import recover
 
@@ -40,7 +40,7 @@ def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     config = read_json(path / CONFIG_NAME)
     checkpoint = _C.Checkpoint(str(path))
-    weights = {name: StoredWeight(**entry) for name, entry in manifest["weights"].items()}
+    weights = stored_weights(manifest, path)
     described = []
     owned: set[str] = set()
     dense_bytes = 0
@@ -48,7 +48,7 @@ def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
         tensors = weight.tensors()
         owned |= tensors.keys()
         size = sum(checkpoint.info(tensor).size_bytes for tensor in tensors)
-        described.append({"name": name, **weight.to_json(), "bytes": size})
+        described.append({"name": name, **weight.to_dict(), "bytes": size})
         dense_bytes += math.prod(weight.shape) * (4 if weight.scale_dtype == "float32" else 2)
     other = {
         name: checkpoint.info(name).size_bytes for name in checkpoint.names() if name not in owned

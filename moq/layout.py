@@ -7,9 +7,13 @@ layers with INT8 activations. docs/FORMAT.md has the fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moq.manifest import MANIFEST_NAME, FormatError
+from moq.strict import Strict, require
 
 PACKED = "pack-quantized"
 INTEGER = "int-quantized"
@@ -19,8 +23,8 @@ DENSE = "dense"
 LAYOUT_VERSION = "0.20.0"
 
 
-@dataclass(frozen=True)
-class StoredWeight:
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight(Strict):
     """How one weight matrix lies in the checkpoint; an entry of moq.json's ``weights``.
 
     Attributes:
@@ -43,17 +47,52 @@ class StoredWeight:
 
     module: str
     module_class: str
-    format: str
+    format: Literal["pack-quantized", "int-quantized", "dense"]
     trained_bits: int
     stored_bits: int | None
-    mode: str
-    granularity: str
+    mode: Literal["symmetric", "asymmetric"]
+    granularity: Literal["per_tensor", "per_channel", "per_group"]
     group_size: int
     shape: list[int]
     transposed: bool
-    scale_dtype: str
-    activations: str | None
+    scale_dtype: Literal["float32", "float16", "bfloat16"]
+    activations: Literal["dynamic"] | None
     quantization_error: float
+
+    def validate(self) -> None:
+        """Refuses fields that contradict each other.
+
+        Raises:
+            ValueError: naming the field, what it must be and what it is.
+        """
+        dense = self.format == DENSE
+        require(
+            9 <= self.trained_bits <= 16 if dense else 2 <= self.trained_bits <= 8,
+            f"trained_bits must lie in {'[9, 16]' if dense else '[2, 8]'} for {self.format}",
+            self.trained_bits,
+        )
+        stored = None if dense else 8 if self.format == INTEGER else storage_bits(self.trained_bits)
+        require(self.stored_bits == stored, f"stored_bits must be {stored}", self.stored_bits)
+        require(
+            len(self.shape) == 2 and min(self.shape) >= 0,
+            "shape must be [output features, input features]",
+            self.shape,
+        )
+        grouped = self.granularity == "per_group"
+        require(
+            self.shape[1] % self.group_size == 0
+            if grouped and self.group_size > 0
+            else not grouped and self.group_size == 0,
+            f"group_size must divide {self.shape[1]} input features"
+            if grouped
+            else f"group_size must be 0 for {self.granularity}",
+            self.group_size,
+        )
+        require(
+            math.isfinite(self.quantization_error) and self.quantization_error >= 0,
+            "quantization_error must be a finite number >= 0",
+            self.quantization_error,
+        )
 
     @property
     def symmetric(self) -> bool:
@@ -97,9 +136,20 @@ class StoredWeight:
                 tensors[f"{weight}_zero_point"] = ("I32", packed)
         return tensors
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry of moq.json."""
-        return asdict(self)
+
+def stored_weights(manifest: Mapping[str, Any], directory: Path) -> dict[str, StoredWeight]:
+    """The entries of moq.json's ``weights``.
+
+    Raises:
+        FormatError: naming the entry and the field that is not as the format says.
+    """
+    try:
+        return {
+            name: StoredWeight.from_dict(entry, f"weights[{name!r}]")
+            for name, entry in manifest["weights"].items()
+        }
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{directory / MANIFEST_NAME}: {error}") from error
 
 
 def words(count: int, num_bits: int) -> int:

@@ -16,6 +16,12 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def require(condition: bool, rule: str, got: object) -> None:
+    """Raises a ValueError that says `rule` and the value found, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{rule}, got {got!r}")
+
+
 def _type_name(hint: Any) -> str:
     """Says a type in words: `an integer`, `a list of …`, `null or a number`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -23,7 +29,7 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in arguments)
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list, each {_type_name(arguments[0])}"
     if origin is dict:
         return f"a mapping of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
@@ -58,10 +64,10 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         if len(rest) == 1:
             return _checked(value, rest[0], key)
         raise wrong
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise wrong
-        return tuple(
+        return origin(
             _checked(item, arguments[0], f"{key}[{index}]") for index, item in enumerate(value)
         )
     if origin is dict:
@@ -88,7 +94,7 @@ class Strict:
     """Base of dataclasses whose fields are checked against their annotations when they are made.
 
     Annotations may be int, float, str, bool, Literal, another Strict class, `X | None`,
-    `tuple[X, ...]` and `dict[X, Y]`. Subclasses check values in `validate`.
+    `tuple[X, ...]`, `list[X]` and `dict[X, Y]`. Subclasses check values in `validate`.
     """
 
     def __post_init__(self) -> None:
@@ -148,7 +154,7 @@ class Strict:
         def plain(value: Any) -> Any:
             if isinstance(value, Strict):
                 return value.to_dict()
-            if isinstance(value, tuple):
+            if isinstance(value, tuple | list):
                 return [plain(item) for item in value]
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def pristine(memory_path):
     directory = memory_path
     export_tiny_llama(directory / "out", tokenizer=tiny_tokenizer(), max_shard_size=30_000)
     return directory / "out"
+
+
+@pytest.fixture(scope="module")
+def grouped(memory_path):
+    model = tiny_llama()
+    specs = {"up_proj": Spec(granularity="per_group", group_size=8)}
+    export_checkpoint(memory_path / "grouped", model, quantize_modules(model, specs))
+    return memory_path / "grouped"
 
 
 @pytest.fixture
@@ -279,6 +288,42 @@ def test_a_manifest_entry_that_is_not_one_is_refused(checkpoint, entry):
     write_json(checkpoint / "moq.json", manifest)
     rewrite_sums(checkpoint)
     assert outcome(checkpoint)["structure"] is False
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("group_size", 0, "group_size must divide 48 input features, got 0"),
+        ("group_size", 9, "group_size must divide 48 input features, got 9"),
+        ("granularity", "per_channel", "group_size must be 0 for per_channel, got 8"),
+        ("stored_bits", None, "stored_bits must be 8, got None"),
+        ("stored_bits", 4, "stored_bits must be 8, got 4"),
+        ("trained_bits", 9, r"trained_bits must lie in \[2, 8\] for pack-quantized, got 9"),
+        ("trained_bits", 0, r"trained_bits must lie in \[2, 8\] for pack-quantized, got 0"),
+        ("format", "dense", r"trained_bits must lie in \[9, 16\] for dense, got 8"),
+        ("format", "int_quantized", "format must be one of .*did you mean 'int-quantized'"),
+        ("mode", "ternary", "mode must be one of"),
+        ("shape", [72], r"shape must be \[output features, input features\], got \[72\]"),
+        ("shape", [72, 48.0], r"shape\[1\] must be an integer, got 48.0"),
+        ("shape", [72, -48], "shape must be"),
+        ("scale_dtype", "float64", "scale_dtype must be one of"),
+        ("activations", "static", "activations must be one of 'dynamic', got 'static'"),
+        ("quantization_error", -0.5, "quantization_error must be a finite number >= 0"),
+        ("transposed", 1, "transposed must be true or false, got 1"),
+        ("module_klass", "Linear", "module_klass is not a known key .did you mean 'module_class'"),
+    ],
+)
+def test_a_field_that_no_weight_has_is_named(grouped, tmp_path, field, value, message, capsys):
+    checkpoint = shutil.copytree(grouped, tmp_path / "out")
+    manifest = read_manifest(checkpoint)
+    manifest["weights"]["model.layers.0.mlp.up_proj.weight"][field] = value
+    write_json(checkpoint / "moq.json", manifest)
+    rewrite_sums(checkpoint)
+    where = r"moq\.json: weights\['model\.layers\.0\.mlp\.up_proj\.weight'\]\."
+    assert re.search(where + message, problems(checkpoint))
+    assert cli.main(["inspect", str(checkpoint)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(where + message, line)
 
 
 def test_a_directory_that_does_not_exist_fails(tmp_path):
