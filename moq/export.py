@@ -99,6 +99,7 @@ def export_checkpoint(
         write_json(staged / CONFIG_NAME, config)
         save_tokenizer(staged, tokenizer)
         save_generation_config(staged, model)
+        answer, reason = measure_probe(model, probe)
         manifest = {
             "format_version": FORMAT_VERSION,
             "written_by": {
@@ -114,7 +115,8 @@ def export_checkpoint(
             },
             "aliases": parameters.aliases,
             "history": dict(history or {}),
-            "probe": measure_probe(model, probe),
+            "probe": answer,
+            "no_probe": reason,
         }
         write_json(staged / MANIFEST_NAME, manifest)
         write_sums(staged, list_files(staged))

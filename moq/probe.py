@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moq.manifest import encode_floats
+from moq import _C
+from moq.manifest import CONFIG_NAME, encode_floats
+from moq.rules import plain_name
+from moq.undisturbed import undisturbed
 
 DEFAULT_LENGTH = 16
 
@@ -34,36 +38,51 @@ def _in_single_precision(model: PreTrainedModel) -> PreTrainedModel:
     if all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()):
         return model
     single: PreTrainedModel = type(model)(copy.deepcopy(model.config))
-    single.load_state_dict(model.state_dict())
+    single.load_state_dict({plain_name(name): value for name, value in model.state_dict().items()})
     return single
 
 
-def measure_probe(model: torch.nn.Module, tokens: Sequence[int] | None) -> dict[str, Any] | None:
-    """Runs the model on `tokens` in evaluation mode and FP32, and returns the manifest's `probe`.
+def measure_probe(
+    model: torch.nn.Module, tokens: Sequence[int] | None
+) -> tuple[dict[str, Any] | None, str]:
+    """Runs the model on `tokens` in evaluation mode and FP32.
 
     Args:
-        model: a model that takes `input_ids`, holding its simulated weights.
+        model: a model that holds its simulated weights.
         tokens: token ids; None: DEFAULT_LENGTH ids spread over the vocabulary.
 
     Returns:
+        The manifest's ``probe`` and an empty reason; or None and the reason why the model has no
+        probe: it is not a Hugging Face one, or does not answer token ids alone. The probe is
         ``{"input_ids", "output", "position", "values"}``: `output` is ``logits`` or
         ``last_hidden_state``; `values` holds the output at the last position, or of the whole
-        sequence where the model gives one answer for it. None for a model that is not a Hugging
-        Face one.
+        sequence where the model gives one answer for it.
+
+    Raises:
+        Exception: what the model raises for the given `tokens`.
     """
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        return None
-    input_ids = list(_default_tokens(model) if tokens is None else tokens)
-    single = _in_single_precision(model)
-    training = {module: module.training for module in single.modules()}
+        return None, f"{name} is not a Hugging Face model"
     try:
+        return _answer(model, list(_default_tokens(model) if tokens is None else tokens)), ""
+    except Exception as error:  # of the model's own code: it may want images, or a decoder's input
+        if tokens is not None:
+            raise
+        reason = f"{name} does not answer input_ids alone ({type(error).__name__}: {error})"
+        warnings.warn(
+            f"export: {reason}, so the checkpoint has no logit probe for moq verify", stacklevel=4
+        )
+        return None, reason
+
+
+def _answer(model: PreTrainedModel, input_ids: list[int]) -> dict[str, Any]:
+    """A probe with this question."""
+    with undisturbed(model), torch.no_grad():
+        single = _in_single_precision(model)
         single.train(False)
-        with torch.no_grad():
-            device = next(single.parameters()).device
-            output = single(input_ids=torch.tensor([input_ids], device=device))
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+        device = next(single.parameters()).device
+        output = single(input_ids=torch.tensor([input_ids], device=device))
     kind = "logits" if "logits" in output else "last_hidden_state"
     values = output[kind][0]
     per_token = values.dim() == 2 and values.shape[0] == len(input_ids)
@@ -75,14 +94,32 @@ def measure_probe(model: torch.nn.Module, tokens: Sequence[int] | None) -> dict[
     }
 
 
-def replay_probe(directory: Path, probe: Mapping[str, Any]) -> torch.Tensor:
+class EngineLacksModel(Exception):
+    """The engine computes nothing like what config.json describes; the checkpoint may be good."""
+
+
+def replay_probe(
+    directory: Path, probe: Mapping[str, Any], policy: Path | None = None
+) -> torch.Tensor:
     """The engine's answer to a probe, shaped as the recorded values.
 
     Args:
         directory: the checkpoint directory.
         probe: the manifest's `probe`.
+        policy: a JSON policy for an architecture that the engine does not know.
+
+    Raises:
+        EngineLacksModel: if the engine has no such architecture, or not with these settings.
+        moq._C.Error: if the checkpoint cannot be read.
     """
-    engine = importlib.import_module("moq.inference").Engine.from_pretrained(directory)
+    engines = importlib.import_module("moq.inference").Engine
+    try:
+        engine = engines.from_pretrained(directory, policy=policy)
+    except _C.Error as error:
+        # What the engine objects to in a model's own config.json is a limit of the engine.
+        if policy is None and str(error).startswith(f"{CONFIG_NAME}: "):
+            raise EngineLacksModel(str(error)) from error
+        raise
     input_ids, position = probe["input_ids"], probe["position"]
     output: torch.Tensor
     if probe["output"] == "logits" and position is not None:

@@ -17,6 +17,7 @@ from moq import _C
 from moq.layout import DENSE, StoredWeight, quantization_config, stored_weights
 from moq.manifest import (
     CONFIG_NAME,
+    MANIFEST_NAME,
     FormatError,
     decode_floats,
     file_sha256,
@@ -26,7 +27,7 @@ from moq.manifest import (
     read_sums,
     tensor_sha256,
 )
-from moq.probe import replay_probe
+from moq.probe import EngineLacksModel, replay_probe
 from moq.progress import track
 from moq.staging import recover
 
@@ -53,11 +54,12 @@ class Check:
     problems: list[str]
 
 
-def verify_checkpoint(directory: str | Path) -> list[Check]:
+def verify_checkpoint(directory: str | Path, policy: Path | None = None) -> list[Check]:
     """Checks a directory that `moq.export` wrote.
 
     Args:
         directory: the checkpoint directory.
+        policy: a JSON policy, if the engine needs one for this architecture (docs/extend.md).
 
     Returns:
         One result per check, in order: ``hashes`` (SHA256SUMS against every file), ``structure``
@@ -75,7 +77,7 @@ def verify_checkpoint(directory: str | Path) -> list[Check]:
         _check("grid", lambda: _grid(path)),
     ]
     if all(check.passed for check in checks):
-        checks.append(_check("probe", lambda: _probe(path)))
+        checks.append(_check("probe", lambda: _probe(path, policy)))
     else:
         checks.append(Check("probe", None, "not run: a check before it failed", []))
     return checks
@@ -227,14 +229,17 @@ def _off_grid(checkpoint: _C.Checkpoint, weight: StoredWeight) -> list[str]:
     return problems
 
 
-def _probe(directory: Path) -> Findings:
+def _probe(directory: Path, policy: Path | None) -> Findings:
     manifest = read_manifest(directory)
     probe = manifest.get("probe")
     if probe is None:
-        return None, "the checkpoint has none", []
-    where = f"{directory / 'moq.json'}: probe"
+        return None, f"the checkpoint has none: {manifest.get('no_probe')}", []
+    where = f"{directory / MANIFEST_NAME}: probe"
     expected = decode_floats(probe["values"], where)
-    found = replay_probe(directory, probe)
+    try:
+        found = replay_probe(directory, probe, policy)
+    except EngineLacksModel as lack:
+        return None, f"could not run: {lack}", []
     if found.shape != expected.shape:
         problem = f"{where}: expected {list(expected.shape)} values, got {list(found.shape)}"
         return False, "replayed on the engine", [problem]
@@ -250,12 +255,13 @@ def _probe(directory: Path) -> Findings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq verify`."""
     parser.add_argument("directory", help="checkpoint directory that moq export wrote")
+    parser.add_argument("--policy", type=Path, help="JSON policy of an architecture moq lacks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs `moq verify`: 0 if every check passed, 1 otherwise."""
-    checks = verify_checkpoint(options.directory)
+    """Runs `moq verify`: 1 if a check failed, 0 otherwise."""
+    checks = verify_checkpoint(options.directory, options.policy)
     failed = any(check.passed is False for check in checks)
     if options.json:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}))

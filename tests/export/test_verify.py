@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from exported import LLAMA_LINEARS, Spec, export_tiny_llama, quantize_modules, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -344,8 +345,76 @@ def test_json_output_names_every_check(checkpoint, capsys):
     assert "extra" in printed["checks"][0]["problems"][0]
 
 
+def probe_of(directory, *options, capsys) -> dict:
+    """What `moq verify` says of the probe of a checkpoint in which it finds nothing wrong."""
+    assert cli.main(["verify", str(directory), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)["checks"][3]
+
+
+def test_a_model_that_answers_no_token_ids_is_exported_without_a_probe(tmp_path, capsys):
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config)
+    with pytest.warns(UserWarning, match="ViTForImageClassification does not answer input_ids"):
+        export_checkpoint(tmp_path / "out", model, quantize_modules(model, {"query": Spec()}))
+    probe = probe_of(tmp_path / "out", capsys=capsys)
+    assert probe["passed"] is None
+    assert "ViTForImageClassification does not answer input_ids" in probe["summary"]
+
+
+def test_a_model_that_needs_a_decoders_input_is_exported_without_a_probe(tmp_path, capsys):
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.warns(UserWarning, match="no logit probe"):
+        export_checkpoint(tmp_path / "out", model, quantize_modules(model, {"wi": Spec()}))
+    assert "T5ForConditionalGeneration" in probe_of(tmp_path / "out", capsys=capsys)["summary"]
+
+
+def test_probe_tokens_that_the_model_refuses_are_an_error(tmp_path):
+    with pytest.raises(IndexError):
+        export_tiny_llama(tmp_path / "out", probe=[97])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_leaves_no_trace_in_the_model_and_the_random_state(tmp_path):
+    model = tiny_llama(torch.bfloat16).train()
+    quantized = quantize_modules(model, dict.fromkeys(LLAMA_LINEARS, Spec()))
+    before = torch.get_rng_state()
+    export_checkpoint(tmp_path / "out", model, quantized)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+
+
+def test_an_architecture_that_the_engine_lacks_passes_and_a_policy_replays_it(tmp_path, capsys):
+    config = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
+    model = transformers.BloomForCausalLM(config)
+    quantized = quantize_modules(model, {"dense_h_to_4h": Spec()})
+    export_checkpoint(tmp_path / "out", model, quantized)
+    probe = probe_of(tmp_path / "out", capsys=capsys)
+    assert probe["passed"] is None
+    assert "could not run: config.json: architectures must name one of" in probe["summary"]
+    policies = Path(__file__).parents[1] / "inference" / "policies"
+    options = ["--policy", str(policies / "bloom.json")]
+    assert probe_of(tmp_path / "out", *options, capsys=capsys)["passed"] is True
+    assert cli.main(["verify", str(tmp_path / "out"), "--policy", "no.json"]) == 1
+
+
+def test_a_setting_that_the_engine_lacks_passes(tmp_path, capsys):
+    model = tiny_llama(hidden_act="relu2")
+    export_checkpoint(tmp_path / "out", model, quantize_modules(model, {"q_proj": Spec()}))
+    assert (
+        "could not run: config.json: hidden_act"
+        in probe_of(tmp_path / "out", capsys=capsys)["summary"]
+    )
+
+
 def test_a_checkpoint_without_a_probe_passes(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
     export_checkpoint(tmp_path / "out", model, quantize_modules(model, {"0": Spec()}))
     assert outcome(tmp_path / "out")["probe"] is None
+    assert read_manifest(tmp_path / "out")["no_probe"] == "Sequential is not a Hugging Face model"
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
