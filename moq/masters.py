@@ -130,7 +130,8 @@ class Masters:
         """Follows what happened to the model's weights since they were written last.
 
         They may have moved to another device, or have been replaced (`model.load_state_dict`): then
-        the masters start from the new values, with a warning.
+        the masters start from the new values, with a warning, and the model holds simulated ones
+        again.
         """
         self.find_memory()
         changed = self.trainer.overwritten()
@@ -138,6 +139,7 @@ class Masters:
             return
         for index in changed:
             self.trainer.adopt(index)
+        self.trainer.write_simulated()
         warnings.warn(
             f"MoQOptimizer: the weights of {_some([self.matched[i].name for i in changed])} were "
             "replaced from outside, as model.load_state_dict does: training goes on from the new "

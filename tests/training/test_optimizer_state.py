@@ -15,6 +15,7 @@ from conftest import (
     batch,
     loss_of,
     masters,
+    snapped,
     train_step,
     weights,
     wrap,
@@ -243,6 +244,38 @@ def test_masters_start_from_replaced_weights(decoder):
     with pytest.warns(UserWarning, match="full-precision masters"):
         optimizer.step()
     assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], new)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer, probe: optimizer.quantized_parameters(),
+        lambda optimizer, probe: probe(),
+        lambda optimizer, probe: optimizer.full_precision().__enter__(),
+    ],
+    ids=["export", "probe", "full_precision"],
+)
+def test_replaced_weights_are_brought_back_to_the_grid_by_whatever_reads_them(decoder, use):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    run(model, optimizer, range(3))
+    best = copy.deepcopy(model.state_dict())
+    run(model, optimizer, range(3, 8))
+    model.load_state_dict(best)
+    seen = []
+
+    def loss_fn(tokens):
+        seen.append(weights(model))
+        return loss_of(model, tokens)
+
+    with pytest.warns(UserWarning, match="were replaced from outside"):
+        use(optimizer, lambda: optimizer.probe(loss_fn, [batch(50)]))
+    for name, master in masters(optimizer).items():
+        assert torch.equal(master, best[name]), name
+    if not optimizer._shows_masters:
+        assert_simulated(optimizer)
+    expected = snapped(optimizer)
+    assert_same(*[{n: w[n] for n in expected} for w in (seen[0], expected)]) if seen else None
 
 
 def test_weights_that_were_written_back_unchanged_do_not_warn(decoder):
