@@ -13,6 +13,7 @@ from moq import _C
 from moq.layout import DENSE, INTEGER, PACKED, StoredWeight, quantization_config, storage_bits
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
+from moq.rules import plain_name
 
 
 class ExportedModel:
@@ -32,8 +33,11 @@ class ExportedModel:
                 the others in dtype.
         """
         self.model = model
-        self.modules = dict(model.named_modules())
-        self.state = {name: value.detach() for name, value in model.state_dict().items()}
+        # A wrapper and what it wraps have one name then; the inner module comes last and stays.
+        self.modules = {plain_name(name): module for name, module in model.named_modules()}
+        self.state = {
+            plain_name(name): value.detach() for name, value in model.state_dict().items()
+        }
         self.aliases = self._find_aliases()
         self.quantized = self._by_name(quantized)
         dtypes = {parameter.simulated.dtype for parameter in self.quantized.values()}

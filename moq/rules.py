@@ -30,7 +30,7 @@ SIBLINGS = (
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What wrappers of a module insert into the names of its parameters.
-_WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,22 @@ class _Candidate:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside DistributedDataParallel and DataParallel."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers):
-        model = model.module
-    return model
+    """Returns the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif inner := next(
+            (model._modules[p] for p in _WRAPPER_PARTS if p in model._modules), None
+        ):
+            model = inner
+        else:
+            return model
 
 
 def plain_name(name: str) -> str:
     """Removes what torch.compile and activation checkpointing put into names."""
-    for part in _WRAPPER_PARTS:
-        name = name.replace(part, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
 def match_parameters(

@@ -1,5 +1,6 @@
 """From the optimizer to files: save, export, and what the two have in common."""
 
+import contextlib
 import json
 
 import pytest
@@ -31,9 +32,8 @@ class Logits(torch.nn.Module):
         return self.model(tokens).logits
 
 
-@pytest.fixture
-def trained():
-    """A tiny Llama at the end of its training, and its optimizer."""
+def tiny_llama_in_training(optimizer=True):
+    """A tiny Llama at the beginning of its training, and its optimizer."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -42,10 +42,27 @@ def trained():
             bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
-    optimizer = wrap(model, FALLING, STEPS)
+    return model, (wrap(model, FALLING, STEPS) if optimizer else None)
+
+
+@pytest.fixture
+def trained():
+    """A tiny Llama at the end of its training, and its optimizer."""
+    model, optimizer = tiny_llama_in_training()
     for step in range(STEPS):
         train_step(Logits(model), optimizer, step)
     return model, optimizer
+
+
+@contextlib.contextmanager
+def single_rank(directory):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=0, world_size=1
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_saved_run_holds_both_values_widths_and_history(trained, tmp_path):
@@ -92,6 +109,52 @@ def test_the_exported_checkpoint_tells_its_history(trained, tmp_path):
 def test_a_model_without_a_config_cannot_be_saved_as_a_run(decoder, tmp_path):
     with pytest.raises(ValueError, match="Hugging Face model"):
         wrap(decoder(), FALLING).save(tmp_path / "run")
+
+
+def test_the_best_of_several_models_is_exported_after_training(trained, tmp_path):
+    model, optimizer = trained
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.param_groups[0]["lr"] = 1.0
+    train_step(Logits(model), optimizer, STEPS)
+    model.load_state_dict(best)
+    with pytest.warns(UserWarning, match="were replaced from outside"):
+        optimizer.save(tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "later")]) == 0
+    optimizer.export(tmp_path / "direct")
+    for directory in ("later", "direct"):
+        assert cli.main(["verify", str(tmp_path / directory)]) == 0
+
+
+@pytest.mark.parametrize("where", ["root", "layers", "ddp"])
+def test_a_compiled_model_is_saved_and_exported_as_the_plain_one(where, tmp_path):
+    expected, plain = tiny_llama_in_training()
+    model, _ = tiny_llama_in_training(optimizer=False)
+    wrapped = model
+    if where == "layers":
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = torch.compile(layer, backend="eager")
+        model.model.layers[0].mlp.up_proj = torch.compile(
+            model.model.layers[0].mlp.up_proj, backend="eager"
+        )
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    with single_rank(tmp_path) if where == "ddp" else contextlib.nullcontext():
+        if where == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
+        optimizer = wrap(wrapped, FALLING, STEPS)
+        assert optimizer.num_bits.keys() == plain.num_bits.keys()
+        with torch.compiler.set_stance("force_eager"):  # compiled gradients differ in the last bit
+            for step in range(STEPS):
+                train_step(Logits(wrapped), optimizer, step)
+                train_step(Logits(expected), plain, step)
+        optimizer.save(tmp_path / "run")
+        optimizer.export(tmp_path / "out")
+        plain.export(tmp_path / "expected")
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "later")]) == 0
+    for name in sorted(path.name for path in (tmp_path / "expected").iterdir()):
+        content = (tmp_path / "expected" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == content, name
+        assert (tmp_path / "later" / name).read_bytes() == content, name
 
 
 def test_nothing_is_written_within_full_precision(trained, tmp_path):
