@@ -137,7 +137,8 @@ class ScheduleConfig(Strict):
         offset: Steps at start_bits before the first period begins.
         growth: Factor between the residence times of two consecutive widths, in [1, 16].
         table: {step: bits} for every layer, first entry at step 0 with start_bits, last one with
-            target_bits. A rule with narrower bounds of its own stays within them.
+            target_bits. A rule with narrower bounds of its own stays within them; one with wider
+            bounds is refused.
         on_unfinished: What to do about a layer that would not reach its target by total_steps:
             ``error`` (before training, with the smallest change that helps), ``clamp`` or
             ``allow``.
@@ -283,7 +284,20 @@ class MoQConfig(QuantSpec):
             raise ValueError(f"block_pattern must be a regular expression: {error}") from None
         for index, rule in enumerate(self.rules):
             try:
-                self.spec(rule)
+                spec = self.spec(rule)
+                require(
+                    spec.start_bits <= self.start_bits or self.schedule.table is None,
+                    f"start_bits must be at most the {self.start_bits} bits that schedule.table "
+                    "begins with",
+                    spec.start_bits,
+                )
+                require(
+                    spec.target_bits >= self.target_bits or self.schedule.table is None,
+                    f"target_bits must be at least the {self.target_bits} bits that schedule.table "
+                    "ends with (give the table more steps, and the other layers rules that keep "
+                    "them above)",
+                    spec.target_bits,
+                )
             except ValueError as error:
                 raise ValueError(f"rules[{index}] ({rule.match!r}).{error}") from None
 

@@ -16,7 +16,7 @@ FULL = {
     "blend_steps": 5,
     "rules": [
         {"match": "lm_head", "exclude": True},
-        {"match": "re:.*mlp.*", "target_bits": 4, "modules": ["linear", "head"]},
+        {"match": "re:.*mlp.*", "target_bits": 8, "modules": ["linear", "head"]},
     ],
     "schedule": {"table": {"0": 12, "30": 9, "50": 6}, "on_unfinished": "clamp"},
     "sensitivity": {"measure": "eigenvalue", "tolerance": 0.1},
@@ -44,7 +44,7 @@ def test_dict_json_yaml_and_python_make_equal_configurations(tmp_path):
         blend_steps=5,
         rules=(
             Rule("lm_head", exclude=True),
-            Rule("re:.*mlp.*", target_bits=4, modules=("linear", "head")),
+            Rule("re:.*mlp.*", target_bits=8, modules=("linear", "head")),
         ),
         schedule=ScheduleConfig(table={0: 12, 30: 9, 50: 6}, on_unfinished="clamp"),
         sensitivity=SensitivityConfig(measure="eigenvalue", tolerance=0.1),
@@ -118,6 +118,20 @@ def test_a_rule_inherits_what_it_does_not_say():
             {"rules": [{"match": "*", "granularity": "per_group"}]},
             ValueError,
             r"config\.rules\[0\] \('\*'\)\.group_size must be at least 1",
+        ),
+        (
+            {"schedule": {"table": {0: 16, 9: 8}}, "rules": [{"match": "*", "target_bits": 4}]},
+            ValueError,
+            r"config\.rules\[0\] \('\*'\)\.target_bits must be at least the 8 bits that schedule",
+        ),
+        (
+            {
+                "start_bits": 12,
+                "schedule": {"table": {0: 12, 9: 8}},
+                "rules": [{"match": "*", "start_bits": 14}],
+            },
+            ValueError,
+            r"config\.rules\[0\] \('\*'\)\.start_bits must be at most the 12 bits that schedule",
         ),
         (3, TypeError, r"config must be a MoQConfig, a mapping, a path or None, got 3"),
     ],
