@@ -78,20 +78,6 @@ def _peer_finding() -> Finding | None:
     )
 
 
-def _name_finding() -> Finding:
-    foreign = [
-        distribution.version for distribution in importlib.metadata.distributions(name="moq")
-    ]
-    return Finding(
-        "import name",
-        f"PyPI's unrelated package 'moq' {foreign[0]} is installed too"
-        if foreign
-        else "no other package named moq",
-        not foreign,
-        "pip uninstall -y moq torch-moq && pip install torch-moq",
-    )
-
-
 def _optional_finding(package: str, purpose: str) -> Finding:
     present = importlib.util.find_spec(package) is not None
     found = importlib.metadata.version(package) if present else "not installed"
@@ -107,7 +93,6 @@ def findings() -> list[Finding]:
         Finding("CPU kernels", f"instruction set {info['cpu_isa']} (MOQ_CPU_ISA overrides)", True),
         _cuda_finding(info),
         _peer_finding(),
-        _name_finding(),
         _optional_finding("transformers", "configurations and tokenizers"),
         _optional_finding("safetensors", "checkpoints from Python"),
     ]
