@@ -109,14 +109,16 @@ def test_accelerate_saves_and_loads_its_state(decoder, tmp_path):
     assert_same(masters(resumed.optimizer), masters(optimizer.optimizer))
 
 
-def trainer_of(model, directory, total_steps=8, max_steps=8, **arguments):
+def trainer_of(model, directory, make=torch.optim.AdamW, **arguments):
     """A Trainer whose optimizer and scheduler are given; saves at every second step."""
-    optimizer = wrap(model, FALLING, total_steps)
+    optimizer = MoQOptimizer(
+        make(model.parameters(), lr=1e-2), model, FALLING, total_steps=8, verbose=False
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     options = transformers.TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=2,
-        max_steps=max_steps,
+        max_steps=8,
         save_steps=2,
         logging_steps=1,
         report_to=[],
@@ -154,12 +156,19 @@ def test_trainer_saves_and_resumes_bit_for_bit(tmp_path, arguments):
 
 
 def test_trainer_clips_gradients_and_schedules_the_learning_rate(tmp_path):
-    model = causal_decoder()
-    trainer, optimizer = trainer_of(model, tmp_path, max_grad_norm=1e-4)
-    trainer.train()
-    assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 10))
-    logged = [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
-    assert len(logged) == 8
+    """With SGD a step is the rate times the gradient, so clipping bounds how far masters move."""
+    moved = {}
+    for norm in (1e-3, 1e3):
+        model = causal_decoder()
+        trainer, optimizer = trainer_of(model, tmp_path, make=torch.optim.SGD, max_grad_norm=norm)
+        before = {name: value.detach().clone() for name, value in masters(optimizer).items()}
+        trainer.train()
+        assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 10))
+        change = [(value - before[name]).norm() for name, value in masters(optimizer).items()]
+        moved[norm] = torch.stack(change).norm().item()
+    path = sum(1e-2 * (1 - step / 10) for step in range(8))
+    assert 0 < moved[1e-3] <= 1.01 * path * 1e-3
+    assert moved[1e3] > 10 * moved[1e-3]
 
 
 def test_resuming_trainer_without_the_optimizers_file_warns_what_is_lost(tmp_path):
