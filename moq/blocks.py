@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from moq._C import Schedule, ScheduledBlock
 from moq.config import MoQConfig, ScheduleConfig
 from moq.rules import MatchedParameter
@@ -23,6 +25,13 @@ class Blocks:
     names: list[str]
     widths: list[tuple[int, int]]
     numbers: list[int]
+
+    def parameters(self, matched: Sequence[MatchedParameter]) -> dict[str, list[torch.Tensor]]:
+        """Returns the parameters of each block, in the order of the names."""
+        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in self.names}
+        for m, block in zip(matched, self.numbers, strict=True):
+            blocks[self.names[block]].append(m.parameter)
+        return blocks
 
 
 def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:

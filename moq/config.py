@@ -17,6 +17,9 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 2, 16
+#: Finds the transformer layer in the name of a module or parameter, as ``model.layers.3`` or
+#: ``bert.encoder.layer.0``: the shortest prefix that ends with the number of an entry of a list.
+BLOCK_PATTERN = r"^(?:.*?\.)?\d+(?=\.|$)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +259,7 @@ class MoQConfig(QuantSpec):
     """
 
     rules: tuple[Rule, ...] = ()
-    block_pattern: str = r"^(?:.*?\.)?\d+(?=\.|$)"
+    block_pattern: str = BLOCK_PATTERN
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     seed: int = 0

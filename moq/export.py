@@ -15,6 +15,7 @@ import transformers
 import moq
 from moq import _C
 from moq.exported_model import ExportedModel
+from moq.logit_probe import measure_probe
 from moq.manifest import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -26,7 +27,6 @@ from moq.manifest import (
     write_json,
     write_sums,
 )
-from moq.probe import measure_probe
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
 from moq.staging import replaced_directory

@@ -14,12 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moq import _C
+from moq.config import BLOCK_PATTERN
 from moq.layout import DENSE, stored_weights
 from moq.manifest import CONFIG_NAME, list_files, read_json, read_manifest
 from moq.staging import recover
-
-# The number of a transformer layer within a parameter's name: model.layers.11.mlp.up_proj.
-_BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
@@ -72,10 +70,9 @@ def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
 
 def _split(module: str) -> tuple[str, str]:
     """('model.layers.3', 'mlp.up_proj') of a layer's module; (module, '') of any other."""
-    match = _BLOCK.match(module)
-    if match is None:
-        return module, ""
-    return f"{match['stack']}.{match['number']}", match["rest"]
+    found = re.search(BLOCK_PATTERN, module)
+    layer = found.group() if found else module
+    return layer, module[len(layer) + 1 :]
 
 
 def _cell(entry: dict[str, Any]) -> str:

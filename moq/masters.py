@@ -86,10 +86,7 @@ class Masters:
 
     def by_block(self) -> dict[str, list[torch.Tensor]]:
         """Returns the parameters of each block, in the order of the schedule's blocks."""
-        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in self.blocks.names}
-        for m, block in self.placed():
-            blocks[self.blocks.names[block]].append(m.parameter)
-        return blocks
+        return self.blocks.parameters(self.matched)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Returns grid, block and master dtype of every parameter, as the state's record has it."""

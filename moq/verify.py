@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from moq import _C
 from moq.layout import DENSE, StoredWeight, quantization_config, stored_weights
+from moq.logit_probe import EngineLacksModel, replay_probe
 from moq.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -27,7 +28,6 @@ from moq.manifest import (
     read_sums,
     tensor_sha256,
 )
-from moq.probe import EngineLacksModel, replay_probe
 from moq.progress import track
 from moq.staging import recover
 
