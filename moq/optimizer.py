@@ -21,8 +21,10 @@ from moq.blocks import (
     make_schedule,
     require_blends_end,
 )
+from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.masters import Masters
+from moq.planning import measure_blocks, plan_by, require_plannable
 from moq.record import MASTER_KEY, RECORD_KEY, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
@@ -30,8 +32,8 @@ from moq.state_creation import is_state_creation, make_blank_state
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
 if TYPE_CHECKING:
+    from moq.estimators import Sensitivity
     from moq.quantized_parameter import QuantizedParameter
-    from moq.sensitivity import Sensitivity
 
 
 class MoQOptimizer(OptimizerWrapper):
@@ -86,10 +88,12 @@ class MoQOptimizer(OptimizerWrapper):
         require_wrappable(optimizer, model, total_steps)
         super().__init__(optimizer)
         self.model = unwrap(model)
+        self._model_as_given = model
         self.config = MoQConfig.load(config)
         self.total_steps = total_steps
         self.history: list[dict[str, Any]] = []
         self._blank_state = False
+        self._stateless = False
         self._shows_masters = False
         matched, blocks = self._match()
         schedule = make_schedule(blocks, self.config, total_steps)
@@ -273,8 +277,11 @@ class MoQOptimizer(OptimizerWrapper):
     ) -> Sensitivity:
         """Measures how sensitive each block is, and plans the rest of the schedule by it.
 
+        Under torch.distributed all ranks must call it, each with its own batches, of any number.
+
         Args:
-            loss_fn: Maps one batch to a scalar loss through the model; must not call backward.
+            loss_fn: Maps one batch to a scalar loss through the model, as it was given to
+                MoQOptimizer or without what is around it; must not call backward.
             batches: A fixed set of batches, the same at every probe.
             **options: Passed to moq.sensitivity.measure, over those of the configuration.
 
@@ -282,31 +289,38 @@ class MoQOptimizer(OptimizerWrapper):
             The measurement: per block value, normalised value and standard error.
 
         Raises:
-            ValueError: if nothing is quantized.
-            moq._C.Error: if sensitivity.rule is ``none``.
+            ValueError: before anything is measured, if nothing is quantized or if the schedule does
+                not follow sensitivities (schedule.table, sensitivity.rule ``none``).
+            RuntimeError: inside `full_precision`.
+            TypeError: for sharded parameters; `apply_sensitivity` is for those.
         """
-        from moq.sensitivity import measure
+        self._require_simulated("probe")
+        require_plannable(self.config, self._masters, "MoQOptimizer.probe")
+        options = {"progress": self._reporter.enabled} | options
+        found = measure_blocks(
+            self._model_as_given, self._masters, self.config, loss_fn, batches, options
+        )
+        self.apply_sensitivity(found)
+        return found
 
-        if not self._masters.matched:
-            raise ValueError("MoQOptimizer.probe: at least one parameter must be quantized, got 0")
-        self._masters.catch_up()
-        trainer = self._masters.trainer
-        blocks = self._masters.by_block()
-        section = self.config.sensitivity
-        settings = {
-            "measure": section.measure,
-            "tolerance": section.tolerance,
-            "max_products": section.max_products,
-            "seed": self.config.seed,
-            "progress": self._reporter.enabled,
-        }
-        sensitivity = measure(self.model, blocks, loss_fn, batches, **(settings | options))
-        # A block of frozen weights is not measured; nothing in it moves, so it need not wait.
-        found = dict(zip(sensitivity.blocks, sensitivity.normalised, strict=True))
-        trainer.set_sensitivities([found.get(name, 0.0) for name in blocks])
-        self.history.append({"step": trainer.step} | asdict(sensitivity))
-        self._reporter.sensitivity(trainer.step, sensitivity.measure, found)
-        return sensitivity
+    def apply_sensitivity(self, found: Sensitivity) -> None:
+        """Plans the rest of the schedule by a measurement that `probe` did not make.
+
+        For models that `probe` cannot measure: parameters sharded by fully_shard are measured
+        before they are sharded, by moq.sensitivity.measure over
+        moq.sensitivity.quantized_blocks(model, config). Every rank must give the same measurement.
+
+        Args:
+            found: What measure() returned for the blocks of this training.
+
+        Raises:
+            ValueError: if the schedule does not follow sensitivities, or if the blocks are others.
+        """
+        where = "MoQOptimizer.apply_sensitivity"
+        require_plannable(self.config, self._masters, where)
+        plan_by(found, self._masters, where)
+        self.history.append({"step": self.steps} | asdict(found))
+        self._reporter.sensitivity(self.steps, found)
 
     def quantized_parameters(self) -> list[QuantizedParameter]:
         """Returns every quantized parameter with both its values, as `moq.export` takes them.
@@ -316,39 +330,39 @@ class MoQOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: inside `full_precision`, or if a weight still blends with its master.
         """
-        if self._shows_masters:
-            raise RuntimeError(
-                "MoQOptimizer.quantized_parameters: must be called outside full_precision()"
-            )
-        self._masters.catch_up()
+        self._require_simulated("quantized_parameters")
         return self._masters.export()
 
     def save(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes the run: model, masters, widths, schedule and measurements, without pickle.
 
-        ``moq export DIRECTORY`` makes of it what `export` makes. Rank 0 writes.
+        ``moq export DIRECTORY`` makes of it what `export` makes. All ranks must call it; rank 0
+        writes, the others wait.
 
         Args:
             directory: Complete after the call, or as it was before.
             tokenizer: A transformers tokenizer to write beside the model.
 
         Raises:
-            RuntimeError: as `quantized_parameters`, or if parameters are sharded.
-            ValueError: if the model is not a transformers model, whose config can rebuild it.
+            RuntimeError: as `quantized_parameters`, if parameters are sharded, or if rank 0 failed.
+            ValueError: if the model is not a transformers model, whose config can rebuild it, or if
+                the directory holds something else already.
         """
         from moq.saved_run import save_run
 
         self._write(save_run, directory, tokenizer)
 
     def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes the model as a checkpoint directory of integers and scales. Rank 0 writes.
+        """Writes the model as a checkpoint directory of integers and scales.
+
+        All ranks must call it; rank 0 writes, the others wait.
 
         Args:
             directory: Complete after the call, or as it was before.
             tokenizer: A transformers tokenizer to write beside the model.
 
         Raises:
-            RuntimeError: as `quantized_parameters`, or if parameters are sharded.
+            RuntimeError: as `quantized_parameters`, if parameters are sharded, or if rank 0 failed.
             ValueError: if the directory holds something else already.
         """
         from moq.export import export_checkpoint
@@ -370,31 +384,35 @@ class MoQOptimizer(OptimizerWrapper):
             )
         return matched, assign_blocks(matched)
 
+    def _require_simulated(self, method: str) -> None:
+        """Makes sure that the model holds the simulated values of the masters."""
+        if self._shows_masters:
+            raise RuntimeError(f"MoQOptimizer.{method}: must be called outside full_precision()")
+        self._masters.catch_up()
+
     def _write(
         self, write: Callable[..., Any], directory: str | os.PathLike[str], tokenizer: Any
     ) -> None:
-        """Hands what was trained to a writer of directories."""
+        """Hands what was trained to a writer of directories, on rank 0."""
         if self._masters.sharded:
             raise RuntimeError(
                 "MoQOptimizer: the model must be whole to be written, got sharded parameters: save "
                 "with torch.distributed.checkpoint, resume in one process and write from there"
             )
-        quantized = self.quantized_parameters()
-        if is_main_process():
-            write(
-                directory,
-                self.model,
-                quantized,
-                tokenizer=tokenizer,
-                history=self._record().summary(),
-            )
+        with raise_together():
+            quantized = self.quantized_parameters()
+            if is_main_process():
+                history = self._record().summary()
+                write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
 
     def _require_state(self) -> None:
-        """Makes sure that the inner optimizer has state, or a form of it."""
-        if not any(self.inner.state.values()):
-            with self._masters.in_groups():
-                make_blank_state(self.inner)
-            self._blank_state = True
+        """Makes sure that the inner optimizer has state, or a form of it, unless it keeps none."""
+        if self._stateless or any(self.inner.state.values()):
+            return
+        with self._masters.in_groups():
+            make_blank_state(self.inner)
+        self._blank_state = True
+        self._stateless = not any(self.inner.state.values())
 
     def _record(self) -> Record:
         """Says what the state dict says beside tensors."""

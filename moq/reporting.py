@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch.distributed
 
 from moq._C import Schedule, Trainer
 from moq.rules import MatchedParameter
+
+if TYPE_CHECKING:
+    from moq.estimators import Sensitivity
 
 
 def is_main_process() -> bool:
@@ -144,18 +148,24 @@ def drop_lines(schedule: Schedule, after: int, until: int) -> list[str]:
     return lines
 
 
-def sensitivity_line(step: int, measure: str, found: Mapping[str, float]) -> str:
-    """Says in one line how sensitive each block is, the most sensitive first.
+def sensitivity_table(step: int, found: Sensitivity, width: int = 100) -> str:
+    """Renders a measurement: every block with its sensitivity, several to a line.
 
     Args:
         step: Completed steps.
-        measure: What was measured.
-        found: Normalised sensitivity of each block.
+        found: The measurement.
+        width: Characters of a line.
     """
-    ranked = sorted(found.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in ranked[:4])
-    rest = f", … {ranked[-1][0]} {ranked[-1][1]:.2f}" if len(ranked) > 4 else ""
-    return f"moq: step {step}: sensitivity ({measure}): {shown}{rest}"
+    longest = max(len(name) for name in found.blocks)
+    cells = [
+        f"  {name:<{longest}} {value:.2f}"
+        for name, value in zip(found.blocks, found.normalised, strict=True)
+    ]
+    columns = max(1, width // len(cells[0]))
+    largest = max(found.values, key=abs)
+    rows = ["".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    head = f"moq: step {step}: sensitivity ({found.measure}) over the largest, {largest:.3g}:"
+    return "\n".join([head, *rows])
 
 
 class Reporter:
@@ -188,7 +198,7 @@ class Reporter:
                 print_line(line)
         self.reported = step
 
-    def sensitivity(self, step: int, measure: str, found: Mapping[str, float]) -> None:
+    def sensitivity(self, step: int, found: Sensitivity) -> None:
         """Prints a measurement."""
         if self.enabled:
-            print_line(sensitivity_line(step, measure, found))
+            print_line(sensitivity_table(step, found))

@@ -17,18 +17,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Restored bit for bit: the training flag of every module, every buffer (identity and values), the
     gradient that each parameter holds, and the random states of Python, NumPy, the CPU and the
-    model's CUDA devices. A DistributedDataParallel model does not synchronise in the body, since no
-    gradient is accumulated there.
+    model's CUDA devices. A DistributedDataParallel model does not synchronise in the body, so that
+    ranks may evaluate it any number of times; its ranks must all enter.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_random_states(model))
         stack.enter_context(_buffers(model))
         stack.enter_context(_training_flags(model))
         stack.enter_context(_gradients(model))
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            stack.enter_context(model.no_sync())
+        stack.enter_context(_no_collectives(model))
         model.eval()
         yield
+
+
+@contextlib.contextmanager
+def _no_collectives(model: nn.Module) -> Iterator[None]:
+    parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    saved = [(m, m.require_backward_grad_sync, m.require_forward_param_sync) for m in parallel]
+    for module in parallel:
+        # The first forward after the first backward does this, once; here all ranks are present.
+        module.reducer._rebuild_buckets()
+        module.require_backward_grad_sync = module.require_forward_param_sync = False
+    try:
+        yield
+    finally:
+        for module, backward, forward in saved:
+            module.require_backward_grad_sync = backward
+            module.require_forward_param_sync = forward
 
 
 @contextlib.contextmanager

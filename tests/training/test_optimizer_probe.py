@@ -10,6 +10,7 @@ from torch import nn
 from moq import MoQOptimizer
 from moq._C import Schedule
 from moq.reporting import compact_names
+from moq.sensitivity import measure, quantized_blocks
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 15
@@ -92,6 +93,73 @@ def test_nothing_to_probe_is_an_error(decoder):
     optimizer = wrap(model, {"rules": [{"match": "*", "exclude": True}]})
     with pytest.raises(ValueError, match="at least one parameter must be quantized"):
         optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"schedule": {"table": {0: 9, 2: 4}}}, "must be finish_at or period.*got schedule.table"),
+        ({"sensitivity": {"rule": "none"}}, "sensitivity.rule must be 'stepped' or 'linear'"),
+    ],
+)
+def test_what_a_measurement_cannot_change_is_refused_before_it(decoder, config, message):
+    optimizer = wrap(decoder(), FALLING | config, STEPS)
+    with pytest.raises(ValueError, match=f"MoQOptimizer.probe: .*{message}"):
+        optimizer.probe(pytest.fail, [batch(50)])
+    with pytest.raises(ValueError, match=f"MoQOptimizer.apply_sensitivity: .*{message}"):
+        optimizer.apply_sensitivity(None)
+
+
+def test_masters_are_not_measured(decoder):
+    optimizer = wrap(decoder(), FALLING, STEPS)
+    with optimizer.full_precision(), pytest.raises(RuntimeError, match="outside full_precision"):
+        optimizer.probe(pytest.fail, [batch(50)])
+
+
+def test_a_finished_measurement_plans_as_a_probe_does(decoder):
+    model, probed_optimizer, found = probed(decoder, 0)
+    optimizer = wrap(decoder(), FALLING, STEPS)
+    optimizer.apply_sensitivity(found)
+    assert optimizer.schedule().plan() == probed_optimizer.schedule().plan()
+    assert optimizer.history == probed_optimizer.history
+
+
+def test_blocks_of_a_plain_model_are_those_of_its_training(decoder):
+    config = FALLING | {"rules": [{"match": "layers.1.down_proj", "target_bits": 6}]}
+    model = decoder()
+    blocks = quantized_blocks(model, config)
+    found = measure(model, blocks, lambda tokens: loss_of(model, tokens), [batch(50)])
+    optimizer = wrap(model, config, STEPS)
+    assert found.blocks == tuple(optimizer.schedule().block_names)
+    optimizer.apply_sensitivity(found)
+    assert optimizer.history[0]["values"] == found.values
+
+
+def test_a_measurement_of_other_blocks_is_refused(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    for blocks in (None, {"layers.0": [model.layers[0].q_proj.weight]}):
+        found = measure(model, blocks, lambda tokens: loss_of(model, tokens), [batch(50)])
+        with pytest.raises(ValueError, match=r"the 2 blocks that train.*quantized_blocks"):
+            optimizer.apply_sensitivity(found)
+    assert optimizer.history == []
+
+
+def test_every_sensitivity_is_printed(decoder, capsys):
+    model = decoder(layers=30)
+    optimizer = shown(model, FALLING)
+    capsys.readouterr()
+    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
+    head, *rows = capsys.readouterr().out.splitlines()
+    largest = max(found.values, key=abs)
+    assert head == f"moq: step 0: sensitivity (trace) over the largest, {largest:.3g}:"
+    words = " ".join(rows).split()
+    expected = [f"{value:.2f}" for value in found.normalised]
+    assert dict(zip(words[::2], words[1::2], strict=True)) == dict(
+        zip(found.blocks, expected, strict=True)
+    )
+    assert len(rows) < 10
+    assert max(map(len, rows)) <= 100
 
 
 def shown(model: nn.Module, config: dict, total_steps: int = STEPS) -> MoQOptimizer:

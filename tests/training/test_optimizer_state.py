@@ -156,6 +156,19 @@ def test_a_step_of_zeros_by_which_tools_create_state_is_no_step(decoder, momentu
     assert_same(weights(model), weights(twin))
 
 
+def test_an_optimizer_without_state_is_asked_for_it_once(decoder, monkeypatch):
+    model = decoder()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = MoQOptimizer(sgd, model, FALLING, total_steps=10, verbose=False)
+    asked = []
+    monkeypatch.setattr("moq.optimizer.make_blank_state", asked.append)
+    for step in range(3):
+        assert all(entry.keys() <= {"moq_master"} for entry in optimizer.state.values())
+        train_step(model, optimizer, step)
+        optimizer.state_dict()
+    assert asked == [sgd]
+
+
 def test_an_optimizer_without_state_of_its_own_is_resumed_too(decoder):
     model, twin = decoder(), decoder()
     optimizers = [
