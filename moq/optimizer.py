@@ -147,6 +147,7 @@ class MoQOptimizer(OptimizerWrapper):
         except Exception:
             self.inner.param_groups.pop()
             raise
+        self._stateless = False  # the new group may have a momentum
         self._masters.trainer.write_simulated()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
