@@ -14,14 +14,6 @@ void check_packable(int num_bits) {
 
 }  // namespace
 
-int storage_bits(int num_bits) {
-  MOQ_CHECK(num_bits >= 1 && num_bits <= 8, "packing: num_bits must lie in [1, 8], got ", num_bits);
-  while (!is_packable(num_bits)) {
-    ++num_bits;
-  }
-  return num_bits;
-}
-
 std::int64_t packed_words(std::int64_t columns, int num_bits) {
   check_packable(num_bits);
   MOQ_CHECK(columns >= 0 && columns <= std::numeric_limits<std::int64_t>::max() / 8 - 32,

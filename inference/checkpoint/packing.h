@@ -21,10 +21,6 @@ constexpr bool is_packable(int num_bits) {
   return num_bits == 1 || num_bits == 2 || num_bits == 4 || num_bits == 8;
 }
 
-/// The narrowest packable width that holds codes of num_bits: 3 -> 4, 5 … 7 -> 8.
-/// @throws moq::Error if num_bits is outside [1, 8]
-int storage_bits(int num_bits);
-
 /// Words of a packed row: ceil(columns * num_bits / 32).
 /// @throws moq::Error for a width that is not packable, negative columns, or a size that overflows
 std::int64_t packed_words(std::int64_t columns, int num_bits);

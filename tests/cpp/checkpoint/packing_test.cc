@@ -65,16 +65,6 @@ INSTANTIATE_TEST_SUITE_P(All, PackingRoundTrip,
                          testing::Combine(testing::Values(1, 2, 4, 8),
                                           testing::Values(1, 7, 31, 32, 33, 576)));
 
-TEST(Packing, ChoosesTheNarrowestStorageThatEveryReaderAgreesOn) {
-  EXPECT_EQ(storage_bits(2), 2);
-  EXPECT_EQ(storage_bits(3), 4);
-  EXPECT_EQ(storage_bits(5), 8);
-  EXPECT_EQ(storage_bits(7), 8);
-  EXPECT_EQ(storage_bits(8), 8);
-  EXPECT_THROW(storage_bits(9), Error);
-  EXPECT_THROW(storage_bits(0), Error);
-}
-
 TEST(Packing, RefusesACodeThatDoesNotFit) {
   const std::vector<std::int8_t> codes = {0, 8};
   std::vector<std::uint32_t> words(1);
