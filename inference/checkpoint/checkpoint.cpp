@@ -1,6 +1,7 @@
 #include "inference/checkpoint/checkpoint.h"
 
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "inference/checkpoint/json.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr const char* kSingleFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
+constexpr std::size_t kMaxIndexBytes = 32U << 20U;  // twice the largest one known
 
 /// An index may come from anywhere: a name with a separator could lead out of the directory.
 void check_shard_name(const std::string& name, const std::string& key, const std::string& index) {
@@ -22,17 +24,39 @@ void check_shard_name(const std::string& name, const std::string& key, const std
             "'");
 }
 
-/// Key -> shard of the index's weight_map.
+/// What there is under a name. A name that the file system can't have, because it is too long for
+/// instance, is one that is missing, not an exception of another type.
+std::filesystem::file_status status_of(const std::filesystem::path& path) {
+  std::error_code ignored;
+  return std::filesystem::status(path, ignored);
+}
+
+/// Key -> shard of the index's weight_map. Read value by value, because an index lists a hundred
+/// thousand tensors of a large model, and a document of any text that long takes twenty times its
+/// bytes.
 std::map<std::string, std::string> read_weight_map(const std::filesystem::path& path) {
   const std::string where = path.string();
-  const std::string map_name = where + ": weight_map";
-  const Json index = Json::parse(read_text_file(path), where);
+  const std::string text = read_text_file(path, kMaxIndexBytes);
+  JsonReader reader(text, where);
   std::map<std::string, std::string> weight_map;
-  for (const auto& [key, shard] : index.at("weight_map", where).as_object(map_name)) {
-    const std::string& name = shard.as_string(map_name);
-    check_shard_name(name, key, where);
-    weight_map.emplace(key, name);
-  }
+  bool has_map = false;
+  reader.read_object([&](const std::string& section) {
+    if (section != "weight_map") {
+      reader.skip_value();
+      return;
+    }
+    MOQ_CHECK(!std::exchange(has_map, true), where,
+              ": expected every key once, but 'weight_map' is repeated");
+    reader.read_object([&](std::string key) {
+      std::string shard = reader.read_string();
+      check_shard_name(shard, key, where);
+      const auto [entry, inserted] = weight_map.emplace(std::move(key), std::move(shard));
+      MOQ_CHECK(inserted, where, ": weight_map: expected every key once, but '", entry->first,
+                "' is repeated");
+    });
+  });
+  reader.finish();
+  MOQ_CHECK(has_map, where, ": expected the key 'weight_map', which is missing");
   return weight_map;
 }
 
@@ -40,13 +64,12 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
 
 Checkpoint Checkpoint::open(const std::filesystem::path& directory) {
   const std::string where = directory.string();
-  MOQ_CHECK(std::filesystem::is_directory(directory), where,
-            ": expected a checkpoint directory, got ",
-            std::filesystem::exists(directory) ? "something else" : "nothing");
+  MOQ_CHECK(is_directory(status_of(directory)), where, ": expected a checkpoint directory, got ",
+            exists(status_of(directory)) ? "something else" : "nothing");
   const std::filesystem::path single = directory / kSingleFile;
   const std::filesystem::path index = directory / kIndexFile;
-  const bool has_single = std::filesystem::exists(single);
-  const bool has_index = std::filesystem::exists(index);
+  const bool has_single = exists(status_of(single));
+  const bool has_index = exists(status_of(index));
   MOQ_CHECK(has_single || has_index, where, ": expected ", kSingleFile, " or ", kIndexFile,
             ", got neither");
   MOQ_CHECK(!(has_single && has_index), where, ": expected either ", kSingleFile, " or ",
@@ -70,7 +93,7 @@ void Checkpoint::open_shards(const std::filesystem::path& index_path) {
   }
   files_.reserve(shards.size());
   for (const std::string& shard : shards) {
-    MOQ_CHECK(std::filesystem::exists(directory_ / shard), where, ": expected the shard '", shard,
+    MOQ_CHECK(exists(status_of(directory_ / shard)), where, ": expected the shard '", shard,
               "' in the same directory, got no such file");
     files_.push_back(SafetensorsFile::open(directory_ / shard));
   }

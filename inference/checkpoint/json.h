@@ -51,6 +51,8 @@ class JsonReader {
   /// True if the next number is written without fraction and exponent.
   bool next_is_integer();
   std::string read_string();
+  /// Any value, checked and forgotten.
+  void skip_value();
 
   /// Calls on_element() once an element; it must read exactly one value.
   void read_array(const std::function<void()>& on_element);

@@ -351,6 +351,26 @@ void JsonReader::read_object(const std::function<void(std::string key)>& on_memb
   --depth_;
 }
 
+void JsonReader::skip_value() {
+  switch (peek()) {
+    case Kind::kNull:
+      return read_null();
+    case Kind::kBoolean:
+      static_cast<void>(read_boolean());
+      return;
+    case Kind::kNumber:
+      static_cast<void>(read_number());
+      return;
+    case Kind::kString:
+      static_cast<void>(read_string());
+      return;
+    case Kind::kArray:
+      return read_array([this] { skip_value(); });
+    case Kind::kObject:
+      return read_object([this](const std::string&) { skip_value(); });
+  }
+}
+
 void JsonReader::finish() {
   skip_space();
   if (position_ != text_.size()) {

@@ -29,9 +29,9 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-/// The whole of a small text file (a config, an index).
+/// The whole of a small text file (a config, a policy).
 /// @throws moq::Error naming the file if it cannot be read, is not a regular file, or holds more
 ///         than `max_bytes`
-std::string read_text_file(const std::filesystem::path& path, std::size_t max_bytes = 64U << 20U);
+std::string read_text_file(const std::filesystem::path& path, std::size_t max_bytes = 4U << 20U);
 
 }  // namespace moq::checkpoint

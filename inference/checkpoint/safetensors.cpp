@@ -18,6 +18,7 @@ static_assert(std::endian::native == std::endian::little);
 
 constexpr std::string_view kMetadataKey = "__metadata__";
 constexpr std::uint64_t kLengthBytes = 8;  // the header's length, in front of the header
+constexpr std::size_t kMaxRank = 16;       // real tensors have at most five dimensions
 
 std::string shape_text(std::span<const std::int64_t> shape) {
   std::string text = "[";
@@ -34,7 +35,7 @@ TensorInfo read_tensor(JsonReader& reader, std::string name, const std::string& 
   const std::string where = file + ": " + tensor.name;
   bool has_dtype = false;
   bool has_shape = false;
-  std::vector<std::uint64_t> offsets;
+  bool has_offsets = false;
   const auto claim = [&](bool unread, const std::string& key) {
     MOQ_CHECK(unread, where, ": expected every key once, got '", key, "' again");
   };
@@ -44,22 +45,28 @@ TensorInfo read_tensor(JsonReader& reader, std::string name, const std::string& 
       tensor.dtype = reader.read_string();
     } else if (key == "shape") {
       claim(!std::exchange(has_shape, true), key);
-      reader.read_array([&] { tensor.shape.push_back(reader.read_integer()); });
+      reader.read_array([&] {
+        MOQ_CHECK(tensor.shape.size() < kMaxRank, where, ": expected at most ", kMaxRank,
+                  " dimensions, got more");
+        tensor.shape.push_back(reader.read_integer());
+      });
     } else if (key == "data_offsets") {
-      claim(offsets.empty(), key);
-      reader.read_array([&] { offsets.push_back(reader.read_unsigned()); });
-      MOQ_CHECK(offsets.size() == 2, where, ": expected two data_offsets, got ", offsets.size());
+      claim(!std::exchange(has_offsets, true), key);
+      int count = 0;
+      reader.read_array([&] {
+        MOQ_CHECK(count < 2, where, ": expected two data_offsets, got more");
+        (count++ == 0 ? tensor.begin : tensor.end) = reader.read_unsigned();
+      });
+      MOQ_CHECK(count == 2, where, ": expected two data_offsets, got ", count);
     } else {
       moq::detail::fail(where, ": expected dtype, shape and data_offsets, got the key '", key, "'");
     }
   });
-  MOQ_CHECK(has_dtype && has_shape && !offsets.empty(), where, ": expected dtype, shape and ",
+  MOQ_CHECK(has_dtype && has_shape && has_offsets, where, ": expected dtype, shape and ",
             "data_offsets, got no ",
             !has_dtype   ? "dtype"
             : !has_shape ? "shape"
                          : "data_offsets");
-  tensor.begin = offsets[0];
-  tensor.end = offsets[1];
   return tensor;
 }
 

@@ -42,8 +42,9 @@ std::uint64_t tensor_size_bytes(std::string_view dtype, std::span<const std::int
 /// Nothing in the file is trusted. Before the object exists, all of this holds, and otherwise
 /// open() throws moq::Error naming file, tensor, what was expected and what was found:
 ///   - the header's length fits the file and kMaxHeaderBytes; the header is strict JSON (json.h);
-///   - every tensor has exactly dtype, shape and data_offsets, a known dtype, dimensions >= 0, and
-///     end - begin bytes == elements * item size, computed without overflow;
+///   - every tensor has exactly dtype, shape and data_offsets, a known dtype, at most 16
+///   dimensions,
+///     each >= 0, and end - begin bytes == elements * item size, computed without overflow;
 ///   - names are unique and not empty; the tensors, ordered by offset, cover the data without a
 ///     hole, an overlap or a byte left over.
 /// Memory taken is in proportion to the header that is really there.

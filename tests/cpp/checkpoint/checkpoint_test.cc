@@ -43,7 +43,8 @@ TEST(Checkpoint, FindsTensorsAcrossShards) {
   const TemporaryDirectory directory;
   directory.write("a.safetensors", shard("a"));
   directory.write("b.safetensors", shard("b"));
-  directory.write(kIndexName, index(R"({"a":"a.safetensors","b":"b.safetensors"})"));
+  directory.write(kIndexName, R"({"metadata":{"total_size":8,"notes":[null,true,-1.5,{"a":"b"}]},)"
+                              R"("weight_map":{"a":"a.safetensors","b":"b.safetensors"}})");
   const Checkpoint checkpoint = Checkpoint::open(directory.path());
   EXPECT_EQ(checkpoint.names(), (std::vector<std::string>{"a", "b"}));
   EXPECT_EQ(checkpoint.bytes("b").size(), 4U);
@@ -108,7 +109,7 @@ TEST_P(HostileIndexFile, IsRefused) {
 INSTANTIATE_TEST_SUITE_P(
     All, HostileIndexFile,
     testing::Values(
-        HostileIndex{"NotJson", "weight_map", "expected a value"},
+        HostileIndex{"NotJson", "weight_map", "expected an object, got 'w'"},
         HostileIndex{"Empty", "", "the end of the text"},
         HostileIndex{"NoWeightMap", "{}", "'weight_map'"},
         HostileIndex{"WeightMapIsAnArray", index("[]"), "an object"},
@@ -122,6 +123,14 @@ INSTANTIATE_TEST_SUITE_P(
         HostileIndex{"EmptyShardName", index(R"({"a":""})"), "plain name"},
         HostileIndex{"OtherFileType", index(R"({"a":"a.bin"})"), "plain name"},
         HostileIndex{"MissingShard", index(R"({"a":"c.safetensors"})"), "no such file"},
+        HostileIndex{"ShardNameTooLongForAFile",
+                     index("{\"a\":\"" + std::string(300, 'x') + ".safetensors\"}"),
+                     "expected the shard 'xxx"},
+        HostileIndex{"WeightMapTwice",
+                     R"({"weight_map":{"a":"a.safetensors"},"weight_map":{"b":"b.safetensors"}})",
+                     "'weight_map' is repeated"},
+        HostileIndex{"MetadataIsNoJson", R"({"metadata":{"total_size":8,},"weight_map":{}})",
+                     "a string"},
         HostileIndex{"KeyInTheWrongFile", index(R"({"a":"b.safetensors","b":"a.safetensors"})"),
                      "expected in"},
         HostileIndex{"KeyInNoFile",

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <malloc.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -6,31 +7,36 @@
 #include <random>
 #include <string>
 
+#include "inference/checkpoint/checkpoint.h"
 #include "inference/checkpoint/json.h"
 #include "inference/checkpoint/safetensors.h"
 #include "tests/cpp/checkpoint/crafted_file.h"
 
 namespace {
-std::atomic<std::size_t> largest_allocation{0};
+std::atomic<std::size_t> live_bytes{0};
+std::atomic<std::size_t> peak_bytes{0};
 }  // namespace
 
 // Every allocation of this binary passes here, so that tests can see what a hostile file made the
 // reader allocate. AddressSanitizer brings operators of its own and tells them apart from malloc.
 #if !defined(__SANITIZE_ADDRESS__)
 [[gnu::noinline]] void* operator new(std::size_t size) {
-  std::size_t largest = largest_allocation.load();
-  while (size > largest && !largest_allocation.compare_exchange_weak(largest, size)) {
+  void* memory = std::malloc(size == 0 ? 1 : size);
+  if (memory == nullptr) {
+    throw std::bad_alloc();
   }
-  if (void* memory = std::malloc(size == 0 ? 1 : size)) {
-    return memory;
+  const std::size_t live = live_bytes += malloc_usable_size(memory);
+  std::size_t peak = peak_bytes.load();
+  while (live > peak && !peak_bytes.compare_exchange_weak(peak, live)) {
   }
-  throw std::bad_alloc();
+  return memory;
 }
 [[gnu::noinline]] void operator delete(void* memory) noexcept {
+  live_bytes -= malloc_usable_size(memory);
   std::free(memory);
 }
 [[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept {
-  std::free(memory);
+  operator delete(memory);
 }
 #endif
 
@@ -147,25 +153,99 @@ TEST(Mutation, EveryMutatedJsonIsReadOrRefusedWithoutAFault) {
   EXPECT_GT(read, 500);
 }
 
-/// Claims of gigabytes in a file of a few hundred bytes.
-class LargeClaim : public testing::TestWithParam<std::string> {};
-
-TEST_P(LargeClaim, AllocatesNoMoreThanTheFileHolds) {
-  const TemporaryDirectory directory;
-  const auto path = directory.write("claim.safetensors", GetParam());
-  largest_allocation = 0;
-  EXPECT_THROW(SafetensorsFile::open(path), Error);
-  EXPECT_LE(largest_allocation.load(), GetParam().size() + 4096);
+/// Most bytes that were allocated at one time while `action` ran, beyond those before it.
+template <typename Action>
+std::size_t peak_of(const Action& action) {
+  const std::size_t before = live_bytes.load();
+  peak_bytes = before;
+  action();
+  return peak_bytes.load() - before;
 }
 
+/// `unit`, so often that the text has two megabytes.
+std::string repeated(const std::string& unit) {
+  std::string text;
+  while (text.size() < 2'000'000) {
+    text += unit;
+  }
+  return text;
+}
+
+/// A file that claims, or holds, much more than a checkpoint needs.
+struct LargeClaim {
+  const char* name;  ///< of the test
+  std::string file_name;
+  std::string bytes;
+};
+
+void PrintTo(const LargeClaim& claim, std::ostream* out) {
+  *out << claim.name;
+}
+
+class LargeClaimFile : public testing::TestWithParam<LargeClaim> {};
+
+TEST_P(LargeClaimFile, AllocatesNoMoreThanTheFileHolds) {
+  const TemporaryDirectory directory;
+  directory.write(GetParam().file_name, GetParam().bytes);
+  const std::size_t peak =
+      peak_of([&] { EXPECT_THROW(Checkpoint::open(directory.path()), Error); });
+  EXPECT_LE(peak, GetParam().bytes.size() + 16'384);
+}
+
+constexpr const char* kWeights = "model.safetensors";
+constexpr const char* kIndex = "model.safetensors.index.json";
+
 INSTANTIATE_TEST_SUITE_P(
-    All, LargeClaim,
+    All, LargeClaimFile,
     testing::Values(
-        safetensors_bytes("{}", 0, 99'999'999),
-        safetensors_bytes(
-            R"({"w":{"dtype":"F32","shape":[4294967296,64],"data_offsets":[0,1099511627776]}})", 8),
-        safetensors_bytes(R"({"w":{"dtype":"U8","shape":[1000000000],"data_offsets":[0,8]}})", 8),
-        safetensors_bytes("{\"" + std::string(3'000, 'n') + "\":[", 0)));
+        LargeClaim{"HeaderLength", kWeights, safetensors_bytes("{}", 0, 99'999'999)},
+        LargeClaim{
+            "Offsets", kWeights,
+            safetensors_bytes(
+                R"({"w":{"dtype":"F32","shape":[4294967296,64],"data_offsets":[0,1099511627776]}})",
+                8)},
+        LargeClaim{
+            "Shape", kWeights,
+            safetensors_bytes(R"({"w":{"dtype":"U8","shape":[1000000000],"data_offsets":[0,8]}})",
+                              8)},
+        LargeClaim{"UnfinishedTensor", kWeights,
+                   safetensors_bytes("{\"" + std::string(3'000, 'n') + "\":[", 0)},
+        LargeClaim{"ManyDimensions", kWeights,
+                   safetensors_bytes(R"({"w":{"dtype":"U8","data_offsets":[0,1],"shape":[)" +
+                                         repeated("1,") + "1]}}",
+                                     1)},
+        LargeClaim{"ManyOffsets", kWeights,
+                   safetensors_bytes(R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[)" +
+                                         repeated("0,") + "1]}}",
+                                     1)},
+        LargeClaim{"IndexOfAnArray", kIndex, "[" + repeated("0,") + "0]"},
+        LargeClaim{"IndexWithLargeMetadata", kIndex,
+                   R"({"metadata":[)" + repeated("0,") + R"(0],"weight_map":[]})"},
+        LargeClaim{"IndexOfNumbers", kIndex, R"({"weight_map":[)" + repeated("0,") + "0]}"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST(Memory, IsInProportionToTheHeader) {
+  const TemporaryDirectory directory;
+  constexpr int kTensors = 20'000;
+  std::string header = "{";
+  for (int i = 0; i < kTensors; ++i) {
+    header += "\"" + std::to_string(i) +
+              R"(":{"dtype":"U8","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,0],"data_offsets":[0,0]},)";
+  }
+  header.back() = '}';
+  const auto path = directory.write("model.safetensors", safetensors_bytes(header, 0));
+  EXPECT_LE(peak_of([&] { SafetensorsFile::open(path); }), 6 * header.size());
+}
+
+TEST(Memory, ReadsNoConfigBeyondItsLimit) {
+  const TemporaryDirectory directory;
+  const auto path = directory.write("config.json", std::string((4U << 20U) + 1, ' '));
+  const std::size_t peak = peak_of([&] {
+    EXPECT_EQ(error_of([&] { read_text_file(path); }),
+              path.string() + ": expected at most 4194304 bytes, got 4194305");
+  });
+  EXPECT_LE(peak, 16'384U);
+}
 
 }  // namespace
 }  // namespace moq::checkpoint
