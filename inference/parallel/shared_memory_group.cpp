@@ -6,8 +6,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
+#include <cstddef>
 #include <cstring>
 #include <ctime>
 #include <numeric>
@@ -63,7 +65,7 @@ int usable_processors() {
 
 }  // namespace
 
-enum class SharedMemoryGroup::Failure : std::uint32_t { kEnded = 1, kLeft, kLate };
+enum class SharedMemoryGroup::Failure : std::uint32_t { kEnded = 1, kLeft, kLate, kDiverged };
 
 /// What the ranks share beside the buffers.
 struct SharedMemoryGroup::Header {
@@ -74,13 +76,17 @@ struct SharedMemoryGroup::Header {
 };
 
 /// One per rank, written by that rank alone but for `sleepers`. 128 bytes, because processors fetch
-/// cache lines in pairs, and two ranks' announcements must not share what is fetched.
+/// cache lines in pairs, and two ranks' announcements must not share what is fetched. The calls lie
+/// in the cache line of `arrived`: who has seen the announcement has them at no further cost.
 struct alignas(128) SharedMemoryGroup::RankControl {
   std::atomic<std::uint32_t> arrived;   ///< sequence number of the latest announcement
   std::atomic<std::uint32_t> sleepers;  ///< peers asleep on `arrived`
   std::atomic<std::uint32_t> left;      ///< 1 once the group object is gone
   std::atomic<std::int32_t> process;    ///< 0 until the rank has joined
   std::uint64_t start_time;             ///< of the process; valid once `process` is set
+  /// What the latest two announcements belong to, by sequence number: a slower rank may still read
+  /// the one before the latest.
+  std::array<Call, 2> calls;
 };
 
 std::size_t SharedMemoryGroup::bytes_needed(int size, const SharedMemoryOptions& options) {
@@ -90,6 +96,7 @@ std::size_t SharedMemoryGroup::bytes_needed(int size, const SharedMemoryOptions&
             "SharedMemoryGroup: chunk_bytes must be a positive multiple of 64, got ",
             options.chunk_bytes);
   static_assert(sizeof(Header) <= sizeof(RankControl));
+  static_assert(offsetof(RankControl, calls) + sizeof(RankControl::calls) <= 64);
   const auto ranks = static_cast<std::size_t>(size);
   return (ranks + 1) * sizeof(RankControl) + ranks * 2 * options.chunk_bytes;
 }
@@ -135,14 +142,45 @@ std::byte* SharedMemoryGroup::buffer(int rank) const {
   return first + (2 * static_cast<std::size_t>(rank) + turn_) * options_.chunk_bytes;
 }
 
-void SharedMemoryGroup::start(const char* operation) {
-  operation_ = operation;
+const char* SharedMemoryGroup::name_of(Operation operation) {
+  switch (operation) {
+    case Operation::kAllReduceSum:
+      return "all_reduce_sum";
+    case Operation::kAllReduceMax:
+      return "all_reduce_max";
+    case Operation::kBroadcast:
+      return "broadcast";
+    case Operation::kAllGatherColumns:
+      return "all_gather_columns";
+    case Operation::kBarrier:
+      return "barrier";
+  }
+  return "unknown";  // memory of another version of this class
+}
+
+std::string SharedMemoryGroup::describe(const Call& call) {
+  std::string text = name_of(call.operation);
+  if (call.operation != Operation::kBarrier) {
+    text += " of " + std::to_string(call.bytes) + " bytes";
+  }
+  if (call.operation == Operation::kBroadcast) {
+    text += " from rank " + std::to_string(call.detail);
+  }
+  if (call.operation == Operation::kAllGatherColumns) {
+    text += " in " + std::to_string(call.detail) + " rows";
+  }
+  return text;
+}
+
+void SharedMemoryGroup::start(const Call& call) {
+  call_ = call;
   throw_if_failed();
 }
 
 void SharedMemoryGroup::exchange() {
   RankControl& own = control(rank_);
   ++sequence_;
+  own.calls[sequence_ % 2] = call_;
   // Sequentially consistent against the sleeper's increment: either this rank sees the sleeper, or
   // the sleeper sees the announcement before it goes to sleep.
   own.arrived.store(sequence_, std::memory_order_seq_cst);
@@ -151,6 +189,18 @@ void SharedMemoryGroup::exchange() {
   }
   for (int step = 1; step < size_; ++step) {
     wait_for((rank_ + step) % size_);
+  }
+  check_calls();
+}
+
+void SharedMemoryGroup::check_calls() {
+  // Compared with rank 0's on every rank, so that all name the same two ranks.
+  const Call& first = control(0).calls[sequence_ % 2];
+  for (int rank = 1; rank < size_; ++rank) {
+    if (control(rank).calls[sequence_ % 2] != first) [[unlikely]] {
+      report_failure(rank, Failure::kDiverged);
+      throw_if_failed();
+    }
   }
 }
 
@@ -236,13 +286,20 @@ void SharedMemoryGroup::throw_if_failed() const {
   }
   const auto peer = static_cast<int>(code & 0xffff);
   const auto failure = static_cast<Failure>(code >> 16);
+  if (failure == Failure::kDiverged) {
+    // Nobody went on, so both calls are still there to be read.
+    const auto call_of = [&](int rank) { return describe(control(rank).calls[sequence_ % 2]); };
+    detail::fail(name_of(call_.operation), ": all ", size_,
+                 " ranks must make the same calls in the same order, got ", call_of(0),
+                 " on rank 0 and ", call_of(peer), " on rank ", peer);
+  }
   const std::string what =
       failure == Failure::kEnded ? "its process has ended"
       : failure == Failure::kLeft
           ? "it has left the group"
           : "it did not come within " + std::to_string(options_.timeout.count()) + " ms";
-  detail::fail(operation_, ": every rank must take part, got no rank ", peer, " (process ",
-               control(peer).process.load(), ") of ", size_, ": ", what,
+  detail::fail(name_of(call_.operation), ": every rank must take part, got no rank ", peer,
+               " (process ", control(peer).process.load(), ") of ", size_, ": ", what,
                "; its own output says why");
 }
 
@@ -251,6 +308,9 @@ void SharedMemoryGroup::all_reduce(std::span<float> values, Combine combine) {
   // Combined in blocks that stay in the first-level cache while the ranks' contributions are added
   // one by one.
   constexpr std::size_t kBlock = 2048;
+  if (values.empty()) {
+    return exchange();
+  }
   const std::size_t chunk = options_.chunk_bytes / sizeof(float);
   for (; !values.empty(); values = values.subspan(std::min(chunk, values.size()))) {
     const std::span<float> piece = values.first(std::min(chunk, values.size()));
@@ -275,18 +335,23 @@ void SharedMemoryGroup::all_reduce(std::span<float> values, Combine combine) {
 }
 
 void SharedMemoryGroup::all_reduce_sum(std::span<float> values) {
-  start("all_reduce_sum");
+  start({.operation = Operation::kAllReduceSum, .bytes = values.size_bytes()});
   all_reduce(values, [](float a, float b) { return a + b; });
 }
 
 void SharedMemoryGroup::all_reduce_max(std::span<float> values) {
-  start("all_reduce_max");
+  start({.operation = Operation::kAllReduceMax, .bytes = values.size_bytes()});
   all_reduce(values, [](float a, float b) { return a > b || a != a ? a : b; });
 }
 
 void SharedMemoryGroup::broadcast(std::span<std::byte> bytes, int root) {
-  start("broadcast");
   MOQ_CHECK(root >= 0 && root < size_, "broadcast: root must be in [0, ", size_, "), got ", root);
+  start({.operation = Operation::kBroadcast,
+         .detail = static_cast<std::uint32_t>(root),
+         .bytes = bytes.size()});
+  if (bytes.empty()) {
+    return exchange();
+  }
   for (; !bytes.empty(); bytes = bytes.subspan(std::min(options_.chunk_bytes, bytes.size()))) {
     const std::span<std::byte> piece = bytes.first(std::min(options_.chunk_bytes, bytes.size()));
     turn_ ^= 1;
@@ -302,13 +367,18 @@ void SharedMemoryGroup::broadcast(std::span<std::byte> bytes, int root) {
 
 void SharedMemoryGroup::all_gather_columns(const float* shard, std::int64_t rows,
                                            std::span<const std::int64_t> widths, float* output) {
-  start("all_gather_columns");
   MOQ_CHECK(widths.size() == static_cast<std::size_t>(size_) &&
                 std::all_of(widths.begin(), widths.end(), [](auto width) { return width >= 0; }),
             "all_gather_columns: widths must be one number >= 0 per rank, got ", widths.size(),
             " numbers for ", size_, " ranks");
   const std::int64_t total = std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
   const std::int64_t widest = *std::max_element(widths.begin(), widths.end());
+  start({.operation = Operation::kAllGatherColumns,
+         .detail = static_cast<std::uint32_t>(rows),
+         .bytes = static_cast<std::uint64_t>(rows * total) * sizeof(float)});
+  if (rows == 0 || widest == 0) {
+    return exchange();
+  }
   // A chunk holds as many whole rows of the widest shard as fit, or a part of one row.
   const auto chunk = static_cast<std::int64_t>(options_.chunk_bytes / sizeof(float));
   const std::int64_t columns_at_once = std::clamp<std::int64_t>(widest, 1, chunk);
@@ -343,7 +413,7 @@ void SharedMemoryGroup::all_gather_columns(const float* shard, std::int64_t rows
 }
 
 void SharedMemoryGroup::barrier() {
-  start("barrier");
+  start({.operation = Operation::kBarrier});
   exchange();
 }
 

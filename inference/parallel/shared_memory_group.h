@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "inference/parallel/shared_memory.h"
 
@@ -21,12 +22,15 @@ struct SharedMemoryOptions {
 /// Each rank owns two buffers in the shared memory, used in turn. A collective is: copy the own
 /// chunk into the own buffer, announce it, wait until all ranks have announced theirs, read their
 /// buffers. One announcement per chunk is enough: a rank reuses a buffer two collectives later, and
-/// that all have announced the one between proves that they are done with reading.
+/// that all have announced the one between proves that they are done with reading. An announcement
+/// says which call it belongs to, so that ranks that make different calls learn so instead of
+/// reading each other's bytes as something else.
 ///
 /// Waiting spins (bounded), then yields, then sleeps in the kernel until the peer's announcement;
 /// every few milliseconds of sleep it looks whether the peers still live. All calls throw
 /// moq::Error, naming the rank and its process, when a peer's process has ended, its group object
-/// was destroyed, or it did not come within the timeout; every later call throws the same error.
+/// was destroyed, or it did not come within the timeout, and naming two ranks with their calls when
+/// those differ; every later call throws the same error.
 class SharedMemoryGroup {
  public:
   /// Bytes of SharedMemory that a group of `size` ranks needs.
@@ -67,13 +71,31 @@ class SharedMemoryGroup {
   struct Header;
   struct RankControl;
   enum class Failure : std::uint32_t;
+  enum class Operation : std::uint32_t {
+    kAllReduceSum,
+    kAllReduceMax,
+    kBroadcast,
+    kAllGatherColumns,
+    kBarrier
+  };
+  /// What must be the same on all ranks.
+  struct Call {
+    Operation operation = Operation::kBarrier;
+    std::uint32_t detail = 0;  ///< the root of a broadcast, the rows of a gather
+    std::uint64_t bytes = 0;   ///< of the result
+    bool operator==(const Call&) const = default;
+  };
+  static const char* name_of(Operation operation);
+  static std::string describe(const Call& call);
 
   Header& header() const;
   RankControl& control(int rank) const;
   /// The buffer of `rank` that the current collective uses.
   std::byte* buffer(int rank) const;
-  void start(const char* operation);
+  void start(const Call& call);
+  /// Announces the next chunk, and returns when every rank has announced it.
   void exchange();
+  void check_calls();
   void wait_for(int peer);
   void sleep_until_arrived(int peer);
   void check_peers();
@@ -90,7 +112,7 @@ class SharedMemoryGroup {
   std::chrono::microseconds spin_;  ///< how long a wait stays out of the kernel
   std::uint32_t sequence_ = 0;      ///< announcements made so far, modulo 2^32
   std::uint32_t turn_ = 0;          ///< which of the two buffers is in use
-  const char* operation_ = "";      ///< the collective in progress, for messages
+  Call call_;                       ///< the collective in progress
 };
 
 }  // namespace moq::inference

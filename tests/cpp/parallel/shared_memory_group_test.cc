@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <csignal>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -247,6 +248,20 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GatherColumns,
 // ------------------------------------------------------------------------------------------------
 // failures
 
+std::string error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// A message without the operation that it begins with.
+std::string after_colon(const std::string& message) {
+  return message.substr(message.find(": ") + 2);
+}
+
 class Failures : public testing::TestWithParam<int> {
  protected:
   /// Every rank reduces forever; rank 1 calls `stop` in the 100th round. Expects the error on all
@@ -305,6 +320,98 @@ TEST(Timeout, NamesTheRankThatDoesNotCome) {
                                ") of 2: it did not come within 100 ms; its own output says why";
   EXPECT_EQ(results[0].error, expected);
   EXPECT_EQ(results[1].error, expected);
+}
+
+/// Calls that rank 0 and the last rank make at the same time, and how the error names them.
+struct Divergence {
+  const char* name;
+  std::function<void(SharedMemoryGroup&)> first;
+  std::function<void(SharedMemoryGroup&)> last;
+  const char* first_call;
+  const char* last_call;
+};
+
+void PrintTo(const Divergence& divergence, std::ostream* out) {
+  *out << divergence.name;
+}
+
+template <int kCount>
+void sum(SharedMemoryGroup& group) {
+  std::vector<float> values(kCount, 1.0F);
+  group.all_reduce_sum(values);
+}
+
+void maximum(SharedMemoryGroup& group) {
+  std::vector<float> values(576, 1.0F);
+  group.all_reduce_max(values);
+}
+
+template <int kRoot>
+void broadcast(SharedMemoryGroup& group) {
+  std::vector<std::byte> bytes(8);
+  group.broadcast(bytes, kRoot);
+}
+
+template <int kRows>
+void gather(SharedMemoryGroup& group) {
+  std::vector<std::int64_t> widths(static_cast<std::size_t>(group.size()), 6 / kRows);
+  const std::vector<float> shard(6);
+  std::vector<float> output(6 * widths.size());
+  group.all_gather_columns(shard.data(), kRows, widths, output.data());
+}
+
+class Diverging : public testing::TestWithParam<Divergence> {};
+
+TEST_P(Diverging, CallsAreAnErrorOnEveryRank) {
+  const auto& [name, first, last, first_call, last_call] = GetParam();
+  for (const int size : {2, 3}) {
+    const std::vector<RankResult> results =
+        fork_ranks(size, kSmallChunks, [&](SharedMemoryGroup& group) {
+          group.barrier();
+          const auto& call = group.rank() == size - 1 ? last : first;
+          try {
+            call(group);
+          } catch (const Error& error) {
+            // The group stays of no use, and says so in the same words.
+            MOQ_CHECK(error_of([&] { group.barrier(); }).ends_with(after_colon(error.what())),
+                      "a later call must throw the same, got another error");
+            throw;
+          }
+        });
+    const std::string expected =
+        "all " + std::to_string(size) + " ranks must make the same calls in the same order, got " +
+        first_call + " on rank 0 and " + last_call + " on rank " + std::to_string(size - 1);
+    for (const RankResult& result : results) {
+      EXPECT_EQ(after_colon(result.error), expected);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, Diverging,
+    testing::Values(Divergence{"Sizes", sum<576>, sum<1152>, "all_reduce_sum of 2304 bytes",
+                               "all_reduce_sum of 4608 bytes"},
+                    Divergence{"Operations", sum<576>, maximum, "all_reduce_sum of 2304 bytes",
+                               "all_reduce_max of 2304 bytes"},
+                    Divergence{"NothingAndSomething", sum<0>, sum<4>, "all_reduce_sum of 0 bytes",
+                               "all_reduce_sum of 16 bytes"},
+                    Divergence{"Roots", broadcast<0>, broadcast<1>,
+                               "broadcast of 8 bytes from rank 0",
+                               "broadcast of 8 bytes from rank 1"},
+                    Divergence{"BarrierAndSum", [](SharedMemoryGroup& group) { group.barrier(); },
+                               sum<1>, "barrier", "all_reduce_sum of 4 bytes"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST(DivergingGathers, NameTheRows) {
+  const std::vector<RankResult> results = fork_ranks(2, kDefault, [](SharedMemoryGroup& group) {
+    group.rank() == 0 ? gather<2>(group) : gather<3>(group);
+  });
+  for (const RankResult& result : results) {
+    EXPECT_TRUE(
+        result.error.ends_with("got all_gather_columns of 48 bytes in 2 rows on rank 0 and "
+                               "all_gather_columns of 48 bytes in 3 rows on rank 1"))
+        << result.error;
+  }
 }
 
 TEST(Broadcast, RefusesARootOutsideTheGroup) {
