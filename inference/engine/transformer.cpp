@@ -361,8 +361,9 @@ const float* Transformer::logits(std::span<const std::int64_t> rows) {
   if (communicator_->size() == 1) {
     return logits_.as<float>();
   }
-  gathered_ = communicator_->all_gather_columns(
-      at::from_blob(logits_.as<float>(), {count, width}, at::kFloat), weights_.vocab_widths);
+  communicator_->all_gather_columns_into(
+      at::from_blob(logits_.as<float>(), {count, width}, at::kFloat), weights_.vocab_widths,
+      gathered_);
   return gathered_.const_data_ptr<float>();
 }
 

@@ -27,10 +27,11 @@ class SingleProcess final : public Communicator {
     detail::check_contiguous("broadcast", tensor);
     detail::check_root(root, 1);
   }
-  at::Tensor all_gather_columns(const at::Tensor& shard,
-                                std::span<const std::int64_t> widths) override {
-    detail::check_columns(shard, widths, 0, 1);
-    return shard;
+  void all_gather_columns_into(const at::Tensor& shard, std::span<const std::int64_t> widths,
+                               at::Tensor& joined) override {
+    const std::int64_t total = detail::check_columns(shard, widths, 0, 1);
+    detail::shape_result(joined, shard.size(0), total);
+    joined.copy_(shard);
   }
   void barrier() override {}
 };
@@ -57,13 +58,12 @@ class SharedMemoryCommunicator final : public Communicator {
     detail::check_root(root, size());
     group_->broadcast(detail::bytes_of(tensor), root);
   }
-  at::Tensor all_gather_columns(const at::Tensor& shard,
-                                std::span<const std::int64_t> widths) override {
+  void all_gather_columns_into(const at::Tensor& shard, std::span<const std::int64_t> widths,
+                               at::Tensor& joined) override {
     const std::int64_t total = detail::check_columns(shard, widths, rank(), size());
-    at::Tensor joined = at::empty({shard.size(0), total}, shard.options());  // [m, sum(widths)]
+    detail::shape_result(joined, shard.size(0), total);
     group_->all_gather_columns(shard.const_data_ptr<float>(), shard.size(0), widths,
                                joined.mutable_data_ptr<float>());
-    return joined;
   }
   void barrier() override { group_->barrier(); }
 

@@ -41,8 +41,17 @@ class Communicator {
   /// rank order.
   /// @param shard   contiguous CPU float32
   /// @param widths  one number of columns per rank, 0 allowed, the same on all ranks
-  virtual at::Tensor all_gather_columns(const at::Tensor& shard,
-                                        std::span<const std::int64_t> widths) = 0;
+  /// @param joined  the result: a tensor of an earlier call keeps its memory where that is enough
+  virtual void all_gather_columns_into(const at::Tensor& shard,
+                                       std::span<const std::int64_t> widths,
+                                       at::Tensor& joined) = 0;
+
+  /// The same into new memory.
+  at::Tensor all_gather_columns(const at::Tensor& shard, std::span<const std::int64_t> widths) {
+    at::Tensor joined;
+    all_gather_columns_into(shard, widths, joined);
+    return joined;
+  }
 
   /// Returns when every rank has called it.
   virtual void barrier() = 0;

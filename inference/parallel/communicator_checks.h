@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
@@ -42,6 +43,16 @@ inline std::int64_t check_columns(const at::Tensor& shard, std::span<const std::
                     "all_gather_columns: the shard of rank ", rank, " must be [m, ", own_width,
                     "], got ", shard.sizes());
   return std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
+}
+
+/// Makes `result` a [rows, columns] float32 tensor, in the memory that it has if that is enough.
+inline void shape_result(at::Tensor& result, std::int64_t rows, std::int64_t columns) {
+  if (result.defined()) {
+    check_float32("all_gather_columns", result);
+    result.resize_({rows, columns});
+  } else {
+    result = at::empty({rows, columns}, at::kFloat);
+  }
 }
 
 inline std::span<float> floats_of(const at::Tensor& tensor) {

@@ -20,8 +20,8 @@ def one_thread_environment(**variables: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
 
 
-def run_ranks(num_ranks: int, command: Sequence[str | os.PathLike], timeout: float = 120) -> None:
-    """Runs `python command` as every rank and waits; asserts that none fails, showing its output.
+def start_ranks(num_ranks: int, command: Sequence[str | os.PathLike]) -> list[subprocess.Popen]:
+    """Starts `python command` as every rank, its output in a pipe.
 
     Sets the variables that torchrun sets, but saves the seconds that torchrun takes to start.
     """
@@ -46,6 +46,12 @@ def run_ranks(num_ranks: int, command: Sequence[str | os.PathLike], timeout: flo
                 text=True,
             )
         )
+    return ranks
+
+
+def run_ranks(num_ranks: int, command: Sequence[str | os.PathLike], timeout: float = 120) -> None:
+    """Runs `python command` as every rank; asserts that none fails, showing its output."""
+    ranks = start_ranks(num_ranks, command)
     deadline = time.monotonic() + timeout
     try:
         for rank, process in enumerate(ranks):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launch import WORKERS, run_ranks
+from launch import WORKERS, run_ranks, start_ranks
 from workers.collectives import SIZES, contribution
 
 from moq import _C
@@ -84,6 +84,33 @@ def test_uneven_column_shards_are_joined_in_rank_order(results, transport):
     shards = [rows + rank * 10 + torch.arange(3.0 * rank) for rank in range(len(results))]
     for rank in results:
         assert torch.equal(rank[transport]["gather"], torch.cat(shards, dim=1))
+
+
+def test_ranks_that_sum_different_tensors_are_told_so():
+    run_ranks(2, [WORKERS / "reduce_apart.py"])
+
+
+@pytest.mark.parametrize("killed", [0, 1])  # rank 0 takes the rendezvous store with it
+def test_a_killed_rank_is_named_by_all_others_over_c10d(killed):
+    ranks = start_ranks(3, [WORKERS / "reduce_forever.py", "c10d"])
+    try:
+        for rank in ranks:
+            while line := rank.stdout.readline():
+                if "reduces" in line:
+                    break
+        ranks[killed].kill()
+        named = (
+            f"all_reduce_sum: every rank must take part, got no rank {killed} (process "
+            f"{ranks[killed].pid}) of 3: its process has ended; its own output says why"
+        )
+        for rank in ranks[:killed] + ranks[killed + 1 :]:
+            output, _ = rank.communicate(timeout=60)
+            assert named in output
+            assert rank.returncode != 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 # --------------------------------------------------------------------------------- one process
