@@ -1,5 +1,6 @@
 """The inference engine: serves exported moq checkpoints and plain Hugging Face models."""
 
-from moq.inference.api import Encoding, Engine, Generation, Timing
+from moq.inference.api import Engine
+from moq.inference.results import Encoding, Generation, Timing
 
 __all__ = ["Encoding", "Engine", "Generation", "Timing"]

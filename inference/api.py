@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from moq import _C
 from moq.inference.distributed import connect
+from moq.inference.results import Encoding, Generation, Timing
+from moq.inference.text_stream import TextStream
 from moq.inference.tokens import (
-    TextStream,
     as_rows,
     is_text,
     load_tokenizer,
@@ -31,69 +32,6 @@ from moq.inference.tokens import (
 )
 
 DTYPES = ("int8", "fp32", "fp16", "bf16")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a prompt was continued with.
-
-    Attributes:
-        text: the new text; None if the prompt was token ids and the directory has no tokenizer.
-        token_ids: the new tokens, a stop token included.
-        finish_reason: ``length``, ``stop_token`` or ``stop_string``.
-    """
-
-    text: str | None
-    token_ids: list[int]
-    finish_reason: str
-
-    def __str__(self) -> str:
-        """The new text, so that a generation can be printed."""
-        return str(self.token_ids) if self.text is None else self.text
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long one call of generate took, reading prompts and drawing tokens apart.
-
-    Attributes:
-        prompt_tokens: tokens of all prompts.
-        prefill_seconds: time of the steps that read prompts; each draws a row's first token.
-        decode_tokens: tokens drawn by the other steps.
-        decode_seconds: time of those.
-    """
-
-    prompt_tokens: int
-    prefill_seconds: float
-    decode_tokens: int
-    decode_seconds: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens read per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens drawn per second after the first."""
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What an encoder makes of n sequences, float32.
-
-    Attributes:
-        last_hidden_state: per sequence [num_tokens, hidden_size].
-        mean: [n, hidden_size], the mean over each sequence's tokens.
-        pooled: [n, hidden_size], activation(dense(first token)); None without a pooler.
-        logits: [n, num_labels]; None without a sequence-classification head.
-    """
-
-    last_hidden_state: list[Tensor]
-    mean: Tensor
-    pooled: Tensor | None
-    logits: Tensor | None
 
 
 Sequences = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -238,14 +176,20 @@ class Engine:
                 f"{self.directory} must have a tokenizer for stop strings and text streaming, got "
                 "none: put its files there, or use stop_token_ids"
             )
-        streams = [TextStream(self.tokenizer, stop) for _ in ids]
         stop_tokens = self.stop_token_ids if stop_token_ids is None else list(stop_token_ids)
+        watched = bool(stop) or on_text is not None
 
-        def on_token(row: int, token: int) -> bool:
-            piece = streams[row].append(token)
+        @cache
+        def text_of(row: int) -> TextStream:
+            return TextStream(self.tokenizer, ids[row], stop)
+
+        def give(row: int, piece: str) -> None:
             if piece and on_text is not None:
                 on_text(row, piece)
-            return not streams[row].stopped
+
+        def on_token(row: int, token: int) -> bool:
+            give(row, text_of(row).append(token))
+            return not text_of(row).stopped
 
         result = self._core.generate(
             ids,
@@ -258,7 +202,7 @@ class Engine:
             seed=secrets.randbits(63) if seed is None else seed,
             stop_tokens=stop_tokens,
             max_batch=max_batch,
-            on_token=on_token if stop or on_text is not None else None,
+            on_token=on_token if watched else None,
         )
         self.timing = Timing(
             result.prompt_tokens,
@@ -266,11 +210,17 @@ class Engine:
             result.decode_tokens,
             result.decode_seconds,
         )
-        watched = bool(stop) or on_text is not None
-        generations = [
-            self._generation(row, stream, watched, lambda piece, i=i: on_text and on_text(i, piece))
-            for i, (row, stream) in enumerate(zip(result.rows, streams, strict=True))
-        ]
+        generations = []
+        for row, generated in enumerate(result.rows):
+            text, reason = None, generated.finish_reason.name
+            if self.tokenizer is not None:
+                if not watched:
+                    for token in generated.tokens:
+                        on_token(row, token)
+                give(row, text_of(row).finish())
+                text = text_of(row).text
+                reason = "stop_string" if text_of(row).stopped else reason
+            generations.append(Generation(text, generated.tokens, reason))
         return generations[0] if single else generations
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
@@ -367,20 +317,6 @@ class Engine:
                 "tokenizer.json there, or pass token ids"
             )
         return self.tokenizer
-
-    def _generation(
-        self, row: Any, stream: TextStream, watched: bool, on_rest: Callable[[str], object]
-    ) -> Generation:
-        if watched:
-            if rest := stream.finish():
-                on_rest(rest)
-            text = stream.text
-        elif self.tokenizer is not None:
-            text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        else:
-            text = None
-        reason = "stop_string" if stream.stopped else row.finish_reason.name
-        return Generation(text, row.tokens, reason)
 
 
 def _check_arguments(

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from moq.inference.api import Engine, Generation
+from moq.inference.api import Engine
 from moq.inference.options import (
     add_engine_arguments,
     describe,
@@ -15,6 +15,7 @@ from moq.inference.options import (
     open_engine,
     read_standard_input,
 )
+from moq.inference.results import Generation
 
 _EXAMPLES = """examples:
   python -m moq.inference generate out/model --prompt "My fellow Americans" --stream

@@ -1,16 +1,14 @@
-"""Text to token ids and back: the tokenizer of a model directory, and text that grows by tokens."""
+"""Text and tensors to token ids: the tokenizer of a model directory, and the forms of input."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
+from moq.tokenizer_files import has_tokenizer
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -19,7 +17,7 @@ def load_tokenizer(directory: Path) -> Any:
     Returns:
         A Hugging Face tokenizer, or None if the directory has none.
     """
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         return None
     from transformers import AutoTokenizer  # takes seconds to import, and token ids don't need it
 
@@ -35,57 +33,6 @@ def stop_token_ids(directory: Path) -> list[int]:
             if value is not None:
                 return list(value) if isinstance(value, list) else [value]
     return []
-
-
-class TextStream:
-    """The text of one generated row, as far as later tokens can't change it.
-
-    A token may hold half a character, and the beginning of a stop string is not yet text: both wait
-    until the tokens behind them decide.
-
-    Attributes:
-        text: what is settled; without the stop string that ended it.
-        stopped: True once a stop string has appeared.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        """Starts an empty row that ends at the first of the strings in stop."""
-        self.text = ""
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = [string for string in stop if string]
-        self._token_ids: list[int] = []
-
-    def append(self, token_id: int) -> str:
-        """Adds a token; returns the text that it settles."""
-        self._token_ids.append(token_id)
-        return self._settle(final=False)
-
-    def finish(self) -> str:
-        """Ends the row; returns the text that waited for more tokens."""
-        return "" if self.stopped else self._settle(final=True)
-
-    def _settle(self, *, final: bool) -> str:
-        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        ends = [at for string in self._stop if (at := text.find(string)) >= 0]
-        if ends:
-            self.stopped = True
-            text = text[: min(ends)]
-        elif not final:
-            text = text[: len(text) - self._undecided(text)]
-        settled = text[len(self.text) :]
-        self.text += settled
-        return settled
-
-    def _undecided(self, text: str) -> int:
-        """Number of characters at the end that later tokens may still change."""
-        waiting = len(text) - len(text.rstrip(_UNFINISHED))
-        for string in self._stop:
-            for length in range(min(len(string) - 1, len(text)), waiting, -1):
-                if text.endswith(string[:length]):
-                    waiting = length
-                    break
-        return waiting
 
 
 def is_text(inputs: Any) -> bool:

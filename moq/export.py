@@ -30,26 +30,9 @@ from moq.manifest import (
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
 from moq.staging import replaced_directory
+from moq.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
 __all__ = ["QuantizedParameter", "export_checkpoint"]
-
-# What a tokenizer leaves beside a model.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "additional_chat_templates",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-
 
 def export_checkpoint(
     directory: str | os.PathLike[str],
@@ -166,15 +149,6 @@ def save_generation_config(directory: Path, model: torch.nn.Module) -> None:
     config: Any = getattr(model, "generation_config", None)
     if config is not None:
         config.save_pretrained(directory)
-
-
-def has_tokenizer(directory: str | os.PathLike[str]) -> bool:
-    """Says whether a model's directory holds a tokenizer."""
-    return any(
-        (Path(directory) / name).is_file()
-        for name in TOKENIZER_FILES
-        if "token" in name or "vocab" in name
-    )
 
 
 def save_tokenizer(directory: Path, tokenizer: Any) -> None:

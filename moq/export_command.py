@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
-from moq.export import export_checkpoint, has_tokenizer
+from moq.export import export_checkpoint
 from moq.saved_run import load_run
+from moq.tokenizer_files import has_tokenizer
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import sequences
 
+from moq import _C
 from moq.inference import Engine
 
 PROMPTS = sequences(5, 9)
@@ -64,12 +65,11 @@ def test_repetition_penalty_keeps_tokens_from_coming_back(engine):
 
 def test_stop_token_ends_its_row_only(engine):
     free = engine.generate(PROMPTS, 20)
-    stop = free[0].token_ids[4]
+    stop = next(token for token in free[0].token_ids if token not in free[1].token_ids)
     rows = engine.generate(PROMPTS, 20, stop_token_ids=[stop])
     assert rows[0].finish_reason == "stop_token"
     assert rows[0].token_ids == free[0].token_ids[: free[0].token_ids.index(stop) + 1]
-    if stop not in free[1].token_ids:
-        assert rows[1] == free[1]
+    assert rows[1] == free[1]
 
 
 def test_one_new_token_is_a_generation(engine):
@@ -112,9 +112,24 @@ def test_streamed_pieces_join_to_the_text(text_engine):
     assert "".join(pieces) == text_engine.generate("Once upon a time", 24).text
 
 
-def test_error_in_a_callback_reaches_the_caller(text_engine):
+def test_text_follows_the_prompt_without_a_gap(text_engine):
+    prompt = "The capital of France is"
+    generation = text_engine.generate(prompt, 8, stop_token_ids=[])
+    assert prompt + str(generation) == text_engine.tokenizer.decode(
+        text_engine.tokenizer(prompt)["input_ids"] + generation.token_ids
+    )
+
+
+def test_error_in_a_callback_reaches_the_caller_and_leaves_the_engine_usable(text_engine):
     def fail(row, piece):
         raise KeyError("from the callback")
 
+    expected = text_engine.generate("Once upon", 8)
     with pytest.raises(KeyError, match="from the callback"):
         text_engine.generate("Once upon", 8, on_text=fail)
+    assert text_engine.generate("Once upon", 8) == expected
+
+
+def test_error_in_a_stream_reaches_the_caller(text_engine):
+    with pytest.raises(_C.Error, match="max_new_tokens must be >= 1, got 0"):
+        list(text_engine.stream("Once upon", max_new_tokens=0))
