@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, overload
 
 import torch
@@ -224,21 +224,36 @@ class Engine:
         return generations[0] if single else generations
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
-        """Yields the new text of one prompt piece by piece; options as generate's."""
+        """Yields the new text of one prompt piece by piece; options as generate's.
+
+        Leaving the iterator early ends the generation. Where several ranks share the model it runs
+        to its end first, because the others can't know where this one was left.
+        """
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        left = Event()
+
+        def on_text(_: int, piece: str) -> None:
+            if left.is_set() and self._core.tp_size == 1:
+                raise GeneratorExit
+            pieces.put(piece)
 
         def work() -> None:
             try:
-                self.generate(prompt, **options, on_text=lambda _, piece: pieces.put(piece))
+                self.generate(prompt, **options, on_text=on_text)
                 pieces.put(None)
             except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
                 pieces.put(error)
 
-        Thread(target=work, daemon=True).start()
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+        worker = Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+            worker.join()
 
     def forward(
         self,

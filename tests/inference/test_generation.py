@@ -1,5 +1,7 @@
 """Generation: sampling, stopping, streaming."""
 
+import threading
+
 import pytest
 import torch
 from models import sequences
@@ -127,6 +129,15 @@ def test_error_in_a_callback_reaches_the_caller_and_leaves_the_engine_usable(tex
     expected = text_engine.generate("Once upon", 8)
     with pytest.raises(KeyError, match="from the callback"):
         text_engine.generate("Once upon", 8, on_text=fail)
+    assert text_engine.generate("Once upon", 8) == expected
+
+
+def test_leaving_a_stream_ends_its_generation(text_engine):
+    expected = text_engine.generate("Once upon", 8)
+    threads = threading.active_count()
+    for _ in text_engine.stream("Once upon a time", max_new_tokens=4000, stop_token_ids=[]):
+        break
+    assert threading.active_count() == threads
     assert text_engine.generate("Once upon", 8) == expected
 
 
