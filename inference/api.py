@@ -30,6 +30,7 @@ from moq.inference.tokens import (
     stop_token_ids,
     unpad,
 )
+from moq.staging import recover
 
 DTYPES = ("int8", "fp32", "fp16", "bf16")
 
@@ -94,6 +95,7 @@ class Engine:
             moq._C.Error: for an unsuitable directory; the message names file and key.
         """
         _check_arguments(device, dtype, compute_dtype, activations, quantize_head)
+        recover(directory)
         directory = Path(directory)
         core = _C.Engine.open(
             directory,
