@@ -46,6 +46,10 @@ def measure(
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
+    # The first new token is drawn by the step that reads the prompt: decoding begins with a second.
+    for option, least in {"context": 1, "new_tokens": 2, "batch": 1, "repeats": 1}.items():
+        if (value := getattr(args, option)) < least:
+            raise ValueError(f"--{option.replace('_', '-')} must be >= {least}, got {value}")
     engine = open_engine(args)
     speed = measure(engine, args.context, args.new_tokens, args.batch, args.repeats)
     if is_first_rank():

@@ -63,14 +63,14 @@ def connect(
 
 def broadcast_text(communicator: _C.Communicator, text: str) -> str:
     """Rank 0's text, on every rank; what the others pass does not matter."""
-    data = text.encode()
+    data = bytearray(text.encode())
     length = torch.tensor([len(data)])
     communicator.broadcast(length, 0)
-    content = torch.zeros(int(length), dtype=torch.uint8)
-    if communicator.rank == 0:
-        content = torch.tensor(list(data), dtype=torch.uint8)
-    communicator.broadcast(content, 0)
-    return bytes(content.tolist()).decode()
+    if communicator.rank != 0:
+        data = bytearray(int(length))
+    if data:
+        communicator.broadcast(torch.frombuffer(data, dtype=torch.uint8), 0)
+    return data.decode()
 
 
 def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -1,13 +1,18 @@
 """`python -m moq.inference`."""
 
+import argparse
 import json
+import os
+import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from launch import one_thread_environment, torchrun_command
+import torch
+from launch import one_thread_environment
 
-from moq.inference import Engine
+from moq.inference import Encoding, Engine, encode
 
 PROMPT = "The capital of France is"
 
@@ -33,20 +38,6 @@ def test_json_gives_tokens_speed_and_settings(smollm2, expected):
     assert (record["weights"], record["tp_size"], record["threads"]) == ("float32", 1, 1)
 
 
-def test_only_the_first_of_two_ranks_prints_and_its_tokens_are_those_of_one(smollm2, expected):
-    arguments = ["generate", smollm2[0], "--prompt", PROMPT, "--max-new-tokens", "12", "--json"]
-    result = subprocess.run(
-        torchrun_command(2, "-m", "moq.inference", *arguments),
-        capture_output=True,
-        text=True,
-        env=one_thread_environment(),
-        check=True,
-    )
-    (line,) = result.stdout.splitlines()
-    assert json.loads(line)["token_ids"] == expected.token_ids
-    assert json.loads(line)["transport"] == "shared_memory"
-
-
 def test_stream_prints_the_text_and_the_speed_apart(smollm2, expected):
     arguments = ["--max-new-tokens", 12, "--stream"]
     result = run("generate", smollm2[0], *arguments, input=PROMPT)
@@ -63,6 +54,49 @@ def test_chat_puts_the_prompt_into_the_template(smollm2):
 def test_encode_prints_a_vector_per_text(smollm2):
     result = run("encode", smollm2[0], "--text", "a", "--text", "b")
     assert [len(json.loads(line)["vector"]) for line in result.stdout.splitlines()] == [576, 576]
+
+
+def test_encode_prints_every_line_of_standard_input_beside_a_progress_bar(smollm2):
+    texts = [f"text {i}" for i in range(70)]
+    terminal, of_process = pty.openpty()
+    result = subprocess.run(
+        [sys.executable, "-m", "moq.inference", "encode", smollm2[0]],
+        input="\n".join(texts),
+        stdout=subprocess.PIPE,
+        stderr=of_process,
+        env=one_thread_environment(TERM="xterm"),
+        text=True,
+    )
+    os.close(of_process)
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
+    assert b"encode" in os.read(terminal, 100_000)
+    os.close(terminal)
+
+
+def test_encode_prints_while_it_computes(monkeypatch, capsys):
+    """An engine that notes how many lines were printed before it got each batch."""
+    printed, sizes = [], []
+
+    def compute(texts):
+        printed.append(capsys.readouterr().out.count("\n"))
+        sizes.append(len(texts))
+        vectors = torch.zeros(len(texts), 2)
+        return Encoding([], vectors, None, None)
+
+    engine = SimpleNamespace(encode=compute, labels={})
+    monkeypatch.setattr(encode, "open_engine", lambda args: engine)
+    args = argparse.Namespace(directory="none", text=["a"] * 70, pooling="mean")
+    assert encode.run(args) == 0
+    assert sizes == [32, 32, 6]
+    assert printed == [0, 32, 32]
+
+
+@pytest.mark.parametrize("option", ["context", "new-tokens", "batch", "repeats"])
+def test_bench_refuses_to_measure_nothing(option, model_directory):
+    result = run("bench", model_directory("llama"), f"--{option}", 0)
+    assert result.returncode == 1
+    least = 2 if option == "new-tokens" else 1
+    assert result.stderr == f"moq bench: --{option} must be >= {least}, got 0\n"
 
 
 def test_bench_measures_both_phases(model_directory):
