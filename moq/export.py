@@ -34,6 +34,7 @@ from moq.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
 __all__ = ["QuantizedParameter", "export_checkpoint"]
 
+
 def export_checkpoint(
     directory: str | os.PathLike[str],
     model: torch.nn.Module,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import rich.progress
@@ -12,15 +12,20 @@ from rich.console import Console
 Item = TypeVar("Item")
 
 
-def track(items: Sequence[Item], description: str) -> Iterable[Item]:
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
     """Yields the items, with a bar on standard error if that is a terminal."""
-    return rich.progress.track(
-        items,
-        description=description,
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
+        redirect_stdout=False,  # what is printed meanwhile belongs to standard output
     )
+    with bar:
+        yield from bar.track(items, description=description)
 
 
 class ProductBar:

@@ -1,8 +1,8 @@
 """Exported directories in the engine against the simulated PyTorch model."""
 
-import rounded_models
 import models
 import pytest
+import rounded_models
 import torch
 from models import reference_logits, relative_error, sequences
 

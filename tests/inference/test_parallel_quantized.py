@@ -1,8 +1,8 @@
 """Quantized checkpoints and INT8 activations: two and three ranks against one."""
 
-import rounded_models
 import models
 import pytest
+import rounded_models
 import torch
 from launch import WORKERS, run_ranks
 from models import relative_error, sequences

@@ -44,7 +44,10 @@ def test_a_users_policy_wins_over_a_builtin_one(model_directory, tmp_path):
             'spec.norm: must be one of layer_norm, rms_norm, got "batch_norm"',
         ),
         (lambda p: p["modules"].update(gates="x"), 'must be one of token_embedding.*"gates"'),
-        (lambda p: p["modules"]["qkv"].update(order="mixed"), "order must be concatenated, elementwise or"),
+        (
+            lambda p: p["modules"]["qkv"].update(order="mixed"),
+            "order must be concatenated, elementwise or",
+        ),
         (lambda p: p["modules"]["qkv"].update(layout="kn"), "layout must be out_in"),
         (lambda p: p["modules"].pop("down"), "must have a rule for down"),
         (lambda p: p["modules"].pop("token_embedding"), "must have a rule for token_embedding"),
