@@ -186,8 +186,8 @@ void bind_schedule(py::module_& m) {
             const schedule::Bounds bounds = schedule::bounds(self.config());
             return std::pair(as_pairs(bounds.earliest), as_pairs(bounds.latest));
           },
-          "(earliest, latest): two plans between which each drop lies, whatever one measurement "
-          "says.")
+          "(earliest, latest): two plans between which each drop lies, whatever is measured; with "
+          "finish_at to within a step, whatever one measurement says.")
       .def("unfinished", &unfinished_of,
            "Blocks that might miss total_steps: dicts of block, arrival, bits, largest_period.")
       .def_property_readonly("num_blocks", &Schedule::num_blocks)

@@ -1,15 +1,17 @@
 // From a configuration and measurements to drops.
 //
-// A block is a list of residence times still ahead of it, unstretched. Drops are placed by adding
-// them up, stretched by its sensitivity and, with finish_at, scaled by the factor common to all
-// blocks that brings the slowest one to the deadline:
+// Ahead of a block lies a length for each of its drops: its unstretched residence times up to
+// there, added up. It covers them at a pace, which its sensitivity slows down and which with
+// finish_at is scaled by the factor common to all blocks that brings the slowest one to the
+// deadline:
 //
-//   drop_j = start + ceil(scale * stretch * (residence_1 + … + residence_j))
-//   scale  = min over blocks of (deadline - start) / (stretch * sum of its residence times)
+//   drop_j = start + ceil(pace * length_j)
+//   pace   = scale * stretch
+//   scale  = min over blocks of (deadline - start) / (stretch * its last length)
 //
-// A measurement splits the residence time it falls into in proportion to the steps already spent,
-// and places what is left again. All of it is exact integer arithmetic; rounding up keeps a drop
-// from falling into a step that has passed.
+// A measurement subtracts what has been covered since `start`, which then moves to its step. All of
+// it is integer arithmetic, and what has been covered is the only number that is rounded and kept:
+// up, so that a block is never later than its paces say, however often it is measured.
 #include <algorithm>
 
 #include "csrc/schedule/config.h"
@@ -21,50 +23,54 @@ namespace {
 
 __extension__ using Wide = __int128;
 
-/// One block between two measurements.
-struct Progress {
-  BlockPlan made;                       ///< drops that have been made, or that nothing can move
-  std::int64_t start = 0;               ///< step from which the residence times count
-  std::vector<std::int64_t> residence;  ///< what is left of each width, unstretched, 2^-16 steps
+/// Rounds up.
+Wide divide(Wide dividend, Wide divisor) {
+  return (dividend + divisor - 1) / divisor;
+}
 
-  Wide remaining() const {
-    Wide sum = 0;
-    for (const std::int64_t time : residence) {
-      sum += time;
-    }
-    return sum;
-  }
-};
-
-/// The duration of `length` 2^-32 steps, counted as `steps` whole steps per `per_length`, rounded
-/// up.
-struct Scale {
+/// `steps` steps for each `per_length` of a length. Lengths count in units of 2^-16 steps.
+struct Pace {
   Wide steps;
   Wide per_length;
 
-  std::int64_t operator()(Wide length) const {
-    return static_cast<std::int64_t>((steps * length + per_length - 1) / per_length);
+  std::int64_t steps_for(Wide length) const {
+    return static_cast<std::int64_t>(divide(steps * length, per_length));
   }
-  bool operator<(const Scale& other) const {
+  Wide length_in(std::int64_t duration) const { return divide(duration * per_length, steps); }
+  Pace stretched(std::int64_t stretch) const { return {steps * stretch, per_length}; }
+  bool operator<(const Pace& other) const {
     return steps * other.per_length < other.steps * per_length;
   }
 };
 
-constexpr Scale kUnscaled{1, Wide{1} << (2 * kFractionBits)};
+/// One step a step, once it has been multiplied by a stretch.
+constexpr Pace kUnscaled{1, Wide{1} << (2 * kFractionBits)};
+
+/// One block between two measurements.
+struct Progress {
+  BlockPlan made;             ///< drops that have been made, or that nothing can move
+  std::int64_t start = 0;     ///< step from which it moves at `pace`
+  std::vector<Wide> lengths;  ///< from `start` to each drop that is yet to be made, > 0
+  Pace pace = kUnscaled;
+};
 
 Progress begin(const BlockConfig& block, const ScheduleConfig& config) {
   const bool clamp = config.on_unfinished == OnUnfinished::kClamp;
+  Progress progress;
   if (const auto* table = std::get_if<Table>(&block.rule)) {
-    Progress progress;
     for (const auto& [step, bits] : *table) {
       progress.made.push_back({clamp ? std::min(step, config.total_steps) : step, bits});
     }
     return progress;
   }
   const auto& rule = std::get<Geometric>(block.rule);
-  return {.made = {{0, rule.start_bits}},
-          .start = clamp ? std::min(rule.offset, config.total_steps - 1) : rule.offset,
-          .residence = residence_times(rule)};
+  progress.made = {{0, rule.start_bits}};
+  progress.start = clamp ? std::min(rule.offset, config.total_steps - 1) : rule.offset;
+  Wide length = 0;
+  for (const std::int64_t time : residence_times(rule)) {
+    progress.lengths.push_back(length += time);
+  }
+  return progress;
 }
 
 std::vector<Progress> begin(const ScheduleConfig& config) {
@@ -75,58 +81,55 @@ std::vector<Progress> begin(const ScheduleConfig& config) {
   return blocks;
 }
 
-Scale scale_of(const ScheduleConfig& config, const Progress& block, Wide length) {
-  const Scale fitted{config.total_steps - block.start, length};
-  const bool late = kUnscaled(length) > config.total_steps - block.start;
-  return config.on_unfinished == OnUnfinished::kClamp && late ? fitted : kUnscaled;
-}
-
-Plan place(const ScheduleConfig& config, const std::vector<Progress>& blocks,
-           const std::vector<std::int64_t>& stretches) {
-  std::optional<Scale> common;
-  if (config.finish_at) {
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-      if (!blocks[i].residence.empty()) {
-        const Scale own{deadline(config) - blocks[i].start, blocks[i].remaining() * stretches[i]};
-        common = common ? std::min(*common, own) : own;
-      }
+/// The scale that finish_at asks for, if any block has a drop ahead.
+std::optional<Pace> common_scale(const ScheduleConfig& config, const std::vector<Progress>& blocks,
+                                 const std::vector<std::int64_t>& stretches) {
+  std::optional<Pace> common;
+  for (std::size_t i = 0; config.finish_at && i < blocks.size(); ++i) {
+    if (!blocks[i].lengths.empty()) {
+      const Pace own{deadline(config) - blocks[i].start, blocks[i].lengths.back() * stretches[i]};
+      common = common ? std::min(*common, own) : own;
     }
   }
-  Plan plan;
+  return common;
+}
+
+void set_paces(const ScheduleConfig& config, const std::vector<std::int64_t>& stretches,
+               std::vector<Progress>& blocks) {
+  const Pace scale = common_scale(config, blocks, stretches).value_or(kUnscaled);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
-    const Progress& block = blocks[i];
-    plan.push_back(block.made);
-    if (block.residence.empty()) {
-      continue;
-    }
-    const Scale scale =
-        common ? *common : scale_of(config, block, block.remaining() * stretches[i]);
-    Wide length = 0;
-    for (const std::int64_t time : block.residence) {
-      length += static_cast<Wide>(time) * stretches[i];
-      plan.back().push_back({block.start + scale(length), plan.back().back().bits - 1});
+    Progress& block = blocks[i];
+    block.pace = scale.stretched(stretches[i]);
+    if (config.on_unfinished == OnUnfinished::kClamp && !block.lengths.empty()) {
+      const Pace fitted{config.total_steps - block.start, block.lengths.back()};
+      block.pace = std::min(block.pace, fitted);
     }
   }
-  return plan;
 }
 
-/// Moves `block` on to `step` along its plan.
-void advance(Progress& block, const BlockPlan& plan, std::int64_t step) {
-  std::size_t passed = 0;
-  while (passed < block.residence.size() && plan[block.made.size()].step <= step) {
-    block.start = plan[block.made.size()].step;
-    block.made.push_back(plan[block.made.size()]);
-    ++passed;
+BlockPlan drops_of(const Progress& block) {
+  BlockPlan drops = block.made;
+  for (const Wide length : block.lengths) {
+    drops.push_back({block.start + block.pace.steps_for(length), drops.back().bits - 1});
   }
-  block.residence.erase(block.residence.begin(),
-                        block.residence.begin() + static_cast<std::ptrdiff_t>(passed));
-  if (block.residence.empty() || step <= block.start) {
+  return drops;
+}
+
+/// Moves `block` on to `step`.
+void advance(Progress& block, std::int64_t step) {
+  if (step <= block.start) {
     return;
   }
-  const std::int64_t leave = plan[block.made.size()].step;
-  block.residence.front() = std::max<std::int64_t>(
-      1, static_cast<std::int64_t>(static_cast<Wide>(block.residence.front()) * (leave - step) /
-                                   (leave - block.start)));
+  const BlockPlan drops = drops_of(block);
+  const auto passed = [&] { return drops[block.made.size()].step <= step; };
+  while (block.made.size() < drops.size() && passed()) {
+    block.made.push_back(drops[block.made.size()]);
+    block.lengths.erase(block.lengths.begin());
+  }
+  const Wide covered = block.pace.length_in(step - block.start);
+  for (Wide& length : block.lengths) {
+    length = std::max<Wide>(length - covered, 1);  // the drop has not been made, so it lies ahead
+  }
   block.start = step;
 }
 
@@ -143,9 +146,9 @@ std::vector<std::int64_t> stretches_of(const ScheduleConfig& config,
 std::int64_t natural_arrival(const Geometric& rule, std::int64_t stretch) {
   Wide length = 0;
   for (const std::int64_t time : residence_times(rule)) {
-    length += static_cast<Wide>(time) * stretch;
+    length += time;
   }
-  return rule.offset + kUnscaled(length);
+  return rule.offset + kUnscaled.stretched(stretch).steps_for(length);
 }
 
 /// The largest period with which `rule` arrives by `total_steps`, if there is one.
@@ -165,33 +168,39 @@ std::optional<std::int64_t> largest_period(Geometric rule, std::int64_t stretch,
 Plan plan(const ScheduleConfig& config, std::span<const Measurement> measurements) {
   check_config(config);
   std::vector<Progress> blocks = begin(config);
-  Plan drops = place(config, blocks, std::vector<std::int64_t>(blocks.size(), kOne));
+  set_paces(config, std::vector<std::int64_t>(blocks.size(), kOne), blocks);
   std::int64_t previous_step = 0;
   for (const Measurement& measurement : measurements) {
     check_measurement(config, measurement, previous_step);
     previous_step = measurement.step;
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-      advance(blocks[i], drops[i], measurement.step);
+    for (Progress& block : blocks) {
+      advance(block, measurement.step);
     }
-    drops = place(config, blocks, stretches_of(config, measurement.sensitivities));
+    set_paces(config, stretches_of(config, measurement.sensitivities), blocks);
   }
-  return drops;
+  Plan plan;
+  for (const Progress& block : blocks) {
+    plan.push_back(drops_of(block));
+  }
+  return plan;
 }
 
 Bounds bounds(const ScheduleConfig& config) {
   check_config(config);
-  const std::vector<Progress> blocks = begin(config);
+  std::vector<Progress> blocks = begin(config);
   const std::int64_t least = stretch(config.stretch_rule, 0.0);
   const std::int64_t most = stretch(config.stretch_rule, 1.0);
+  // A block is fastest when it alone is insensitive, and slowest when it alone is sensitive.
+  const auto drops_if_alone = [&](std::size_t i, std::int64_t own, std::int64_t others) {
+    std::vector<std::int64_t> stretches(blocks.size(), others);
+    stretches[i] = own;
+    set_paces(config, stretches, blocks);
+    return drops_of(blocks[i]);
+  };
   Bounds bounds;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
-    // A block is fastest when it alone is insensitive, and slowest when it alone is sensitive.
-    std::vector<std::int64_t> stretches(blocks.size(), most);
-    stretches[i] = least;
-    bounds.earliest.push_back(place(config, blocks, stretches)[i]);
-    stretches.assign(blocks.size(), least);
-    stretches[i] = most;
-    bounds.latest.push_back(place(config, blocks, stretches)[i]);
+    bounds.earliest.push_back(drops_if_alone(i, least, most));
+    bounds.latest.push_back(drops_if_alone(i, most, least));
   }
   return bounds;
 }

@@ -92,8 +92,8 @@ using Plan = std::vector<BlockPlan>;
 /// @throws moq::Error if the configuration or a measurement is invalid.
 Plan plan(const ScheduleConfig& config, std::span<const Measurement> measurements = {});
 
-/// The earliest and the latest that each drop can come, whatever one measurement (at any step)
-/// says.
+/// The earliest and the latest that each drop can come, whatever the measurements say. With
+/// finish_at: to within a step, whatever one measurement (at any step) says.
 struct Bounds {
   Plan earliest;
   Plan latest;

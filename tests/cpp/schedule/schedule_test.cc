@@ -206,6 +206,15 @@ TEST(Sensitivities, ProRateTheWidthTheyFallInto) {
   EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {10, 9}, {38, 8}}));
 }
 
+TEST(Sensitivities, MeasuredAtARoundedDropDoNotPushTheArrivalBeyondTotalSteps) {
+  Schedule schedule({.blocks = {block({.start_bits = 11, .period = 1, .growth = 1.1})},
+                     .total_steps = 17,  // 5 (1 + 1.1 + 1.21) = 16.55
+                     .stretch_rule = "stepped"});
+  schedule.set_sensitivities(0, {1.0});
+  schedule.set_sensitivities(11, {1.0});  // the second drop, at 10.5
+  EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 11}, {5, 10}, {11, 9}, {17, 8}}));
+}
+
 TEST(Sensitivities, WithinFinishAtTheMostSensitiveArrivesAtTheDeadline) {
   Schedule schedule({.blocks = {block({.start_bits = 10}), block({.start_bits = 10})},
                      .total_steps = 100,
