@@ -15,12 +15,12 @@ namespace moq::bindings {
 namespace {
 
 namespace py = pybind11;
-using schedule::BlockConfig;
 using schedule::Geometric;
 using schedule::Measurement;
 using schedule::Plan;
 using schedule::Schedule;
 using schedule::ScheduleConfig;
+using schedule::ScheduledBlock;
 using schedule::Table;
 
 constexpr int kStateVersion = 1;
@@ -37,7 +37,7 @@ std::vector<std::vector<std::pair<std::int64_t, int>>> as_pairs(const Plan& plan
   return blocks;
 }
 
-py::dict as_dict(const BlockConfig& block) {
+py::dict as_dict(const ScheduledBlock& block) {
   py::dict dict;
   dict["name"] = block.name;
   if (const auto* table = std::get_if<Table>(&block.rule)) {
@@ -54,8 +54,8 @@ py::dict as_dict(const BlockConfig& block) {
   return dict;
 }
 
-BlockConfig block_from(const py::dict& dict) {
-  BlockConfig block{.name = dict["name"].cast<std::string>(), .rule = Geometric{}};
+ScheduledBlock block_from(const py::dict& dict) {
+  ScheduledBlock block{.name = dict["name"].cast<std::string>(), .rule = Geometric{}};
   if (dict.contains("table")) {
     const auto entries = dict["table"].cast<std::vector<std::pair<std::int64_t, int>>>();
     block.rule = Table(entries.begin(), entries.end());
@@ -71,7 +71,7 @@ BlockConfig block_from(const py::dict& dict) {
 
 py::dict state_dict(const Schedule& self) {
   py::list blocks;
-  for (const BlockConfig& block : self.config().blocks) {
+  for (const ScheduledBlock& block : self.config().blocks) {
     blocks.append(as_dict(block));
   }
   py::list measurements;
@@ -127,13 +127,13 @@ py::list unfinished_of(const Schedule& self) {
 }  // namespace
 
 void bind_schedule(py::module_& m) {
-  py::class_<BlockConfig>(
+  py::class_<ScheduledBlock>(
       m, "ScheduledBlock",
       "One block of a Schedule: a name for messages and the rule its width follows.")
       .def(py::init([](std::string name, int start_bits, int target_bits, std::int64_t period,
                        std::int64_t offset, double growth) {
-             return BlockConfig{std::move(name),
-                                Geometric{start_bits, target_bits, period, offset, growth}};
+             return ScheduledBlock{std::move(name),
+                                   Geometric{start_bits, target_bits, period, offset, growth}};
            }),
            py::arg("name"), py::kw_only(), py::arg("start_bits") = 16, py::arg("target_bits") = 8,
            py::arg("period") = 1, py::arg("offset") = 0, py::arg("growth") = 2.0,
@@ -144,17 +144,17 @@ void bind_schedule(py::module_& m) {
       .def_static(
           "from_table",
           [](std::string name, Table table) {
-            return BlockConfig{std::move(name), std::move(table)};
+            return ScheduledBlock{std::move(name), std::move(table)};
           },
           py::arg("name"), py::arg("table"),
           "A fixed {step: bits}; the first entry is at step 0, bits fall strictly.")
-      .def_readonly("name", &BlockConfig::name);
+      .def_readonly("name", &ScheduledBlock::name);
 
   py::class_<Schedule>(
       m, "Schedule",
       "The bit width of every block after every optimizer step: a pure function of the "
       "configuration and of the sensitivities given so far (csrc/schedule/schedule.h).")
-      .def(py::init([](std::vector<BlockConfig> blocks, std::int64_t total_steps,
+      .def(py::init([](std::vector<ScheduledBlock> blocks, std::int64_t total_steps,
                        std::optional<double> finish_at, const std::string& on_unfinished,
                        std::string stretch_rule) {
              return Schedule(
@@ -196,7 +196,7 @@ void bind_schedule(py::module_& m) {
       .def_property_readonly("block_names",
                              [](const Schedule& self) {
                                std::vector<std::string> names;
-                               for (const BlockConfig& block : self.config().blocks) {
+                               for (const ScheduledBlock& block : self.config().blocks) {
                                  names.push_back(block.name);
                                }
                                return names;

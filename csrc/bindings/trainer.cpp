@@ -14,10 +14,10 @@ namespace moq::bindings {
 
 void bind_trainer(pybind11::module_& m) {
   namespace py = pybind11;
-  using trainer::QuantizedParameter;
+  using trainer::TrainedParameter;
   using trainer::Trainer;
 
-  py::class_<QuantizedParameter>(
+  py::class_<TrainedParameter>(
       m, "TrainedParameter",
       "A weight matrix with a master and a simulated value (csrc/trainer/trainer.h).")
       .def(py::init([](std::string name, at::Tensor parameter, at::Tensor master,
@@ -26,20 +26,20 @@ void bind_trainer(pybind11::module_& m) {
                        const std::string& rounding, std::int64_t group_size, bool transposed,
                        std::int64_t blend_steps, std::int64_t first_element,
                        std::int64_t unsharded_cols) {
-             return QuantizedParameter{.name = std::move(name),
-                                       .parameter = std::move(parameter),
-                                       .master = std::move(master),
-                                       .simulated = std::move(simulated),
-                                       .full_precision = std::move(full_precision),
-                                       .block = block,
-                                       .granularity = kernels::parse_granularity(granularity),
-                                       .mode = kernels::parse_mode(mode),
-                                       .rounding = kernels::parse_rounding(rounding),
-                                       .group_size = group_size,
-                                       .transposed = transposed,
-                                       .blend_steps = blend_steps,
-                                       .first_element = first_element,
-                                       .unsharded_cols = unsharded_cols};
+             return TrainedParameter{.name = std::move(name),
+                                     .parameter = std::move(parameter),
+                                     .master = std::move(master),
+                                     .simulated = std::move(simulated),
+                                     .full_precision = std::move(full_precision),
+                                     .block = block,
+                                     .granularity = kernels::parse_granularity(granularity),
+                                     .mode = kernels::parse_mode(mode),
+                                     .rounding = kernels::parse_rounding(rounding),
+                                     .group_size = group_size,
+                                     .transposed = transposed,
+                                     .blend_steps = blend_steps,
+                                     .first_element = first_element,
+                                     .unsharded_cols = unsharded_cols};
            }),
            py::kw_only(), py::arg("name"), py::arg("parameter"), py::arg("master"),
            py::arg("simulated"), py::arg("full_precision"), py::arg("block"),
@@ -50,7 +50,7 @@ void bind_trainer(pybind11::module_& m) {
   py::class_<Trainer>(m, "Trainer",
                       "Keeps simulated weights in step with their masters: begin_step, the inner "
                       "optimizer's step, end_step.")
-      .def(py::init<std::vector<QuantizedParameter>, schedule::Schedule, std::uint64_t,
+      .def(py::init<std::vector<TrainedParameter>, schedule::Schedule, std::uint64_t,
                     std::int64_t>(),
            py::arg("parameters"), py::arg("schedule"), py::arg("seed"), py::arg("step") = 0)
       // Gradients may be tensor subclasses, whose operators run in Python: the GIL stays held.

@@ -82,7 +82,7 @@ void check_rule(const std::string& name, const Table& table) {
 }
 
 /// The step that must lie before the deadline for the block to be able to meet it exactly.
-std::int64_t last_fixed_step(const BlockConfig& block) {
+std::int64_t last_fixed_step(const ScheduledBlock& block) {
   if (const auto* table = std::get_if<Table>(&block.rule)) {
     return table->rbegin()->first - 1;
   }
@@ -96,7 +96,7 @@ void check_finish_at(const ScheduleConfig& config) {
   MOQ_CHECK(finish_at > 0.0 && finish_at <= 1.0, "schedule: finish_at must be in (0, 1], got ",
             finish_at);
   const std::int64_t last = deadline(config);
-  for (const BlockConfig& block : config.blocks) {
+  for (const ScheduledBlock& block : config.blocks) {
     const std::int64_t needed = last_fixed_step(block) + 1;
     const bool is_table = std::holds_alternative<Table>(block.rule);
     const double fraction = static_cast<double>(needed) / static_cast<double>(config.total_steps);
@@ -175,7 +175,7 @@ void check_config(const ScheduleConfig& config) {
   MOQ_CHECK(config.total_steps >= 1 && config.total_steps <= kMaxSteps,
             "schedule: total_steps must be in [1, 2^40], got ", config.total_steps);
   find_stretch_rule(config.stretch_rule);
-  for (const BlockConfig& block : config.blocks) {
+  for (const ScheduledBlock& block : config.blocks) {
     std::visit([&](const auto& rule) { check_rule(block.name, rule); }, block.rule);
   }
   if (config.finish_at) {

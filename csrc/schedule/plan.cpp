@@ -54,7 +54,7 @@ struct Progress {
   Pace pace = kUnscaled;
 };
 
-Progress begin(const BlockConfig& block, const ScheduleConfig& config) {
+Progress begin(const ScheduledBlock& block, const ScheduleConfig& config) {
   const bool clamp = config.on_unfinished == OnUnfinished::kClamp;
   Progress progress;
   if (const auto* table = std::get_if<Table>(&block.rule)) {
@@ -75,7 +75,7 @@ Progress begin(const BlockConfig& block, const ScheduleConfig& config) {
 
 std::vector<Progress> begin(const ScheduleConfig& config) {
   std::vector<Progress> blocks;
-  for (const BlockConfig& block : config.blocks) {
+  for (const ScheduledBlock& block : config.blocks) {
     blocks.push_back(begin(block, config));
   }
   return blocks;

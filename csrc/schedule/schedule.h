@@ -33,7 +33,7 @@ struct Geometric {
 /// fall strictly.
 using Table = std::map<std::int64_t, int>;
 
-struct BlockConfig {
+struct ScheduledBlock {
   std::string name = {};  ///< used in messages; need not be unique
   std::variant<Geometric, Table> rule;
 };
@@ -55,7 +55,7 @@ const char* name_of(OnUnfinished policy);
 ///   "stepped"  1 + floor(4 s), the rule of MoQ
 ///   "linear"   1 + 4 s
 struct ScheduleConfig {
-  std::vector<BlockConfig> blocks = {};
+  std::vector<ScheduledBlock> blocks = {};
   std::int64_t total_steps = 0;  ///< optimizer steps of the whole training, in [1, 2^40]
   /// In (0, 1]: all residence times are scaled by one common factor, anew after each measurement,
   /// so that the slowest block arrives exactly at floor(finish_at * total_steps). Several widths

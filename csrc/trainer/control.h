@@ -17,7 +17,7 @@ namespace moq::trainer {
 /// graph replays across bit drops.
 class Control {
  public:
-  /// @param blend_steps  one per parameter, in steps, >= 0; see QuantizedParameter
+  /// @param blend_steps  one per parameter, in steps, >= 0; see TrainedParameter
   Control(c10::Device device, const std::vector<std::int64_t>& blend_steps);
 
   /// Takes over one plan per parameter. Widths and ratios follow at the next set_step or advance.

@@ -46,7 +46,7 @@ void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
 
 }  // namespace
 
-Trainer::Trainer(std::vector<QuantizedParameter> parameters, schedule::Schedule schedule,
+Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule,
                  std::uint64_t seed, std::int64_t step)
     : parameters_(std::move(parameters)),
       schedule_(std::move(schedule)),
@@ -55,7 +55,7 @@ Trainer::Trainer(std::vector<QuantizedParameter> parameters, schedule::Schedule 
       addresses_(parameters_.size()) {
   std::vector<std::pair<c10::Device, std::vector<std::size_t>>> devices;
   for (std::size_t p = 0; p < parameters_.size(); ++p) {
-    const QuantizedParameter& parameter = parameters_[p];
+    const TrainedParameter& parameter = parameters_[p];
     MOQ_CHECK(parameter.block >= 0 && parameter.block < schedule_.num_blocks(),
               "Trainer: block of ", parameter.name, " must lie in [0, ", schedule_.num_blocks(),
               "), got ", parameter.block);
@@ -90,7 +90,7 @@ void Trainer::begin_step() {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> gradients;
   std::vector<at::Tensor> casts;
-  for (QuantizedParameter& parameter : parameters_) {
+  for (TrainedParameter& parameter : parameters_) {
     const at::Tensor& gradient = parameter.parameter.grad();
     if (!gradient.defined()) {
       continue;
@@ -129,7 +129,7 @@ void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
 }
 
 void Trainer::abandon_step() {
-  for (QuantizedParameter& parameter : parameters_) {
+  for (TrainedParameter& parameter : parameters_) {
     parameter.master.mutable_grad().reset();
   }
 }
@@ -145,7 +145,7 @@ void Trainer::write_masters() {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> targets;
   std::vector<at::Tensor> sources;
-  for (const QuantizedParameter& parameter : parameters_) {
+  for (const TrainedParameter& parameter : parameters_) {
     targets.push_back(parameter.simulated);
     sources.push_back(parameter.full_precision);
   }
@@ -180,7 +180,7 @@ std::vector<std::int64_t> Trainer::overwritten() {
 }
 
 std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
-  const QuantizedParameter& checked = parameters_.at(static_cast<std::size_t>(parameter));
+  const TrainedParameter& checked = parameters_.at(static_cast<std::size_t>(parameter));
   const at::Tensor snapped = at::empty_like(checked.simulated);
   kernels::FakeQuantizeTensor tensor = describe(checked);
   tensor.input = checked.simulated.const_data_ptr();
@@ -200,7 +200,7 @@ std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
 
 void Trainer::adopt(std::int64_t parameter) {
   const at::NoGradGuard no_grad;
-  QuantizedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
+  TrainedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
   adopted.full_precision.copy_(adopted.simulated);
   record_written(static_cast<std::size_t>(parameter));
 }
@@ -249,7 +249,7 @@ std::int64_t Trainer::num_bits(std::int64_t parameter) const {
   return schedule_.bits_at(parameters_.at(static_cast<std::size_t>(parameter)).block, step());
 }
 
-void Trainer::check_memory(const QuantizedParameter& parameter) const {
+void Trainer::check_memory(const TrainedParameter& parameter) const {
   const at::Tensor& simulated = parameter.simulated;
   const at::Tensor& full_precision = parameter.full_precision;
   TORCH_CHECK_VALUE(simulated.dim() == 2, "Trainer: ", parameter.name,
@@ -271,7 +271,7 @@ void Trainer::set_plan(DeviceGroup& group) const {
   group.control.set_plan(plans);
 }
 
-kernels::FakeQuantizeTensor Trainer::describe(const QuantizedParameter& parameter) const {
+kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter) const {
   const std::int64_t row_dim = parameter.transposed ? 1 : 0;
   const at::Tensor& master = parameter.full_precision;
   for (const at::Tensor* value : {&master, &parameter.simulated}) {
@@ -320,7 +320,7 @@ void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Te
 }
 
 at::Tensor Trainer::expected_value(const DeviceGroup& group, std::size_t index) const {
-  const QuantizedParameter& parameter = parameters_[group.members[index]];
+  const TrainedParameter& parameter = parameters_[group.members[index]];
   if (shows_masters_) {
     return parameter.full_precision.to(parameter.simulated.scalar_type());
   }

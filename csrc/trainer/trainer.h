@@ -16,7 +16,7 @@ namespace moq::trainer {
 
 /// A weight matrix that is trained on a grid. It has two values: the master, which the inner
 /// optimizer updates, and the simulated one, a point of the grid, which forward and backward see.
-struct QuantizedParameter {
+struct TrainedParameter {
   std::string name;  ///< key of its random stream: the same name on every rank
   /// The model's parameter and its master, in the form that the inner optimizer works on; either
   /// plain tensors or DTensors. Only their gradients are used.
@@ -48,8 +48,8 @@ class Trainer {
  public:
   /// Does not write any simulated value; `write_simulated` does.
   /// @throws moq::Error if a block number lies outside the schedule.
-  Trainer(std::vector<QuantizedParameter> parameters, schedule::Schedule schedule,
-          std::uint64_t seed, std::int64_t step = 0);
+  Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule, std::uint64_t seed,
+          std::int64_t step = 0);
 
   /// Gives each master the gradient of its parameter: the gradient at the simulated value, applied
   /// to the master, is the straight-through estimator. Same dtype: by reference; otherwise cast,
@@ -109,14 +109,14 @@ class Trainer {
     at::Tensor step_on_host;  // [1], int64: copy of control.step(), pinned and asynchronous on CUDA
   };
 
-  void check_memory(const QuantizedParameter& parameter) const;
+  void check_memory(const TrainedParameter& parameter) const;
   void set_plan(DeviceGroup& group) const;
-  kernels::FakeQuantizeTensor describe(const QuantizedParameter& parameter) const;
+  kernels::FakeQuantizeTensor describe(const TrainedParameter& parameter) const;
   void fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf);
   at::Tensor expected_value(const DeviceGroup& group, std::size_t index) const;
   void record_written(std::size_t parameter);
 
-  std::vector<QuantizedParameter> parameters_;
+  std::vector<TrainedParameter> parameters_;
   schedule::Schedule schedule_;
   std::uint64_t seed_;
   std::vector<DeviceGroup> groups_;

@@ -25,7 +25,7 @@ void expect_error(const std::function<void()>& call, const std::vector<std::stri
   }
 }
 
-BlockConfig block(Geometric rule, std::string name = "layers.0") {
+ScheduledBlock block(Geometric rule, std::string name = "layers.0") {
   return {.name = std::move(name), .rule = rule};
 }
 
