@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <sstream>
 
 #include "kernels/common/check.h"
 
@@ -34,20 +35,31 @@ const StretchRule& find_stretch_rule(const std::string& name) {
 }
 
 /// floor(fraction * steps) for decimal fractions too: 0.29 * 100 is 28.999999999999996 in binary.
+constexpr double kAlmost = 1e-6;
 std::int64_t share_of(double fraction, std::int64_t steps) {
-  return static_cast<std::int64_t>(std::floor(fraction * static_cast<double>(steps) + 1e-6));
+  return static_cast<std::int64_t>(std::floor(fraction * static_cast<double>(steps) + kAlmost));
 }
 
-/// The smallest number of steps of which `fraction` is at least `share`.
-std::int64_t steps_for_share(double fraction, std::int64_t share) {
-  auto steps = static_cast<std::int64_t>(std::ceil(static_cast<double>(share) / fraction));
+/// The smallest number of steps of which `fraction` is at least `share`, unless it exceeds
+/// kMaxSteps.
+std::optional<std::int64_t> steps_for_share(double fraction, std::int64_t share) {
+  const double estimate = std::ceil((static_cast<double>(share) - kAlmost) / fraction);
+  if (estimate > static_cast<double>(kMaxSteps)) {
+    return std::nullopt;
+  }
+  // share_of rounds too: the answer is the estimate or one of its neighbours.
+  auto steps = std::max<std::int64_t>(1, static_cast<std::int64_t>(estimate) - 1);
   while (share_of(fraction, steps) < share) {
     ++steps;
   }
-  while (steps > 1 && share_of(fraction, steps - 1) >= share) {
-    --steps;
-  }
   return steps;
+}
+
+/// The smallest fraction, to six decimals, of which `steps` steps have `share`.
+std::string fraction_for_share(std::int64_t share, std::int64_t steps) {
+  constexpr std::int64_t kMillion = 1000000;
+  const std::int64_t millionths = (share * kMillion + steps - 1) / steps;
+  return std::to_string(static_cast<double>(millionths) / kMillion);
 }
 
 void check_rule(const std::string& name, const Geometric& rule) {
@@ -99,16 +111,23 @@ void check_finish_at(const ScheduleConfig& config) {
   for (const ScheduledBlock& block : config.blocks) {
     const std::int64_t needed = last_fixed_step(block) + 1;
     const bool is_table = std::holds_alternative<Table>(block.rule);
-    const double fraction = static_cast<double>(needed) / static_cast<double>(config.total_steps);
-    MOQ_CHECK(needed <= last,
-              "schedule: ", is_table ? "the last entry of the table of '" : "the offset of '",
-              block.name, is_table ? "' must not lie after" : "' must lie before",
-              " step floor(finish_at * total_steps) = ", last, ", got ",
-              is_table ? needed : needed - 1, ". Smallest change: ",
-              is_table ? "last entry <= " : "offset <= ", is_table ? last : last - 1,
-              last == 0 ? " (impossible)" : "",
-              ", or total_steps >= ", steps_for_share(finish_at, needed),
-              fraction <= 1.0 ? ", or finish_at >= " + std::to_string(fraction) : std::string());
+    if (needed <= last) {
+      continue;
+    }
+    std::ostringstream text;
+    text << "schedule: " << (is_table ? "the last entry of the table of '" : "the offset of '")
+         << block.name << (is_table ? "' must not lie after" : "' must lie before")
+         << " step floor(finish_at * total_steps) = " << last << ", got "
+         << (is_table ? needed : needed - 1)
+         << ". Smallest change: " << (is_table ? "last entry <= " : "offset <= ")
+         << (is_table ? last : last - 1) << (last == 0 ? " (impossible)" : "");
+    if (const auto steps = steps_for_share(finish_at, needed)) {
+      text << ", or total_steps >= " << *steps;
+    }
+    if (needed <= config.total_steps) {
+      text << ", or finish_at >= " << fraction_for_share(needed, config.total_steps);
+    }
+    detail::fail(text.str());
   }
 }
 

@@ -118,6 +118,36 @@ TEST(FinishAt, RefusesATrainingTooShortForAnyDrop) {
                {"total_steps >= 2"});
 }
 
+TEST(FinishAt, OfATinyShareIsRefusedWithTheTrainingLongEnoughForIt) {
+  const auto make = [](double finish_at, std::int64_t total) {
+    return plan({.blocks = {block({})}, .total_steps = total, .finish_at = finish_at});
+  };
+  expect_error([&] { make(1e-11, 100); }, {"total_steps >= 99999900000"});
+  EXPECT_NO_THROW(make(1e-11, 99999900000));
+  expect_error([&] { make(1e-11, 99999899999); }, {"total_steps >= 99999900000"});
+}
+
+TEST(FinishAt, TooSmallForAnyTrainingIsRefusedAtOnce) {
+  for (const double finish_at : {1e-13, 1e-18, 1e-20, 1e-300}) {
+    try {
+      plan({.blocks = {block({})}, .total_steps = 100, .finish_at = finish_at});
+      ADD_FAILURE() << "no error for " << finish_at;
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()).find("total_steps >="), std::string::npos)
+          << error.what();
+    }
+  }
+}
+
+TEST(FinishAt, IsAdvisedWithASixthDecimalThatIsEnough) {
+  const ScheduleConfig config{
+      .blocks = {block({.offset = 3333333})}, .total_steps = 10000000, .finish_at = 0.2};
+  expect_error([&] { plan(config); }, {"finish_at >= 0.333334"});
+  ScheduleConfig longer = config;
+  longer.finish_at = 0.333334;
+  EXPECT_NO_THROW(plan(longer));
+}
+
 TEST(FinishAt, RefusesATableBeyondTheDeadline) {
   expect_error(
       [] {
