@@ -1,4 +1,4 @@
-#include "csrc/schedule/schedule.h"
+#include "csrc/schedule/state.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "csrc/bindings/bindings.h"
-#include "kernels/common/check.h"
 
 namespace moq::bindings {
 
@@ -16,14 +15,11 @@ namespace {
 
 namespace py = pybind11;
 using schedule::Geometric;
-using schedule::Measurement;
 using schedule::Plan;
 using schedule::Schedule;
 using schedule::ScheduleConfig;
 using schedule::ScheduledBlock;
 using schedule::Table;
-
-constexpr int kStateVersion = 1;
 
 /// Plans cross the boundary as [[(step, bits), …], …].
 std::vector<std::vector<std::pair<std::int64_t, int>>> as_pairs(const Plan& plan) {
@@ -37,78 +33,13 @@ std::vector<std::vector<std::pair<std::int64_t, int>>> as_pairs(const Plan& plan
   return blocks;
 }
 
-py::dict as_dict(const ScheduledBlock& block) {
-  py::dict dict;
-  dict["name"] = block.name;
-  if (const auto* table = std::get_if<Table>(&block.rule)) {
-    // Pairs, since the keys of a JSON object come back as strings.
-    dict["table"] = std::vector<std::pair<std::int64_t, int>>(table->begin(), table->end());
-    return dict;
-  }
-  const auto& rule = std::get<Geometric>(block.rule);
-  dict["start_bits"] = rule.start_bits;
-  dict["target_bits"] = rule.target_bits;
-  dict["period"] = rule.period;
-  dict["offset"] = rule.offset;
-  dict["growth"] = rule.growth;
-  return dict;
-}
-
-ScheduledBlock block_from(const py::dict& dict) {
-  ScheduledBlock block{.name = dict["name"].cast<std::string>(), .rule = Geometric{}};
-  if (dict.contains("table")) {
-    const auto entries = dict["table"].cast<std::vector<std::pair<std::int64_t, int>>>();
-    block.rule = Table(entries.begin(), entries.end());
-  } else {
-    block.rule = Geometric{.start_bits = dict["start_bits"].cast<int>(),
-                           .target_bits = dict["target_bits"].cast<int>(),
-                           .period = dict["period"].cast<std::int64_t>(),
-                           .offset = dict["offset"].cast<std::int64_t>(),
-                           .growth = dict["growth"].cast<double>()};
-  }
-  return block;
-}
-
-py::dict state_dict(const Schedule& self) {
-  py::list blocks;
-  for (const ScheduledBlock& block : self.config().blocks) {
-    blocks.append(as_dict(block));
-  }
-  py::list measurements;
-  for (const Measurement& measurement : self.measurements()) {
-    measurements.append(py::dict(py::arg("step") = measurement.step,
-                                 py::arg("sensitivities") = measurement.sensitivities));
-  }
-  py::dict state;
-  state["version"] = kStateVersion;
-  state["blocks"] = blocks;
-  state["total_steps"] = self.config().total_steps;
-  state["finish_at"] = self.config().finish_at;
-  state["on_unfinished"] = schedule::name_of(self.config().on_unfinished);
-  state["stretch_rule"] = self.config().stretch_rule;
-  state["measurements"] = measurements;
-  return state;
+/// A state is a JSON text in C++ and what Python makes of it in Python.
+py::object state_dict(const Schedule& self) {
+  return py::module_::import("json").attr("loads")(schedule::to_json(self));
 }
 
 Schedule from_state_dict(const py::dict& state) {
-  const int version = state["version"].cast<int>();
-  MOQ_CHECK(version == kStateVersion, "Schedule.from_state_dict: version must be ", kStateVersion,
-            ", got ", version);
-  ScheduleConfig config{
-      .blocks = {},
-      .total_steps = state["total_steps"].cast<std::int64_t>(),
-      .finish_at = state["finish_at"].cast<std::optional<double>>(),
-      .on_unfinished = schedule::parse_on_unfinished(state["on_unfinished"].cast<std::string>()),
-      .stretch_rule = state["stretch_rule"].cast<std::string>()};
-  for (const py::handle block : state["blocks"]) {
-    config.blocks.push_back(block_from(py::cast<py::dict>(block)));
-  }
-  std::vector<Measurement> measurements;
-  for (const py::handle entry : state["measurements"]) {
-    measurements.push_back(
-        {entry["step"].cast<std::int64_t>(), entry["sensitivities"].cast<std::vector<double>>()});
-  }
-  return Schedule(std::move(config), std::move(measurements));
+  return schedule::from_json(py::module_::import("json").attr("dumps")(state).cast<std::string>());
 }
 
 py::list unfinished_of(const Schedule& self) {
@@ -204,7 +135,8 @@ void bind_schedule(py::module_& m) {
       .def("state_dict", &state_dict,
            "A plain dict (numbers, strings, lists) from which from_state_dict makes an equal "
            "schedule.")
-      .def_static("from_state_dict", &from_state_dict, py::arg("state"));
+      .def_static("from_state_dict", &from_state_dict, py::arg("state"),
+                  "Raises moq._C.Error naming the key that is missing or out of range.");
 
   m.def("stretch_rules", &schedule::stretch_rules,
         "Names of the rules by which a sensitivity stretches residence times.");

@@ -96,7 +96,15 @@ def test_errors_have_their_own_type_and_say_what_to_change():
 
 def test_a_state_of_another_version_is_refused():
     state = adaptive().state_dict() | {"version": 99}
-    with pytest.raises(Error, match="version must be 1, got 99"):
+    with pytest.raises(Error, match="version must be 2, got 99"):
+        Schedule.from_state_dict(state)
+
+
+@pytest.mark.parametrize("key", ["version", "blocks", "total_steps", "finish_at", "measurements"])
+def test_a_state_without_a_key_is_refused_with_its_name(key):
+    state = adaptive().state_dict()
+    del state[key]
+    with pytest.raises(Error, match=f"schedule state: expected the key '{key}'"):
         Schedule.from_state_dict(state)
 
 
