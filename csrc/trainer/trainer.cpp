@@ -44,6 +44,15 @@ void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
 #endif
 }
 
+/// A schedule may plan widths for which there is no grid.
+void check_widths(const TrainedParameter& parameter, const schedule::Schedule& schedule) {
+  for (const schedule::Drop& drop : schedule.plan()[static_cast<std::size_t>(parameter.block)]) {
+    MOQ_CHECK(drop.bits >= kMinBits && drop.bits <= kMaxBits, "Trainer: the widths planned for ",
+              parameter.name, " must lie in [", kMinBits, ", ", kMaxBits, "] bits, got ", drop.bits,
+              " at step ", drop.step, ": set start_bits and target_bits of its block within them");
+  }
+}
+
 }  // namespace
 
 Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule,
@@ -59,6 +68,7 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
     MOQ_CHECK(parameter.block >= 0 && parameter.block < schedule_.num_blocks(),
               "Trainer: block of ", parameter.name, " must lie in [0, ", schedule_.num_blocks(),
               "), got ", parameter.block);
+    check_widths(parameter, schedule_);
     check_memory(parameter);
     const c10::Device device = parameter.simulated.device();
     auto entry = std::ranges::find(devices, device, &decltype(devices)::value_type::first);
@@ -229,6 +239,9 @@ void Trainer::set_sensitivities(std::vector<double> sensitivities) {
 void Trainer::restore(schedule::Schedule schedule, std::int64_t step) {
   MOQ_CHECK(schedule.num_blocks() == schedule_.num_blocks(), "Trainer: the schedule must have ",
             schedule_.num_blocks(), " blocks, got ", schedule.num_blocks());
+  for (const TrainedParameter& parameter : parameters_) {
+    check_widths(parameter, schedule);
+  }
   schedule_ = std::move(schedule);
   for (DeviceGroup& group : groups_) {
     set_plan(group);

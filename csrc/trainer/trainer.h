@@ -47,7 +47,8 @@ struct TrainedParameter {
 class Trainer {
  public:
   /// Does not write any simulated value; `write_simulated` does.
-  /// @throws moq::Error if a block number lies outside the schedule.
+  /// @throws moq::Error if a block number lies outside the schedule, or a planned width outside
+  ///     [kMinBits, kMaxBits].
   Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule, std::uint64_t seed,
           std::int64_t step = 0);
 
@@ -90,6 +91,7 @@ class Trainer {
   void set_sensitivities(std::vector<double> sensitivities);
 
   /// Continues at `step` with the plan of `schedule`, which has the same blocks.
+  /// @throws moq::Error, with nothing changed, if it has not, or as the constructor for its widths.
   void restore(schedule::Schedule schedule, std::int64_t step);
 
   const schedule::Schedule& schedule() const { return schedule_; }

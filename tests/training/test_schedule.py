@@ -1,8 +1,9 @@
 import json
 
 import pytest
+import torch
 
-from moq._C import Error, Schedule, ScheduledBlock, stretch_rules
+from moq._C import Error, Schedule, ScheduledBlock, TrainedParameter, Trainer, stretch_rules
 from moq.cli import main
 from moq.config import MoQConfig
 from moq.schedule import Width, outlook_of, rules_outlook
@@ -106,6 +107,45 @@ def test_a_state_without_a_key_is_refused_with_its_name(key):
     del state[key]
     with pytest.raises(Error, match=f"schedule state: expected the key '{key}'"):
         Schedule.from_state_dict(state)
+
+
+def trained_parameter(block=0):
+    values = torch.ones(2, 4)
+    return TrainedParameter(
+        name="layers.0.weight",
+        parameter=values,
+        master=values.clone(),
+        simulated=values,
+        full_precision=values.clone(),
+        block=block,
+        granularity="per_channel",
+        mode="symmetric",
+        rounding="nearest",
+        group_size=0,
+        transposed=False,
+        blend_steps=0,
+        first_element=0,
+        unsharded_cols=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wide", "width"),
+    [
+        (ScheduledBlock("a", start_bits=32, target_bits=8), 32),
+        (ScheduledBlock("a", start_bits=8, target_bits=1), 1),
+        (ScheduledBlock.from_table("a", {0: 17, 5: 8}), 17),
+    ],
+)
+def test_a_trainer_refuses_widths_that_have_no_grid(wide, width):
+    schedule = Schedule([wide], 100, finish_at=1.0)
+    message = rf"planned for layers.0.weight must lie in \[2, 16\] bits, got {width}"
+    with pytest.raises(Error, match=message):
+        Trainer([trained_parameter()], schedule, seed=0)
+    trainer = Trainer([trained_parameter()], Schedule([ScheduledBlock("a")], 255), seed=0)
+    with pytest.raises(Error, match=message):
+        trainer.restore(schedule, 0)
+    assert trainer.schedule.plan()[0][0] == (0, 16)
 
 
 def test_the_rules_of_the_configuration_are_those_of_the_schedule():
