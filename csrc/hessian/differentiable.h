@@ -12,11 +12,11 @@ namespace moq::hessian {
 /// worse, silently lacks their curvature.
 ///
 /// Watches every node of the graph of `loss`, for its lifetime, while the gradient is computed with
-/// create_graph. A
-/// backward pass is linear in the gradient that comes in; if that one requires a gradient and
-/// nothing that comes out does, the node has left the graph (a kernel called outside autograd, a
-/// custom function under no_grad). Operations that refuse openly leave an error node in the
-/// gradient's graph.
+/// create_graph. A backward pass is linear in the gradient that comes in; if that one requires a
+/// gradient and nothing that comes out does, either the map is zero (floor, round, sign: there is
+/// no curvature to lack) or the node has left the graph (a kernel called outside autograd, a custom
+/// function under no_grad). Operations that refuse openly leave an error node in the gradient's
+/// graph.
 class GraphCheck {
  public:
   explicit GraphCheck(const at::Tensor& loss);

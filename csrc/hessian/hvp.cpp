@@ -50,7 +50,7 @@ std::vector<at::Tensor> HvpOperator::product(std::span<const std::int64_t> block
                       "Hessian: a vector must have its parameter's shape ", parameter.sizes(),
                       ", got ", vectors[i].sizes());
     inputs.push_back(parameter);
-    if (gradients_[index].defined()) {
+    if (gradients_[index].defined() && gradients_[index].requires_grad()) {
       gradients.push_back(gradients_[index]);
       directions.push_back(vectors[i]);
     }

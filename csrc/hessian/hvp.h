@@ -40,8 +40,9 @@ class HvpOperator {
 
  private:
   std::vector<at::Tensor> parameters_;
-  std::vector<at::Tensor>
-      gradients_;  ///< undefined where the loss does not depend on the parameter
+  /// Undefined where the loss does not depend on the parameter; without a graph where the
+  /// dependence is piecewise constant (torch.floor).
+  std::vector<at::Tensor> gradients_;
 };
 
 }  // namespace moq::hessian

@@ -191,6 +191,17 @@ def test_a_parameter_without_influence_has_zero_curvature():
     assert [p.abs().sum().item() for p in product] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("step", [torch.floor, torch.ceil, torch.round, torch.sign])
+def test_piecewise_constant_operations_have_zero_curvature(step):
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    beside = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    operator = HvpOperator((step(beside) * w**3 + step(w)).sum(), [w, beside])
+    along_w, along_beside = operator.product([0, 1], [torch.ones_like(w)] * 2)
+    torch.testing.assert_close(along_w, (6 * step(beside) * w).detach())
+    assert along_beside.tolist() == [0.0] * 5
+    assert operator.product([1], [torch.ones_like(w)])[0].tolist() == [0.0] * 5
+
+
 class Square(torch.autograd.Function):
     """x², whose backward pass is differentiable."""
 
@@ -272,6 +283,13 @@ def test_a_function_without_second_derivative_is_named(function, words, position
     )
     with pytest.raises(NotImplementedError, match=words):
         HvpOperator(loss, [w])
+
+
+def test_a_function_without_second_derivative_is_named_where_the_gradient_is_zero():
+    w = torch.randn(5, requires_grad=True)
+    scale = torch.zeros(5, requires_grad=True)  # d²loss / dw dscale is 2 w all the same
+    with pytest.raises(NotImplementedError, match="DetachedSquareBackward"):
+        HvpOperator((DetachedSquare.apply(w) * scale).sum(), [w, scale])
 
 
 def test_fused_attention_is_named():
