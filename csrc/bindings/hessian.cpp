@@ -19,16 +19,15 @@ using hessian::EigenOptions;
 using hessian::HvpOperator;
 using hessian::Progress;
 
-/// Owns the graph; torn down without the global lock, which Python's nodes take themselves.
-using HvpHolder = std::unique_ptr<HvpOperator>;
-
 }  // namespace
 
 void bind_hessian(py::module_& m) {
-  py::class_<HvpOperator, HvpHolder>(m, "HvpOperator",
-                                     "The Hessian of a scalar loss in a list of parameters, as an "
-                                     "exact product (csrc/hessian/hvp.h). Holds "
-                                     "the graph of the loss until it is deleted.")
+  py::class_<HvpOperator>(
+      m, "HvpOperator",
+      "The Hessian of a scalar loss in a list of parameters, as an exact product "
+      "(csrc/hessian/hvp.h). Holds the graph of the loss until it is deleted.",
+      // Nodes of the graph that belong to Python take the lock themselves.
+      py::release_gil_before_calling_cpp_dtor())
       .def(py::init([](const at::Tensor& loss, std::vector<at::Tensor> parameters) {
              const py::gil_scoped_release release;
              return std::make_unique<HvpOperator>(loss, std::move(parameters));
