@@ -4,12 +4,14 @@ Environment:
     MOQ_CUDA                 auto (default), on or off
     MOQ_CUDA_ARCHITECTURES   default "80;90a"
     MOQ_BUILD_TESTS          1 also builds the C++ tests (target cpp_tests)
+    CXX                      default g++ (12 or newer; no other compiler)
     MAX_JOBS                 parallel compile jobs, default: the number of cores
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,25 @@ def require(condition: bool, message: str) -> None:
     """Stops the build with one line that says what is missing and how to get it."""
     if not condition:
         sys.exit(f"moq: {message}")
+
+
+def check_compiler(command: str) -> None:
+    """Refuses anything but g++ >= 12; `command` may have words before it ("ccache g++")."""
+    words = shlex.split(command)
+    require(
+        bool(words) and shutil.which(words[0]) is not None,
+        f"needs g++ >= 12, and '{command}' is not found: apt install g++, then CXX=g++",
+    )
+    macros = subprocess.run(
+        [*words, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=False
+    ).stdout
+    version = re.search(r"#define __GNUC__ (\d+)", macros)
+    clang = re.search(r"#define __clang_major__ (\d+)", macros)
+    found = f"clang {clang[1]}" if clang else f"g++ {version[1]}" if version else "no g++"
+    require(
+        version is not None and clang is None and int(version[1]) >= 12,
+        f"needs g++ >= 12, and '{command}' is {found}: apt install g++, then CXX=g++",
+    )
 
 
 def check_build_environment() -> None:
@@ -48,11 +69,7 @@ def check_build_environment() -> None:
         f"needs torch >= 2.11, got {version[0] if version else 'an unreadable version'}: "
         "pip install torch==2.11.0",
     )
-    compiler = os.environ.get("CXX", "g++")
-    require(
-        shutil.which(compiler) is not None,
-        f"needs a C++20 compiler (g++ >= 12), and '{compiler}' is not found: apt install g++",
-    )
+    check_compiler(os.environ.get("CXX", "g++"))
     require(
         Path(sysconfig.get_paths()["include"], "Python.h").exists(),
         "needs Python's headers: apt install python3-dev (or the -dev package of this Python)",
@@ -94,4 +111,5 @@ class CMakeBuild(build_ext):
         """Nothing to copy: an editable build writes the module into the checkout itself."""
 
 
-setup(ext_modules=[Extension("moq._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("moq._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

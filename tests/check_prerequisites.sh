@@ -25,9 +25,9 @@ esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null || die "Python's venv is missing: sudo apt-get install python$version-venv"
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
 [ -e "$header" ] || die "Python's headers are missing ($header): sudo apt-get install python$version-dev"
-compiler=${CXX:-g++}
-command -v "$compiler" >/dev/null || die "no C++ compiler '$compiler': sudo apt-get install g++"
-major=$("$compiler" -dumpversion | cut -d. -f1)
-if "$compiler" --version | grep -qi 'free software foundation' && [ "$major" -lt 12 ]; then
-  die "needs g++ 12 or newer, got $major: sudo apt-get install g++-12, then make CXX=g++-12"
+read -ra compiler <<<"${CXX:-g++}"  # it may have words before it: ccache g++
+command -v "${compiler[0]}" >/dev/null || die "no C++ compiler '${compiler[*]}': sudo apt-get install g++, then make CXX=g++"
+major=$("${compiler[@]}" -dumpversion | cut -d. -f1)
+if ! "${compiler[@]}" --version | grep -qi 'free software foundation' || [ "$major" -lt 12 ]; then
+  die "needs g++ 12 or newer, got '${compiler[*]}' $major: sudo apt-get install g++, then make CXX=g++"
 fi
