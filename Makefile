@@ -5,14 +5,20 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-TAG := $(subst .,,cpython-$(VERSION))
+version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV_VERSION := $(call version_of,$(BIN)/python)
+# An environment that is there already decides, unless PYTHON names another.
+PYTHON ?= $(if $(VENV_VERSION),$(BIN)/python,python3)
+VERSION := $(call version_of,$(PYTHON))
+INSTALLED := $(VENV)/installed-$(VERSION)
 BUILD := build/cpython-$(subst .,,$(VERSION))
 JOBS ?= $(shell nproc)
 DEMO_FLAGS ?=
+# What the last configuration had stays unless it is named again.
+CUDA_OPTIONS := $(if $(MOQ_CUDA),-DMOQ_CUDA='$(MOQ_CUDA)') \
+  $(if $(MOQ_CUDA_ARCHITECTURES),-DMOQ_CUDA_ARCHITECTURES='$(MOQ_CUDA_ARCHITECTURES)')
 
 .PHONY: help build test test-cpp test-python asan demo bench lint format clean
 
@@ -28,9 +34,9 @@ help:
 	@echo "variables: PYTHON=python3.12  JOBS=2  MOQ_CUDA=auto|on|off  MOQ_CUDA_ARCHITECTURES='80;90a'"
 
 # One environment per checkout, made from the lock file of its Python version.
-$(VENV)/installed: requirements/lock-$(VERSION).txt requirements/data.txt
+$(INSTALLED): requirements/lock-$(VERSION).txt requirements/data.txt
 	@tests/check_prerequisites.sh "$(PYTHON)"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(filter-out $(VERSION),$(VENV_VERSION)),--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/lock-$(VERSION).txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-build-isolation -r requirements/data.txt
 	touch $@
@@ -38,13 +44,20 @@ $(VENV)/installed: requirements/lock-$(VERSION).txt requirements/data.txt
 requirements/lock-$(VERSION).txt:
 	@echo "moq needs Python 3.11 or 3.12, and $(PYTHON) is '$(VERSION)': make PYTHON=python3.12" >&2; exit 1
 
+# In one line what pip keeps to itself.
+SAY_KERNELS = $(BIN)/python -c "from moq._C import build_info; cuda = build_info()['cuda_architectures']; \
+  print('moq: built', f'with CUDA kernels for {cuda}' if cuda else 'CPU-only (CUDA kernels need nvcc and a CUDA torch)')"
+
 # The editable install runs setup.py -> CMake. Sources are rebuilt by ninja, which knows what changed.
-$(VENV)/editable: $(VENV)/installed setup.py pyproject.toml
+$(VENV)/editable: $(INSTALLED) setup.py pyproject.toml
 	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(SAY_KERNELS)
 	touch $@
 
 build: $(VENV)/editable
+	$(if $(strip $(CUDA_OPTIONS)),@PATH="$(abspath $(BIN)):$$PATH" cmake -B $(BUILD) $(CUDA_OPTIONS) > /dev/null)
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD) --parallel $(JOBS) --target _C
+	$(if $(strip $(CUDA_OPTIONS)),@$(SAY_KERNELS))
 
 test: test-cpp test-python
 
@@ -58,7 +71,7 @@ test-cpp: build
 test-python: build
 	$(BIN)/python -m pytest
 
-asan: $(VENV)/installed
+asan: $(INSTALLED)
 	@tests/check_prerequisites.sh --gtest
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset asan -DPython3_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset asan --parallel $(JOBS)
@@ -76,7 +89,7 @@ bench: build
 lint: build
 	@tests/lint.sh $(BIN) $(BUILD)
 
-format: $(VENV)/installed
+format: $(INSTALLED)
 	git ls-files '*.cpp' '*.cc' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

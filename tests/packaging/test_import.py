@@ -1,4 +1,4 @@
-"""What `import moq` and the build say when the environment does not suit them."""
+"""What `import moq` says when the environment does not suit it."""
 
 import os
 import subprocess
@@ -39,31 +39,3 @@ def test_import_without_torch_says_how_to_get_an_environment(tmp_path: Path) -> 
 
     assert result.returncode != 0
     assert "make build" in result.stderr
-
-
-def test_build_refuses_an_old_torch_before_compiling(tmp_path: Path) -> None:
-    package = tmp_path / "torch"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "version.py").write_text("__version__ = '1.13.1'\n")
-
-    result = run_python("setup.py", "build_ext", "--inplace", path=tmp_path)
-
-    assert result.returncode != 0
-    assert "needs torch >= 2.11, got" in result.stderr
-    assert "pip install torch==2.11.0" in result.stderr
-
-
-def test_build_refuses_a_missing_compiler_before_compiling() -> None:
-    environment = os.environ | {"CXX": "no-such-compiler"}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-
-    assert result.returncode != 0
-    assert "'no-such-compiler' is not found: apt install g++" in result.stderr
