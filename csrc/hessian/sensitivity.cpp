@@ -22,8 +22,17 @@ at::Tensor random_signs_like(const at::Tensor& parameter, const RandomStream& st
   return signs.to(parameter.options());
 }
 
-double dot(const at::Tensor& x, const at::Tensor& y) {
-  return at::sum(at::mul(x, y), at::kDouble).item<double>();
+/// x . y of each pair. All are asked for before the first is waited for.
+std::vector<double> dots(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& y) {
+  std::vector<at::Tensor> sums;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    sums.push_back(at::sum(at::mul(x[i], y[i]), at::kDouble));
+  }
+  std::vector<double> values;
+  for (const at::Tensor& sum : sums) {
+    values.push_back(sum.item<double>());
+  }
+  return values;
 }
 
 bool accurate(const std::vector<std::vector<double>>& samples, double tolerance) {
@@ -131,13 +140,13 @@ TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
                                          .probe = static_cast<std::uint32_t>(k),
                                          .batch = options.batch}));
     }
-    const std::vector<at::Tensor> products = hessian.product(all, signs);
+    const std::vector<double> traces_of_parameters = dots(signs, hessian.product(all, signs));
     auto& sample = traces.samples.emplace_back();
     std::size_t position = 0;
     for (std::size_t b = 0; b < blocks.size(); ++b) {
       double trace = 0.0;
       for (std::size_t i = 0; i < blocks[b].size(); ++i, ++position) {
-        trace += dot(signs[position], products[position]);
+        trace += traces_of_parameters[position];
       }
       MOQ_CHECK(std::isfinite(trace), "trace: the products must be finite, got ", trace,
                 " in block number ", b, ": does the loss overflow in the parameters' dtype?");

@@ -17,7 +17,6 @@
 
 #include "csrc/ops/quantizer.h"
 #include "kernels/common/check.h"
-#include "kernels/common/name_hash.h"
 #include "kernels/common/parallel.h"
 
 namespace moq::trainer {
@@ -299,7 +298,7 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
           .group_size = parameter.group_size,
           .first_element = parameter.first_element,
           .unsharded_cols = parameter.unsharded_cols,
-          .name_hash = name_hash(parameter.name),
+          .name_hash = parameter.name_hash,
           .input_dtype = ops::dtype_of(master.scalar_type()),
           .output_dtype = ops::dtype_of(parameter.simulated.scalar_type()),
           // Readers load scales in the model's dtype; only a scale of that dtype survives it.

@@ -9,6 +9,7 @@
 
 #include "csrc/schedule/schedule.h"
 #include "csrc/trainer/control.h"
+#include "kernels/common/name_hash.h"
 #include "kernels/fake_quantize.h"
 
 /// What MoQOptimizer does at each step.
@@ -18,6 +19,7 @@ namespace moq::trainer {
 /// optimizer updates, and the simulated one, a point of the grid, which forward and backward see.
 struct TrainedParameter {
   std::string name;  ///< key of its random stream: the same name on every rank
+  std::uint32_t name_hash = moq::name_hash(name);
   /// The model's parameter and its master, in the form that the inner optimizer works on; either
   /// plain tensors or DTensors. Only their gradients are used.
   at::Tensor parameter;
