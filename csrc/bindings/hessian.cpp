@@ -15,7 +15,6 @@ namespace {
 
 namespace py = pybind11;
 using hessian::Blocks;
-using hessian::EigenOptions;
 using hessian::HvpOperator;
 using hessian::Progress;
 

@@ -25,10 +25,12 @@ at::Tensor random_signs_like(const at::Tensor& parameter, const RandomStream& st
 /// x . y of each pair. All are asked for before the first is waited for.
 std::vector<double> dots(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& y) {
   std::vector<at::Tensor> sums;
+  sums.reserve(x.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
     sums.push_back(at::sum(at::mul(x[i], y[i]), at::kDouble));
   }
   std::vector<double> values;
+  values.reserve(x.size());
   for (const at::Tensor& sum : sums) {
     values.push_back(sum.item<double>());
   }
@@ -133,6 +135,7 @@ TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
   TraceSamples traces;
   for (std::int64_t k = 0; k < options.max_products && !traces.converged; ++k) {
     std::vector<at::Tensor> signs;
+    signs.reserve(all.size());
     for (const std::int64_t index : all) {
       signs.push_back(random_signs_like(hessian.parameters().at(static_cast<std::size_t>(index)),
                                         {.seed = options.seed,
