@@ -16,13 +16,13 @@ from moq.inference import Engine
 _KILLED = """
 import os, signal, sys
 from moq import _C
-from moq.staging import replaced_directory
+from moq.staging import files_below, replaced_directory
 _C.exchange_paths = lambda first, second: False
 rename = os.rename
 def rename_and_die(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-with replaced_directory(sys.argv[1]) as staged:
+with replaced_directory(sys.argv[1], files_below) as staged:
     (staged / "config.json").write_text("{}")
     os.rename = rename_and_die
 """
