@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
     """The README's training on real text, in a few steps: (folder, simulated model, tokenizer)."""
     folder = tmp_path_factory.mktemp("readme")
     model, tokenizer = load_decoder()
-    windows = token_windows(tokenizer, state_of_the_union()[0], NUM_STEPS + 1, seed=0)[:, :64]
+    windows = token_windows(tokenizer, state_of_the_union()[0], NUM_STEPS + 1, seed=0)[:, :32]
     batches = [{"input_ids": row[None], "labels": row[None]} for row in windows]
     loader, probe_batches = batches[:NUM_STEPS], batches[NUM_STEPS:]
     names = {
