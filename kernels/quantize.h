@@ -30,6 +30,20 @@ struct QuantizeActivationArgs {
   DType input_dtype = DType::kFloat32;
 };
 
+/// The largest magnitude of each row, what a dynamic grid of quantize_activation is made for:
+/// several holders of parts of a row agree on its grid by the largest of theirs.
+///
+/// 0 for a row without columns; infinity for one that holds an infinity; NaN for one that holds a
+/// NaN. Compared as int32 bit patterns the results are ordered as those magnitudes are, NaN last: a
+/// maximum of them taken so loses no NaN.
+struct RowAbsmaxArgs {
+  const float* input = nullptr;  ///< [rows, cols], rows contiguous
+  float* absmax = nullptr;       ///< [rows], written; never a negative number or -0
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;  ///< elements of input
+};
+
 /// The numbers that codes stand for: output = scale * (code - zero_point) in float32, rounded once
 /// to output_dtype.
 struct DequantizeArgs {
@@ -57,6 +71,10 @@ void quantize_activation(const QuantizeActivationArgs& args);
 /// @throws moq::Error for a dtype outside those named above, or a group_size that does not divide
 /// cols.
 void dequantize(const DequantizeArgs& args);
+
+/// All pointers are host memory. Runs on up to num_threads() threads.
+/// @throws moq::Error for a negative size.
+void row_absmax(const RowAbsmaxArgs& args);
 }  // namespace cpu
 
 namespace cuda {

@@ -75,6 +75,18 @@ void quantize_activation(const QuantizeActivationArgs& args) {
   });
 }
 
+void row_absmax(const RowAbsmaxArgs& args) {
+  MOQ_CHECK(args.rows >= 0 && args.cols >= 0, "row_absmax: shape must be >= 0, got ", args.rows,
+            " x ", args.cols);
+  parallel_for(args.rows, rows_per_range(args.cols), [&](std::int64_t begin, std::int64_t end) {
+    RowAbsmaxArgs rows = args;
+    rows.input += begin * args.row_stride;
+    rows.absmax += begin;
+    rows.rows = end - begin;
+    MOQ_DISPATCH_ISA(row_absmax, rows);
+  });
+}
+
 void dequantize(const DequantizeArgs& args) {
   check_dequantize(args);
   visit_types(args, [&]<typename Code, typename Scale, typename Output>(Code, Scale, Output) {

@@ -47,4 +47,12 @@ void quantize_activation(const QuantizeActivationArgs& args) {
   visit_float(args.input_dtype, [&]<typename Element>(Element) { quantize_rows<Element>(args); });
 }
 
+void row_absmax(const RowAbsmaxArgs& args) {
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    args.absmax[row] = bit_cast<float>(
+        statistics_of<QuantMode::kSymmetric>(args.input + row * args.row_stride, args.cols)
+            .highest);
+  }
+}
+
 }  // namespace moq::kernels::cpu::MOQ_ISA

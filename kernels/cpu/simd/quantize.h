@@ -8,6 +8,7 @@ namespace moq::kernels::cpu {
 #define MOQ_DECLARE_QUANTIZE(ISA)                               \
   namespace ISA {                                               \
   void quantize_activation(const QuantizeActivationArgs& args); \
+  void row_absmax(const RowAbsmaxArgs& args);                   \
   }
 MOQ_DECLARE_QUANTIZE(scalar)
 MOQ_DECLARE_QUANTIZE(avx2)

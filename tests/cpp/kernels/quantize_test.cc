@@ -173,6 +173,80 @@ TEST(QuantizeActivation, RefusesIntegers) {
   }
 }
 
+// ------------------------------------------------------------------------------- absmax of rows
+
+class RowAbsmax : public ::testing::TestWithParam<std::tuple<std::int64_t, std::int64_t>> {
+ protected:
+  using Body = std::function<void(const RowAbsmaxArgs&)>;
+
+  std::vector<float> run(const Body& body = cpu::row_absmax) const {
+    const Case& c = problem_.parameters;
+    std::vector<float> absmax(static_cast<std::size_t>(c.rows), -1.0F);
+    body({.input = reinterpret_cast<const float*>(problem_.input.data()),
+          .absmax = absmax.data(),
+          .rows = c.rows,
+          .cols = c.cols,
+          .row_stride = problem_.row_stride});
+    return absmax;
+  }
+
+  std::vector<float> by_definition() const {
+    std::vector<float> absmax;
+    for (std::int64_t row = 0; row < problem_.parameters.rows; ++row) {
+      absmax.push_back(0.0F);
+      for (std::int64_t col = 0; col < problem_.parameters.cols; ++col) {
+        absmax.back() = std::max(absmax.back(), std::fabs(problem_.get(row, col)));
+      }
+    }
+    return absmax;
+  }
+
+  Problem problem_ = Problem({.rows = std::get<0>(GetParam()), .cols = std::get<1>(GetParam())});
+};
+
+TEST_P(RowAbsmax, IsTheLargestMagnitudeOfEachRow) {
+  const ThreadScope threads(3);
+  EXPECT_EQ(run(), by_definition());
+}
+
+TEST_P(RowAbsmax, IsTheSameWithEveryInstructionSet) {
+  EXPECT_EQ(run(cpu::scalar::row_absmax), by_definition());
+  if (cpu::active_isa() >= cpu::Isa::kAvx2) {
+    EXPECT_EQ(run(cpu::avx2::row_absmax), by_definition());
+  }
+  if (cpu::active_isa() >= cpu::Isa::kAvx512) {
+    EXPECT_EQ(run(cpu::avx512::row_absmax), by_definition());
+  }
+}
+
+TEST_P(RowAbsmax, KeepsEveryNaNAndInfinity) {
+  const auto [rows, cols] = GetParam();
+  for (std::int64_t row = 0; row < rows && cols > 0; ++row) {
+    problem_.set(row, row % cols, row % 3 == 0 ? -kNaN : row % 3 == 1 ? kNaN : -kInfinity);
+    problem_.set(row, (row * 7 + 1) % cols, problem_.get(row, row % cols));
+  }
+  const std::vector<float> absmax = run();
+  for (std::size_t row = 0; row < absmax.size() && cols > 0; ++row) {
+    EXPECT_EQ(std::isnan(absmax[row]), row % 3 != 2) << absmax[row];
+    EXPECT_GE(std::bit_cast<std::int32_t>(absmax[row]), kInfinityBits);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, RowAbsmax,
+                         ::testing::Combine(::testing::Values(0, 1, 5, 203),
+                                            ::testing::Values(0, 1, 17, 64, 577)));
+
+TEST(RowAbsmax, RefusesANegativeShape) {
+  try {
+    cpu::row_absmax({.rows = 2, .cols = -1});
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(), "row_absmax: shape must be >= 0, got 2 x -1");
+  }
+}
+
+// ------------------------------------------------------------------------------ codes to weights
+
 class Dequantize : public ::testing::TestWithParam<Axes> {};
 
 TEST_P(Dequantize, RestoresWhatFakeQuantizeWrote) {
