@@ -81,7 +81,7 @@ struct LinearArgs {
   InputMode input_mode = InputMode::kFloat32;
   float input_scale = 0.0F;  ///< step size of kStaticInt8, > 0
   /// kDynamicInt8: [m], the absmax that each row's grid is made for, where `input` is a part of
-  /// longer rows (row-parallel layers); null: the row's own.
+  /// longer rows (row-parallel layers; kernels/quantize.h: row_absmax); null: the row's own.
   const float* input_absmax = nullptr;
   float* output = nullptr;  ///< [m, n]; must not overlap `input`
   std::int64_t output_stride = 0;
@@ -121,8 +121,9 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
 /// Float weights: float32 products and sums in blocks of columns; a row's output depends on the
 /// instruction set, not on m or the number of threads.
 ///
-/// For integer weights a row that holds a NaN or an infinity gives NaN throughout its output; on a
-/// static grid an infinity is limited like any other large number.
+/// For integer weights a row that holds a NaN or an infinity gives NaN throughout its output, and
+/// so does one whose input_absmax is NaN, infinite or negative; on a static grid an infinity is
+/// limited like any other large number.
 /// Runs on up to num_threads() threads (kernels/common/parallel.h).
 /// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
 ///         packed weight that is not aligned, an INT8 input mode with float weights, kStaticInt8

@@ -60,18 +60,23 @@ InputGrid int8_grid(const GridParams& grid) {
   return {grid.inverse_scale, 1.0F, static_cast<float>(grid.range.qmax), grid.scale};
 }
 
-InputGrid input_grid(const float* row, std::int64_t size, InputMode mode, float static_scale) {
+/// `shared_absmax` is that of the longer row which this one is a part of; null: a row of its own.
+InputGrid input_grid(const float* row, std::int64_t size, InputMode mode, float static_scale,
+                     const float* shared_absmax) {
   const GroupStatistics statistics = statistics_of<QuantMode::kSymmetric>(row, size);
   if (mode == InputMode::kFloat32) {
     return exact_grid(statistics);
   }
-  if (mode == InputMode::kDynamicInt8) {
-    return int8_grid(make_grid(statistics, 8, QuantMode::kSymmetric, DType::kFloat32));
+  if (mode == InputMode::kStaticInt8) {
+    const bool has_nan = statistics.highest > kInfinityBits;
+    return has_nan ? kNoResult : int8_grid(grid_of_scale(static_scale, 8));
   }
-  const bool has_nan = statistics.highest > kInfinityBits;
-  return has_nan ? kNoResult
-                 : int8_grid({static_scale, 1.0F / static_scale, 0,
-                              grid_range(8, QuantMode::kSymmetric)});
+  if (shared_absmax == nullptr || has_nonfinite(statistics)) {
+    return int8_grid(activation_grid(statistics));
+  }
+  return *shared_absmax >= 0.0F
+             ? int8_grid(activation_grid({.highest = std::bit_cast<std::int32_t>(*shared_absmax)}))
+             : kNoResult;
 }
 
 /// The sum of a piece's integers, kept as low and high halves: each fits its 32 bits.
@@ -301,10 +306,8 @@ void split_rows(const SplitArgs& args, const IntegerLayout& layout) {
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const float* input = args.input + row * args.input_stride;
     const InputGrid grid =
-        args.input_absmax != nullptr
-            ? int8_grid(make_grid(-args.input_absmax[row], args.input_absmax[row], 8,
-                                  QuantMode::kSymmetric, DType::kFloat32))
-            : input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale);
+        input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale,
+                   args.input_absmax != nullptr ? args.input_absmax + row : nullptr);
     args.output.units[row] = grid.unit;
     auto* vectors = reinterpret_cast<Digit*>(args.output.digits) + row * digits * kStepCols;
     double* sums = args.output.sums + row * layout.pieces;

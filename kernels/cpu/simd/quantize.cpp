@@ -26,8 +26,10 @@ template <typename Element>
 void quantize_rows(const QuantizeActivationArgs& args) {
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const Element* input = static_cast<const Element*>(args.input) + row * args.row_stride;
-    const GridParams grid = args.static_scale != nullptr ? grid_of_scale(*args.static_scale, 8)
-                                                         : activation_grid(input, args.cols);
+    const GridParams grid =
+        args.static_scale != nullptr
+            ? grid_of_scale(*args.static_scale, 8)
+            : activation_grid(statistics_of<QuantMode::kSymmetric>(input, args.cols));
     if (args.scales != nullptr && args.static_scale == nullptr) {
       args.scales[row] = grid.scale;
     }

@@ -7,16 +7,14 @@
 #include "kernels/cpu/simd/vector.h"
 #include "kernels/quant_grid.h"
 
-/// Symmetric INT8 quantization of one row of activations, for every kernel that needs it: the
-/// operator quantize_activation and the INT8 matrix products give the same codes because both call
-/// these. Elements are float, Float16 or BFloat16.
+/// Symmetric INT8 quantization of one row of activations. Elements are float, Float16 or BFloat16.
 namespace moq::kernels::cpu::MOQ_ISA {
 
-/// Grid of one row of activations: float32 scale, codes in [-127, 127].
-template <typename Element>
-inline GridParams activation_grid(const Element* input, std::int64_t size) {
-  return make_grid(statistics_of<QuantMode::kSymmetric>(input, size), 8, QuantMode::kSymmetric,
-                   DType::kFloat32);
+/// Grid of one row of activations: float32 scale, codes in [-127, 127]. The operator
+/// quantize_activation and the INT8 matrix products, which write codes in their own layout, both
+/// ask here.
+inline GridParams activation_grid(const GroupStatistics& row) {
+  return make_grid(row, 8, QuantMode::kSymmetric, DType::kFloat32);
 }
 
 /// Codes of one row: clamp(rint(input * inverse_scale), -127, 127), and 0 where that is a NaN, be
@@ -33,15 +31,6 @@ inline void quantize_row(const Element* input, std::int64_t size, const GridPara
     store(vector, convert<I32>(minimum(maximum(number, -qmax), qmax)));
     std::memcpy(codes + i, vector, static_cast<std::size_t>(count));
   });
-}
-
-/// Quantizes one row by its own absmax and returns the row's scale.
-/// A row that holds a NaN or an infinity gives codes 0 and scale NaN.
-template <typename Element>
-inline float quantize_row(const Element* input, std::int64_t size, std::int8_t* codes) {
-  const GridParams grid = activation_grid(input, size);
-  quantize_row(input, size, grid, codes);
-  return grid.scale;
 }
 
 }  // namespace moq::kernels::cpu::MOQ_ISA

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "kernels/common/parallel.h"
@@ -329,23 +330,35 @@ TEST(Linear, GivesZeroPlusBiasForAZeroRow) {
   }
 }
 
-class NonFinite : public testing::TestWithParam<float> {};
-
-TEST_P(NonFinite, SpoilsItsOwnRowAndNoOther) {
-  LinearProblem problem = LinearProblem::random(15, 40, 50);
-  const std::vector<float> expected = problem.run();
-  problem.input[7 * 50 + 3] = GetParam();
-  const std::vector<float> output = problem.run();
+/// Row 7 of 15 rows of 40 outputs is NaN, the others are the expected ones.
+void expect_only_row_7_spoilt(const std::vector<float>& output,
+                              const std::vector<float>& expected) {
   for (std::int64_t i = 0; i < 15 * 40; ++i) {
     if (i / 40 == 7) {
-      EXPECT_TRUE(std::isnan(output[i]));
+      EXPECT_TRUE(std::isnan(output[i])) << i << ": " << output[i];
     } else {
-      EXPECT_EQ(output[i], expected[i]);
+      EXPECT_EQ(output[i], expected[i]) << i;
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Values, NonFinite, testing::Values(kNan, -kNan, kInfinity, -kInfinity));
+class NonFinite : public testing::TestWithParam<std::tuple<float, InputMode>> {};
+
+TEST_P(NonFinite, SpoilsItsOwnRowAndNoOther) {
+  const auto [value, mode] = GetParam();
+  LinearProblem problem = LinearProblem::random(15, 40, 50);
+  const std::vector<float> expected = problem.run(mode);
+  problem.input[7 * 50 + 3] = value;
+  expect_only_row_7_spoilt(problem.run(mode), expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(OwnGrid, NonFinite,
+                         testing::Combine(testing::Values(kNan, -kNan, kInfinity, -kInfinity),
+                                          testing::Values(InputMode::kFloat32,
+                                                          InputMode::kDynamicInt8)));
+INSTANTIATE_TEST_SUITE_P(GivenGrid, NonFinite,
+                         testing::Combine(testing::Values(kNan, -kNan),
+                                          testing::Values(InputMode::kStaticInt8)));
 
 TEST(Linear, SaturatesAnInfinityOnAStaticGrid) {
   LinearProblem problem = LinearProblem::random(1, 40, 50);
@@ -364,5 +377,36 @@ TEST(Linear, RoundsAPartOfARowToTheGridOfTheWholeRow) {
   cpu::linear(args);
   EXPECT_EQ(output, problem.run(InputMode::kStaticInt8));  // whose step size is 0.02
 }
+
+class PartOfARow : public testing::TestWithParam<float> {
+ protected:
+  /// The product where rows are parts of longer ones of the given absmax.
+  std::vector<float> run() const {
+    std::vector<float> output(15 * 40);
+    LinearArgs args = problem_.args(output.data(), InputMode::kDynamicInt8);
+    args.input_absmax = absmax_.data();
+    cpu::linear(args);
+    return output;
+  }
+
+  LinearProblem problem_ = LinearProblem::random(15, 40, 50);
+  std::vector<float> absmax_ = std::vector<float>(15, 2.5F);
+};
+
+TEST_P(PartOfARow, IsNaNWhereTheWholeRowHasNoGrid) {
+  const std::vector<float> expected = run();
+  absmax_[7] = GetParam();
+  expect_only_row_7_spoilt(run(), expected);
+}
+
+TEST_P(PartOfARow, IsNaNWhereItHoldsANonFiniteNumberItself) {
+  const std::vector<float> expected = run();
+  problem_.input[7 * 50 + 3] = GetParam() < 0.0F ? -kInfinity : GetParam();
+  expect_only_row_7_spoilt(run(), expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(Values, PartOfARow,
+                         testing::Values(kNan, -kNan, kInfinity, -kInfinity, -1.0F));
+
 }  // namespace
 }  // namespace moq::kernels
