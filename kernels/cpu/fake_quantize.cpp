@@ -38,6 +38,11 @@ bool columns_are_contiguous(const FakeQuantizeTensor& matrix) {
   return matrix.row_stride == 1 || matrix.rows == 1;
 }
 
+/// Neither: the instruction sets get a contiguous copy.
+bool is_staged(const FakeQuantizeTensor& matrix) {
+  return !rows_are_contiguous(matrix) && !columns_are_contiguous(matrix);
+}
+
 /// A range of one matrix's rows.
 struct Unit {
   std::size_t tensor;
@@ -138,7 +143,8 @@ FakeQuantizeTensor transposed(FakeQuantizeTensor matrix) {
   return matrix;
 }
 
-GroupStatistics statistics_of_unit(const FakeQuantizeTensor& matrix) {
+GroupStatistics statistics_of_unit(FakeQuantizeTensor matrix) {
+  matrix.output = nullptr;  // or staging would write it, and it may be the input
   GroupStatistics statistics;
   const auto collect = [&](const FakeQuantizeTensor& rows) {
     statistics = MOQ_DISPATCH_ISA(matrix_statistics, rows);
@@ -268,7 +274,8 @@ void fake_quantize(const FakeQuantizeArgs& args) {
         for (std::int64_t i = begin; i < end; ++i) {
           const auto [tensor, first_row, end_row] = units[i];
           const FakeQuantizeTensor matrix = rows_of(args.tensors[tensor], first_row, end_row);
-          const bool past_caches = stream && matrix.output != matrix.input;
+          // What is read again at once stays in the caches: an input, a staged copy.
+          const bool past_caches = stream && matrix.output != matrix.input && !is_staged(matrix);
           if (args.num_bits[tensor] == 0) {
             copy_unit(matrix, past_caches);
             continue;

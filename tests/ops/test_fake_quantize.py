@@ -154,6 +154,18 @@ def test_many_weights_in_one_call_equal_each_alone(device):
         assert_same_bits(actual, alone.bfloat16())
 
 
+@pytest.mark.parametrize("view", ["linear", "conv1d", "every_second"])
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+def test_weights_can_be_their_own_output(device, granularity, group_size, view):
+    whole = random_weight(48, 64).to(device)
+    weight = {"linear": whole, "conv1d": whole.t(), "every_second": whole[::2, ::2]}[view]
+    arguments = dict(granularity=granularity, group_size=group_size)
+    expected = fake_quantize(weight.clone(), 8, **arguments)
+    num_bits = torch.tensor([8], dtype=torch.int32, device=device)
+    torch.ops.moq.foreach_fake_quantize([weight], num_bits, **arguments, out=[weight])
+    assert_same_bits(weight, expected)
+
+
 def test_a_captured_graph_follows_the_bit_widths(device):
     if device == "cpu":
         pytest.skip("the CPU has no graphs")

@@ -61,6 +61,25 @@ inline const auto kStorages =
     ::testing::Values(Storage::kLinear, Storage::kConv1d, Storage::kScattered);
 inline const auto kFloats = ::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16);
 
+/// A matrix that is its own output. `blank.output` is the storage before the call.
+using InPlace = std::tuple<Storage, Granularity, DType>;
+
+inline Problem problem_of(const InPlace& in_place) {
+  Case c;
+  c.rows = 45;
+  c.cols = 64;
+  c.group_size = 16;
+  std::tie(c.storage, c.granularity, c.input_dtype) = in_place;
+  c.output_dtype = c.input_dtype;
+  Problem problem(c);
+  problem.blank.output = problem.input;
+  return problem;
+}
+
+inline std::string in_place_name(const ::testing::TestParamInfo<InPlace>& info) {
+  return describe(problem_of(info.param).parameters);
+}
+
 /// One element that is no number, in a matrix of many groups.
 using BadGroup = std::tuple<Storage, Granularity, QuantMode, float>;
 

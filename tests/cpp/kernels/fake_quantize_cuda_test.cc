@@ -237,7 +237,12 @@ TEST(FakeQuantizeCuda, ABitWidthWithoutAGridGivesNaN) {
 /// One problem with its call's device memory, for the tests that change that memory.
 class Call {
  public:
-  explicit Call(const Problem& problem) : device_{problem}, tensor_(device_.tensor()) {}
+  explicit Call(const Problem& problem, bool in_place = false)
+      : device_{problem}, tensor_(device_.tensor()) {
+    if (in_place) {
+      tensor_.input = tensor_.output;
+    }
+  }
 
   void enqueue(cudaStream_t stream) {
     cuda::fake_quantize({.tensors = {&tensor_, 1},
@@ -266,6 +271,20 @@ class Call {
   Buffer skip_{std::vector<float>{0.0F}};
   Buffer workspace_{sizeof(GroupStatistics)};
 };
+
+class FakeQuantizeCudaInPlace : public ::testing::TestWithParam<InPlace> {};
+
+TEST_P(FakeQuantizeCudaInPlace, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem = problem_of(GetParam());
+  Call call(problem, /*in_place=*/true);
+  call.enqueue(nullptr);
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  EXPECT_EQ(call.result(), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaInPlace,
+                         ::testing::Combine(kStorages, kGranularities, kFloats), in_place_name);
 
 TEST(FakeQuantizeCuda, ASkippedStepWritesNothing) {
   MOQ_SKIP_WITHOUT_GPU();

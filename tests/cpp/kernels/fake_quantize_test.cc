@@ -288,25 +288,20 @@ TEST(FakeQuantize, OutputsLargerThanTheCachesEqualTheDefinition) {
   EXPECT_EQ(run(problem), reference(problem));
 }
 
-TEST(FakeQuantize, WorksInPlace) {
-  for (const Storage storage : {Storage::kLinear, Storage::kConv1d, Storage::kScattered}) {
-    Problem problem(Case{.rows = 45, .cols = 67, .storage = storage});
-    const Result expected = reference(problem);
-    Result result = problem.blank;
-    const FakeQuantizeTensor tensor =
-        problem.tensor(problem.input.data(), problem.input.data(), result.codes.data(),
-                       result.scales.data(), result.zero_points.data());
-    const std::int32_t num_bits = 8;
-    cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
-    EXPECT_EQ(result.codes, expected.codes);
-    float value;
-    float wanted;
-    const std::size_t place = problem.place(44, 66) * sizeof(float);
-    std::memcpy(&value, problem.input.data() + place, sizeof(float));
-    std::memcpy(&wanted, expected.output.data() + place, sizeof(float));
-    EXPECT_EQ(value, wanted);
-  }
+class FakeQuantizeInPlace : public ::testing::TestWithParam<InPlace> {};
+
+TEST_P(FakeQuantizeInPlace, GivesTheBitsOfTheDefinition) {
+  const Problem problem = problem_of(GetParam());
+  Result result = problem.blank;
+  FakeQuantizeTensor tensor = problem.tensor(result);
+  tensor.input = tensor.output;
+  const std::int32_t num_bits = problem.parameters.num_bits;
+  cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
+  EXPECT_EQ(result, reference(problem));
 }
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeInPlace,
+                         ::testing::Combine(kStorages, kGranularities, kFloats), in_place_name);
 
 TEST(FakeQuantize, ASkippedStepWritesNothing) {
   const Problem problem(Case{.rows = 4, .cols = 4});
