@@ -151,6 +151,9 @@ LinearShape check_linear(const Tensor& input, const Tensor& packed, int64_t out_
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte && packed.dim() == 1,
                    "linear: packed must be what pack_linear returned, got ", packed.dim(),
                    " dimensions of ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.is_contiguous(),
+                    "linear: packed must be contiguous, as pack_linear returned it, got strides ",
+                    packed.sym_strides());
   const int64_t k = size_of(input, 1);
   const LinearShape shape{.n = out_features,
                           .k = k,

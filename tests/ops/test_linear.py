@@ -207,6 +207,8 @@ class TestRefusals:
             linear(x, packed, 400)
         with pytest.raises(TypeError, match="packed must be what pack_linear returned"):
             linear(x, codes, 4)
+        with pytest.raises(ValueError, match="packed must be contiguous, .* got strides \\[0\\]"):
+            linear(x, packed[:1].expand(packed.shape), 4)
         with pytest.raises(ValueError, match="bias must be \\[4\\]"):
             linear(x, packed, 4, bias=torch.zeros(5))
         with pytest.raises(ValueError, match="residual must be \\[2, 4\\]"):
