@@ -37,9 +37,10 @@ TORCH_LIBRARY(moq, m) {
   m.def("quantize_activation(Tensor input, Tensor? scale=None) -> (Tensor codes, Tensor scales)");
   m.def("fake_quantize_activation(Tensor input, Tensor? scale=None) -> Tensor");
 
-  // Linear layers on the CPU. A packed weight is an opaque byte tensor; whoever holds it also holds
-  // its out_features, format ("int8", "int4", "int2", "float32", "bfloat16", "float16"), group_size
-  // (None: one scale a row) and whether it has zero points.
+  // Linear layers on the CPU, for inference: a backward raises. A packed weight is an opaque byte
+  // tensor; whoever holds it also holds its out_features, format ("int8", "int4", "int2",
+  // "float32", "bfloat16", "float16"), group_size (None: one scale a row) and whether it has zero
+  // points.
   m.def(
       "pack_linear(Tensor weight, Tensor? scales=None, Tensor? zero_points=None, *, str "
       "format=\"int8\") -> Tensor");
@@ -54,7 +55,7 @@ TORCH_LIBRARY(moq, m) {
   m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");
   // One token per row of logits [batch, vocabulary], drawn from stream `row` of the seed, and the
   // distribution it was drawn from; history [batch, length] is what the repetition penalty counts.
-  // temperature 0: greedy.
+  // temperature 0: greedy. A backward raises.
   m.def(
       "sample(Tensor logits, Tensor? history=None, *, float temperature=1.0, int top_k=0, "
       "float top_p=1.0, float min_p=0.0, float repetition_penalty=1.0, int seed=0, int step=0) "

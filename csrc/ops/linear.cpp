@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <array>
@@ -261,6 +262,11 @@ TORCH_LIBRARY_IMPL(moq, CPU, m) {
 TORCH_LIBRARY_IMPL(moq, Meta, m) {
   m.impl("pack_linear", pack_linear_meta);
   m.impl("linear", linear_meta);
+}
+
+TORCH_LIBRARY_IMPL(moq, Autograd, m) {
+  m.impl("pack_linear", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace moq

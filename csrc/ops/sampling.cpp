@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -90,6 +91,10 @@ TORCH_LIBRARY_IMPL(moq, CPU, m) {
 
 TORCH_LIBRARY_IMPL(moq, Meta, m) {
   m.impl("sample", sample_meta);
+}
+
+TORCH_LIBRARY_IMPL(moq, Autograd, m) {
+  m.impl("sample", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace moq

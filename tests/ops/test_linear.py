@@ -156,6 +156,13 @@ def test_forked_data_loader_workers_can_multiply():
         assert torch.equal(product, expected)
 
 
+def test_says_that_it_has_no_gradient():
+    codes, scales, _ = random_codes(37, 64, 1, 8)
+    x = random_input(3, 64).requires_grad_()
+    with pytest.raises(RuntimeError, match="moq::linear.* not implemented"):
+        linear(x, pack_linear(codes, scales), 37).sum().backward()
+
+
 def test_opcheck():
     codes, scales, zero_points = random_codes(37, 64, 4, 8)
     torch.library.opcheck(pack_linear.default, (codes, scales, zero_points))

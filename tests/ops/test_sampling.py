@@ -92,6 +92,12 @@ def test_seed_step_and_row_decide_the_draw():
     assert not torch.equal(sample(logits, seed=5, step=3)[0], tokens)
 
 
+def test_says_that_it_has_no_gradient():
+    _, probabilities = sample(random_logits(3, 31).requires_grad_())
+    with pytest.raises(RuntimeError, match="moq::sample.* not implemented"):
+        probabilities.sum().backward()
+
+
 def test_opcheck():
     logits = random_logits(3, 31)
     torch.library.opcheck(sample, (logits, random_history(3, 31)), {"top_k": 5, "seed": 1})
