@@ -13,8 +13,9 @@ TORCH_LIBRARY(moq, m) {
       "Tensor");
   // Many weights with one quantizer in one kernel call, into tensors of their shapes and strides.
   // Bit widths (int32, 0 copies) and the random step (int64) are read on the device: a captured
-  // CUDA graph follows them. Without a gradient. (quant_mode is the others' mode, a name that torch
-  // keeps for itself in operators that write to their arguments.)
+  // CUDA graph follows them. Without a gradient: only under torch.no_grad() may out
+  // require one. (quant_mode is the others' mode, a name that torch keeps for itself in operators
+  // that write to their arguments.)
   m.def(
       "foreach_fake_quantize(Tensor[] weights, Tensor num_bits, *, "
       "str granularity=\"per_channel\", int group_size=0, str quant_mode=\"symmetric\", "

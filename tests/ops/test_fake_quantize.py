@@ -166,6 +166,23 @@ def test_weights_can_be_their_own_output(device, granularity, group_size, view):
     assert_same_bits(weight, expected)
 
 
+def test_autograd_refuses_a_saved_weight_that_foreach_has_overwritten(device):
+    weight = random_weight(3, 4).to(device).requires_grad_()
+    loss = (weight**2).sum()
+    num_bits = torch.tensor([4], dtype=torch.int32, device=device)
+    with torch.no_grad():
+        torch.ops.moq.foreach_fake_quantize([weight], num_bits, out=[weight])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_foreach_refuses_to_write_over_what_requires_a_gradient():
+    weight = random_weight(3, 4).requires_grad_()
+    num_bits = torch.tensor([4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="out must not require a gradient, got tensor 0 that does"):
+        torch.ops.moq.foreach_fake_quantize([weight], num_bits, out=[weight])
+
+
 def test_a_captured_graph_follows_the_bit_widths(device):
     if device == "cpu":
         pytest.skip("the CPU has no graphs")

@@ -35,6 +35,11 @@ SAMPLES = {
         ([random_weight(6, 32), random_weight(3, 8)], torch.tensor([8, 0], dtype=torch.int32)),
         dict(step=torch.tensor([3]), out=[torch.zeros(6, 32), torch.zeros(3, 8)]),
     ),
+    "foreach_fake_quantize_of_parameters": lambda: (
+        ops.foreach_fake_quantize,
+        ([random_weight(6, 32).requires_grad_()], torch.tensor([8], dtype=torch.int32)),
+        dict(out=[torch.zeros(6, 32)]),
+    ),
     "quantize": lambda: (ops.quantize, (random_weight(6, 32), 8), dict(granularity="per_tensor")),
     "quantize_wide": lambda: (ops.quantize, (random_weight(6, 32), 12), dict()),
     "dequantize": lambda: (ops.dequantize, codes_and_scales(), dict()),
