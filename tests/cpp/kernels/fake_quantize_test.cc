@@ -6,10 +6,10 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
-#include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/fake_quantize.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
+#include "tests/cpp/kernels/isa_axis.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -31,8 +31,7 @@ Result run(const Problem& problem) {
   return result;
 }
 
-// ------------------------------------------------------- every axis, every instruction set, bit
-// for bit
+// ---------------------------------------------- every axis, every instruction set, bit for bit
 
 class FakeQuantizeEveryAxis : public ::testing::TestWithParam<Axes> {};
 
@@ -42,56 +41,56 @@ TEST_P(FakeQuantizeEveryAxis, GivesTheBitsOfTheDefinition) {
 }
 
 // Scattered storage is not here: it is staged to linear before an instruction set sees it.
-class FakeQuantizeEveryInstructionSet : public ::testing::TestWithParam<Axes> {};
+class FakeQuantizeEveryInstructionSet
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, Axes>> {};
 
 TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
-  const Case c = case_of(GetParam());
+  const auto& [isa, axes] = GetParam();
+  MOQ_SKIP_WITHOUT_ISA(isa);
+  const Case c = case_of(axes);
   const Problem problem(c);
   const Result expected = reference(problem);
-  const auto expect_same = [&](cpu::Isa isa, auto rows, auto columns, auto statistics_of) {
-    if (isa > cpu::active_isa()) {
-      return;
+  Result result = problem.blank;
+  const FakeQuantizeTensor matrix = problem.tensor(result);
+  GroupStatistics statistics;
+  cpu::FakeQuantizeStep step{.num_bits = c.num_bits,
+                             .blend_ratio = 0.0F,
+                             .seed = c.seed,
+                             .step = static_cast<std::uint32_t>(c.step),
+                             .stream = true,
+                             .tensor_statistics = nullptr};
+  if (c.granularity == Granularity::kPerTensor) {
+    FakeQuantizeTensor along_storage = matrix;
+    if (c.storage == Storage::kConv1d) {
+      std::swap(along_storage.rows, along_storage.cols);
+      std::swap(along_storage.row_stride, along_storage.col_stride);
     }
-    Result result = problem.blank;
-    FakeQuantizeTensor matrix = problem.tensor(result);
-    GroupStatistics statistics;
-    cpu::FakeQuantizeStep step{.num_bits = c.num_bits,
-                               .blend_ratio = 0.0F,
-                               .seed = c.seed,
-                               .step = static_cast<std::uint32_t>(c.step),
-                               .stream = true,
-                               .tensor_statistics = nullptr};
-    if (c.granularity == Granularity::kPerTensor) {
-      FakeQuantizeTensor along_storage = matrix;
-      if (c.storage == Storage::kConv1d) {
-        std::swap(along_storage.rows, along_storage.cols);
-        std::swap(along_storage.row_stride, along_storage.col_stride);
-      }
-      statistics = statistics_of(along_storage);
-      step.tensor_statistics = &statistics;
-      result.scales = expected.scales;  // written by the caller of these functions
-      result.zero_points = expected.zero_points;
-    }
-    (c.storage == Storage::kLinear ? rows : columns)(matrix, step);
-    EXPECT_EQ(result, expected) << cpu::name_of(isa);
-  };
-  expect_same(cpu::Isa::kScalar, cpu::scalar::fake_quantize_rows,
-              cpu::scalar::fake_quantize_columns, cpu::scalar::matrix_statistics);
-  expect_same(cpu::Isa::kAvx2, cpu::avx2::fake_quantize_rows, cpu::avx2::fake_quantize_columns,
-              cpu::avx2::matrix_statistics);
-  expect_same(cpu::Isa::kAvx512, cpu::avx512::fake_quantize_rows,
-              cpu::avx512::fake_quantize_columns, cpu::avx512::matrix_statistics);
+    statistics = MOQ_FUNCTION_OF(isa, matrix_statistics)(along_storage);
+    step.tensor_statistics = &statistics;
+    result.scales = expected.scales;  // written by the caller of these functions
+    result.zero_points = expected.zero_points;
+  }
+  if (c.storage == Storage::kLinear) {
+    MOQ_FUNCTION_OF(isa, fake_quantize_rows)(matrix, step);
+  } else {
+    MOQ_FUNCTION_OF(isa, fake_quantize_columns)(matrix, step);
+  }
+  EXPECT_EQ(result, expected);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryAxis,
                          ::testing::Combine(kShapes, kStorages, kGranularities, kModes, kRoundings),
                          axes_name);
 
+const auto kDirectAxes =
+    ::testing::Combine(kShapes, ::testing::Values(Storage::kLinear, Storage::kConv1d),
+                       kGranularities, kModes, kRoundings);
+
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSet,
-                         ::testing::Combine(kShapes,
-                                            ::testing::Values(Storage::kLinear, Storage::kConv1d),
-                                            kGranularities, kModes, kRoundings),
-                         axes_name);
+                         ::testing::Combine(kIsas, kDirectAxes), [](const auto& info) {
+                           return std::string(cpu::name_of(std::get<cpu::Isa>(info.param))) + "_" +
+                                  describe(case_of(std::get<Axes>(info.param)));
+                         });
 
 class FakeQuantizeEveryDType : public ::testing::TestWithParam<DTypes> {};
 
@@ -188,8 +187,7 @@ TEST(FakeQuantize, HugeAndSubnormalWeightsGiveTheBitsOfTheDefinition) {
   }
 }
 
-// ------------------------------------------------------------------------------------ stochastic
-// rounding
+// ----------------------------------------------------------------------------- stochastic rounding
 
 TEST(FakeQuantize, StochasticRoundingIsUnbiased) {
   Case c{.rows = 1, .cols = 100000, .rounding = Rounding::kStochastic, .num_bits = 4};
@@ -252,8 +250,7 @@ TEST(FakeQuantize, ElementNumbersBeyond32BitsDrawTheirOwnBits) {
   EXPECT_EQ(run(problem), reference(problem));
 }
 
-// --------------------------------------------------------------------------------------- the whole
-// call
+// ---------------------------------------------------------------------------------- the whole call
 
 TEST(FakeQuantize, ManyTensorsOnSeveralThreadsEqualEachAlone) {
   std::vector<Problem> problems;
@@ -324,8 +321,7 @@ TEST(FakeQuantize, NullOutputsAreNotWritten) {
   EXPECT_EQ(result.output, problem.blank.output);
 }
 
-// ----------------------------------------------------------------------------------------------
-// errors
+// ------------------------------------------------------------------------------------------ errors
 
 /// The message of the error that a call with a changed tensor raises.
 template <typename Change>
