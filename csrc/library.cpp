@@ -33,7 +33,8 @@ TORCH_LIBRARY(moq, m) {
   m.def(
       "dequantize(Tensor codes, Tensor scales, Tensor? zero_points=None, *, bool transposed=False, "
       "ScalarType? dtype=None) -> Tensor");
-  // Activations [..., features] as symmetric INT8: one scale a token, or the given [1] scale. The
+  // Activations [..., features] as symmetric INT8: one scale a token, or the given [1] scale,
+  // finite and >= 2^-126 (else: an error on the CPU, codes 0 and outputs NaN on CUDA). The
   // fake-quantized form has a straight-through gradient.
   m.def("quantize_activation(Tensor input, Tensor? scale=None) -> (Tensor codes, Tensor scales)");
   m.def("fake_quantize_activation(Tensor input, Tensor? scale=None) -> Tensor");

@@ -79,7 +79,7 @@ struct LinearArgs {
   const float* residual = nullptr;
   std::int64_t residual_stride = 0;
   InputMode input_mode = InputMode::kFloat32;
-  float input_scale = 0.0F;  ///< step size of kStaticInt8, > 0
+  float input_scale = 0.0F;  ///< step size of kStaticInt8, finite, >= min_scale(float32)
   /// kDynamicInt8: [m], the absmax that each row's grid is made for, where `input` is a part of
   /// longer rows (row-parallel layers; kernels/quantize.h: row_absmax); null: the row's own.
   const float* input_absmax = nullptr;
@@ -127,8 +127,8 @@ void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* outp
 /// Runs on up to num_threads() threads (kernels/common/parallel.h).
 /// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
 ///         packed weight that is not aligned, an INT8 input mode with float weights, kStaticInt8
-///         without a positive, finite scale, input_absmax without kDynamicInt8, or an activation
-///         over a residual that is the output.
+///         without a finite scale >= min_scale(float32), input_absmax without kDynamicInt8, or an
+///         activation over a residual that is the output.
 void linear(const LinearArgs& args);
 
 }  // namespace cpu

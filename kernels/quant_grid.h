@@ -115,11 +115,6 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
   return {scale, inverse_scale, zero_point, range};
 }
 
-/// Symmetric grid of a scale that is given, positive and finite, rather than measured.
-MOQ_HOST_DEVICE inline GridParams grid_of_scale(float scale, int num_bits) {
-  return {scale, 1.0F / scale, 0, grid_range(num_bits, QuantMode::kSymmetric)};
-}
-
 /// What the elements of one group decide their grid by, collected on bit patterns with integer
 /// minimum and maximum: exact, independent of the order, and a NaN cannot slip through.
 /// A default one is that of an all-zero group.
@@ -153,6 +148,24 @@ MOQ_HOST_DEVICE inline GridParams make_grid(const GroupStatistics& group, int nu
   }
   return make_grid(std::bit_cast<float>(ordered_bits(group.lowest)),
                    std::bit_cast<float>(ordered_bits(group.highest)), num_bits, mode, scale_dtype);
+}
+
+/// Symmetric grid of a float32 scale that is given rather than measured. One that is below
+/// min_scale, infinite or NaN has no grid: its scale is NaN.
+MOQ_HOST_DEVICE inline GridParams grid_of_scale(float scale, int num_bits) {
+  const bool in_range = scale >= min_scale(DType::kFloat32) && scale <= max_scale(DType::kFloat32);
+  const float step = in_range ? scale : std::bit_cast<float>(kQuietNaNBits);
+  return {step, 1.0F / step, 0, grid_range(num_bits, QuantMode::kSymmetric)};
+}
+
+/// True unless the group or the scale that the grid was asked for has none.
+MOQ_HOST_DEVICE inline bool exists(const GridParams& grid) {
+  return grid.scale == grid.scale;
+}
+
+/// The number, or the canonical quiet NaN for any NaN: processors make different ones.
+MOQ_HOST_DEVICE inline float canonical(float value) {
+  return value == value ? value : std::bit_cast<float>(kQuietNaNBits);
 }
 
 /// Code of one element of a group that has a grid. `uniform` in [0, 1) is used by stochastic

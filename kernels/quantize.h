@@ -17,13 +17,14 @@ namespace moq::kernels {
 /// Dynamic (static_scale is null): one scale per row (token), float32, absmax / 127 as
 /// quant_grid.h defines it; a row of zeros has the smallest scale and codes 0; a row that holds a
 /// NaN or an infinity has scale NaN, codes 0 and output NaN. Static: one given scale, and a NaN
-/// element has code 0 and output NaN. The output never holds a negative zero.
+/// element has code 0 and output NaN; a given scale that is not finite or below min_scale(float32)
+/// has no grid. The output never holds a negative zero.
 struct QuantizeActivationArgs {
   const void* input = nullptr;          ///< [rows, cols], rows contiguous, input_dtype
   std::int8_t* codes = nullptr;         ///< [rows, cols] contiguous; null: not written
   float* scales = nullptr;              ///< [rows], written when dynamic; null: not written
   void* output = nullptr;               ///< [rows, cols] contiguous, input_dtype; null: not written
-  const float* static_scale = nullptr;  ///< [1], positive; null: dynamic
+  const float* static_scale = nullptr;  ///< [1], finite, >= min_scale(float32); null: dynamic
   std::int64_t rows = 0;
   std::int64_t cols = 0;
   std::int64_t row_stride = 0;  ///< elements of input
@@ -45,7 +46,7 @@ struct RowAbsmaxArgs {
 };
 
 /// The numbers that codes stand for: output = scale * (code - zero_point) in float32, rounded once
-/// to output_dtype.
+/// to output_dtype. A NaN is the canonical quiet one, whatever that of the scale was.
 struct DequantizeArgs {
   const void* codes = nullptr;   ///< [rows, cols] contiguous, int8 or int16
   const void* scales = nullptr;  ///< [num_groups], scale_dtype, row-major by (row, group)
@@ -64,7 +65,7 @@ struct DequantizeArgs {
 
 namespace cpu {
 /// All pointers are host memory.
-/// @throws moq::Error for a dtype outside those named above.
+/// @throws moq::Error for a dtype outside those named above, or a given scale without a grid.
 void quantize_activation(const QuantizeActivationArgs& args);
 
 /// All pointers are host memory.
@@ -78,8 +79,9 @@ void row_absmax(const RowAbsmaxArgs& args);
 }  // namespace cpu
 
 namespace cuda {
-/// All pointers are memory of the current device.
-/// @throws moq::Error as on the CPU, and if a launch fails.
+/// All pointers are memory of the current device. The host cannot check a given scale: one without
+/// a grid gives codes 0 and outputs NaN.
+/// @throws moq::Error for a dtype outside those named above, and if a launch fails.
 void quantize_activation(const QuantizeActivationArgs& args, CUstream_st* stream);
 
 /// All pointers are memory of the current device.

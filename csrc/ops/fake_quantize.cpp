@@ -17,8 +17,7 @@ using at::Tensor;
 
 constexpr const char* kName = "fake_quantize";
 
-// -----------------------------------------------------------------------------------
-// implementation
+// ---------------------------------------------------------------------------------- implementation
 
 Tensor fake_quantize(const Tensor& weight, std::int64_t num_bits, std::string_view granularity,
                      std::int64_t group_size, std::string_view mode, std::string_view rounding,

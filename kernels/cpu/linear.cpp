@@ -3,7 +3,6 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <new>
 
@@ -12,6 +11,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/linear_kernels.h"
+#include "kernels/quant_grid.h"
 
 namespace moq::kernels::cpu {
 namespace {
@@ -34,9 +34,9 @@ void check(const LinearArgs& args) {
   MOQ_CHECK(args.m >= 0, "linear: m must be >= 0, got ", args.m);
   MOQ_CHECK(is_integer(shape.format) || args.input_mode == InputMode::kFloat32,
             "linear: INT8 input needs an integer weight, got ", name_of(shape.format));
-  MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 ||
-                (args.input_scale > 0.0F && std::isfinite(args.input_scale)),
-            "linear: input_scale must be positive and finite, got ", args.input_scale);
+  MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 || exists(grid_of_scale(args.input_scale, 8)),
+            "linear: input_scale must be finite and >= ", min_scale(DType::kFloat32), ", got ",
+            args.input_scale);
   MOQ_CHECK(args.input_absmax == nullptr || args.input_mode == InputMode::kDynamicInt8,
             "linear: input_absmax needs the dynamic INT8 input mode, got another");
   MOQ_CHECK(args.activation == Activation::kNone || args.residual == nullptr ||

@@ -46,7 +46,7 @@ void dequantize_row(const DequantizeArgs& args, std::int64_t row) {
                           .zero_point = args.zero_points != nullptr ? args.zero_points[group] : 0,
                           .range = {}};
     for (std::int64_t col = begin; col < begin + run; ++col) {
-      store_float(output + col * args.col_stride, dequantize_one(codes[col], grid));
+      store_float(output + col * args.col_stride, canonical(dequantize_one(codes[col], grid)));
     }
   }
 }
@@ -69,6 +69,9 @@ void visit_types(const DequantizeArgs& args, const Body& body) {
 
 void quantize_activation(const QuantizeActivationArgs& args) {
   check_quantize_activation(args);
+  MOQ_CHECK(args.static_scale == nullptr || exists(grid_of_scale(*args.static_scale, 8)),
+            "quantize_activation: a given scale must be finite and >= ", min_scale(DType::kFloat32),
+            ", got ", *args.static_scale);
   parallel_for(args.rows, rows_per_range(args.cols), [&](std::int64_t begin, std::int64_t end) {
     const QuantizeActivationArgs rows = rows_of(args, begin, end);
     MOQ_DISPATCH_ISA(quantize_activation, rows);

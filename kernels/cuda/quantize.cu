@@ -49,10 +49,10 @@ __device__ void quantize_row(const QuantizeActivationArgs& args, std::int64_t ro
       args.scales[row] = grid.scale;
     }
   }
-  const bool exists = grid.scale == grid.scale;
+  const bool has_grid = exists(grid);
   for (std::int64_t col = threadIdx.x; col < args.cols; col += kThreads) {
     const float value = to_float(input[col]);
-    const bool number = exists && value == value;
+    const bool number = has_grid && value == value;
     const std::int32_t code = number ? quantize_one(value, grid, Rounding::kNearest, 0.0F) : 0;
     if (args.codes != nullptr) {
       args.codes[row * args.cols + col] = static_cast<std::int8_t>(code);
@@ -88,9 +88,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgs arg
     GridParams grid{};
     grid.scale = to_float(static_cast<const Scale*>(args.scales)[group]);
     grid.zero_point = args.zero_points != nullptr ? args.zero_points[group] : 0;
-    const float value = dequantize_one(static_cast<const Code*>(args.codes)[i], grid);
     store_float(static_cast<Output*>(args.output) + row * args.row_stride + col * args.col_stride,
-                value == value ? value : std::bit_cast<float>(kQuietNaNBits));
+                canonical(dequantize_one(static_cast<const Code*>(args.codes)[i], grid)));
   }
 }
 

@@ -224,5 +224,7 @@ class TestRefusals:
             linear(x, packed, 4, activation="swish")
         with pytest.raises(ValueError, match="input_mode must be one of float32, dynamic_int8"):
             linear(x, packed, 4, input_mode="int8")
-        with pytest.raises(RuntimeError, match="input_scale must be positive and finite"):
+        with pytest.raises(
+            RuntimeError, match="input_scale must be finite and >= 1.17549e-38, got 0"
+        ):
             linear(x, packed, 4, input_mode="static_int8")

@@ -139,6 +139,21 @@ def test_a_token_with_a_nan_is_nan_throughout(device):
     assert ops.fake_quantize_activation(tokens.to(device)).isnan().sum() == 21
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.01, 1e-39, float("inf"), float("nan")])
+def test_a_given_scale_without_a_grid_is_refused_or_gives_nan(device, scale):
+    tokens = random_tokens(2, 5).to(device)
+    given = torch.tensor([scale], device=device)
+    if device == "cpu":
+        for operator in (ops.quantize_activation, ops.fake_quantize_activation):
+            with pytest.raises(
+                RuntimeError, match="a given scale must be finite and >= 1.17549e-38"
+            ):
+                operator(tokens, given)
+    else:  # where a check would have to wait for the device
+        assert not ops.quantize_activation(tokens, given)[0].any()
+        assert ops.fake_quantize_activation(tokens, given).isnan().all()
+
+
 def test_strided_tokens_give_what_their_copies_give(device):
     tokens = random_tokens(6, 40).to(device)[:, ::2]
     for actual, expected in zip(

@@ -54,7 +54,7 @@ InputGrid exact_grid(GroupStatistics row) {
 }
 
 InputGrid int8_grid(const GridParams& grid) {
-  if (!std::isfinite(grid.scale)) {
+  if (!exists(grid)) {
     return kNoResult;
   }
   return {grid.inverse_scale, 1.0F, static_cast<float>(grid.range.qmax), grid.scale};

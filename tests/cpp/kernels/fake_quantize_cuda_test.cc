@@ -4,63 +4,22 @@
 
 #include "kernels/fake_quantize.h"
 
+#include "tests/cpp/kernels/device.h"
+
 #if !defined(MOQ_WITH_CUDA)
 
 TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
-  GTEST_SKIP() << "built without CUDA (MOQ_CUDA): the CUDA kernels were not tested";
+  MOQ_SKIP_WITHOUT_GPU();
 }
 
 #else
 
-#include <cuda_runtime_api.h>
-
 #include "kernels/common/check.h"
-#include "kernels/cuda/cuda_check.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
 
 namespace moq::kernels::testing {
 namespace {
-
-#define MOQ_SKIP_WITHOUT_GPU()                                                   \
-  do {                                                                           \
-    int device_count = 0;                                                        \
-    if (cudaGetDeviceCount(&device_count) != cudaSuccess || device_count == 0) { \
-      GTEST_SKIP() << "no CUDA device here: the CUDA kernels were not tested";   \
-    }                                                                            \
-  } while (false)
-
-/// Device memory. Starts as a copy of host bytes.
-class Buffer {
- public:
-  Buffer(const void* host, std::size_t bytes) : Buffer(bytes) {
-    MOQ_CUDA_CHECK(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice));
-  }
-  template <typename Element>
-  explicit Buffer(const std::vector<Element>& host)
-      : Buffer(host.data(), host.size() * sizeof(Element)) {}
-  explicit Buffer(std::size_t bytes) : bytes_(bytes) {
-    MOQ_CUDA_CHECK(cudaMalloc(&data_, bytes + 1));  // + 1: an empty one has an address too
-  }
-  Buffer(Buffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
-  ~Buffer() { cudaFree(data_); }
-
-  template <typename Element>
-  Element* as() const {
-    return static_cast<Element*>(data_);
-  }
-  void* data() const { return data_; }
-
-  template <typename Element>
-  void copy_to(std::vector<Element>& host) const {
-    MOQ_CUDA_CHECK(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost));
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_;
-};
 
 /// A problem's memory on the device.
 struct DeviceProblem {

@@ -4,18 +4,22 @@
 
 #include <algorithm>
 #include <bit>
-#include <functional>
+#include <cstring>
 #include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "kernels/common/check.h"
 #include "kernels/common/name_hash.h"
 #include "kernels/common/parallel.h"
-#include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/quantize.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
+#include "tests/cpp/kernels/isa_axis.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -37,30 +41,57 @@ bool operator==(const Quantized& a, const Quantized& b) {
          std::ranges::equal(a.scales, b.scales, {}, bits, bits);
 }
 
-using Quantize = std::function<void(const QuantizeActivationArgs&)>;
+/// The bodies of a device; a build without CUDA skips before it gets here.
+void quantize_activation(Device device, const QuantizeActivationArgs& args) {
+  if (device == Device::kCpu) {
+    return cpu::quantize_activation(args);
+  }
+#if defined(MOQ_WITH_CUDA)
+  cuda::quantize_activation(args, nullptr);
+#endif
+}
 
-/// Runs `quantize` over the rows of a problem in linear storage.
-Quantized run(const Problem& problem, const float* static_scale = nullptr,
-              const Quantize& quantize = cpu::quantize_activation) {
+void dequantize(Device device, const DequantizeArgs& args) {
+  if (device == Device::kCpu) {
+    return cpu::dequantize(args);
+  }
+#if defined(MOQ_WITH_CUDA)
+  cuda::dequantize(args, nullptr);
+#endif
+}
+
+/// Runs a body of quantize_activation over the rows of a problem in linear storage.
+template <typename Body>
+Quantized run(Device device, const Problem& problem, const std::optional<float>& static_scale,
+              const Body& body) {
   const Case& c = problem.parameters;
   const auto size = static_cast<std::size_t>(c.rows * c.cols);
-  Quantized result{std::vector<std::int8_t>(size, 99),
-                   std::vector<float>(static_cast<std::size_t>(c.rows), -1.0F),
-                   std::vector<std::byte>(size * size_of(c.input_dtype))};
-  quantize({.input = problem.input.data(),
-            .codes = result.codes.data(),
-            .scales = result.scales.data(),
-            .output = result.output.data(),
-            .static_scale = static_scale,
-            .rows = c.rows,
-            .cols = c.cols,
-            .row_stride = problem.row_stride,
-            .input_dtype = c.input_dtype});
-  return result;
+  const OnDevice<std::byte> input(device, problem.input);
+  const OnDevice<std::int8_t> codes(device, std::vector<std::int8_t>(size, 99));
+  const OnDevice<float> scales(device, std::vector<float>(static_cast<std::size_t>(c.rows), -1.0F));
+  const OnDevice<std::byte> output(device, std::vector<std::byte>(size * size_of(c.input_dtype)));
+  const OnDevice<float> scale(device, {static_scale.value_or(0.0F)});
+  body({.input = input.data(),
+        .codes = codes.data(),
+        .scales = scales.data(),
+        .output = output.data(),
+        .static_scale = static_scale.has_value() ? scale.data() : nullptr,
+        .rows = c.rows,
+        .cols = c.cols,
+        .row_stride = problem.row_stride,
+        .input_dtype = c.input_dtype});
+  return {codes.read(), scales.read(), output.read()};
+}
+
+Quantized run(Device device, const Problem& problem,
+              const std::optional<float>& static_scale = std::nullopt) {
+  return run(device, problem, static_scale,
+             [&](const QuantizeActivationArgs& args) { quantize_activation(device, args); });
 }
 
 /// The formulas of kernels/quantize.h, one element at a time.
-Quantized quantized(const Problem& problem, const float* static_scale = nullptr) {
+Quantized quantized(const Problem& problem,
+                    const std::optional<float>& static_scale = std::nullopt) {
   const Case& c = problem.parameters;
   const auto size = static_cast<std::size_t>(c.rows * c.cols);
   Quantized result{std::vector<std::int8_t>(size),
@@ -74,11 +105,11 @@ Quantized quantized(const Problem& problem, const float* static_scale = nullptr)
       finite = finite && std::isfinite(problem.get(row, col));
     }
     const GridParams grid =
-        static_scale != nullptr
+        static_scale.has_value()
             ? grid_of_scale(*static_scale, 8)
             : make_grid(-absmax, absmax, 8, QuantMode::kSymmetric, DType::kFloat32);
-    const bool row_is_bad = !finite && static_scale == nullptr;
-    if (static_scale == nullptr) {
+    const bool row_is_bad = !finite && !static_scale.has_value();
+    if (!static_scale.has_value()) {
       result.scales[static_cast<std::size_t>(row)] = row_is_bad ? kNaN : grid.scale;
     }
     for (std::int64_t col = 0; col < c.cols; ++col) {
@@ -93,79 +124,109 @@ Quantized quantized(const Problem& problem, const float* static_scale = nullptr)
   return result;
 }
 
-class QuantizeActivation
-    : public ::testing::TestWithParam<std::tuple<std::int64_t, std::int64_t, DType>> {
+using Rows = std::tuple<std::int64_t, std::int64_t, DType>;
+
+Problem problem_of(const Rows& parameters) {
+  const auto& [rows, cols, dtype] = parameters;
+  return Problem({.rows = rows, .cols = cols, .input_dtype = dtype});
+}
+
+std::string describe_rows(const Rows& parameters) {
+  const auto& [rows, cols, dtype] = parameters;
+  return std::to_string(rows) + "x" + std::to_string(cols) + "_" + moq::name_of(dtype);
+}
+
+const auto kRows =
+    ::testing::Combine(::testing::Values(0, 1, 5), ::testing::Values(0, 1, 17, 64, 577), kFloats);
+
+class QuantizeActivationEveryShape : public ::testing::TestWithParam<std::tuple<Device, Rows>> {
  protected:
-  Problem problem() const {
-    const auto& [rows, cols, dtype] = GetParam();
-    return Problem({.rows = rows, .cols = cols, .input_dtype = dtype});
-  }
+  Device device_ = std::get<0>(GetParam());
+  Problem problem_ = problem_of(std::get<1>(GetParam()));
 };
 
-TEST_P(QuantizeActivation, GivesTheBitsOfTheDefinition) {
-  EXPECT_EQ(run(problem()), quantized(problem()));
+TEST_P(QuantizeActivationEveryShape, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT(device_);
+  EXPECT_EQ(run(device_, problem_), quantized(problem_));
 }
 
-TEST_P(QuantizeActivation, GivesTheSameBitsWithEveryInstructionSet) {
-  const Problem problem = this->problem();
-  EXPECT_EQ(run(problem, nullptr, cpu::scalar::quantize_activation), quantized(problem));
-  if (cpu::active_isa() >= cpu::Isa::kAvx2) {
-    EXPECT_EQ(run(problem, nullptr, cpu::avx2::quantize_activation), quantized(problem));
-  }
-  if (cpu::active_isa() >= cpu::Isa::kAvx512) {
-    EXPECT_EQ(run(problem, nullptr, cpu::avx512::quantize_activation), quantized(problem));
-  }
-}
-
-TEST_P(QuantizeActivation, UsesAGivenScaleAndClampsToIt) {
+TEST_P(QuantizeActivationEveryShape, UsesAGivenScaleAndClampsToIt) {
+  MOQ_SKIP_WITHOUT(device_);
   const float scale = 0.00007F;
-  EXPECT_EQ(run(problem(), &scale), quantized(problem(), &scale));
+  EXPECT_EQ(run(device_, problem_, scale), quantized(problem_, scale));
 }
 
-INSTANTIATE_TEST_SUITE_P(All, QuantizeActivation,
-                         ::testing::Combine(::testing::Values(0, 1, 5),
-                                            ::testing::Values(0, 1, 17, 64, 577), kFloats));
+INSTANTIATE_TEST_SUITE_P(All, QuantizeActivationEveryShape, ::testing::Combine(kDevices, kRows),
+                         [](const auto& info) {
+                           return name_of(std::get<Device>(info.param)) + "_" +
+                                  describe_rows(std::get<Rows>(info.param));
+                         });
 
-TEST(QuantizeActivation, AZeroRowHasTheSmallestScaleAndCodesZero) {
+class QuantizeActivationEveryInstructionSet
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, Rows>> {};
+
+TEST_P(QuantizeActivationEveryInstructionSet, GivesTheBitsOfTheDefinition) {
+  const auto& [isa, rows] = GetParam();
+  MOQ_SKIP_WITHOUT_ISA(isa);
+  const Problem problem = problem_of(rows);
+  EXPECT_EQ(run(Device::kCpu, problem, std::nullopt, MOQ_FUNCTION_OF(isa, quantize_activation)),
+            quantized(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, QuantizeActivationEveryInstructionSet,
+                         ::testing::Combine(kIsas, kRows), [](const auto& info) {
+                           return std::string(cpu::name_of(std::get<cpu::Isa>(info.param))) + "_" +
+                                  describe_rows(std::get<Rows>(info.param));
+                         });
+
+class QuantizeActivation : public ::testing::TestWithParam<Device> {};
+
+TEST_P(QuantizeActivation, AZeroRowHasTheSmallestScaleAndCodesZero) {
+  MOQ_SKIP_WITHOUT(GetParam());
   Problem problem({.rows = 2, .cols = 21});
   for (std::int64_t col = 0; col < 21; ++col) problem.set(1, col, -0.0F);
-  const Quantized result = run(problem);
+  const Quantized result = run(GetParam(), problem);
   EXPECT_EQ(result, quantized(problem));
   EXPECT_EQ(result.scales[1], min_scale(DType::kFloat32));
 }
 
-TEST(QuantizeActivation, ARowThatHoldsANaNOrAnInfinityIsNaNThroughout) {
+TEST_P(QuantizeActivation, ARowThatHoldsANaNOrAnInfinityIsNaNThroughout) {
+  MOQ_SKIP_WITHOUT(GetParam());
   for (const float bad : {kNaN, kInfinity, -kInfinity}) {
     Problem problem({.rows = 3, .cols = 37});
     problem.set(1, 36, bad);
-    const Quantized result = run(problem);
+    const Quantized result = run(GetParam(), problem);
     EXPECT_EQ(result, quantized(problem));
     EXPECT_TRUE(std::isnan(result.scales[1]));
     EXPECT_FALSE(std::isnan(result.scales[0]));
   }
 }
 
-TEST(QuantizeActivation, UnderAGivenScaleOnlyTheNaNItselfIsNaN) {
+TEST_P(QuantizeActivation, UnderAGivenScaleOnlyTheNaNItselfIsNaN) {
+  MOQ_SKIP_WITHOUT(GetParam());
   Problem problem({.rows = 1, .cols = 37});
   problem.set(0, 3, kNaN);
   problem.set(0, 35, kNaN);
   problem.set(0, 36, kInfinity);
   const float scale = 0.001F;
-  const Quantized result = run(problem, &scale);
-  EXPECT_EQ(result, quantized(problem, &scale));
+  const Quantized result = run(GetParam(), problem, scale);
+  EXPECT_EQ(result, quantized(problem, scale));
   EXPECT_EQ(result.codes[3], 0);
   EXPECT_EQ(result.codes[36], 127);
 }
 
-TEST(QuantizeActivation, SeveralThreadsGiveTheSameBits) {
-  const Problem problem({.rows = 203, .cols = 577});
-  const ThreadScope threads(4);
-  EXPECT_EQ(run(problem), quantized(problem));
+TEST_P(QuantizeActivation, UsesTheSmallestScaleThatHasAGrid) {
+  MOQ_SKIP_WITHOUT(GetParam());
+  Problem problem({.rows = 1, .cols = 37});
+  problem.set(0, 3, 3e-38F);
+  const float scale = min_scale(DType::kFloat32);
+  EXPECT_EQ(run(GetParam(), problem, scale), quantized(problem, scale));
 }
 
-TEST(QuantizeActivation, RefusesIntegers) {
+TEST_P(QuantizeActivation, RefusesIntegers) {
+  MOQ_SKIP_WITHOUT(GetParam());
   try {
-    cpu::quantize_activation({.rows = 1, .cols = 1, .input_dtype = DType::kInt32});
+    quantize_activation(GetParam(), {.rows = 1, .cols = 1, .input_dtype = DType::kInt32});
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(),
@@ -173,13 +234,55 @@ TEST(QuantizeActivation, RefusesIntegers) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(All, QuantizeActivation, kDevices,
+                         [](const auto& info) { return name_of(info.param); });
+
+class GivenScaleWithoutAGrid : public ::testing::TestWithParam<float> {};
+
+TEST_P(GivenScaleWithoutAGrid, IsRefusedOnTheCpu) {
+  const float scale = GetParam();
+  const Problem problem({.rows = 2, .cols = 5});
+  try {
+    run(Device::kCpu, problem, scale);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_TRUE(std::string_view(error.what())
+                    .starts_with("quantize_activation: a given scale must be finite and >= "
+                                 "1.17549e-38, got "))
+        << error.what();
+  }
+}
+
+TEST_P(GivenScaleWithoutAGrid, GivesNaNAndCodesZeroOnCuda) {
+  MOQ_SKIP_WITHOUT(Device::kCuda);
+  const float scale = GetParam();
+  const Problem problem({.rows = 2, .cols = 5});
+  const Quantized result = run(Device::kCuda, problem, scale);
+  Quantized expected = result;
+  expected.codes.assign(10, 0);
+  for (std::size_t i = 0; i < 10; ++i) {
+    put_float(expected.output, DType::kFloat32, i, kNaN);
+  }
+  EXPECT_EQ(result, expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(Values, GivenScaleWithoutAGrid,
+                         ::testing::Values(0.0F, -0.0F, -0.01F, 1e-39F, kInfinity, -kInfinity,
+                                           kNaN));
+
+TEST(QuantizeActivationOnThreads, GivesTheSameBits) {
+  const Problem problem({.rows = 203, .cols = 577});
+  const ThreadScope threads(4);
+  EXPECT_EQ(run(Device::kCpu, problem), quantized(problem));
+}
+
 // ------------------------------------------------------------------------------- absmax of rows
 
-class RowAbsmax : public ::testing::TestWithParam<std::tuple<std::int64_t, std::int64_t>> {
+class RowAbsmax
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, std::int64_t, std::int64_t>> {
  protected:
-  using Body = std::function<void(const RowAbsmaxArgs&)>;
-
-  std::vector<float> run(const Body& body = cpu::row_absmax) const {
+  template <typename Body>
+  std::vector<float> run(const Body& body) const {
     const Case& c = problem_.parameters;
     std::vector<float> absmax(static_cast<std::size_t>(c.rows), -1.0F);
     body({.input = reinterpret_cast<const float*>(problem_.input.data()),
@@ -190,42 +293,32 @@ class RowAbsmax : public ::testing::TestWithParam<std::tuple<std::int64_t, std::
     return absmax;
   }
 
-  std::vector<float> by_definition() const {
-    std::vector<float> absmax;
-    for (std::int64_t row = 0; row < problem_.parameters.rows; ++row) {
-      absmax.push_back(0.0F);
-      for (std::int64_t col = 0; col < problem_.parameters.cols; ++col) {
-        absmax.back() = std::max(absmax.back(), std::fabs(problem_.get(row, col)));
-      }
-    }
-    return absmax;
-  }
-
-  Problem problem_ = Problem({.rows = std::get<0>(GetParam()), .cols = std::get<1>(GetParam())});
+  cpu::Isa isa_ = std::get<0>(GetParam());
+  Problem problem_ = Problem({.rows = std::get<1>(GetParam()), .cols = std::get<2>(GetParam())});
 };
 
 TEST_P(RowAbsmax, IsTheLargestMagnitudeOfEachRow) {
+  MOQ_SKIP_WITHOUT_ISA(isa_);
+  std::vector<float> expected;
+  for (std::int64_t row = 0; row < problem_.parameters.rows; ++row) {
+    expected.push_back(0.0F);
+    for (std::int64_t col = 0; col < problem_.parameters.cols; ++col) {
+      expected.back() = std::max(expected.back(), std::fabs(problem_.get(row, col)));
+    }
+  }
+  EXPECT_EQ(run(MOQ_FUNCTION_OF(isa_, row_absmax)), expected);
   const ThreadScope threads(3);
-  EXPECT_EQ(run(), by_definition());
-}
-
-TEST_P(RowAbsmax, IsTheSameWithEveryInstructionSet) {
-  EXPECT_EQ(run(cpu::scalar::row_absmax), by_definition());
-  if (cpu::active_isa() >= cpu::Isa::kAvx2) {
-    EXPECT_EQ(run(cpu::avx2::row_absmax), by_definition());
-  }
-  if (cpu::active_isa() >= cpu::Isa::kAvx512) {
-    EXPECT_EQ(run(cpu::avx512::row_absmax), by_definition());
-  }
+  EXPECT_EQ(run(cpu::row_absmax), expected);
 }
 
 TEST_P(RowAbsmax, KeepsEveryNaNAndInfinity) {
-  const auto [rows, cols] = GetParam();
+  MOQ_SKIP_WITHOUT_ISA(isa_);
+  const auto [isa, rows, cols] = GetParam();
   for (std::int64_t row = 0; row < rows && cols > 0; ++row) {
     problem_.set(row, row % cols, row % 3 == 0 ? -kNaN : row % 3 == 1 ? kNaN : -kInfinity);
     problem_.set(row, (row * 7 + 1) % cols, problem_.get(row, row % cols));
   }
-  const std::vector<float> absmax = run();
+  const std::vector<float> absmax = run(MOQ_FUNCTION_OF(isa_, row_absmax));
   for (std::size_t row = 0; row < absmax.size() && cols > 0; ++row) {
     EXPECT_EQ(std::isnan(absmax[row]), row % 3 != 2) << absmax[row];
     EXPECT_GE(std::bit_cast<std::int32_t>(absmax[row]), kInfinityBits);
@@ -233,10 +326,15 @@ TEST_P(RowAbsmax, KeepsEveryNaNAndInfinity) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, RowAbsmax,
-                         ::testing::Combine(::testing::Values(0, 1, 5, 203),
-                                            ::testing::Values(0, 1, 17, 64, 577)));
+                         ::testing::Combine(kIsas, ::testing::Values(0, 1, 5, 203),
+                                            ::testing::Values(0, 1, 17, 64, 577)),
+                         [](const auto& info) {
+                           return std::string(cpu::name_of(std::get<0>(info.param))) + "_" +
+                                  std::to_string(std::get<1>(info.param)) + "x" +
+                                  std::to_string(std::get<2>(info.param));
+                         });
 
-TEST(RowAbsmax, RefusesANegativeShape) {
+TEST(RowAbsmaxErrors, RefusesANegativeShape) {
   try {
     cpu::row_absmax({.rows = 2, .cols = -1});
     FAIL() << "no error";
@@ -247,47 +345,85 @@ TEST(RowAbsmax, RefusesANegativeShape) {
 
 // ------------------------------------------------------------------------------ codes to weights
 
-class Dequantize : public ::testing::TestWithParam<Axes> {};
+/// Restores the codes of `simulated`, in the layout of `problem`.
+std::vector<std::byte> restored(Device device, const Problem& problem, const Result& simulated) {
+  const Case& c = problem.parameters;
+  const OnDevice<std::byte> codes(device, simulated.codes);
+  const OnDevice<std::byte> scales(device, simulated.scales);
+  const OnDevice<std::int32_t> zero_points(device, simulated.zero_points);
+  const OnDevice<std::byte> output(device, problem.blank.output);
+  dequantize(device, {.codes = codes.data(),
+                      .scales = scales.data(),
+                      .zero_points = zero_points.data(),
+                      .output = output.data(),
+                      .rows = c.rows,
+                      .cols = c.cols,
+                      .row_stride = problem.row_stride,
+                      .col_stride = problem.col_stride,
+                      .group_size = c.group_size,
+                      .codes_dtype = c.codes_dtype,
+                      .scale_dtype = c.scale_dtype,
+                      .output_dtype = c.output_dtype,
+                      .granularity = c.granularity});
+  return output.read();
+}
 
-TEST_P(Dequantize, RestoresWhatFakeQuantizeWrote) {
+class DequantizeEveryAxis : public ::testing::TestWithParam<std::tuple<Device, Axes>> {};
+
+TEST_P(DequantizeEveryAxis, RestoresWhatFakeQuantizeWrote) {
+  const auto& [device, axes] = GetParam();
+  MOQ_SKIP_WITHOUT(device);
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    Case c = case_of(GetParam());
+    Case c = case_of(axes);
     c.codes_dtype = dtype == DType::kFloat16 ? DType::kInt16 : DType::kInt8;
     c.input_dtype = c.output_dtype = c.scale_dtype = dtype;
     const Problem problem(c);
     const Result simulated = reference(problem);
-    Result restored = problem.blank;
-    cpu::dequantize({.codes = simulated.codes.data(),
-                     .scales = simulated.scales.data(),
-                     .zero_points = simulated.zero_points.data(),
-                     .output = restored.output.data(),
-                     .rows = c.rows,
-                     .cols = c.cols,
-                     .row_stride = problem.row_stride,
-                     .col_stride = problem.col_stride,
-                     .group_size = c.group_size,
-                     .codes_dtype = c.codes_dtype,
-                     .scale_dtype = c.scale_dtype,
-                     .output_dtype = c.output_dtype,
-                     .granularity = c.granularity});
-    EXPECT_EQ(restored.output, simulated.output) << moq::name_of(dtype);
+    EXPECT_EQ(restored(device, problem, simulated), simulated.output) << moq::name_of(dtype);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Dequantize,
-                         ::testing::Combine(kShapes, kStorages, kGranularities, kModes,
-                                            ::testing::Values(Rounding::kNearest)),
-                         axes_name);
+INSTANTIATE_TEST_SUITE_P(
+    All, DequantizeEveryAxis,
+    ::testing::Combine(kDevices, ::testing::Combine(kShapes, kStorages, kGranularities, kModes,
+                                                    ::testing::Values(Rounding::kNearest))),
+    [](const auto& info) {
+      return name_of(std::get<Device>(info.param)) + "_" +
+             describe(case_of(std::get<Axes>(info.param)));
+    });
 
-TEST(Dequantize, RefusesAGroupSizeThatDoesNotDivideTheColumns) {
+class Dequantize : public ::testing::TestWithParam<Device> {};
+
+TEST_P(Dequantize, EveryNaNIsTheCanonicalOne) {
+  MOQ_SKIP_WITHOUT(GetParam());
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    const Problem problem({.rows = 4, .cols = 19, .output_dtype = dtype});
+    Result simulated = reference(problem);
+    const std::uint32_t scales[] = {0x7fc12345U, 0xffc00000U, 0x7f812345U, 0x7f800000U};
+    std::memcpy(simulated.scales.data(), scales, sizeof(scales));
+    simulated.codes.assign(simulated.codes.size(), std::byte{0});
+    for (std::int64_t row = 0; row < 4; ++row) {
+      for (std::int64_t col = 0; col < 19; ++col) {
+        put_float(simulated.output, dtype, problem.place(row, col), kNaN);
+      }
+    }
+    EXPECT_EQ(restored(GetParam(), problem, simulated), simulated.output) << moq::name_of(dtype);
+  }
+}
+
+TEST_P(Dequantize, RefusesAGroupSizeThatDoesNotDivideTheColumns) {
+  MOQ_SKIP_WITHOUT(GetParam());
   try {
-    cpu::dequantize(
-        {.rows = 1, .cols = 10, .group_size = 4, .granularity = Granularity::kPerGroup});
+    dequantize(GetParam(),
+               {.rows = 1, .cols = 10, .group_size = 4, .granularity = Granularity::kPerGroup});
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(), "dequantize: group_size must divide the columns, got 4 and 10");
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(All, Dequantize, kDevices,
+                         [](const auto& info) { return name_of(info.param); });
 
 TEST(NameHash, IsFnv1a) {  // the vectors of the authors' page
   EXPECT_EQ(name_hash(""), 0x811c9dc5U);

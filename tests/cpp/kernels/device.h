@@ -1,0 +1,121 @@
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(MOQ_WITH_CUDA)
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/cuda_check.h"
+
+#define MOQ_SKIP_WITHOUT_GPU()                                                   \
+  do {                                                                           \
+    int device_count = 0;                                                        \
+    if (cudaGetDeviceCount(&device_count) != cudaSuccess || device_count == 0) { \
+      GTEST_SKIP() << "no CUDA device here: the CUDA kernels were not tested";   \
+    }                                                                            \
+  } while (false)
+#else
+#define MOQ_SKIP_WITHOUT_GPU() \
+  GTEST_SKIP() << "built without CUDA (MOQ_CUDA): the CUDA kernels were not tested"
+#endif
+
+/// Ends a test as skipped, saying so, where there is no such device.
+#define MOQ_SKIP_WITHOUT(DEVICE)                              \
+  do {                                                        \
+    if ((DEVICE) == ::moq::kernels::testing::Device::kCuda) { \
+      MOQ_SKIP_WITHOUT_GPU();                                 \
+    }                                                         \
+  } while (false)
+
+/// Where the body runs that a test is about, and memory that it can read.
+namespace moq::kernels::testing {
+
+enum class Device { kCpu, kCuda };
+
+inline const auto kDevices = ::testing::Values(Device::kCpu, Device::kCuda);
+
+inline std::string name_of(Device device) {
+  return device == Device::kCpu ? "cpu" : "cuda";
+}
+
+#if defined(MOQ_WITH_CUDA)
+
+/// Device memory. Starts as a copy of host bytes.
+class Buffer {
+ public:
+  Buffer(const void* host, std::size_t bytes) : Buffer(bytes) {
+    MOQ_CUDA_CHECK(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice));
+  }
+  template <typename Element>
+  explicit Buffer(const std::vector<Element>& host)
+      : Buffer(host.data(), host.size() * sizeof(Element)) {}
+  explicit Buffer(std::size_t bytes) : bytes_(bytes) {
+    MOQ_CUDA_CHECK(cudaMalloc(&data_, bytes + 1));  // + 1: an empty one has an address too
+  }
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  ~Buffer() { cudaFree(data_); }
+
+  template <typename Element>
+  Element* as() const {
+    return static_cast<Element*>(data_);
+  }
+  void* data() const { return data_; }
+
+  template <typename Element>
+  void copy_to(std::vector<Element>& host) const {
+    MOQ_CUDA_CHECK(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost));
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_;
+};
+
+#endif
+
+/// The numbers of a host vector in a device's memory.
+template <typename Element>
+class OnDevice {
+ public:
+  OnDevice([[maybe_unused]] Device device, std::vector<Element> host)
+      : host_(std::move(host)), data_(host_.data()) {
+#if defined(MOQ_WITH_CUDA)
+    if (device == Device::kCuda) {
+      buffer_.emplace(host_);
+      data_ = buffer_->template as<Element>();
+    }
+#endif
+  }
+  OnDevice(const OnDevice&) = delete;
+
+  Element* data() const {
+    return data_;
+  }
+
+  /// What the memory holds now.
+  std::vector<Element> read() const {
+    std::vector<Element> result = host_;
+#if defined(MOQ_WITH_CUDA)
+    if (buffer_.has_value()) {
+      buffer_->copy_to(result);
+    }
+#endif
+    return result;
+  }
+
+ private:
+  std::vector<Element> host_;
+  Element* data_;
+#if defined(MOQ_WITH_CUDA)
+  std::optional<Buffer> buffer_;
+#endif
+};
+
+}  // namespace moq::kernels::testing
