@@ -104,8 +104,12 @@ void foreach_fake_quantize(at::TensorList weights, const Tensor& num_bits,
     matrices.back().output = out[i].mutable_data_ptr();
     matrices.back().output_dtype = dtype_of(out[i].scalar_type());
   }
-  run_fake_quantize(num_bits.device(), matrices, seed,
-                    {num_bits.contiguous(), Tensor(), step.value_or(Tensor())});
+  const Tensor widths = num_bits.contiguous();
+  run_fake_quantize({.tensors = matrices,
+                     .num_bits = widths.const_data_ptr<std::int32_t>(),
+                     .seed = static_cast<std::uint64_t>(seed),
+                     .step = step.has_value() ? step->const_data_ptr<std::int64_t>() : nullptr},
+                    num_bits.device());
 }
 
 void foreach_fake_quantize_meta(at::TensorList weights, const Tensor& num_bits,

@@ -120,38 +120,41 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
           .rounding = quantizer.rounding == "nearest" ? Rounding::kNearest : Rounding::kStochastic};
 }
 
-void run_fake_quantize([[maybe_unused]] const at::Device& device,
-                       std::span<const kernels::FakeQuantizeTensor> matrices, std::int64_t seed,
-                       const StepTensors& step) {
-  kernels::FakeQuantizeArgs args{
-      .tensors = matrices,
-      .num_bits = step.num_bits.const_data_ptr<std::int32_t>(),
-      .blend_ratio =
-          step.blend_ratio.defined() ? step.blend_ratio.const_data_ptr<float>() : nullptr,
-      .seed = static_cast<std::uint64_t>(seed),
-      .step = step.step.defined() ? step.step.const_data_ptr<std::int64_t>() : nullptr};
+void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {
+  if (device.is_cpu()) {
+    const kernels::ThreadScope threads(at::get_num_threads());
+    return kernels::cpu::fake_quantize(args);
+  }
 #if defined(MOQ_WITH_CUDA)
   if (device.is_cuda()) {
     const c10::cuda::CUDAGuard guard(device);
     const auto bytes =
-        static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(matrices));
+        static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(args.tensors));
+    // The caching allocator hands the block out again only in the order of this stream.
     const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(device).dtype(at::kByte));
     args.workspace = workspace.mutable_data_ptr();
-    kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream());
-    return;
+    return kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream());
   }
+  constexpr const char* kDevices = "the CPU or a CUDA device";
+#else
+  constexpr const char* kDevices = "the CPU (moq was built without CUDA)";
 #endif
-  const kernels::ThreadScope threads(at::get_num_threads());
-  kernels::cpu::fake_quantize(args);
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "fake_quantize: weights must be on ", kDevices, ", got ",
+                              device, "; move the model there");
 }
 
 void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
                        const Quantizer& quantizer) {
   const auto options = at::TensorOptions(weight.device());
-  run_fake_quantize(weight.device(), {&matrix, 1}, quantizer.seed,
-                    {at::full({1}, quantizer.num_bits, options.dtype(at::kInt)),
-                     at::full({1}, quantizer.blend_ratio, options.dtype(at::kFloat)),
-                     at::full({1}, quantizer.step, options.dtype(at::kLong))});
+  const at::Tensor num_bits = at::full({1}, quantizer.num_bits, options.dtype(at::kInt));
+  const at::Tensor blend_ratio = at::full({1}, quantizer.blend_ratio, options.dtype(at::kFloat));
+  const at::Tensor step = at::full({1}, quantizer.step, options.dtype(at::kLong));
+  run_fake_quantize({.tensors = {&matrix, 1},
+                     .num_bits = num_bits.const_data_ptr<std::int32_t>(),
+                     .blend_ratio = blend_ratio.const_data_ptr<float>(),
+                     .seed = static_cast<std::uint64_t>(quantizer.seed),
+                     .step = step.const_data_ptr<std::int64_t>()},
+                    weight.device());
 }
 
 }  // namespace moq::ops

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
 #include <string_view>
 
 #include "kernels/common/dtype.h"
@@ -47,20 +46,12 @@ c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantiz
 /// The kernel's description of a checked weight, its outputs still null. Strides are the weight's.
 kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& quantizer);
 
-/// What the kernel reads from the memory of the weights' own device, so that a captured CUDA graph
-/// follows its changes.
-struct StepTensors {
-  at::Tensor num_bits;     ///< [matrices], int32
-  at::Tensor blend_ratio;  ///< [matrices], float32; undefined: all 0
-  at::Tensor step;         ///< [1], int64; undefined: 0
-};
+/// Runs the kernel of `device`, where the pointers of `args` point to, on torch's threads or its
+/// current stream; the workspace is made here.
+/// @throws NotImplementedError (Python's) for a device without a kernel.
+void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device);
 
-/// Runs described weights, outputs filled in, through the kernel of their device in one call.
-void run_fake_quantize(const at::Device& device,
-                       std::span<const kernels::FakeQuantizeTensor> matrices, std::int64_t seed,
-                       const StepTensors& step);
-
-/// The same for one weight whose quantizer holds everything.
+/// The same for one described weight, outputs filled in, whose quantizer holds everything.
 void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
                        const Quantizer& quantizer);
 

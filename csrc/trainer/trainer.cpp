@@ -1,47 +1,20 @@
 #include "csrc/trainer/trainer.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
-#include <c10/core/DeviceGuard.h>
-#if defined(MOQ_WITH_CUDA)
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #include <span>
 #include <utility>
 
 #include "csrc/ops/quantizer.h"
 #include "kernels/common/check.h"
-#include "kernels/common/parallel.h"
 
 namespace moq::trainer {
-
 namespace {
-
-void launch(kernels::FakeQuantizeArgs args, c10::Device device) {
-  if (device.is_cpu()) {
-    const kernels::ThreadScope scope(at::get_num_threads());
-    kernels::cpu::fake_quantize(args);
-    return;
-  }
-#if defined(MOQ_WITH_CUDA)
-  const c10::DeviceGuard guard(device);
-  // The caching allocator hands the block out again only in the order of this stream.
-  const at::Tensor workspace = at::empty(
-      {static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(args.tensors))},
-      at::TensorOptions(device).dtype(at::kByte));
-  args.workspace = workspace.data_ptr();
-  kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream().stream());
-#else
-  TORCH_CHECK(false, "Trainer: parameters must be on the CPU (moq was built without CUDA), got ",
-              device);
-#endif
-}
 
 /// A schedule may plan widths for which there is no grid.
 void check_widths(const TrainedParameter& parameter, const schedule::Schedule& schedule) {
@@ -198,8 +171,9 @@ std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
   tensor.rounding = Rounding::kNearest;
   for (int num_bits = kMinBits; num_bits <= kMaxBits; ++num_bits) {
     const at::Tensor width = at::full({1}, num_bits, snapped.options().dtype(at::kInt));
-    launch({.tensors = std::span(&tensor, 1), .num_bits = width.const_data_ptr<std::int32_t>()},
-           snapped.device());
+    ops::run_fake_quantize(
+        {.tensors = std::span(&tensor, 1), .num_bits = width.const_data_ptr<std::int32_t>()},
+        snapped.device());
     if (at::equal(snapped, checked.simulated)) {
       return num_bits;
     }
@@ -315,15 +289,15 @@ void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Te
     tensors.push_back(describe(parameters_[p]));
   }
   const Control& control = group.control;
-  launch({.tensors = tensors,
-          .num_bits = control.num_bits().const_data_ptr<std::int32_t>(),
-          .blend_ratio = control.blend_ratio().defined()
-                             ? control.blend_ratio().const_data_ptr<float>()
-                             : nullptr,
-          .seed = seed_,
-          .step = control.step().const_data_ptr<std::int64_t>(),
-          .skip = found_inf ? found_inf->const_data_ptr<float>() : nullptr},
-         control.step().device());
+  ops::run_fake_quantize({.tensors = tensors,
+                          .num_bits = control.num_bits().const_data_ptr<std::int32_t>(),
+                          .blend_ratio = control.blend_ratio().defined()
+                                             ? control.blend_ratio().const_data_ptr<float>()
+                                             : nullptr,
+                          .seed = seed_,
+                          .step = control.step().const_data_ptr<std::int64_t>(),
+                          .skip = found_inf ? found_inf->const_data_ptr<float>() : nullptr},
+                         control.step().device());
   for (const std::size_t p : group.members) {
     // Autograd must see that values it may have saved are gone, as after any in-place operation.
     parameters_[p].simulated.unsafeGetTensorImpl()->bump_version();
@@ -341,14 +315,15 @@ at::Tensor Trainer::expected_value(const DeviceGroup& group, std::size_t index) 
   tensor.output = expected.mutable_data_ptr();
   const Control& control = group.control;
   const auto offset = static_cast<std::ptrdiff_t>(index);
-  launch({.tensors = std::span(&tensor, 1),
-          .num_bits = control.num_bits().const_data_ptr<std::int32_t>() + offset,
-          .blend_ratio = control.blend_ratio().defined()
-                             ? control.blend_ratio().const_data_ptr<float>() + offset
-                             : nullptr,
-          .seed = seed_,
-          .step = control.step().const_data_ptr<std::int64_t>()},
-         control.step().device());
+  ops::run_fake_quantize(
+      {.tensors = std::span(&tensor, 1),
+       .num_bits = control.num_bits().const_data_ptr<std::int32_t>() + offset,
+       .blend_ratio = control.blend_ratio().defined()
+                          ? control.blend_ratio().const_data_ptr<float>() + offset
+                          : nullptr,
+       .seed = seed_,
+       .step = control.step().const_data_ptr<std::int64_t>()},
+      control.step().device());
   return expected;
 }
 
