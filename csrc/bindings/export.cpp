@@ -2,7 +2,7 @@
 
 #include "csrc/bindings/bindings.h"
 #include "csrc/export/codes.h"
-#include "kernels/common/grid_names.h"
+#include "csrc/grid_names.h"
 
 namespace moq::bindings {
 
@@ -14,12 +14,13 @@ void bind_export(py::module_& m) {
       [](const std::string& name, const at::Tensor& master, const at::Tensor& simulated,
          int num_bits, const std::string& mode, const std::string& granularity,
          std::int64_t group_size, bool transposed, at::ScalarType scale_dtype) {
-        const exporter::GridSpec spec{.num_bits = num_bits,
-                                      .mode = kernels::parse_mode(mode),
-                                      .granularity = kernels::parse_granularity(granularity),
-                                      .group_size = group_size,
-                                      .transposed = transposed,
-                                      .scale_dtype = scale_dtype};
+        const exporter::GridSpec spec{
+            .num_bits = num_bits,
+            .mode = parse_mode("recover_codes", mode),
+            .granularity = parse_granularity("recover_codes", granularity),
+            .group_size = group_size,
+            .transposed = transposed,
+            .scale_dtype = scale_dtype};
         exporter::StoredCodes stored;
         {
           const py::gil_scoped_release release;

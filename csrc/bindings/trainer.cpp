@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "csrc/bindings/bindings.h"
-#include "kernels/common/grid_names.h"
+#include "csrc/grid_names.h"
 
 namespace moq::bindings {
 
@@ -26,20 +26,21 @@ void bind_trainer(pybind11::module_& m) {
                        const std::string& rounding, std::int64_t group_size, bool transposed,
                        std::int64_t blend_steps, std::int64_t first_element,
                        std::int64_t unsharded_cols) {
-             return TrainedParameter{.name = std::move(name),
-                                     .parameter = std::move(parameter),
-                                     .master = std::move(master),
-                                     .simulated = std::move(simulated),
-                                     .full_precision = std::move(full_precision),
-                                     .block = block,
-                                     .granularity = kernels::parse_granularity(granularity),
-                                     .mode = kernels::parse_mode(mode),
-                                     .rounding = kernels::parse_rounding(rounding),
-                                     .group_size = group_size,
-                                     .transposed = transposed,
-                                     .blend_steps = blend_steps,
-                                     .first_element = first_element,
-                                     .unsharded_cols = unsharded_cols};
+             return TrainedParameter{
+                 .name = std::move(name),
+                 .parameter = std::move(parameter),
+                 .master = std::move(master),
+                 .simulated = std::move(simulated),
+                 .full_precision = std::move(full_precision),
+                 .block = block,
+                 .granularity = parse_granularity("TrainedParameter", granularity),
+                 .mode = parse_mode("TrainedParameter", mode),
+                 .rounding = parse_rounding("TrainedParameter", rounding),
+                 .group_size = group_size,
+                 .transposed = transposed,
+                 .blend_steps = blend_steps,
+                 .first_element = first_element,
+                 .unsharded_cols = unsharded_cols};
            }),
            py::kw_only(), py::arg("name"), py::arg("parameter"), py::arg("master"),
            py::arg("simulated"), py::arg("full_precision"), py::arg("block"),

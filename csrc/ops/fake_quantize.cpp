@@ -23,8 +23,9 @@ Tensor fake_quantize(const Tensor& weight, std::int64_t num_bits, std::string_vi
                      std::int64_t group_size, std::string_view mode, std::string_view rounding,
                      std::int64_t seed, std::int64_t step, std::int64_t name_hash, bool transposed,
                      double blend_ratio, std::optional<at::ScalarType> scale_dtype) {
-  const Quantizer quantizer{num_bits, granularity, group_size, mode,        rounding,   seed,
-                            step,     name_hash,   transposed, blend_ratio, scale_dtype};
+  const Quantizer quantizer =
+      parse_quantizer(kName, num_bits, granularity, group_size, mode, rounding, seed, step,
+                      name_hash, transposed, blend_ratio, scale_dtype);
   check_quantizer(kName, weight, quantizer);
   Tensor output = at::empty_like(weight);
   // The kernel writes with the strides that it reads with; a weight with gaps or overlaps is
@@ -43,8 +44,8 @@ Tensor fake_quantize_meta(const Tensor& weight, std::int64_t num_bits, std::stri
                           bool transposed, double blend_ratio,
                           std::optional<at::ScalarType> scale_dtype) {
   check_quantizer(kName, weight,
-                  {num_bits, granularity, group_size, mode, rounding, seed, step, name_hash,
-                   transposed, blend_ratio, scale_dtype});
+                  parse_quantizer(kName, num_bits, granularity, group_size, mode, rounding, seed,
+                                  step, name_hash, transposed, blend_ratio, scale_dtype));
   return at::empty_like(weight);
 }
 
@@ -93,8 +94,8 @@ void foreach_fake_quantize(at::TensorList weights, const Tensor& num_bits,
                            const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
                            bool transposed, std::optional<at::ScalarType> scale_dtype,
                            at::TensorList out) {
-  Quantizer quantizer{kMaxBits, granularity, group_size, mode, rounding,   seed,
-                      0,        0,           transposed, 0.0,  scale_dtype};
+  Quantizer quantizer = parse_quantizer(kForeachName, kMaxBits, granularity, group_size, mode,
+                                        rounding, seed, 0, 0, transposed, 0.0, scale_dtype);
   check_foreach(weights, num_bits, step, name_hashes, out, quantizer);
   std::vector<kernels::FakeQuantizeTensor> matrices;
   matrices.reserve(weights.size());
@@ -119,8 +120,8 @@ void foreach_fake_quantize_meta(at::TensorList weights, const Tensor& num_bits,
                                 bool transposed, std::optional<at::ScalarType> scale_dtype,
                                 at::TensorList out) {
   check_foreach(weights, num_bits, step, name_hashes, out,
-                {kMaxBits, granularity, group_size, mode, rounding, seed, 0, 0, transposed, 0.0,
-                 scale_dtype});
+                parse_quantizer(kForeachName, kMaxBits, granularity, group_size, mode, rounding,
+                                seed, 0, 0, transposed, 0.0, scale_dtype));
 }
 
 // ---------------------------------------------------------------------------------------- autograd

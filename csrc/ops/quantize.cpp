@@ -60,8 +60,9 @@ QuantizedWeight quantize(const Tensor& weight, std::int64_t num_bits, std::strin
                          std::int64_t group_size, std::string_view mode, std::string_view rounding,
                          std::int64_t seed, std::int64_t step, std::int64_t name_hash,
                          bool transposed, std::optional<at::ScalarType> scale_dtype) {
-  const Quantizer quantizer{num_bits, granularity, group_size, mode, rounding,   seed,
-                            step,     name_hash,   transposed, 0.0,  scale_dtype};
+  const Quantizer quantizer =
+      parse_quantizer("quantize", num_bits, granularity, group_size, mode, rounding, seed, step,
+                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype);
   check_quantizer("quantize", weight, quantizer);
   QuantizedWeight result = empty_quantized(weight, quantizer);
   auto& [codes, scales, zero_points] = result;
@@ -79,8 +80,9 @@ QuantizedWeight quantize_meta(const Tensor& weight, std::int64_t num_bits,
                               std::string_view mode, std::string_view rounding, std::int64_t seed,
                               std::int64_t step, std::int64_t name_hash, bool transposed,
                               std::optional<at::ScalarType> scale_dtype) {
-  const Quantizer quantizer{num_bits, granularity, group_size, mode, rounding,   seed,
-                            step,     name_hash,   transposed, 0.0,  scale_dtype};
+  const Quantizer quantizer =
+      parse_quantizer("quantize", num_bits, granularity, group_size, mode, rounding, seed, step,
+                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype);
   check_quantizer("quantize", weight, quantizer);
   return empty_quantized(weight, quantizer);
 }

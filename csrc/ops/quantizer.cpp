@@ -4,8 +4,7 @@
 #include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-
+#include "csrc/grid_names.h"
 #include "kernels/common/parallel.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -15,21 +14,8 @@
 #endif
 
 namespace moq::ops {
-namespace {
 
 using kernels::Granularity;
-
-bool is_one_of(std::string_view name, std::initializer_list<std::string_view> known) {
-  return std::find(known.begin(), known.end(), name) != known.end();
-}
-
-Granularity granularity_of(std::string_view name) {
-  return name == "per_tensor"    ? Granularity::kPerTensor
-         : name == "per_channel" ? Granularity::kPerChannel
-                                 : Granularity::kPerGroup;
-}
-
-}  // namespace
 
 void check_float(const char* where, const char* what, at::ScalarType type) {
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, where, ": ",
@@ -53,6 +39,24 @@ DType dtype_of(at::ScalarType type) {
   }
 }
 
+Quantizer parse_quantizer(const char* where, std::int64_t num_bits, std::string_view granularity,
+                          std::int64_t group_size, std::string_view mode, std::string_view rounding,
+                          std::int64_t seed, std::int64_t step, std::int64_t name_hash,
+                          bool transposed, double blend_ratio,
+                          std::optional<at::ScalarType> scale_dtype) {
+  return {.num_bits = num_bits,
+          .granularity = parse_granularity(where, granularity),
+          .group_size = group_size,
+          .mode = parse_mode(where, mode),
+          .rounding = parse_rounding(where, rounding),
+          .seed = seed,
+          .step = step,
+          .name_hash = name_hash,
+          .transposed = transposed,
+          .blend_ratio = blend_ratio,
+          .scale_dtype = scale_dtype};
+}
+
 void check_quantizer(const char* where, const at::Tensor& weight, const Quantizer& quantizer) {
   TORCH_CHECK_VALUE(weight.dim() == 2, where,
                     ": weight must be a matrix [out_features, in_features] (or transposed), got ",
@@ -62,19 +66,12 @@ void check_quantizer(const char* where, const at::Tensor& weight, const Quantize
   TORCH_CHECK_VALUE(quantizer.num_bits >= kMinBits && quantizer.num_bits <= kMaxBits, where,
                     ": num_bits must be in [", kMinBits, ", ", kMaxBits, "], got ",
                     quantizer.num_bits);
-  TORCH_CHECK_VALUE(is_one_of(quantizer.granularity, {"per_tensor", "per_channel", "per_group"}),
-                    where, ": granularity must be per_tensor, per_channel or per_group, got ",
-                    quantizer.granularity);
-  TORCH_CHECK_VALUE(is_one_of(quantizer.mode, {"symmetric", "asymmetric"}), where,
-                    ": mode must be symmetric or asymmetric, got ", quantizer.mode);
-  TORCH_CHECK_VALUE(is_one_of(quantizer.rounding, {"nearest", "stochastic"}), where,
-                    ": rounding must be nearest or stochastic, got ", quantizer.rounding);
   TORCH_CHECK_VALUE(quantizer.name_hash >= 0 && quantizer.name_hash < (std::int64_t{1} << 32),
                     where, ": name_hash must be a 32-bit hash in [0, 2^32), got ",
                     quantizer.name_hash);
   TORCH_CHECK_VALUE(quantizer.blend_ratio >= 0.0 && quantizer.blend_ratio <= 1.0, where,
                     ": blend_ratio must be in [0, 1], got ", quantizer.blend_ratio);
-  if (quantizer.granularity == "per_group") {
+  if (quantizer.granularity == Granularity::kPerGroup) {
     const c10::SymInt in_features = features_of(weight, quantizer.transposed).in;
     TORCH_CHECK_VALUE(quantizer.group_size > 0 && in_features % quantizer.group_size == 0, where,
                       ": group_size must divide the input features, got ", quantizer.group_size,
@@ -82,7 +79,7 @@ void check_quantizer(const char* where, const at::Tensor& weight, const Quantize
   } else {
     TORCH_CHECK_VALUE(quantizer.group_size == 0, where,
                       ": group_size belongs to granularity per_group, got ", quantizer.group_size,
-                      " with ", quantizer.granularity);
+                      " with another");
   }
 }
 
@@ -92,7 +89,7 @@ Features features_of(const at::Tensor& weight, bool transposed) {
 
 c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantizer) {
   const Features features = features_of(weight, quantizer.transposed);
-  switch (granularity_of(quantizer.granularity)) {
+  switch (quantizer.granularity) {
     case Granularity::kPerTensor:
       return {1};
     case Granularity::kPerChannel:
@@ -115,9 +112,9 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
           .input_dtype = dtype_of(weight.scalar_type()),
           .output_dtype = dtype_of(weight.scalar_type()),
           .scale_dtype = dtype_of(quantizer.scale_dtype.value_or(weight.scalar_type())),
-          .granularity = granularity_of(quantizer.granularity),
-          .mode = quantizer.mode == "symmetric" ? QuantMode::kSymmetric : QuantMode::kAsymmetric,
-          .rounding = quantizer.rounding == "nearest" ? Rounding::kNearest : Rounding::kStochastic};
+          .granularity = quantizer.granularity,
+          .mode = quantizer.mode,
+          .rounding = quantizer.rounding};
 }
 
 void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {

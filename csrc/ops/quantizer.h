@@ -10,17 +10,17 @@
 #include "kernels/common/dtype.h"
 #include "kernels/fake_quantize.h"
 
-/// What the operators of fake_quantize.cpp and quantize.cpp share: one weight's quantizer, its
-/// arguments as the schemas spell them, and the checks that every dispatch key makes.
+/// What the operators of fake_quantize.cpp and quantize.cpp share: one weight's quantizer, and the
+/// checks that every dispatch key makes.
 namespace moq::ops {
 
-/// Arguments after the weight, in the schema's order.
+/// How one weight is quantized.
 struct Quantizer {
   std::int64_t num_bits;
-  std::string_view granularity;  ///< per_tensor, per_channel or per_group
-  std::int64_t group_size;       ///< input features per scale, for per_group
-  std::string_view mode;         ///< symmetric or asymmetric
-  std::string_view rounding;     ///< nearest or stochastic
+  kernels::Granularity granularity;
+  std::int64_t group_size;  ///< input features per scale, for per_group
+  QuantMode mode;
+  Rounding rounding;
   std::int64_t seed;
   std::int64_t step;
   std::int64_t name_hash;
@@ -28,6 +28,14 @@ struct Quantizer {
   double blend_ratio;
   std::optional<at::ScalarType> scale_dtype;  ///< none: the weight's
 };
+
+/// From the arguments after the weight, in the schema's order.
+/// @throws ValueError (Python's) naming `where`, for a name that csrc/grid_names.h does not know.
+Quantizer parse_quantizer(const char* where, std::int64_t num_bits, std::string_view granularity,
+                          std::int64_t group_size, std::string_view mode, std::string_view rounding,
+                          std::int64_t seed, std::int64_t step, std::int64_t name_hash,
+                          bool transposed, double blend_ratio,
+                          std::optional<at::ScalarType> scale_dtype);
 
 /// @throws ValueError or TypeError (Python's) naming `where`, for a weight that is no matrix of
 ///         float32, float16 or bfloat16, and for each argument out of its range.
