@@ -99,11 +99,6 @@ std::size_t packed_linear_size(const LinearShape& shape);
 ///         point outside the format's range, or for a scale that is not finite.
 void pack_linear(const PackLinearArgs& args);
 
-/// Reads row `row` of a packed weight back: output[c] = scale * (code - zero_point), or the value,
-/// as float32 [k]. What an embedding table that shares the head's weight looks tokens up with.
-/// @throws moq::Error for a row outside the weight, or a null or misaligned weight.
-void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* output);
-
 /// output = activation(input · weightᵀ + bias) + residual for any m >= 0, n >= 0, k >= 0.
 ///
 /// Integer weights. The input row is written as integers x = rint(input * 2^e) (kFloat32; e puts

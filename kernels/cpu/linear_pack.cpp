@@ -1,4 +1,4 @@
-// Between the row-major weight and the packed one: linear_layout.h says what goes where.
+// From the row-major weight to the packed one: linear_layout.h says what goes where.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -69,10 +69,10 @@ void check_shape(const LinearShape& shape) {
 
 /// Calls visit(col, byte, shift) for every column of row `row` of a panel: its element lies in
 /// *byte, `shift` bits up.
-template <typename Byte, typename Visit>
-void for_each_element(const IntegerLayout& layout, Byte* panel, std::int64_t row,
+template <typename Visit>
+void for_each_element(const IntegerLayout& layout, std::uint8_t* panel, std::int64_t row,
                       const Visit& visit) {
-  Byte* bytes = panel + row * kStepCols;
+  std::uint8_t* bytes = panel + row * kStepCols;
   for (std::int64_t group = 0; group < layout.groups; ++group) {
     const std::int64_t end = (group + 1) * layout.group_size;
     std::int64_t col = group * layout.group_size;
@@ -129,24 +129,6 @@ void pack_integers(const PackLinearArgs& args) {
   });
 }
 
-void unpack_integer_row(const PackedLinear& weight, std::int64_t row, float* output) {
-  const IntegerLayout layout = integer_layout(weight.shape);
-  const auto* panel =
-      static_cast<const std::uint8_t*>(weight.data) + row / kPanelRows * layout.panel_bytes;
-  const auto* scales =
-      reinterpret_cast<const float*>(panel + layout.scales_offset) + row % kPanelRows;
-  const auto* bases =
-      reinterpret_cast<const std::int32_t*>(panel + layout.bases_offset) + row % kPanelRows;
-  const std::int64_t mask = 2 * layout.offset - 1;
-  for_each_element(layout, panel, row % kPanelRows,
-                   [&](std::int64_t col, const std::uint8_t* byte, std::int64_t shift) {
-                     const std::int64_t group = col / layout.group_size * kPanelRows;
-                     const std::int64_t base = layout.asymmetric ? bases[group] : layout.offset;
-                     output[col] =
-                         static_cast<float>(((*byte >> shift) & mask) - base) * scales[group];
-                   });
-}
-
 template <typename Element>
 void pack_floats(const PackLinearArgs& args) {
   const LinearShape& shape = args.shape;
@@ -160,16 +142,6 @@ void pack_floats(const PackLinearArgs& args) {
       }
     }
   });
-}
-
-template <typename Element>
-void unpack_float_row(const PackedLinear& weight, std::int64_t row, float* output) {
-  const LinearShape& shape = weight.shape;
-  const Element* column = static_cast<const Element*>(weight.data) +
-                          row / kPanelRows * kPanelRows * shape.k + row % kPanelRows;
-  for (std::int64_t col = 0; col < shape.k; ++col) {
-    output[col] = to_float(column[col * kPanelRows]);
-  }
 }
 
 }  // namespace
@@ -210,29 +182,6 @@ void pack_linear(const PackLinearArgs& args) {
     case WeightFormat::kInt4:
     case WeightFormat::kInt2:
       return pack_integers(args);
-  }
-}
-
-void unpack_linear_row(const PackedLinear& weight, std::int64_t row, float* output) {
-  const LinearShape& shape = weight.shape;
-  check_shape(shape);
-  MOQ_CHECK(row >= 0 && row < shape.n, "unpack_linear_row: row must be in [0, ", shape.n, "), got ",
-            row);
-  if (shape.k == 0) {
-    return;
-  }
-  check_packed("unpack_linear_row", weight.data);
-  switch (shape.format) {
-    case WeightFormat::kFloat32:
-      return unpack_float_row<float>(weight, row, output);
-    case WeightFormat::kBFloat16:
-      return unpack_float_row<BFloat16>(weight, row, output);
-    case WeightFormat::kFloat16:
-      return unpack_float_row<Float16>(weight, row, output);
-    case WeightFormat::kInt8:
-    case WeightFormat::kInt4:
-    case WeightFormat::kInt2:
-      return unpack_integer_row(weight, row, output);
   }
 }
 

@@ -141,12 +141,6 @@ TEST(PackLinear, RefusesNullPointers) {
   EXPECT_THROW(cpu::pack_linear(args), Error);
 }
 
-TEST(UnpackLinearRow, RefusesARowOutsideTheWeight) {
-  const LinearProblem problem = LinearProblem::random(1, 4, 8);
-  std::vector<float> row(8);
-  EXPECT_THROW(cpu::unpack_linear_row(problem.args(nullptr).weight, 4, row.data()), Error);
-}
-
 class RefusedArgs : public testing::Test {
  protected:
   LinearProblem problem_ = LinearProblem::random(2, 4, 8);

@@ -210,17 +210,6 @@ TEST_P(EveryFormat, GivesTheSameBitsWhenThreadsShareTheRowsOfFewOutputs) {
   EXPECT_EQ(problem.run(), expected);
 }
 
-TEST_P(EveryFormat, ReadsAPackedRowBack) {
-  const LinearProblem problem = LinearProblem::random(1, 45, 70, GetParam(), 35);
-  std::vector<float> row(70);
-  for (const std::int64_t i : {0, 31, 32, 44}) {
-    cpu::unpack_linear_row(problem.args(nullptr).weight, i, row.data());
-    for (std::int64_t col = 0; col < 70; ++col) {
-      EXPECT_EQ(row[col], static_cast<float>(problem.weight_at(i, col)));
-    }
-  }
-}
-
 TEST_P(EveryFormat, PacksATransposedWeightAlike) {
   const LinearProblem problem = LinearProblem::random(2, 37, 53, GetParam());
   const std::vector<std::byte> weight = problem.weight_data();
