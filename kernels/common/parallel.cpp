@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
 
 namespace moq::kernels {
 namespace {
@@ -245,7 +246,7 @@ void run_parallel(std::int64_t size, std::int64_t grain, RangeFunction body) {
   if (size <= 0) {
     return;
   }
-  const std::int64_t units = (size + grain - 1) / grain;
+  const std::int64_t units = divide_up(size, grain);
   const auto threads = std::min<std::int64_t>({num_threads(), units, kMaxWorkers + 1});
   if (threads == 1) {
     const BodyScope scope;
@@ -253,7 +254,7 @@ void run_parallel(std::int64_t size, std::int64_t grain, RangeFunction body) {
     return;
   }
   const std::int64_t ranges = std::min(units, threads * kRangesPerThread);
-  Job job(size, (units + ranges - 1) / ranges * grain, body);
+  Job job(size, divide_up(units, ranges) * grain, body);
   pool().run(job, static_cast<int>(threads) - 1);
   job.rethrow();
 }

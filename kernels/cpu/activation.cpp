@@ -4,7 +4,7 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/activation.h"
 
 namespace moq::kernels::cpu {
 namespace {

@@ -5,9 +5,10 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/aligned_floats.h"
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/attention.h"
 
 namespace moq::kernels::cpu {
 namespace {
@@ -55,7 +56,7 @@ struct SplitTile : AttentionTile {
   bool is_split;              ///< its spans are dealt to threads one by one
   std::int64_t state_offset;  ///< of the spans' states, floats; split tiles only
 
-  std::int64_t num_spans() const { return (end_key + kSpanKeys - 1) / kSpanKeys; }
+  std::int64_t num_spans() const { return divide_up(end_key, kSpanKeys); }
   AttentionTile span(std::int64_t i) const {
     AttentionTile part = *this;
     part.first_key = i * kSpanKeys;

@@ -5,8 +5,9 @@
 #include <chrono>
 
 #include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/bandwidth.h"
 
 namespace moq::kernels::cpu {
 
@@ -15,8 +16,8 @@ ReadMeasurement measure_read(std::span<const std::byte> buffer, bool prefetch) {
   MOQ_CHECK(size > 0 && size % 8 == 0,
             "measure_read: the buffer's size must be a positive multiple of 8 bytes, got ", size);
   // One range per thread, in whole cache lines.
-  const std::int64_t lines = (size + 63) / 64;
-  const std::int64_t grain = (lines + num_threads() - 1) / num_threads();
+  const std::int64_t lines = divide_up(size, 64);
+  const std::int64_t grain = divide_up(lines, num_threads());
   std::atomic<std::uint64_t> exclusive_or{0};
   const auto start = std::chrono::steady_clock::now();
   parallel_for(lines, grain, [&](std::int64_t begin, std::int64_t end) {

@@ -8,6 +8,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/linear_kernels.h"
@@ -20,13 +21,6 @@ namespace {
 constexpr std::int64_t kBatchBytes = 1 << 20;
 /// Bytes of a weight, and elements of an input, that are worth the hand-over to another thread.
 constexpr std::int64_t kGrainBytes = 32 << 10;
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) {
-  return divide_up(a, b) * b;
-}
 
 void check(const LinearArgs& args) {
   const LinearShape& shape = args.weight.shape;

@@ -5,18 +5,12 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/half.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/linear_layout.h"
 #include "kernels/linear.h"
 
 namespace moq::kernels {
-namespace {
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-
-}  // namespace
 
 const char* name_of(WeightFormat format) {
   constexpr const char* kNames[] = {"int8", "int4", "int2", "float32", "bfloat16", "float16"};

@@ -12,7 +12,7 @@
 #include "kernels/common/parallel.h"
 #include "kernels/common/philox.h"
 #include "kernels/cpu/aligned_floats.h"
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/activation.h"
 
 namespace moq::kernels::cpu {
 namespace {

@@ -4,6 +4,7 @@
 
 #include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/host_device.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/fake_quantize.h"
 
 /// How the CUDA body of fake_quantize deals matrices to thread blocks: pure functions, the same on
@@ -36,15 +37,11 @@ struct Tiling {
   std::int64_t tiles;
 };
 
-MOQ_HOST_DEVICE constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
-}
-
 MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
   Tiling tiling{};
   if (matrix.granularity == Granularity::kPerTensor) {
     tiling.run_size = kSegment;
-    tiling.runs_per_row = ceil_divide(matrix.cols, kSegment);
+    tiling.runs_per_row = divide_up(matrix.cols, kSegment);
   } else {
     tiling.run_size = columns_per_group(matrix);
     tiling.runs_per_row = groups_per_row(matrix);
@@ -52,10 +49,10 @@ MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
   const std::int64_t runs = matrix.rows * tiling.runs_per_row;
   if (matrix.row_stride == 1 && matrix.col_stride != 1) {
     tiling.team = Team::kLane;
-    tiling.tiles = ceil_divide(matrix.rows, kWarpSize) * tiling.runs_per_row;
+    tiling.tiles = divide_up(matrix.rows, kWarpSize) * tiling.runs_per_row;
   } else if (tiling.run_size < kLongRun) {
     tiling.team = Team::kWarp;
-    tiling.tiles = ceil_divide(runs, kWarps);
+    tiling.tiles = divide_up(runs, kWarps);
   } else {
     tiling.team = Team::kBlock;
     tiling.tiles = runs;

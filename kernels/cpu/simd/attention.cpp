@@ -1,4 +1,5 @@
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/attention.h"
+
 #include "kernels/cpu/simd/float_math.h"
 #include "kernels/cpu/simd/matrix.h"
 #include "kernels/cpu/simd/shuffle.h"
@@ -144,7 +145,7 @@ void score_block(const float* const (&queries)[kScoreRows], Matrix<const float> 
   F32 totals[kScoreRows][kScoreVectors]{};
   for (std::int64_t lane = 0; lane < kWidth; ++lane) {
     F32 sums[kScoreRows][kScoreVectors]{};
-    for (std::int64_t d = lane; d < round_up(head_dim); d += kWidth) {
+    for (std::int64_t d = lane; d < round_up(head_dim, kWidth); d += kWidth) {
       for (int r = 0; r < kScoreRows; ++r) {
         const F32 element = broadcast(queries[r][d]);
         for (int v = 0; v < kScoreVectors; ++v) {

@@ -1,4 +1,5 @@
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/bandwidth.h"
+
 #include "kernels/cpu/simd/vector.h"
 
 namespace moq::kernels::cpu::MOQ_ISA {

@@ -29,10 +29,6 @@ namespace moq::kernels::cpu::MOQ_ISA {
 #endif
 }
 
-[[gnu::always_inline]] inline F32 absolute(F32 value) {
-  return bit_cast<F32>(bit_cast<I32>(value) & 0x7fffffff);
-}
-
 /// |magnitude| with the sign of `sign`.
 [[gnu::always_inline]] inline F32 copy_sign(F32 magnitude, F32 sign) {
   return bit_cast<F32>((bit_cast<U32>(magnitude) & 0x7fffffffU) |

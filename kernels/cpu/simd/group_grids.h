@@ -27,10 +27,6 @@ struct GroupStatisticsArrays {
   alignas(64) std::int32_t highest[GroupGrids::kCapacity] = {};
 };
 
-[[gnu::always_inline]] inline F32 absolute(F32 value) {
-  return bit_cast<F32>(bit_cast<I32>(value) & kMagnitudeMask);
-}
-
 [[gnu::always_inline]] inline F32 round_lanes_to(F32 value, DType dtype) {
   if (dtype == DType::kFloat16) {
     Float16 stored[kWidth];

@@ -14,10 +14,6 @@ struct Matrix {
   Float* row(std::int64_t i) const { return data + i * stride; }
 };
 
-constexpr std::int64_t round_up(std::int64_t size) {
-  return (size + kWidth - 1) / kWidth * kWidth;
-}
-
 /// The block of sums that stays in registers while k runs: rows x vectors of columns.
 constexpr int kBlockRows = 4;
 #if defined(MOQ_ISA_avx512)

@@ -1,4 +1,5 @@
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/norm.h"
+
 #include "kernels/cpu/simd/float_math.h"
 
 namespace moq::kernels::cpu::MOQ_ISA {

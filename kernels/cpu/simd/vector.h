@@ -183,6 +183,10 @@ template <typename Vector>
   return a < b ? a : b;
 }
 
+[[gnu::always_inline]] inline F32 absolute(F32 value) {
+  return bit_cast<F32>(bit_cast<I32>(value) & 0x7fffffff);
+}
+
 /// a * b + c, rounded once where the instruction set can (avx2, avx512), twice where it cannot.
 [[gnu::always_inline]] inline F32 multiply_add(F32 a, F32 b, F32 c) {
 #if defined(MOQ_ISA_avx512)

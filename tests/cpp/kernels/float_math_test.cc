@@ -1,6 +1,6 @@
 #include <numeric>
 
-#include "kernels/cpu/float_kernels.h"
+#include "kernels/cpu/simd/activation.h"
 #include "tests/cpp/kernels/float_support.h"
 
 namespace moq::kernels::cpu {

@@ -1,15 +1,13 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-#include "kernels/activation.h"
 #include "kernels/attention.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/norm.h"
 
-/// What the float kernels ask of each instruction set: parts of the work that one thread does,
-/// without checks. The files of kernels/cpu check, divide the work and call these.
+/// What kernels/cpu/attention.cpp asks of each instruction set: parts of the work that one thread
+/// does, without checks.
 namespace moq::kernels::cpu {
 
 /// Query rows that share a kv head, and a span of its keys: what one thread takes at once. Row r is
@@ -30,7 +28,7 @@ constexpr std::int64_t kKeyBlock = 128;
 
 /// Floats of whole cache lines, and so of whole vectors of every instruction set.
 constexpr std::int64_t round_up_to_lines(std::int64_t floats) {
-  return (floats + 15) / 16 * 16;
+  return round_up(floats, 16);
 }
 
 /// Floats of a tile's result: outputs [num_rows, dim] that are not yet divided by the sums, dim
@@ -48,13 +46,6 @@ constexpr std::int64_t attention_scratch_size(std::int64_t num_rows, std::int64_
 
 // clang-format off
 MOQ_FOR_EACH_ISA(
-  void activation_elements(Activation activation, const float* input, float* output, std::int64_t size);
-  void gated_activation_rows(const GatedActivationArgs& args, std::int64_t begin, std::int64_t end);
-  void softmax_rows(const SoftmaxArgs& args, std::int64_t begin, std::int64_t end);
-
-  void layer_norm_rows(const LayerNormArgs& args, std::int64_t begin, std::int64_t end);
-  void rms_norm_rows(const RmsNormArgs& args, std::int64_t begin, std::int64_t end);
-
   /// Attends a tile to its span of keys. scratch and state begin at a cache line.
   void attention_tile(const AttentionArgs& args, const AttentionTile& tile, float* scratch,
                       float* state);
@@ -63,15 +54,6 @@ MOQ_FOR_EACH_ISA(
                        float* later_state);
   /// Writes the outputs of a tile whose state covers all of its keys.
   void finish_attention(const AttentionArgs& args, const AttentionTile& tile, float* state);
-
-  /// The largest score, NaN if one is NaN.
-  float largest(const float* scores, std::int64_t size);
-  /// weights[i] = exp((scores[i] - largest) / temperature); may be in place.
-  void relative_weights(const float* scores, float* weights, std::int64_t size, float largest,
-                        float temperature);
-
-  /// Exclusive-or of size / 8 words, `size` a multiple of 8: reads memory as fast as a core can.
-  std::uint64_t read_words(const std::byte* memory, std::size_t size, bool prefetch);
 )
 // clang-format on
 
