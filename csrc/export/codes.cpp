@@ -13,6 +13,7 @@
 
 #include "inference/checkpoint/packing.h"
 #include "kernels/common/check.h"
+#include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/half.h"
 #include "kernels/common/parallel.h"
 
@@ -66,16 +67,20 @@ struct Matrix {
   }
 };
 
-std::int64_t count_groups(const GridSpec& spec, std::int64_t rows, std::int64_t cols) {
-  switch (spec.granularity) {
-    case kernels::Granularity::kPerTensor:
-      return 1;
-    case kernels::Granularity::kPerChannel:
-      return rows;
-    case kernels::Granularity::kPerGroup:
-      return rows * (cols / spec.group_size);
-  }
-  return 0;
+/// The kernel's description of a matrix that lies on the grid of `spec`, its outputs still null.
+kernels::FakeQuantizeTensor describe(const Matrix& matrix, const GridSpec& spec,
+                                     const std::string& name) {
+  return {.input = matrix.data,
+          .rows = matrix.rows,
+          .cols = matrix.cols,
+          .row_stride = matrix.row_stride,
+          .col_stride = matrix.col_stride,
+          .group_size = spec.group_size,
+          .input_dtype = matrix.dtype,
+          .output_dtype = matrix.dtype,
+          .scale_dtype = kernel_dtype(spec.scale_dtype, name),
+          .granularity = spec.granularity,
+          .mode = spec.mode};
 }
 
 /// The grids of a matrix, as the kernel that trains computes them.
@@ -84,27 +89,13 @@ struct Grids {
   at::Tensor zero_points;  // [num_groups] int32
 };
 
-Grids grids_of(const Matrix& master, const GridSpec& spec, const std::string& name) {
-  const std::int64_t num_groups = count_groups(spec, master.rows, master.cols);
-  Grids grids{at::empty({num_groups}, spec.scale_dtype),
-              at::empty({num_groups}, c10::ScalarType::Int)};
-  const kernels::FakeQuantizeTensor tensor{
-      .input = master.data,
-      .scales = grids.scales.mutable_data_ptr(),
-      .zero_points = grids.zero_points.mutable_data_ptr<std::int32_t>(),
-      .rows = master.rows,
-      .cols = master.cols,
-      .row_stride = master.row_stride,
-      .col_stride = master.col_stride,
-      .group_size = spec.group_size,
-      .input_dtype = master.dtype,
-      .output_dtype = master.dtype,
-      .scale_dtype = kernel_dtype(spec.scale_dtype, name),
-      .granularity = spec.granularity,
-      .mode = spec.mode,
-  };
+Grids grids_of(kernels::FakeQuantizeTensor master, const GridSpec& spec) {
+  Grids grids{at::empty({num_groups(master)}, spec.scale_dtype),
+              at::empty({num_groups(master)}, c10::ScalarType::Int)};
+  master.scales = grids.scales.mutable_data_ptr();
+  master.zero_points = grids.zero_points.mutable_data_ptr<std::int32_t>();
   const std::int32_t num_bits = spec.num_bits;
-  kernels::cpu::fake_quantize({.tensors = std::span(&tensor, 1), .num_bits = &num_bits});
+  kernels::cpu::fake_quantize({.tensors = std::span(&master, 1), .num_bits = &num_bits});
   return grids;
 }
 
@@ -161,23 +152,23 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
   const Matrix target(simulated, spec.transposed, name);
   const std::int64_t rows = target.rows;
   const std::int64_t cols = target.cols;
-  const bool grouped = spec.granularity == kernels::Granularity::kPerGroup;
-  MOQ_CHECK(!grouped || (spec.group_size > 0 && cols % spec.group_size == 0), name,
-            ": expected a group_size that divides ", cols, " input features, got ",
+  MOQ_CHECK(spec.granularity != kernels::Granularity::kPerGroup ||
+                (spec.group_size > 0 && cols % spec.group_size == 0),
+            name, ": expected a group_size that divides ", cols, " input features, got ",
             spec.group_size);
   refuse_nonfinite(source, name, "master");
   refuse_nonfinite(target, name, "simulated");
 
-  const Grids grids = grids_of(source, spec, name);
-  const DType scale_dtype = kernel_dtype(spec.scale_dtype, name);
-  const std::int64_t groups_per_row = grouped ? cols / spec.group_size : 1;
-  const std::int64_t group_cols = grouped ? spec.group_size : cols;
+  const kernels::FakeQuantizeTensor trained = describe(source, spec, name);
+  const Grids grids = grids_of(trained, spec);
+  const std::int64_t groups_per_row = kernels::groups_per_row(trained);
+  const std::int64_t group_cols = kernels::columns_per_group(trained);
   const GridRange range = grid_range(spec.num_bits, spec.mode);
   const auto* zero_points = grids.zero_points.const_data_ptr<std::int32_t>();
   const auto grid_of = [&](std::int64_t row, std::int64_t group) -> GridParams {
     const std::int64_t index =
         spec.granularity == kernels::Granularity::kPerTensor ? 0 : row * groups_per_row + group;
-    const float scale = load_float(grids.scales.const_data_ptr(), index, scale_dtype);
+    const float scale = load_float(grids.scales.const_data_ptr(), index, trained.scale_dtype);
     return {scale, 1.0F / scale, zero_points[index], range};
   };
 

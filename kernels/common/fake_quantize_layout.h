@@ -16,4 +16,9 @@ MOQ_HOST_DEVICE inline std::int64_t groups_per_row(const FakeQuantizeTensor& mat
   return matrix.granularity == Granularity::kPerGroup ? matrix.cols / matrix.group_size : 1;
 }
 
+/// Scales of the whole matrix.
+MOQ_HOST_DEVICE inline std::int64_t num_groups(const FakeQuantizeTensor& matrix) {
+  return matrix.granularity == Granularity::kPerTensor ? 1 : matrix.rows * groups_per_row(matrix);
+}
+
 }  // namespace moq::kernels
