@@ -1,17 +1,11 @@
 #include "csrc/ops/quantizer.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
 #include "csrc/grid_names.h"
-#include "kernels/common/parallel.h"
-
-#if defined(MOQ_WITH_CUDA)
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "csrc/ops/dispatch.h"
 
 namespace moq::ops {
 
@@ -118,26 +112,16 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
 }
 
 void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {
-  if (device.is_cpu()) {
-    const kernels::ThreadScope threads(at::get_num_threads());
-    return kernels::cpu::fake_quantize(args);
-  }
-#if defined(MOQ_WITH_CUDA)
-  if (device.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(device);
-    const auto bytes =
-        static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(args.tensors));
-    // The caching allocator hands the block out again only in the order of this stream.
-    const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(device).dtype(at::kByte));
-    args.workspace = workspace.mutable_data_ptr();
-    return kernels::cuda::fake_quantize(args, c10::cuda::getCurrentCUDAStream());
-  }
-  constexpr const char* kDevices = "the CPU or a CUDA device";
-#else
-  constexpr const char* kDevices = "the CPU (moq was built without CUDA)";
-#endif
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "fake_quantize: weights must be on ", kDevices, ", got ",
-                              device, "; move the model there");
+  run_on(
+      "fake_quantize", device, [&] { kernels::cpu::fake_quantize(args); },
+      [&](auto stream) {
+        const auto bytes =
+            static_cast<std::int64_t>(kernels::cuda::fake_quantize_workspace_size(args.tensors));
+        // The caching allocator hands the block out again only in the order of this stream.
+        const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(device).dtype(at::kByte));
+        args.workspace = workspace.mutable_data_ptr();
+        kernels::cuda::fake_quantize(args, stream);
+      });
 }
 
 void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,

@@ -10,7 +10,7 @@
 #include "kernels/common/dtype.h"
 #include "kernels/fake_quantize.h"
 
-/// What the operators of fake_quantize.cpp and quantize.cpp share: one weight's quantizer, and the
+/// What the operators on weights share: one weight's quantizer, and the
 /// checks that every dispatch key makes.
 namespace moq::ops {
 
