@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
 namespace moq::inference {
@@ -28,7 +27,6 @@ AlignedBuffer::AlignedBuffer(std::size_t size) : size_(size) {
     // Advice only: where huge pages are off, the buffer works as it is.
     (void)madvise(data_.get(), rounded, MADV_HUGEPAGE);
   }
-  std::memset(data_.get(), 0, size);
 }
 
 void AlignedBuffer::Free::operator()(std::byte* data) const noexcept {

@@ -5,9 +5,10 @@
 
 namespace moq::inference {
 
-/// Bytes on the heap, aligned to a cache line and zeroed. Large ones are aligned to, and ask the
-/// system for, huge pages: a decode step streams every weight once, and with 4 KiB pages it would
-/// pay an address translation for each.
+/// Bytes on the heap, aligned to a cache line. Nothing is written to them: what is never used, as
+/// the end of a KV cache, takes no memory. Large ones are aligned to, and ask the system for, huge
+/// pages: a decode step streams every weight once, and with 4 KiB pages it would pay an address
+/// translation for each.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
