@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <optional>
 
 #include "kernels/common/check.h"
 
@@ -9,6 +11,17 @@ namespace moq::inference {
 namespace {
 
 constexpr std::int64_t kFree = -1;
+
+/// Bytes of a cache, or nullopt for more than a size can say.
+std::optional<std::size_t> size_bytes(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t total = 2 * sizeof(float);  // keys and values
+  for (const std::int64_t size : sizes) {
+    if (__builtin_mul_overflow(total, size, &total)) {
+      return std::nullopt;
+    }
+  }
+  return static_cast<std::size_t>(total);
+}
 
 }  // namespace
 
@@ -22,10 +35,12 @@ KvCache::KvCache(std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_
       num_layers >= 1 && num_kv_heads >= 1 && head_dim >= 1 && num_slots >= 1 && capacity >= 1,
       "kv cache: layers, kv heads, head_dim, slots and capacity must be >= 1, got ", num_layers,
       ", ", num_kv_heads, ", ", head_dim, ", ", num_slots, ", ", capacity);
+  const auto size = size_bytes({num_layers, num_slots, num_kv_heads, capacity, head_dim});
+  MOQ_CHECK(size.has_value(), "kv cache: layers, slots, kv heads, capacity and head_dim must fit ",
+            "into memory, got ", num_layers, ", ", num_slots, ", ", num_kv_heads, ", ", capacity,
+            ", ", head_dim);
+  data_ = AlignedBuffer(*size);
   lengths_.assign(static_cast<std::size_t>(num_slots), kFree);
-  data_ =
-      AlignedBuffer(sizeof(float) * static_cast<std::size_t>(num_layers * 2 * num_slots *
-                                                             num_kv_heads * capacity * head_dim));
 }
 
 float* KvCache::slab(std::int64_t layer, std::int64_t which) {
@@ -66,11 +81,15 @@ void KvCache::reorder(std::span<std::int64_t> slots, std::span<const std::int64_
   MOQ_CHECK(slots.size() == sources.size(), "kv cache: reorder must get one source per row, got ",
             sources.size(), " for ", slots.size());
   const std::vector<std::int64_t> before(slots.begin(), slots.end());
+  for (auto slot = before.begin(); slot != before.end(); ++slot) {
+    check_used(*slot);
+    MOQ_CHECK(std::find(before.begin(), slot, *slot) == slot,
+              "kv cache: the rows of a reorder must have a slot each, got slot ", *slot, " twice");
+  }
   std::vector<bool> has_heir(slots.size(), false);
   for (const std::int64_t source : sources) {
     MOQ_CHECK(source >= 0 && static_cast<std::size_t>(source) < slots.size(),
               "kv cache: a reorder source must be a row of ", slots.size(), ", got ", source);
-    check_used(before[static_cast<std::size_t>(source)]);
     has_heir[static_cast<std::size_t>(source)] = true;
   }
   for (std::size_t row = 0; row < slots.size(); ++row) {

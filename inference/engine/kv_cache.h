@@ -16,10 +16,13 @@ namespace moq::inference {
 class KvCache {
  public:
   /// @param capacity  tokens a slot can hold
-  /// @throws moq::Error if a size is < 1
+  /// @throws moq::Error if a size is < 1, or the cache would be larger than any memory
   KvCache(std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
           std::int64_t num_slots, std::int64_t capacity);
 
+  std::int64_t num_layers() const { return num_layers_; }
+  std::int64_t num_kv_heads() const { return num_kv_heads_; }
+  std::int64_t head_dim() const { return head_dim_; }
   std::int64_t num_slots() const { return static_cast<std::int64_t>(lengths_.size()); }
   std::int64_t capacity() const { return capacity_; }
   std::int64_t num_free_slots() const;
@@ -36,6 +39,8 @@ class KvCache {
   /// row has one heir, and copied only where it has several. Rows without an heir give up their
   /// sequences.
   /// @param slots  the rows' slots, rewritten
+  /// @throws moq::Error, with nothing changed, unless the slots are used and distinct and the
+  ///         sources are rows
   void reorder(std::span<std::int64_t> slots, std::span<const std::int64_t> sources);
 
   /// Tokens that a sequence holds.

@@ -404,10 +404,32 @@ void Transformer::check(const TokenBatch& batch, const KvCache* cache) const {
               spec_.max_positions, " tokens, got ", length);
     MOQ_CHECK(cache != nullptr || sequence.past_length == 0,
               "engine: tokens that continue a sequence need its KV cache, got none");
-    MOQ_CHECK(cache == nullptr || cache->length(sequence.slot) == sequence.past_length,
-              "engine: new tokens must follow the ",
-              cache == nullptr ? 0 : cache->length(sequence.slot), " tokens of slot ",
-              sequence.slot, ", got position ", sequence.past_length);
+  }
+  if (cache != nullptr) {
+    check(batch, *cache);
+  }
+}
+
+void Transformer::check(const TokenBatch& batch, const KvCache& cache) const {
+  MOQ_CHECK(spec_.attention == AttentionKind::kCausal,
+            "engine: a KV cache needs a causal model, got ", spec_.architecture);
+  MOQ_CHECK(cache.num_layers() == spec_.num_layers && cache.num_kv_heads() == kv_heads() &&
+                cache.head_dim() == spec_.head_dim,
+            "engine: the KV cache must be one of this engine's make_cache, for ", spec_.num_layers,
+            " layers, ", kv_heads(), " KV heads and head_dim ", spec_.head_dim, ", got one for ",
+            cache.num_layers(), ", ", cache.num_kv_heads(), " and ", cache.head_dim());
+  std::vector<bool> taken(static_cast<std::size_t>(cache.num_slots()), false);
+  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+    const std::int64_t past = cache.length(sequence.slot);
+    MOQ_CHECK(past == sequence.past_length, "engine: new tokens must follow the ", past,
+              " tokens of slot ", sequence.slot, ", got position ", sequence.past_length);
+    MOQ_CHECK(past + sequence.num_tokens <= cache.capacity(),
+              "engine: a sequence must fit into the KV cache's ", cache.capacity(),
+              " positions, got ", past + sequence.num_tokens, " tokens in slot ", sequence.slot);
+    MOQ_CHECK(!taken[static_cast<std::size_t>(sequence.slot)],
+              "engine: the sequences of a batch must have a slot each, got slot ", sequence.slot,
+              " twice");
+    taken[static_cast<std::size_t>(sequence.slot)] = true;
   }
 }
 

@@ -92,6 +92,7 @@ class Transformer {
   void project_and_add(const float* input, const Linear& linear, float* residual);
   const float* shared_absmax(const float* input, const Linear& linear);
   void check(const TokenBatch& batch, const KvCache* cache) const;
+  void check(const TokenBatch& batch, const KvCache& cache) const;
   void prepare_positions(const TokenBatch& batch);
 
   std::int64_t q_heads() const { return weights_.heads.query_heads.size(); }

@@ -1,7 +1,9 @@
 #include "inference/engine/kv_cache.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <fstream>
 #include <vector>
 
 #include "kernels/common/check.h"
@@ -116,8 +118,44 @@ TEST_F(KvCacheTest, RefusesAReorderSourceThatIsNoRow) {
   EXPECT_THROW(cache_.reorder(slots, std::vector<std::int64_t>{1}), Error);
 }
 
+TEST_F(KvCacheTest, RefusesToReorderASlotTwiceOrAFreeOneAndThenChangesNothing) {
+  const std::int64_t used = make_sequence(4, 1.0F);
+  const std::int64_t other = make_sequence(3, 2.0F);
+  const std::int64_t unused = cache_.allocate();
+  cache_.free(unused);
+  for (const std::int64_t bad : {used, unused, std::int64_t{-1}, std::int64_t{3}}) {
+    std::vector<std::int64_t> slots = {other, used, bad};
+    EXPECT_THROW(cache_.reorder(slots, std::vector<std::int64_t>{1, 1, 1}), Error);
+    EXPECT_EQ(slots, (std::vector<std::int64_t>{other, used, bad}));
+    EXPECT_EQ(cache_.length(other), 3);
+    EXPECT_EQ(cache_.length(used), 4);
+    EXPECT_EQ(cache_.num_free_slots(), 1);
+  }
+}
+
 TEST(KvCache, RefusesASizeBelowOne) {
   EXPECT_THROW(KvCache(1, 1, 1, 0, 1), Error);
+}
+
+TEST(KvCache, RefusesSizesWhoseProductOverflows) {
+  constexpr std::int64_t kHuge = std::int64_t{1} << 31;
+  EXPECT_THROW(KvCache(4, 4, 1, kHuge, kHuge), Error);
+  EXPECT_THROW(KvCache(1, 1, 1, std::int64_t{1} << 62, 1), Error);
+}
+
+/// Memory of this process, in MiB.
+std::int64_t resident_mebibytes() {
+  std::int64_t total = 0;
+  std::int64_t resident = 0;
+  std::ifstream("/proc/self/statm") >> total >> resident;
+  return resident * sysconf(_SC_PAGESIZE) / (1 << 20);
+}
+
+TEST(KvCache, TakesNoMemoryForTokensThatItDoesNotHold) {
+  const std::int64_t before = resident_mebibytes();
+  const KvCache cache(1, 1, 1 << 20, 64, 1);  // 512 MiB
+  EXPECT_EQ(cache.num_free_slots(), 64);
+  EXPECT_LT(resident_mebibytes() - before, 128);
 }
 
 }  // namespace
