@@ -22,6 +22,9 @@ enum class PositionKind : std::uint8_t {
   kAlibi,    ///< attention bias linear in the distance
 };
 
+/// Largest size that a spec may hold: sums and products of two of them stay within 64 bits.
+constexpr std::int64_t kMaxSize = std::int64_t{1} << 31;
+
 /// One transformer family as data: all that Transformer::forward must know beside the weights.
 ///
 /// Shapes follow torch's Linear: a projection is [out features, in features]. The defaults are
@@ -79,9 +82,13 @@ struct ModelSpec {
 
   std::int64_t rotary_dim() const;
 
-  /// The arithmetic rules between the fields, checked once before anything is loaded.
+  /// The ranges of the fields and the arithmetic rules between them, checked once before anything
+  /// is loaded.
   /// @throws moq::Error naming the field, what must hold and what was found.
   void check() const;
+
+ private:
+  void check_rotary() const;
 };
 
 }  // namespace moq::inference

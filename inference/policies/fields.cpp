@@ -143,7 +143,10 @@ std::string_view name_in(const Table& table, const Value& value) {
 }
 
 void assign(std::int64_t& field, const Json& value, std::string_view where) {
-  field = value.as_integer(where);
+  const std::int64_t size = value.as_integer(where);
+  MOQ_CHECK(size >= -kMaxSize && size <= kMaxSize, where, " must be at most ", kMaxSize, ", got ",
+            size);
+  field = size;
 }
 void assign(double& field, const Json& value, std::string_view where) {
   field = value.as_number(where);

@@ -53,7 +53,7 @@ enum class WeightLayout : std::uint8_t {
 };
 
 /// Where a module's parameters are: `name` + ".weight" (or the parts of a quantized weight) and
-/// `name` + ".bias".
+/// `name` + ".bias". A norm's may also be `name` + ".gamma" and ".beta", as TensorFlow wrote them.
 struct ModuleRule {
   Module module{};
   std::string name = {};  ///< "{layer}" stands for the layer's number
@@ -124,7 +124,8 @@ SpecField find_field(std::string_view name, std::string_view where);
 std::string_view name_of(const SpecField& field);
 
 /// Stores `value` in a field.
-/// @throws moq::Error naming `where` if the value has another type, or names no enumerator
+/// @throws moq::Error naming `where` if the value has another type, names no enumerator, or is an
+///         integer beyond kMaxSize
 void set_field(ModelSpec& spec, const SpecField& field, const checkpoint::Json& value,
                std::string_view where);
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <set>
 #include <string>
 
@@ -73,32 +74,91 @@ TEST(Fields, KeepTheirTypes) {
   EXPECT_THROW(set_field(spec, find_field("gated", "test"), Json(1), "test"), Error);
 }
 
+TEST(Fields, HoldNoSizeBeyondTheLargest) {
+  ModelSpec spec;
+  const SpecField field = find_field("head_dim", "test");
+  set_field(spec, field, Json(kMaxSize), "test");
+  EXPECT_EQ(spec.head_dim, kMaxSize);
+  EXPECT_THROW(set_field(spec, field, Json(kMaxSize + 1), "test"), Error);
+  EXPECT_THROW(set_field(spec, field, Json(std::numeric_limits<std::int64_t>::min()), "test"),
+               Error);
+}
+
+ModelSpec small_spec() {
+  return {.vocab_size = 7,
+          .hidden_size = 8,
+          .num_layers = 1,
+          .num_heads = 4,
+          .num_kv_heads = 2,
+          .head_dim = 2,
+          .intermediate_size = 5,
+          .max_positions = 9};
+}
+
 TEST(ModelSpec, AcceptsSizesThatFitTogetherOnly) {
-  ModelSpec spec{.vocab_size = 7,
-                 .hidden_size = 8,
-                 .num_layers = 1,
-                 .num_heads = 4,
-                 .num_kv_heads = 2,
-                 .head_dim = 2,
-                 .intermediate_size = 5,
-                 .max_positions = 9};
+  ModelSpec spec = small_spec();
   EXPECT_NO_THROW(spec.check());
   spec.num_kv_heads = 3;
   EXPECT_THROW(spec.check(), Error);
 }
 
-TEST(ModelSpec, RefusesARotationOfAnOddNumberOfDimensions) {
-  ModelSpec spec{.vocab_size = 7,
-                 .hidden_size = 9,
-                 .num_layers = 1,
-                 .num_heads = 3,
-                 .num_kv_heads = 3,
-                 .head_dim = 3,
-                 .intermediate_size = 5,
-                 .max_positions = 9,
-                 .positions = PositionKind::kRotary};
+struct Spoiling {
+  const char* name;
+  void (*spoil)(ModelSpec& spec);
+};
+
+class UnsuitableSpec : public testing::TestWithParam<Spoiling> {};
+
+TEST_P(UnsuitableSpec, IsRefused) {
+  ModelSpec spec = small_spec();
+  spec.positions = PositionKind::kRotary;
+  EXPECT_NO_THROW(spec.check());
+  GetParam().spoil(spec);
   EXPECT_THROW(spec.check(), Error);
 }
+
+using kernels::RotaryScaling;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+INSTANTIATE_TEST_SUITE_P(
+    Fields, UnsuitableSpec,
+    testing::Values(
+        Spoiling{"no_layers", [](ModelSpec& s) { s.num_layers = 0; }},
+        Spoiling{"huge_vocabulary", [](ModelSpec& s) { s.vocab_size = kMaxSize + 1; }},
+        // Four heads of it wrap to 36 features in 64 bits.
+        Spoiling{"wrapping_head", [](ModelSpec& s) { s.head_dim = (std::int64_t{1} << 62) + 9; }},
+        Spoiling{"huge_product", [](ModelSpec& s) { s.head_dim = kMaxSize / 2; }},
+        Spoiling{"odd_rotation", [](ModelSpec& s) { s.head_dim = 3; }},
+        Spoiling{"no_rotation", [](ModelSpec& s) { s.rotary_fraction = 0.0; }},
+        Spoiling{"negative_rotation", [](ModelSpec& s) { s.rotary_fraction = -1.0; }},
+        Spoiling{"huge_rotation", [](ModelSpec& s) { s.rotary_fraction = 1e300; }},
+        Spoiling{"nan_rotation", [](ModelSpec& s) { s.rotary_fraction = kNan; }},
+        Spoiling{"no_theta", [](ModelSpec& s) { s.rope_theta = 0.0; }},
+        Spoiling{"huge_theta", [](ModelSpec& s) { s.rope_theta = 1e300; }},
+        Spoiling{"nan_theta", [](ModelSpec& s) { s.rope_theta = kNan; }},
+        Spoiling{"no_factor",
+                 [](ModelSpec& s) {
+                   s.rope_scaling = RotaryScaling::kLinear;
+                   s.rope_factor = 0.0;
+                 }},
+        Spoiling{"huge_factor",
+                 [](ModelSpec& s) {
+                   s.rope_scaling = RotaryScaling::kLlama3;
+                   s.rope_factor = 1e300;
+                 }},
+        Spoiling{"equal_frequencies",
+                 [](ModelSpec& s) {
+                   s.rope_scaling = RotaryScaling::kLlama3;
+                   s.rope_low_freq_factor = s.rope_high_freq_factor;
+                 }},
+        Spoiling{"no_original_positions",
+                 [](ModelSpec& s) {
+                   s.rope_scaling = RotaryScaling::kLlama3;
+                   s.rope_original_positions = 0;
+                 }},
+        Spoiling{"nan_epsilon", [](ModelSpec& s) { s.norm_epsilon = kNan; }},
+        Spoiling{"classifier_without_pooler", [](ModelSpec& s) { s.has_classifier = true; }}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
 }  // namespace moq::inference
