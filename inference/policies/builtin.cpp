@@ -189,7 +189,7 @@ Policy bert() {
       .present = {{&ModelSpec::has_pooler, Module::kPooler},
                   {&ModelSpec::has_classifier, Module::kClassifier},
                   {&ModelSpec::has_head, Module::kHead}},
-      .ignored = {"embeddings.position_ids", "cls.predictions.decoder.*"},
+      .ignored = {"embeddings.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*"},
   };
 }
 

@@ -49,6 +49,15 @@ std::string in_layer(std::string name, std::int64_t layer) {
   return name;
 }
 
+struct ParameterNames {
+  const char* weight;
+  const char* bias;
+};
+
+constexpr ParameterNames kNames{".weight", ".bias"};
+constexpr ParameterNames kTensorFlowNames{".gamma",
+                                          ".beta"};  // of norms, in checkpoints of its age
+
 enum class Kind : std::uint8_t { kMatrix, kNorm };
 
 /// What the spec asks of one module.
@@ -187,17 +196,24 @@ class ParameterMap::Resolver {
     }
   }
 
+  /// The policy's rule for a module that the model has.
+  const ModuleRule& rule_of(Module module) const {
+    const ModuleRule* rule = policy_.find(module);
+    MOQ_CHECK(rule != nullptr, where_, "must have a rule for ", name_of(module),
+              ", which the model spec needs, got none");
+    return *rule;
+  }
+
   /// The prefix with which the checkpoint has a token embedding.
   void find_prefix() {
-    const ModuleRule* rule = policy_.find(Module::kTokenEmbedding);
-    MOQ_CHECK(rule != nullptr, where_, "must have a rule for token_embedding, got none");
+    const ModuleRule& rule = rule_of(Module::kTokenEmbedding);
     std::string tried;
     for (const std::string& prefix : policy_.prefixes) {
-      if (holds(prefix + rule->name)) {
+      if (holds(prefix + rule.name)) {
         prefix_ = prefix;
         return;
       }
-      tried += (tried.empty() ? "" : ", ") + prefix + rule->name + ".weight";
+      tried += (tried.empty() ? "" : ", ") + prefix + rule.name + ".weight";
     }
     detail::fail(checkpoint_.directory().string(), ": must hold one of ", tried, ", got none");
   }
@@ -248,28 +264,29 @@ class ParameterMap::Resolver {
       spec.max_positions = std::min(spec.max_positions, spec.sliding_window);
     }
     if (spec.has_classifier) {
-      const ModuleRule* rule = policy_.find(Module::kClassifier);
-      const auto weight = WeightSource::find(checkpoint_, full_name(*rule, 0), rule->layout);
+      const ModuleRule& rule = rule_of(Module::kClassifier);
+      const auto weight = WeightSource::find(checkpoint_, full_name(rule, 0), rule.layout);
       spec.num_labels = weight.has_value() ? weight->rows() : 0;
     }
   }
 
   void bind(const Expected& expected, std::int64_t layer) {
-    const ModuleRule* rule = policy_.find(expected.module);
     const bool tied = expected.module == Module::kHead && map_.spec_.tied_head;
-    MOQ_CHECK(rule != nullptr || (tied && !expected.bias), where_, "must have a rule for ",
-              name_of(expected.module), ", which the model spec needs, got none");
     ModuleParameters parameters;
-    if (rule != nullptr) {
-      parameters.name = full_name(*rule, layer);
-      parameters.order = rule->order;
-      if (expected.kind == Kind::kMatrix) {
-        bind_matrix(expected, *rule, tied, parameters);
+    if (!tied || expected.bias || policy_.find(expected.module) != nullptr) {
+      const ModuleRule& rule = rule_of(expected.module);
+      parameters.name = full_name(rule, layer);
+      parameters.order = rule.order;
+      const bool tensorflow = expected.kind == Kind::kNorm &&
+                              checkpoint_.contains(parameters.name + kTensorFlowNames.weight);
+      const ParameterNames& names = tensorflow ? kTensorFlowNames : kNames;
+      if (expected.kind == Kind::kNorm) {
+        parameters.vector = &vector(parameters.name + names.weight, expected.rows);
       } else {
-        parameters.vector = &vector(parameters.name + ".weight", expected.rows);
+        bind_matrix(expected, rule, tied, parameters);
       }
       if (expected.bias) {
-        parameters.bias = &vector(parameters.name + ".bias", expected.rows);
+        parameters.bias = &vector(parameters.name + names.bias, expected.rows);
       }
     }
     map_.modules_.emplace(std::pair{expected.module, layer}, std::move(parameters));
@@ -285,7 +302,7 @@ class ParameterMap::Resolver {
       return;
     }
     for (const std::string& name : source->tensor_names()) {
-      used_.insert(name);
+      use(name);
     }
     if (tied && !source->quantized()) {
       return;  // a second copy of the embedding, which some writers store
@@ -307,9 +324,13 @@ class ParameterMap::Resolver {
         checkpoint_.directory().string(), ": ", name, " must be F32, F16 or BF16 of shape [", size,
         "], got ", tensor->dtype, " with ", tensor->shape.size(), " dimensions and ",
         tensor->size_bytes(), " bytes");
+    use(name);
+    return *tensor;
+  }
+
+  void use(const std::string& name) {
     MOQ_CHECK(used_.insert(name).second, where_, "must use every tensor once, got ", name,
               " for two modules");
-    return *tensor;
   }
 
   void check_all_used() const {

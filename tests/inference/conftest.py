@@ -18,7 +18,7 @@ def model_directory(tmp_path_factory) -> Callable[[str], Path]:
     def directory(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            models.build(name).save_pretrained(made[name])
+            models.save(name, models.build(name), made[name])
         return made[name]
 
     return directory

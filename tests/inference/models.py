@@ -1,9 +1,11 @@
 """Small random models of every architecture, and directories of them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -67,6 +69,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+_NEOX_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.67}
+
+
+def _gpt_neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_SMALL, rope_parameters=_NEOX_ROPE))
+
+
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
     "llama_even": lambda: LlamaForCausalLM(  # sizes that groups of 12 divide
@@ -102,16 +111,8 @@ DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2_relu": lambda: GPT2LMHeadModel(
         GPT2Config(**_GPT2, n_inner=50, activation_function="relu")
     ),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            **_SMALL,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.67,
-            },
-        )
-    ),
+    "gpt_neox": _gpt_neox,
+    "gpt_neox_elementwise": _gpt_neox,  # the same, saved in Megatron-LM's order of version 1.0
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(
             vocab_size=VOCAB_SIZE,
@@ -160,9 +161,32 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def policy_of(name: str) -> Path | None:
-    """The JSON policy of architectures that moq has none for."""
-    path = POLICIES / f"{name}.json"
+def save(name: str, model: PreTrainedModel, directory: Path) -> None:
+    """Writes a Hugging Face directory, and policy.json where moq has no policy of its own."""
+    model.save_pretrained(directory)
+    policy_file = POLICIES / f"{name.removesuffix('_elementwise')}.json"
+    if not policy_file.exists():
+        return
+    policy = json.loads(policy_file.read_text())
+    if name.endswith("_elementwise"):
+        policy["modules"]["qkv"]["order"] = "elementwise"
+        _reorder_qkv(directory / "model.safetensors", model.config.num_attention_heads)
+    (directory / "policy.json").write_text(json.dumps(policy))
+
+
+def _reorder_qkv(file: Path, num_heads: int) -> None:
+    """Turns rows [num_heads, 3, head_dim] into [num_heads, head_dim, 3]."""
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".query_key_value." in name:
+            per_head = tensor.unflatten(0, (num_heads, 3, -1))
+            tensors[name] = per_head.transpose(1, 2).flatten(0, 2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def policy_in(directory: Path) -> Path | None:
+    """The policy that save wrote, if it did."""
+    path = directory / "policy.json"
     return path if path.exists() else None
 
 

@@ -1,9 +1,12 @@
 """Every architecture against transformers, in FP32."""
 
+import shutil
+
 import models
 import pytest
 import torch
 from models import DECODERS, ENCODERS, greedy, reference_logits, relative_error, sequences
+from safetensors.torch import load_file, save_file
 
 from moq.inference import Engine
 
@@ -12,7 +15,8 @@ TOLERANCE = 1e-5
 
 
 def open_model(name, model_directory) -> Engine:
-    return Engine.from_pretrained(model_directory(name), policy=models.policy_of(name))
+    directory = model_directory(name)
+    return Engine.from_pretrained(directory, policy=models.policy_in(directory))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -64,6 +68,24 @@ def test_masked_lm_logits_equal_transformers(name, model_directory):
     (row,) = sequences(19)
     logits = open_model(name, model_directory).forward([row])[0]
     assert relative_error(logits, reference_logits(models.build(name), row)) < TOLERANCE
+
+
+def test_bert_opens_with_the_parameter_names_of_its_tensorflow_original(model_directory, tmp_path):
+    # bert-base-uncased's own file: norms of gamma and beta, and a second head that is not computed.
+    directory = shutil.copytree(model_directory("bert_masked_lm"), tmp_path / "copy")
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    assert any(name.endswith("LayerNorm.beta") for name in tensors)
+    tensors["cls.seq_relationship.weight"] = torch.ones(2, 36)
+    tensors["cls.seq_relationship.bias"] = torch.ones(2)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    rows = sequences(19)
+    logits = Engine.from_pretrained(directory).forward(rows)[0]
+    assert torch.equal(logits, open_model("bert_masked_lm", model_directory).forward(rows)[0])
 
 
 def test_token_types_select_their_embedding(model_directory):

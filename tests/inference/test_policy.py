@@ -16,7 +16,7 @@ def neox(model_directory, tmp_path):
     directory = model_directory("gpt_neox")
 
     def open_with(change):
-        policy = json.loads(models.policy_of("gpt_neox").read_text())
+        policy = json.loads(models.policy_in(directory).read_text())
         change(policy)
         path = tmp_path / "policy.json"
         path.write_text(json.dumps(policy))
@@ -26,7 +26,7 @@ def neox(model_directory, tmp_path):
 
 
 def test_a_users_policy_wins_over_a_builtin_one(model_directory, tmp_path):
-    path = shutil.copy(models.policy_of("gpt_neox"), tmp_path / "mine.json")
+    path = shutil.copy(models.policy_in(model_directory("gpt_neox")), tmp_path / "mine.json")
     assert (
         Engine.from_pretrained(model_directory("gpt_neox"), policy=path).core.policy == "gpt_neox"
     )
@@ -54,6 +54,14 @@ def test_a_users_policy_wins_over_a_builtin_one(model_directory, tmp_path):
         (
             lambda p: p["modules"].update(attention_norm="layers.{layer}.post_attention_layernorm"),
             "must use every tensor once, got .*post_attention_layernorm",
+        ),
+        (
+            lambda p: p["modules"].update(down="layers.{layer}.attention.dense"),
+            "must use every tensor once, got .*attention.dense.weight",
+        ),
+        (
+            lambda p: p["spec"].update(has_pooler=True, has_classifier=True),
+            "must have a rule for classifier, which the model spec needs, got none",
         ),
         (lambda p: p["config"].pop("num_heads"), "num_heads must be >= 1, got 0"),
         (lambda p: p["spec"].update(hidden_size=True), "hidden_size"),
