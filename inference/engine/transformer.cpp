@@ -11,6 +11,7 @@
 #include "kernels/common/check.h"
 #include "kernels/embedding.h"
 #include "kernels/norm.h"
+#include "kernels/quantize.h"
 #include "kernels/rotary.h"
 
 namespace moq::inference {
@@ -105,6 +106,9 @@ void Transformer::forward(const TokenBatch& batch, KvCache* cache) {
   prepare_positions(batch);
   float* x = x_.as<float>();
   float* normed = normed_.as<float>();
+  if (communicator_->size() > 1) {
+    shared_x_ = at::from_blob(x, {num_tokens_, spec_.hidden_size}, at::kFloat);
+  }
 
   embed(batch);
   for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
@@ -113,7 +117,7 @@ void Transformer::forward(const TokenBatch& batch, KvCache* cache) {
     if (spec_.norm_place == NormPlace::kPost) {
       // x = norm(x + attention(x)); x = norm(x + ffn(x))
       attend(x, layer, index, batch, cache);
-      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      project_and_add(attended_.as<float>(), layer.attention_out);
       normalize(x, layer.attention_norm, x, num_tokens_);
       feed_forward(x, layer);
       normalize(x, layer.ffn_norm, x, num_tokens_);
@@ -122,13 +126,13 @@ void Transformer::forward(const TokenBatch& batch, KvCache* cache) {
       normalize(x, layer.ffn_norm, ffn_in_.as<float>(), num_tokens_);
       normalize(x, layer.attention_norm, normed, num_tokens_);
       attend(normed, layer, index, batch, cache);
-      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      project_and_add(attended_.as<float>(), layer.attention_out);
       feed_forward(ffn_in_.as<float>(), layer);
     } else {
       // x = x + attention(norm(x)); x = x + ffn(norm(x))
       normalize(x, layer.attention_norm, normed, num_tokens_);
       attend(normed, layer, index, batch, cache);
-      project_and_add(attended_.as<float>(), layer.attention_out, x);
+      project_and_add(attended_.as<float>(), layer.attention_out);
       normalize(x, layer.ffn_norm, normed, num_tokens_);
       feed_forward(normed, layer);
     }
@@ -242,7 +246,7 @@ void Transformer::feed_forward(const float* input, const Layer& layer) {
   } else {
     project(input, layer.up, up_.as<float>(), num_tokens_, spec_.activation);
   }
-  project_and_add(inner, layer.down, x_.as<float>());
+  project_and_add(inner, layer.down);
 }
 
 void Transformer::normalize(const float* input, const Norm& norm, float* output,
@@ -295,9 +299,10 @@ void Transformer::project(const float* input, const Linear& linear, float* outpu
                .output_stride = shape.n});
 }
 
-/// residual += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the
-/// input. Rank 0 brings the residual and the bias into the sum.
-void Transformer::project_and_add(const float* input, const Linear& linear, float* residual) {
+/// x += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the
+/// input. Rank 0 brings x itself and the bias into the sum.
+void Transformer::project_and_add(const float* input, const Linear& linear) {
+  float* x = x_.as<float>();
   const bool root = communicator_->rank() == 0;
   const kernels::LinearShape& shape = linear.weight.shape;
   cpu::linear({.input = input,
@@ -305,15 +310,14 @@ void Transformer::project_and_add(const float* input, const Linear& linear, floa
                .input_stride = shape.k,
                .weight = linear.weight,
                .bias = root ? linear.bias_or_null() : nullptr,
-               .residual = root ? residual : nullptr,
+               .residual = root ? x : nullptr,
                .residual_stride = root ? shape.n : 0,
                .input_mode = linear.input_mode,
                .input_absmax = shared_absmax(input, linear),
-               .output = residual,
+               .output = x,
                .output_stride = shape.n});
   if (communicator_->size() > 1) {
-    at::Tensor sum = at::from_blob(residual, {num_tokens_, shape.n}, at::kFloat);
-    communicator_->all_reduce_sum(sum);
+    communicator_->all_reduce_sum(shared_x_);
   }
 }
 
@@ -324,12 +328,9 @@ const float* Transformer::shared_absmax(const float* input, const Linear& linear
     return nullptr;
   }
   const std::int64_t k = linear.weight.shape.k;
-  absmax_.assign(static_cast<std::size_t>(num_tokens_), 0.0F);
-  for (std::int64_t i = 0; i < num_tokens_ * k; ++i) {
-    float& largest = absmax_[static_cast<std::size_t>(i / k)];
-    const float magnitude = std::fabs(input[i]);
-    largest = magnitude <= largest ? largest : magnitude;  // a NaN is kept
-  }
+  absmax_.resize(static_cast<std::size_t>(num_tokens_));
+  cpu::row_absmax(
+      {.input = input, .absmax = absmax_.data(), .rows = num_tokens_, .cols = k, .row_stride = k});
   at::Tensor shared = at::from_blob(absmax_.data(), {num_tokens_}, at::kFloat);
   communicator_->all_reduce_max(shared);
   return absmax_.data();

@@ -89,7 +89,7 @@ class Transformer {
   void normalize_heads(const Norm& norm, std::int64_t first_head, std::int64_t num_heads);
   void project(const float* input, const Linear& linear, float* output, std::int64_t rows,
                kernels::Activation activation = kernels::Activation::kNone) const;
-  void project_and_add(const float* input, const Linear& linear, float* residual);
+  void project_and_add(const float* input, const Linear& linear);
   const float* shared_absmax(const float* input, const Linear& linear);
   void check(const TokenBatch& batch, const KvCache* cache) const;
   void check(const TokenBatch& batch, const KvCache& cache) const;
@@ -123,6 +123,7 @@ class Transformer {
   AlignedBuffer gated_;        ///< [ffn columns]
   AlignedBuffer head_in_;      ///< [logit rows, hidden_size]
   AlignedBuffer logits_;       ///< [logit rows, this rank's vocabulary]
+  at::Tensor shared_x_;        ///< x_ of the last batch's tokens, as ranks sum it
   std::vector<float> absmax_;  ///< of the rows that ranks share, for INT8 activations
   at::Tensor gathered_;        ///< [logit rows, vocab_size]
 };
