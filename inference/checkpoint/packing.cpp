@@ -12,6 +12,20 @@ void check_packable(int num_bits) {
   MOQ_CHECK(is_packable(num_bits), "packing: num_bits must be 1, 2, 4 or 8, got ", num_bits);
 }
 
+// The width is a template parameter so that no code costs a division.
+template <int kBits>
+void unpack(std::span<const std::byte> row, std::int64_t first_column,
+            std::span<std::int8_t> codes) {
+  constexpr std::size_t kPerByte = 8 / kBits;
+  auto column = static_cast<std::size_t>(first_column);
+  for (std::int8_t& code : codes) {
+    const auto byte = std::to_integer<unsigned>(row[column / kPerByte]);
+    const unsigned bits = (byte >> (column % kPerByte * kBits)) & ((1U << kBits) - 1U);
+    code = static_cast<std::int8_t>(static_cast<int>(bits) - (1 << (kBits - 1)));
+    ++column;
+  }
+}
+
 }  // namespace
 
 std::int64_t packed_words(std::int64_t columns, int num_bits) {
@@ -52,14 +66,15 @@ void unpack_codes(std::span<const std::byte> row, int num_bits, std::int64_t fir
                                      static_cast<std::int64_t>(row.size()),
             "packing: a row of ", row.size(), " bytes must hold columns up to ",
             first_column + count, " at ", num_bits, " bits");
-  const int offset = 1 << (num_bits - 1);
-  const std::int64_t per_byte = 8 / num_bits;
-  const auto mask = static_cast<unsigned>((1 << num_bits) - 1);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t column = first_column + i;
-    const auto byte = std::to_integer<unsigned>(row[static_cast<std::size_t>(column / per_byte)]);
-    const unsigned bits = (byte >> (column % per_byte * num_bits)) & mask;
-    codes[static_cast<std::size_t>(i)] = static_cast<std::int8_t>(static_cast<int>(bits) - offset);
+  switch (num_bits) {
+    case 1:
+      return unpack<1>(row, first_column, codes);
+    case 2:
+      return unpack<2>(row, first_column, codes);
+    case 4:
+      return unpack<4>(row, first_column, codes);
+    default:
+      return unpack<8>(row, first_column, codes);
   }
 }
 

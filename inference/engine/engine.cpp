@@ -11,6 +11,7 @@
 #include "inference/checkpoint/checkpoint.h"
 #include "inference/checkpoint/json.h"
 #include "inference/checkpoint/mapped_file.h"
+#include "inference/engine/quantization_config.h"
 #include "inference/policies/parameter_map.h"
 #include "inference/policies/policy.h"
 #include "kernels/common/check.h"
@@ -29,40 +30,6 @@ Json read_json(const std::filesystem::path& path) {
   return Json::parse(checkpoint::read_text_file(path), path.filename().string());
 }
 
-/// Whether the checkpoint's int-quantized weights were trained with INT8 activations, one scale per
-/// token.
-bool has_dynamic_activations(const Json& config) {
-  const Json* quantization = config.find("quantization_config");
-  const Json* groups = quantization == nullptr ? nullptr : quantization->find("config_groups");
-  if (groups == nullptr) {
-    return false;
-  }
-  bool dynamic = false;
-  for (const auto& [name, group] : groups->as_object("config.json: config_groups")) {
-    const Json* input = group.find("input_activations");
-    if (input != nullptr && !input->is_null()) {
-      const std::string where = "config.json: " + name + ".input_activations";
-      MOQ_CHECK(input->at("num_bits", where).as_integer(where) == 8 &&
-                    input->at("dynamic", where).as_boolean(where),
-                where, " must be dynamic and of 8 bits, got ", input->dump());
-      dynamic = true;
-    }
-  }
-  return dynamic;
-}
-
-void check_quantization(const Json& config) {
-  const Json* quantization = config.find("quantization_config");
-  if (quantization == nullptr || quantization->is_null()) {
-    return;
-  }
-  const std::string where = "config.json: quantization_config";
-  const std::string& method = quantization->at("quant_method", where).as_string(where);
-  MOQ_CHECK(method == "compressed-tensors" || method == "moq", where,
-            ".quant_method must be compressed-tensors or moq, got \"", method,
-            "\": export the model with moq, or load the unquantized one with dtype=\"int8\"");
-}
-
 }  // namespace
 
 Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
@@ -72,7 +39,7 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
             "engine: activations must be None or \"dynamic\" on the CPU, got \"",
             *options.activations, "\"");
   const Json config = read_json(directory / "config.json");
-  check_quantization(config);
+  const QuantizationConfig quantization = QuantizationConfig::parse(config);
   auto files = std::make_shared<const Checkpoint>(Checkpoint::open(directory));
   const Policy policy = options.policy.has_value()
                             ? parse_policy(read_json(*options.policy), options.policy->string())
@@ -85,7 +52,7 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
                                                        : WeightDtype::kAsStored,
                     .quantize_head = options.quantize_head,
                     .dynamic_activations = options.activations.has_value(),
-                    .int_quantized_is_dynamic = has_dynamic_activations(config),
+                    .quantization = quantization,
                     .rank = communicator->rank(),
                     .size = communicator->size()});
   return {Transformer(parameters.spec(), std::move(weights), std::move(communicator)), policy.name};

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/activation.h"
 #include "kernels/common/check.h"
@@ -19,26 +20,6 @@ namespace {
 
 namespace cpu = kernels::cpu;
 
-constexpr std::int64_t kFewestRopePositions = 512;
-
-/// The slopes of Press et al. 2022: a geometric sequence for a power of two of heads; otherwise
-/// that of the next smaller power, then every other one of the next larger.
-std::vector<float> alibi_slopes(std::int64_t num_heads) {
-  std::int64_t power = 1;
-  while (2 * power <= num_heads) {
-    power *= 2;
-  }
-  std::vector<float> slopes;
-  for (std::int64_t head = 0; head < num_heads; ++head) {
-    const double exponent =
-        head < power
-            ? -8.0 * static_cast<double>(head + 1) / static_cast<double>(power)
-            : -4.0 * static_cast<double>(2 * (head - power) + 1) / static_cast<double>(power);
-    slopes.push_back(static_cast<float>(std::exp2(exponent)));
-  }
-  return slopes;
-}
-
 void reserve_floats(AlignedBuffer& buffer, std::int64_t count) {
   const auto size = static_cast<std::size_t>(count) * sizeof(float);
   if (buffer.size() < size) {
@@ -46,29 +27,31 @@ void reserve_floats(AlignedBuffer& buffer, std::int64_t count) {
   }
 }
 
-}  // namespace
+/// Rows of a table in the form that the kernel reads, one a token.
+struct ConvertedRows {
+  std::vector<float> values;  ///< [num_tokens, hidden_size]
+  std::vector<std::int64_t> numbers;
+};
 
-void TokenBatch::clear() {
-  token_ids_.clear();
-  positions_.clear();
-  token_types_.clear();
-  sequences_.clear();
-}
-
-void TokenBatch::append(std::span<const std::int64_t> token_ids, std::int64_t slot,
-                        std::int64_t past_length, std::span<const std::int64_t> token_types) {
-  const auto count = static_cast<std::int64_t>(token_ids.size());
-  MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
-            "engine: token_type_ids must be one per token, got ", token_types.size(), " for ",
-            count);
-  sequences_.push_back(
-      {.token_begin = num_tokens(), .num_tokens = count, .slot = slot, .past_length = past_length});
-  token_ids_.insert(token_ids_.end(), token_ids.begin(), token_ids.end());
-  for (std::int64_t i = 0; i < count; ++i) {
-    positions_.push_back(past_length + i);
-    token_types_.push_back(token_types.empty() ? 0 : token_types[static_cast<std::size_t>(i)]);
+/// What token t takes from `table` is its row rows[t]; `converted` keeps the rows of a table that
+/// the kernel cannot read where it lies.
+kernels::EmbeddingLookup look_up(const Table& table, std::span<const std::int64_t> rows,
+                                 ConvertedRows& converted) {
+  if (!table.source.has_value()) {
+    return {.table = table.view, .rows = rows.data()};
   }
+  for (const std::int64_t row : rows) {
+    const auto values = table.source->read_values({row, row + 1}, {0, table.source->cols()});
+    converted.values.insert(converted.values.end(), values.begin(), values.end());
+  }
+  converted.numbers.resize(rows.size());
+  std::iota(converted.numbers.begin(), converted.numbers.end(), 0);
+  const auto count = static_cast<std::int64_t>(rows.size());
+  return {.table = {.data = converted.values.data(), .num_rows = count, .total_rows = count},
+          .rows = converted.numbers.data()};
 }
+
+}  // namespace
 
 Transformer::Transformer(ModelSpec spec, Weights weights,
                          std::shared_ptr<Communicator> communicator)
@@ -149,15 +132,19 @@ void Transformer::forward(const TokenBatch& batch, KvCache* cache) {
 
 /// x = token embedding + position embedding + token type embedding, and its norm if there is one.
 void Transformer::embed(const TokenBatch& batch) {
+  std::array<ConvertedRows, 3> converted;
   std::array<kernels::EmbeddingLookup, 3> lookups{};
   std::size_t count = 0;
-  lookups[count++] = {.table = weights_.token_embedding.view, .rows = batch.token_ids().data()};
+  const auto add = [&](const Table& table, std::span<const std::int64_t> rows) {
+    lookups[count] = look_up(table, rows, converted[count]);
+    ++count;
+  };
+  add(weights_.token_embedding, batch.token_ids());
   if (spec_.num_token_types > 0) {
-    lookups[count++] = {.table = weights_.token_type_embedding.view,
-                        .rows = batch.token_types().data()};
+    add(weights_.token_type_embedding, batch.token_types());
   }
   if (spec_.positions == PositionKind::kLearned) {
-    lookups[count++] = {.table = weights_.position_embedding.view, .rows = table_rows_.data()};
+    add(weights_.position_embedding, table_rows_);
   }
   cpu::embedding({.lookups = {lookups.data(), count},
                   .output = x_.as<float>(),
@@ -188,9 +175,9 @@ void Transformer::attend(const float* input, const Layer& layer, std::int64_t in
                  .head_stride = dim,
                  .rotary_dim = spec_.rotary_dim(),
                  .positions = batch.positions().data(),
-                 .cos = rope_cos_.data(),
-                 .sin = rope_sin_.data(),
-                 .num_positions = rope_positions_});
+                 .cos = rotation_.cos(),
+                 .sin = rotation_.sin(),
+                 .num_positions = rotation_.num_positions()});
   }
   kernels::AttentionArgs attention{
       .query = q,
@@ -434,39 +421,21 @@ void Transformer::check(const TokenBatch& batch, const KvCache& cache) const {
   }
 }
 
-/// Rows of the position table, the rotation tables, and where attention without a cache finds keys.
+/// Where attention without a cache finds keys, and what the positions look up.
 void Transformer::prepare_positions(const TokenBatch& batch) {
+  packed_sequences_.assign(batch.sequences().begin(), batch.sequences().end());
+  for (kernels::AttentionSequence& sequence : packed_sequences_) {
+    sequence.slot = sequence.token_begin;
+  }
   if (spec_.positions == PositionKind::kLearned) {
     table_rows_.assign(batch.positions().begin(), batch.positions().end());
     for (std::int64_t& row : table_rows_) {
       row += spec_.position_offset;
     }
   }
-  packed_sequences_.assign(batch.sequences().begin(), batch.sequences().end());
-  for (kernels::AttentionSequence& sequence : packed_sequences_) {
-    sequence.slot = sequence.token_begin;
+  if (spec_.positions == PositionKind::kRotary) {
+    rotation_.reserve(spec_, batch.positions());
   }
-  const std::int64_t needed =
-      batch.num_tokens() == 0
-          ? 0
-          : *std::max_element(batch.positions().begin(), batch.positions().end()) + 1;
-  if (spec_.positions != PositionKind::kRotary || needed <= rope_positions_) {
-    return;
-  }
-  rope_positions_ = std::min(std::max(2 * needed, kFewestRopePositions), spec_.max_positions);
-  const auto size = static_cast<std::size_t>(rope_positions_ * spec_.rotary_dim() / 2);
-  rope_cos_.resize(size);
-  rope_sin_.resize(size);
-  cpu::rotary_table({.theta = static_cast<float>(spec_.rope_theta),
-                     .rotary_dim = spec_.rotary_dim(),
-                     .num_positions = rope_positions_,
-                     .scaling = spec_.rope_scaling,
-                     .factor = static_cast<float>(spec_.rope_factor),
-                     .low_frequency_factor = static_cast<float>(spec_.rope_low_freq_factor),
-                     .high_frequency_factor = static_cast<float>(spec_.rope_high_freq_factor),
-                     .original_max_position = static_cast<float>(spec_.rope_original_positions),
-                     .cos = rope_cos_.data(),
-                     .sin = rope_sin_.data()});
 }
 
 }  // namespace moq::inference

@@ -8,37 +8,14 @@
 #include "inference/engine/aligned_buffer.h"
 #include "inference/engine/kv_cache.h"
 #include "inference/engine/model_spec.h"
+#include "inference/engine/positions.h"
+#include "inference/engine/token_batch.h"
 #include "inference/engine/weights.h"
 #include "inference/parallel/communicator.h"
 #include "kernels/attention.h"
 #include "kernels/linear.h"
 
 namespace moq::inference {
-
-/// New tokens of several sequences, packed one after the other: no padding exists, so that a row of
-/// a batch is computed as it would be alone.
-class TokenBatch {
- public:
-  void clear();
-  /// Appends a sequence's next tokens.
-  /// @param slot         of the KV cache; anything if there is none
-  /// @param past_length  tokens of the sequence before these
-  /// @param token_types  one per token, or empty: all 0
-  void append(std::span<const std::int64_t> token_ids, std::int64_t slot, std::int64_t past_length,
-              std::span<const std::int64_t> token_types = {});
-
-  std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids_.size()); }
-  std::span<const std::int64_t> token_ids() const { return token_ids_; }
-  std::span<const std::int64_t> positions() const { return positions_; }
-  std::span<const std::int64_t> token_types() const { return token_types_; }
-  std::span<const kernels::AttentionSequence> sequences() const { return sequences_; }
-
- private:
-  std::vector<std::int64_t> token_ids_;
-  std::vector<std::int64_t> positions_;
-  std::vector<std::int64_t> token_types_;
-  std::vector<kernels::AttentionSequence> sequences_;
-};
 
 /// One rank's part of a transformer: weights, workspace, and the forward pass.
 ///
@@ -56,14 +33,18 @@ class Transformer {
   /// A cache for this rank's heads.
   KvCache make_cache(std::int64_t num_slots, std::int64_t capacity) const;
 
+  /// What forward checks before it computes, of a batch that it may then get in parts.
+  /// @throws moq::Error naming the first token that lies outside the vocabulary, position that the
+  ///         model or the cache does not have, or slot that is not the sequence's own
+  void check(const TokenBatch& batch, const KvCache* cache) const;
+
   /// Makes the workspace hold batches of `num_tokens` tokens; it never shrinks.
   void reserve(std::int64_t num_tokens);
 
   /// Runs the layers on a batch; hidden_state(), logits() and pooled() then give its results.
   /// @param cache  of a causal model; its slots receive the new tokens. Null for a bidirectional
   ///               model, or if the batch holds whole sequences that nothing is appended to
-  /// @throws moq::Error naming the first token that lies outside the vocabulary, or position that
-  ///         the model does not have
+  /// @throws moq::Error as check()
   void forward(const TokenBatch& batch, KvCache* cache);
 
   /// The last layer's output after the final norm: [num_tokens, hidden_size], valid until the next
@@ -91,7 +72,6 @@ class Transformer {
                kernels::Activation activation = kernels::Activation::kNone) const;
   void project_and_add(const float* input, const Linear& linear);
   const float* shared_absmax(const float* input, const Linear& linear);
-  void check(const TokenBatch& batch, const KvCache* cache) const;
   void check(const TokenBatch& batch, const KvCache& cache) const;
   void prepare_positions(const TokenBatch& batch);
 
@@ -103,9 +83,7 @@ class Transformer {
   Weights weights_;
   std::shared_ptr<Communicator> communicator_;
 
-  std::int64_t rope_positions_ = 0;  ///< positions that the tables cover so far
-  std::vector<float> rope_cos_;      ///< [rope_positions_, rotary_dim / 2]
-  std::vector<float> rope_sin_;
+  RotationTable rotation_;
   std::vector<float> alibi_slopes_;                           ///< [this rank's query heads]
   std::vector<std::int64_t> table_rows_;                      ///< rows of the position table
   std::vector<kernels::AttentionSequence> packed_sequences_;  ///< attention without a cache

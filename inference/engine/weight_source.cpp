@@ -1,8 +1,10 @@
 #include "inference/engine/weight_source.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
+#include "inference/checkpoint/packing.h"
 #include "kernels/common/check.h"
 #include "kernels/common/half.h"
 
@@ -11,6 +13,8 @@ namespace {
 
 using checkpoint::Checkpoint;
 using checkpoint::TensorInfo;
+
+constexpr std::int64_t kWordBytes = 4;  // of packed codes
 
 // Tensors of a safetensors file need not be aligned to their elements.
 template <typename T>
@@ -37,17 +41,6 @@ std::string text_of(const std::vector<std::int64_t>& shape) {
     text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
   }
   return text + "]";
-}
-
-/// Element `index` of a row of packed codes: offset binary, lowest bits first.
-std::int32_t unpack(const std::byte* words, std::int64_t index, int num_bits) {
-  const std::int64_t per_word = 32 / num_bits;
-  const auto word = load<std::uint32_t>(words, index / per_word);
-  const std::uint32_t mask = (1U << num_bits) - 1U;
-  const std::uint32_t code =
-      (word >> (static_cast<std::uint32_t>(index % per_word) * static_cast<unsigned>(num_bits))) &
-      mask;
-  return static_cast<std::int32_t>(code) - (1 << (num_bits - 1));
 }
 
 }  // namespace
@@ -152,8 +145,7 @@ void WeightSource::open_scales() {
             scale_->dtype);
   dtype_ = *dtype;
   scale_bytes_ = checkpoint_->bytes(scale_->name).data();
-  const std::int64_t count = std::accumulate(scale_->shape.begin(), scale_->shape.end(),
-                                             std::int64_t{1}, std::multiplies<>());
+  const auto count = static_cast<std::int64_t>(scale_->size_bytes() / size_of(dtype_));
   num_scale_rows_ = count == 1 ? 1 : rows_;
   num_groups_ = num_scale_rows_ == 0 ? 0 : count / num_scale_rows_;
   const bool row_major = scale_->shape.size() <= 1 || scale_->shape[0] == num_scale_rows_;
@@ -170,9 +162,9 @@ void WeightSource::open_scales() {
   const std::int64_t per_word = 32 / num_bits_;
   const std::int64_t zero_rows =
       packed_ ? (num_scale_rows_ + per_word - 1) / per_word : num_scale_rows_;
-  const std::int64_t zero_count = std::accumulate(
-      zero_point_->shape.begin(), zero_point_->shape.end(), std::int64_t{1}, std::multiplies<>());
-  MOQ_CHECK(zero_point_->dtype == (packed_ ? "I32" : "I8") && zero_count == zero_rows * num_groups_,
+  const std::int64_t zero_bytes = zero_rows * num_groups_ * (packed_ ? kWordBytes : 1);
+  MOQ_CHECK(zero_point_->dtype == (packed_ ? "I32" : "I8") &&
+                zero_point_->size_bytes() == static_cast<std::uint64_t>(zero_bytes),
             where, zero_point_->name, " must be ", packed_ ? "I32" : "I8", " [", zero_rows, ", ",
             num_groups_, "], got ", zero_point_->dtype, " ", text_of(zero_point_->shape));
   zero_point_bytes_ = checkpoint_->bytes(zero_point_->name).data();
@@ -212,26 +204,20 @@ std::int32_t WeightSource::zero_point_at(std::int64_t row, std::int64_t group) c
   // Packed down the rows: word (r / per_word, group) holds the zero points of per_word rows.
   const std::int64_t per_word = 32 / num_bits_;
   const std::byte* word =
-      zero_point_bytes_ + ((scale_row / per_word) * num_groups_ + group) * std::int64_t{4};
-  return unpack(word, scale_row % per_word, num_bits_);
+      zero_point_bytes_ + (scale_row / per_word * num_groups_ + group) * kWordBytes;
+  std::int8_t zero_point = 0;
+  checkpoint::unpack_codes({word, kWordBytes}, num_bits_, scale_row % per_word, {&zero_point, 1});
+  return zero_point;
 }
 
-void WeightSource::read_code_row(std::int64_t row, Range cols, std::int8_t* codes) const {
-  const std::int64_t row_bytes = weight_->shape[1] * (packed_ ? 4 : 1);
-  const std::byte* data = weight_bytes_ + row * row_bytes;
-  if (!packed_) {
-    std::memcpy(codes, data + cols.begin, static_cast<std::size_t>(cols.size()));
-    return;
-  }
-  if (num_bits_ == 8) {  // one byte a code: offset binary becomes two's complement in the top bit
-    for (std::int64_t c = 0; c < cols.size(); ++c) {
-      codes[c] =
-          static_cast<std::int8_t>(std::to_integer<std::uint8_t>(data[cols.begin + c]) ^ 0x80U);
-    }
-    return;
-  }
-  for (std::int64_t c = 0; c < cols.size(); ++c) {
-    codes[c] = static_cast<std::int8_t>(unpack(data, cols.begin + c, num_bits_));
+void WeightSource::read_code_row(std::int64_t row, Range cols, std::span<std::int8_t> codes) const {
+  const auto row_bytes = static_cast<std::size_t>(weight_->shape[1] * (packed_ ? kWordBytes : 1));
+  const std::byte* data = weight_bytes_ + static_cast<std::size_t>(row) * row_bytes;
+  if (packed_) {
+    checkpoint::unpack_codes({data, row_bytes}, num_bits_, cols.begin, codes);
+  } else {
+    std::copy_n(reinterpret_cast<const std::int8_t*>(data) + cols.begin, cols.size(),
+                codes.begin());
   }
 }
 
@@ -241,8 +227,10 @@ CodeBlock WeightSource::read_codes(Range rows, Range cols, std::int64_t group_si
   block.codes.resize(static_cast<std::size_t>(rows.size() * cols.size()));
   block.scales.resize(static_cast<std::size_t>(rows.size() * groups));
   block.zero_points.resize(asymmetric() ? block.scales.size() : 0);
+  const std::span<std::int8_t> codes(block.codes);
+  const auto width = static_cast<std::size_t>(cols.size());
   for (std::int64_t r = 0; r < rows.size(); ++r) {
-    read_code_row(rows.begin + r, cols, block.codes.data() + r * cols.size());
+    read_code_row(rows.begin + r, cols, codes.subspan(static_cast<std::size_t>(r) * width, width));
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::int64_t stored = (cols.begin + g * group_size) / group_size_;
       const auto index = static_cast<std::size_t>(r * groups + g);

@@ -3,7 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "inference/checkpoint/checkpoint.h"
@@ -79,7 +81,7 @@ class WeightSource {
   void open_scales();
   float scale_at(std::int64_t row, std::int64_t group) const;
   std::int32_t zero_point_at(std::int64_t row, std::int64_t group) const;
-  void read_code_row(std::int64_t row, Range cols, std::int8_t* codes) const;
+  void read_code_row(std::int64_t row, Range cols, std::span<std::int8_t> codes) const;
 
   const checkpoint::Checkpoint* checkpoint_;
   std::string name_;

@@ -1,95 +1,13 @@
 #include "inference/engine/weights.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <numeric>
-
 #include "kernels/common/check.h"
-#include "kernels/common/half.h"
-#include "kernels/fake_quantize.h"
 
 namespace moq::inference {
 namespace {
 
-using kernels::WeightFormat;
-
 // Cuts of the feed-forward columns and of the vocabulary: a multiple of every kernel's vector
 // width.
 constexpr std::int64_t kShardAlignment = 64;
-// Rows read and converted at once; bounds what loading needs beside the packed weights.
-constexpr std::int64_t kRowsAtOnce = 512;
-
-/// Consecutive rows of one source; a fused projection is a list of them.
-struct RowSlice {
-  const WeightSource* source;
-  Range rows;
-  const checkpoint::TensorInfo* bias;  ///< of the whole source; null: none
-};
-
-WeightFormat format_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return WeightFormat::kFloat16;
-    case DType::kBFloat16:
-      return WeightFormat::kBFloat16;
-    default:
-      return WeightFormat::kFloat32;
-  }
-}
-
-WeightFormat integer_format(int num_bits) {
-  return num_bits > 4   ? WeightFormat::kInt8
-         : num_bits > 2 ? WeightFormat::kInt4
-                        : WeightFormat::kInt2;
-}
-
-/// Codes and scales of a float matrix's block, quantized to 8 bits per output feature.
-CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
-  // Scales belong to whole rows, so whole rows are read even where a part of the columns is kept.
-  const std::vector<float> values = source.read_values(rows, {0, source.cols()});
-  std::vector<std::int8_t> codes(values.size());
-  std::vector<float> stored_scales(static_cast<std::size_t>(rows.size()));
-  const kernels::FakeQuantizeTensor tensor{.input = values.data(),
-                                           .codes = codes.data(),
-                                           .scales = stored_scales.data(),
-                                           .rows = rows.size(),
-                                           .cols = source.cols(),
-                                           .row_stride = source.cols(),
-                                           .col_stride = 1,
-                                           .scale_dtype = DType::kFloat32};
-  const std::int32_t num_bits = 8;
-  kernels::cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
-  for (const float scale : stored_scales) {
-    MOQ_CHECK(std::isfinite(scale), source.name(),
-              ".weight must hold finite numbers to be quantized, got a NaN or an infinity");
-  }
-  CodeBlock block;
-  block.scales = std::move(stored_scales);
-  if (cols.size() == source.cols()) {
-    block.codes = std::move(codes);
-    return block;
-  }
-  block.codes.resize(static_cast<std::size_t>(rows.size() * cols.size()));
-  for (std::int64_t r = 0; r < rows.size(); ++r) {
-    std::memcpy(block.codes.data() + r * cols.size(), codes.data() + r * source.cols() + cols.begin,
-                static_cast<std::size_t>(cols.size()));
-  }
-  return block;
-}
-
-/// Values in the storage of a float format.
-void store(std::span<const float> values, WeightFormat format, std::byte* out) {
-  if (format == WeightFormat::kFloat32) {
-    std::memcpy(out, values.data(), values.size_bytes());
-    return;
-  }
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    const std::uint16_t bits = format == WeightFormat::kFloat16 ? float_to_float16(values[i])
-                                                                : float_to_bfloat16(values[i]);
-    std::memcpy(out + 2 * i, &bits, sizeof(bits));
-  }
-}
 
 Norm load_norm(const checkpoint::Checkpoint& files, const ModuleParameters* parameters) {
   Norm norm;
@@ -109,35 +27,30 @@ Table load_table(const ModuleParameters* parameters) {
     return table;
   }
   const WeightSource& source = *parameters->matrix;
-  const Range rows{0, source.rows()};
-  const Range cols{0, source.cols()};
-  table.view = {.data = nullptr, .num_rows = source.rows(), .total_rows = source.rows()};
-  if (source.quantized()) {
-    CodeBlock block = source.read_codes(rows, cols, source.group_size());
-    table.data = AlignedBuffer(block.codes.size());
-    std::memcpy(table.data.data(), block.codes.data(), block.codes.size());
-    table.scales = std::move(block.scales);
-    table.zero_points = std::move(block.zero_points);
-    table.view.data = table.data.data();
-    table.view.dtype = DType::kInt8;
-    table.view.scales = table.scales.data();
-    table.view.zero_points = table.zero_points.empty() ? nullptr : table.zero_points.data();
-    table.view.group_size = source.group_size();
-    return table;
-  }
   const std::byte* mapped = source.plain_rows();
   if (mapped != nullptr &&
       reinterpret_cast<std::uintptr_t>(mapped) % size_of(source.dtype()) == 0) {
-    table.view.data = mapped;
-    table.view.dtype = source.dtype();
-    return table;
+    table.view = {.data = mapped,
+                  .dtype = source.dtype(),
+                  .num_rows = source.rows(),
+                  .total_rows = source.rows()};
+  } else {
+    table.source = source;
   }
-  const std::vector<float> values = source.read_values(rows, cols);
-  table.data = AlignedBuffer(values.size() * sizeof(float));
-  std::memcpy(table.data.data(), values.data(), table.data.size());
-  table.view.data = table.data.data();
-  table.view.dtype = DType::kFloat32;
   return table;
+}
+
+std::optional<kernels::WeightFormat> float_format(WeightDtype dtype) {
+  switch (dtype) {
+    case WeightDtype::kFloat32:
+      return kernels::WeightFormat::kFloat32;
+    case WeightDtype::kFloat16:
+      return kernels::WeightFormat::kFloat16;
+    case WeightDtype::kBFloat16:
+      return kernels::WeightFormat::kBFloat16;
+    default:
+      return std::nullopt;
+  }
 }
 
 class Loader {
@@ -156,10 +69,6 @@ class Loader {
   Linear load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const;
   Linear load_whole(Module module) const;
   Linear load_head(const Weights& weights) const;
-  kernels::InputMode input_mode_of(const std::vector<RowSlice>& slices,
-                                   const kernels::LinearShape& shape) const;
-  kernels::LinearShape shape_of(const std::vector<RowSlice>& slices, Range cols,
-                                bool quantize) const;
 
   const ParameterMap& parameters_;
   const checkpoint::Checkpoint& files_;
@@ -264,123 +173,12 @@ std::vector<RowSlice> Loader::up_slices(std::int64_t layer, Range ffn) const {
   return slices;
 }
 
-/// Form of the packed weight: siblings that differ meet in the wider form, which holds both
-/// exactly.
-kernels::LinearShape Loader::shape_of(const std::vector<RowSlice>& slices, Range cols,
-                                      bool quantize) const {
-  kernels::LinearShape shape{.k = cols.size(), .group_size = cols.size()};
-  bool integers = options_.dtype == WeightDtype::kAsStored || options_.dtype == WeightDtype::kInt8;
-  int num_bits = 0;
-  WeightFormat floats = format_of(slices.front().source->dtype());
-  for (const RowSlice& slice : slices) {
-    const WeightSource& source = *slice.source;
-    shape.n += slice.rows.size();
-    integers = integers && (quantize || source.quantized());
-    num_bits = std::max(num_bits, quantize ? 8 : source.num_bits());
-    if (source.quantized() || format_of(source.dtype()) != floats) {
-      floats = WeightFormat::kFloat32;
-    }
-    if (source.quantized()) {
-      shape.asymmetric |= source.asymmetric();
-      shape.group_size = std::gcd(shape.group_size, source.group_size_of(cols));
-    }
-  }
-  if (integers) {
-    shape.format = integer_format(num_bits);
-    return shape;
-  }
-  switch (options_.dtype) {
-    case WeightDtype::kFloat32:
-      shape.format = WeightFormat::kFloat32;
-      break;
-    case WeightDtype::kFloat16:
-      shape.format = WeightFormat::kFloat16;
-      break;
-    case WeightDtype::kBFloat16:
-      shape.format = WeightFormat::kBFloat16;
-      break;
-    default:
-      shape.format = floats;
-  }
-  shape.asymmetric = false;
-  shape.group_size = shape.k;
-  return shape;
-}
-
-/// How the projection reads its input: as the caller asked, or as all of its parts were trained.
-kernels::InputMode Loader::input_mode_of(const std::vector<RowSlice>& slices,
-                                         const kernels::LinearShape& shape) const {
-  if (!kernels::is_integer(shape.format)) {
-    return kernels::InputMode::kFloat32;
-  }
-  bool dynamic = options_.dynamic_activations;
-  if (!dynamic && options_.int_quantized_is_dynamic) {
-    const auto trained = [](const RowSlice& slice) {
-      return slice.source->quantized() && !slice.source->packed();
-    };
-    dynamic = trained(slices.front());
-    for (const RowSlice& slice : slices) {
-      MOQ_CHECK(trained(slice) == dynamic,
-                "weights: projections that are computed together must "
-                "agree on INT8 activations, got ",
-                slices.front().source->name(), " and ", slice.source->name());
-    }
-  }
-  return dynamic ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
-}
-
 Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const {
-  const kernels::LinearShape shape = shape_of(slices, cols, quantize);
-  const bool integers = kernels::is_integer(shape.format);
-  const auto element = static_cast<std::size_t>(integers ? 1 : kernels::bits_of(shape.format) / 8);
-  const auto row_bytes = static_cast<std::size_t>(shape.k) * element;
-  AlignedBuffer rows(static_cast<std::size_t>(shape.n) * row_bytes);
-  std::vector<float> scales;
-  std::vector<std::int32_t> zero_points;
-  Linear linear;
-  std::byte* out = rows.data();
-  for (const RowSlice& slice : slices) {
-    for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += kRowsAtOnce) {
-      const Range part{begin, std::min(begin + kRowsAtOnce, slice.rows.end)};
-      const auto size = static_cast<std::size_t>(part.size()) * row_bytes;
-      if (!integers) {
-        store(slice.source->read_values(part, cols), shape.format, out);
-      } else {
-        CodeBlock block = slice.source->quantized()
-                              ? slice.source->read_codes(part, cols, shape.group_size)
-                              : quantize_rows(*slice.source, part, cols);
-        std::memcpy(out, block.codes.data(), size);
-        const std::int64_t per_row = kernels::num_groups(shape);
-        if (!slice.source->quantized() && per_row > 1) {
-          for (const float scale : block.scales) {
-            scales.insert(scales.end(), static_cast<std::size_t>(per_row), scale);
-          }
-        } else {
-          scales.insert(scales.end(), block.scales.begin(), block.scales.end());
-        }
-        if (shape.asymmetric) {
-          block.zero_points.resize(static_cast<std::size_t>(part.size() * per_row), 0);
-          zero_points.insert(zero_points.end(), block.zero_points.begin(), block.zero_points.end());
-        }
-      }
-      out += size;
-    }
-    if (slice.bias != nullptr) {
-      const std::vector<float> bias = read_floats(files_, *slice.bias, slice.rows);
-      linear.bias.insert(linear.bias.end(), bias.begin(), bias.end());
-    }
-  }
-  linear.input_mode = input_mode_of(slices, shape);
-  linear.storage = AlignedBuffer(kernels::cpu::packed_linear_size(shape));
-  linear.weight = {.shape = shape, .data = linear.storage.data()};
-  kernels::cpu::pack_linear({.shape = shape,
-                             .weight = rows.data(),
-                             .row_stride = shape.k,
-                             .col_stride = 1,
-                             .scales = scales.data(),
-                             .zero_points = shape.asymmetric ? zero_points.data() : nullptr,
-                             .packed = linear.storage.data()});
-  return linear;
+  return pack_weights(files_, slices, cols,
+                      {.quantization = options_.quantization,
+                       .floats = float_format(options_.dtype),
+                       .quantize = quantize,
+                       .dynamic_activations = options_.dynamic_activations});
 }
 
 /// A small projection that every rank computes whole.

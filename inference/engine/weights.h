@@ -7,24 +7,15 @@
 #include <vector>
 
 #include "inference/checkpoint/checkpoint.h"
-#include "inference/engine/aligned_buffer.h"
 #include "inference/engine/model_spec.h"
+#include "inference/engine/packed_weights.h"
+#include "inference/engine/quantization_config.h"
+#include "inference/engine/weight_source.h"
 #include "inference/parallel/sharding.h"
 #include "inference/policies/parameter_map.h"
 #include "kernels/embedding.h"
-#include "kernels/linear.h"
 
 namespace moq::inference {
-
-/// A packed projection of this rank.
-struct Linear {
-  kernels::PackedLinear weight;  ///< a view of `storage`
-  AlignedBuffer storage;
-  std::vector<float> bias;  ///< [n], or empty
-  kernels::InputMode input_mode = kernels::InputMode::kFloat32;
-
-  const float* bias_or_null() const { return bias.empty() ? nullptr : bias.data(); }
-};
 
 struct Norm {
   std::vector<float> weight;  ///< [hidden_size]
@@ -35,10 +26,8 @@ struct Norm {
 /// share, and a rank reads the rows of its tokens only. Splitting it would save no memory and cost
 /// an all-reduce a step.
 struct Table {
-  kernels::EmbeddingTable view{};
-  AlignedBuffer data;         ///< empty when `view` points into the mapped file
-  std::vector<float> scales;  ///< of a quantized table
-  std::vector<std::int32_t> zero_points;
+  kernels::EmbeddingTable view{};      ///< rows that kernels can read where they lie
+  std::optional<WeightSource> source;  ///< of any other form: rows are converted as they are read
 };
 
 struct Layer {
@@ -90,17 +79,14 @@ struct LoadOptions {
   WeightDtype dtype = WeightDtype::kAsStored;
   /// Whether kInt8 quantizes a head that is stored as floats; nullopt: unless the checkpoint is a
   /// quantized one, which is taken as it is.
-  std::optional<bool> quantize_head;
-  bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
-  /// int-quantized weights read INT8 activations, as the checkpoint says.
-  bool int_quantized_is_dynamic = false;
+  std::optional<bool> quantize_head = std::nullopt;
+  bool dynamic_activations = false;      ///< every integer weight reads INT8 activations
+  QuantizationConfig quantization = {};  ///< of the checkpoint
   int rank = 0;
   int size = 1;
 };
 
-/// Reads and packs one rank's share. Of matrices split by rows or columns only that part is read,
-/// except where columns are split and the scales are yet to be computed: a scale needs its whole
-/// row.
+/// Reads and packs one rank's share.
 /// @throws moq::Error if `size` exceeds the number of attention heads, naming the largest that
 /// works
 Weights load_weights(const ParameterMap& parameters,

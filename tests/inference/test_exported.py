@@ -1,10 +1,14 @@
 """Exported directories in the engine against the simulated PyTorch model."""
 
+import json
+import shutil
+
 import models
 import pytest
 import rounded_models
 import torch
 from models import reference_logits, relative_error, sequences
+from safetensors.torch import load_file, save_file
 
 from moq.inference import Engine
 
@@ -60,6 +64,60 @@ def test_int8_activations_run_where_the_checkpoint_was_trained_for_them(tmp_path
     engine = Engine.from_pretrained(tmp_path / "out")
     assert engine.core.activations == "dynamic"
     assert 1e-4 < relative_error(engine.forward([row])[0], reference_logits(model, row)) < 0.1
+
+
+def change_groups(directory, change):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"]["config_groups"])
+    path.write_text(json.dumps(config))
+
+
+def test_groups_choose_the_modules_that_read_int8_activations(tmp_path):
+    directory = tmp_path / "out"
+    model = rounded_models.export(
+        models.build("llama"), directory, "8 bits per channel", activations="dynamic"
+    )
+    (row,) = sequences(30)
+    all_dynamic = Engine.from_pretrained(directory).forward([row])[0]
+
+    def split(groups):
+        targets = groups["group_0"]["targets"]
+        first = [name for name in targets if ".layers.0." in name]
+        rest = [name for name in targets if name not in first]
+        groups["group_1"] = groups["group_0"] | {"targets": rest, "input_activations": None}
+        groups["group_0"]["targets"] = first
+
+    change_groups(directory, split)
+    mixed = Engine.from_pretrained(directory).forward([row])[0]
+    change_groups(directory, lambda groups: groups["group_0"].update(input_activations=None))
+    exact = Engine.from_pretrained(directory).forward([row])[0]
+    assert relative_error(exact, reference_logits(model, row)) < TOLERANCE
+    assert 1e-5 < relative_error(mixed, exact) < 0.1
+    assert 1e-5 < relative_error(mixed, all_dynamic) < 0.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_quantized_embedding_is_looked_up(packed, model_directory, tmp_path):
+    shutil.copytree(model_directory("llama"), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.embed_tokens.weight"
+    scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+    codes = (tensors.pop(name) / scale).round().to(torch.int8)
+    tensors[f"{name}_scale"] = scale
+    if packed:
+        words = (codes.short() + 128).to(torch.uint8).view(torch.int32)
+        tensors |= {f"{name}_packed": words, f"{name}_shape": torch.tensor(codes.shape)}
+    else:
+        tensors[name] = codes
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = models.build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(scale * codes)
+    (row,) = sequences(30)
+    logits = Engine.from_pretrained(tmp_path / "out").forward([row])[0]
+    assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
 
 
 def test_formats_are_those_of_the_checkpoint(tmp_path):

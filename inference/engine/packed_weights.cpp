@@ -1,0 +1,190 @@
+#include "inference/engine/packed_weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/common/check.h"
+#include "kernels/common/half.h"
+#include "kernels/fake_quantize.h"
+
+namespace moq::inference {
+namespace {
+
+using kernels::WeightFormat;
+using Slices = std::vector<RowSlice>;
+
+// Rows read and converted at once; bounds what loading needs beside the packed weights.
+constexpr std::int64_t kRowsAtOnce = 512;
+
+WeightFormat format_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return WeightFormat::kFloat16;
+    case DType::kBFloat16:
+      return WeightFormat::kBFloat16;
+    default:
+      return WeightFormat::kFloat32;
+  }
+}
+
+WeightFormat integer_format(int num_bits) {
+  return num_bits > 4   ? WeightFormat::kInt8
+         : num_bits > 2 ? WeightFormat::kInt4
+                        : WeightFormat::kInt2;
+}
+
+/// Codes and scales of a float matrix's block, quantized to 8 bits per output feature.
+CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
+  // Scales belong to whole rows, so whole rows are read even where a part of the columns is kept.
+  const std::vector<float> values = source.read_values(rows, {0, source.cols()});
+  std::vector<std::int8_t> codes(values.size());
+  std::vector<float> stored_scales(static_cast<std::size_t>(rows.size()));
+  const kernels::FakeQuantizeTensor tensor{.input = values.data(),
+                                           .codes = codes.data(),
+                                           .scales = stored_scales.data(),
+                                           .rows = rows.size(),
+                                           .cols = source.cols(),
+                                           .row_stride = source.cols(),
+                                           .col_stride = 1,
+                                           .scale_dtype = DType::kFloat32};
+  const std::int32_t num_bits = 8;
+  kernels::cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
+  for (const float scale : stored_scales) {
+    MOQ_CHECK(std::isfinite(scale), source.name(),
+              ".weight must hold finite numbers to be quantized, got a NaN or an infinity");
+  }
+  CodeBlock block;
+  block.scales = std::move(stored_scales);
+  if (cols.size() == source.cols()) {
+    block.codes = std::move(codes);
+    return block;
+  }
+  block.codes.resize(static_cast<std::size_t>(rows.size() * cols.size()));
+  for (std::int64_t r = 0; r < rows.size(); ++r) {
+    std::copy_n(codes.begin() + r * source.cols() + cols.begin, cols.size(),
+                block.codes.begin() + r * cols.size());
+  }
+  return block;
+}
+
+/// Values in the storage of a float format.
+void store(std::span<const float> values, WeightFormat format, std::byte* out) {
+  if (format == WeightFormat::kFloat32) {
+    std::copy(values.begin(), values.end(), reinterpret_cast<float*>(out));
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(out);
+  for (const float value : values) {
+    *half++ = format == WeightFormat::kFloat16 ? float_to_float16(value) : float_to_bfloat16(value);
+  }
+}
+
+/// Form of the packed weight: siblings that differ meet in the wider form, which holds both
+/// exactly.
+kernels::LinearShape shape_of(const Slices& slices, Range cols, const PackOptions& options) {
+  kernels::LinearShape shape{.k = cols.size(), .group_size = cols.size()};
+  bool integers = !options.floats.has_value();
+  int num_bits = 0;
+  WeightFormat floats = format_of(slices.front().source->dtype());
+  for (const RowSlice& slice : slices) {
+    const WeightSource& source = *slice.source;
+    shape.n += slice.rows.size();
+    integers = integers && (options.quantize || source.quantized());
+    num_bits = std::max(num_bits, options.quantize ? 8 : source.num_bits());
+    if (source.quantized() || format_of(source.dtype()) != floats) {
+      floats = WeightFormat::kFloat32;
+    }
+    if (source.quantized()) {
+      shape.asymmetric |= source.asymmetric();
+      shape.group_size = std::gcd(shape.group_size, source.group_size_of(cols));
+    }
+  }
+  if (integers) {
+    shape.format = integer_format(num_bits);
+    return shape;
+  }
+  shape.format = options.floats.value_or(floats);
+  shape.asymmetric = false;
+  shape.group_size = shape.k;
+  return shape;
+}
+
+/// How the projection reads its input: as the caller asked, or as all of its parts were trained.
+kernels::InputMode input_mode_of(const Slices& slices, const kernels::LinearShape& shape,
+                                 const PackOptions& options) {
+  if (!kernels::is_integer(shape.format)) {
+    return kernels::InputMode::kFloat32;
+  }
+  const auto trained = [&](const RowSlice& slice) {
+    return slice.source->quantized() && options.quantization.reads_int8(slice.source->name());
+  };
+  bool dynamic = options.dynamic_activations;
+  if (!dynamic) {
+    dynamic = trained(slices.front());
+    for (const RowSlice& slice : slices) {
+      MOQ_CHECK(trained(slice) == dynamic,
+                "weights: projections that are computed together must agree on INT8 activations, ",
+                "got ", slices.front().source->name(), " and ", slice.source->name());
+    }
+  }
+  return dynamic ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
+}
+
+}  // namespace
+
+Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSlice>& slices,
+                    Range cols, const PackOptions& options) {
+  const kernels::LinearShape shape = shape_of(slices, cols, options);
+  const bool integers = kernels::is_integer(shape.format);
+  const auto element = static_cast<std::size_t>(integers ? 1 : kernels::bits_of(shape.format) / 8);
+  const auto row_bytes = static_cast<std::size_t>(shape.k) * element;
+  AlignedBuffer rows(static_cast<std::size_t>(shape.n) * row_bytes);
+  std::vector<float> scales;
+  std::vector<std::int32_t> zero_points;
+  Linear linear;
+  std::byte* out = rows.data();
+  for (const RowSlice& slice : slices) {
+    for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += kRowsAtOnce) {
+      const Range part{begin, std::min(begin + kRowsAtOnce, slice.rows.end)};
+      if (!integers) {
+        store(slice.source->read_values(part, cols), shape.format, out);
+      } else {
+        CodeBlock block = slice.source->quantized()
+                              ? slice.source->read_codes(part, cols, shape.group_size)
+                              : quantize_rows(*slice.source, part, cols);
+        std::copy(block.codes.begin(), block.codes.end(), reinterpret_cast<std::int8_t*>(out));
+        const std::int64_t per_row = kernels::num_groups(shape);
+        if (!slice.source->quantized() && per_row > 1) {
+          for (const float scale : block.scales) {
+            scales.insert(scales.end(), static_cast<std::size_t>(per_row), scale);
+          }
+        } else {
+          scales.insert(scales.end(), block.scales.begin(), block.scales.end());
+        }
+        if (shape.asymmetric) {
+          block.zero_points.resize(static_cast<std::size_t>(part.size() * per_row), 0);
+          zero_points.insert(zero_points.end(), block.zero_points.begin(), block.zero_points.end());
+        }
+      }
+      out += static_cast<std::size_t>(part.size()) * row_bytes;
+    }
+    if (slice.bias != nullptr) {
+      const std::vector<float> bias = read_floats(files, *slice.bias, slice.rows);
+      linear.bias.insert(linear.bias.end(), bias.begin(), bias.end());
+    }
+  }
+  linear.input_mode = input_mode_of(slices, shape, options);
+  linear.storage = AlignedBuffer(kernels::cpu::packed_linear_size(shape));
+  linear.weight = {.shape = shape, .data = linear.storage.data()};
+  kernels::cpu::pack_linear({.shape = shape,
+                             .weight = rows.data(),
+                             .row_stride = shape.k,
+                             .col_stride = 1,
+                             .scales = scales.data(),
+                             .zero_points = shape.asymmetric ? zero_points.data() : nullptr,
+                             .packed = linear.storage.data()});
+  return linear;
+}
+
+}  // namespace moq::inference

@@ -1,0 +1,146 @@
+#include "inference/policies/parameter_map.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "inference/engine/weights.h"
+#include "kernels/common/check.h"
+#include "tests/cpp/inference/crafted_checkpoint.h"
+
+namespace moq::inference {
+namespace {
+
+using checkpoint::Checkpoint;
+using checkpoint::error_of;
+using checkpoint::Json;
+
+const std::string kLlama =
+    R"("architectures": ["LlamaForCausalLM"], "vocab_size": 5, "num_hidden_layers": 1,
+       "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 6,
+       "max_position_embeddings": 9)";
+
+/// A Llama of one layer, small enough to write down.
+void write_llama(CraftedCheckpoint& files) {
+  files.set_floats("model.embed_tokens.weight", {5, 8});
+  files.set_floats("lm_head.weight", {5, 8});
+  files.set_floats("model.norm.weight", {8});
+  const std::string layer = "model.layers.0.";
+  for (const char* norm : {"input_layernorm", "post_attention_layernorm"}) {
+    files.set_floats(layer + norm + ".weight", {8});
+  }
+  for (const char* proj : {"q_proj", "k_proj", "v_proj", "o_proj"}) {
+    files.set_floats(layer + "self_attn." + proj + ".weight", {8, 8});
+  }
+  files.set_floats(layer + "mlp.gate_proj.weight", {6, 8});
+  files.set_floats(layer + "mlp.up_proj.weight", {6, 8});
+  files.set_floats(layer + "mlp.down_proj.weight", {8, 6});
+}
+
+ParameterMap resolve(const Checkpoint& files, const std::string& config) {
+  const Json json = Json::parse("{" + config + "}", "config.json");
+  return ParameterMap::resolve(find_policy(json, builtin_policies()), json, files);
+}
+
+TEST(ParameterMap, FindsEveryParameterOfASmallModel) {
+  CraftedCheckpoint crafted;
+  write_llama(crafted);
+  const Checkpoint files = crafted.open();
+  const ParameterMap map = resolve(files, kLlama + R"(, "hidden_size": 8)");
+  EXPECT_EQ(map.spec().head_dim, 2);
+  EXPECT_EQ(map.at(Module::kDown).matrix->cols(), 6);
+}
+
+struct Crafted {
+  const char* name;
+  const char* members;  ///< of config.json, beside the small model's
+  const char* message;
+};
+
+class CraftedConfig : public testing::TestWithParam<Crafted> {};
+
+TEST_P(CraftedConfig, IsRefusedBeforeAnythingIsComputedFromIt) {
+  CraftedCheckpoint crafted;
+  write_llama(crafted);
+  const Checkpoint files = crafted.open();
+  const std::string message = error_of([&] { resolve(files, kLlama + ", " + GetParam().members); });
+  EXPECT_NE(message.find(GetParam().message), std::string::npos) << message;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Configs, CraftedConfig,
+    testing::Values(
+        // Four heads of 2^62 + 2 wrap to the 8 rows that the projections have.
+        Crafted{"wrapping_heads", R"("hidden_size": 8, "head_dim": 4611686018427387906)",
+                "head_dim must be at most 2147483648"},
+        Crafted{"large_head", R"("hidden_size": 8, "head_dim": 2147483648)",
+                "num_heads * head_dim must be <= 2147483648"},
+        Crafted{"huge_hidden", R"("hidden_size": 4611686018427387904)",
+                "hidden_size must be at most 2147483648"},
+        Crafted{"negative_hidden", R"("hidden_size": -9223372036854775808)",
+                "hidden_size must be at most 2147483648"},
+        Crafted{"unbounded_rotation", R"("hidden_size": 8, "partial_rotary_factor": 1e300)",
+                "rotary_fraction must lie in (0, 1]"},
+        Crafted{"negative_rotation", R"("hidden_size": 8, "partial_rotary_factor": -1)",
+                "rotary_fraction must lie in (0, 1]"},
+        Crafted{"no_factor",
+                R"("hidden_size": 8, "rope_scaling": {"rope_type": "linear", "factor": 0})",
+                "rope_factor must be > 0"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+TEST(ParameterMap, RefusesTheSameMatrixForTwoModules) {
+  CraftedCheckpoint crafted;
+  write_llama(crafted);
+  crafted.erase("model.layers.0.self_attn.k_proj.weight");
+  const Checkpoint files = crafted.open();
+  const Json json = Json::parse("{" + kLlama + R"(, "hidden_size": 8})", "config.json");
+  Policy policy = find_policy(json, builtin_policies());
+  for (ModuleRule& rule : policy.modules) {
+    if (rule.module == Module::kKey) {
+      rule.name = "layers.{layer}.self_attn.q_proj";
+    }
+  }
+  const std::string message = error_of([&] { ParameterMap::resolve(policy, json, files); });
+  EXPECT_NE(message.find("must use every tensor once, got model.layers.0.self_attn.q_proj.weight"),
+            std::string::npos)
+      << message;
+}
+
+TEST(ParameterMap, NeedsARuleForAClassifier) {
+  CraftedCheckpoint crafted;
+  write_llama(crafted);
+  const Checkpoint files = crafted.open();
+  const Json json = Json::parse("{" + kLlama + R"(, "hidden_size": 8})", "config.json");
+  Policy policy = find_policy(json, builtin_policies());
+  policy.traits.has_classifier = true;
+  const std::string message = error_of([&] { ParameterMap::resolve(policy, json, files); });
+  EXPECT_NE(message.find("must have a rule for classifier"), std::string::npos) << message;
+}
+
+TEST(Weights, OfACraftedCheckpointAreRefusedWhereTheirNumbersDoNotFit) {
+  CraftedCheckpoint crafted;
+  write_llama(crafted);
+  const std::string name = "model.layers.0.self_attn.o_proj.weight";
+  crafted.erase(name);
+  crafted.set<std::int64_t>(name + "_shape", "I64", {2}, {8, 8});
+  crafted.set<std::uint32_t>(name + "_packed", "I32", {8, 1}, {0, 1, 2, 3, 4, 5, 6, 7});
+  crafted.set_floats(name + "_scale", {8, 2});
+  const auto load = [&](const CraftedCheckpoint& from, int rank) {
+    const auto files = std::make_shared<const Checkpoint>(from.open());
+    const ParameterMap map = resolve(*files, kLlama + R"(, "hidden_size": 8)");
+    return load_weights(map, files, {.rank = rank, .size = 3});
+  };
+  for (int rank = 0; rank < 3; ++rank) {
+    EXPECT_NO_THROW(load(crafted, rank));
+  }
+  std::vector<float> scales(8, 1.0F);
+  scales[2] = std::numeric_limits<float>::infinity();
+  crafted.set(name + "_scale", "F32", {8, 1}, scales);
+  EXPECT_NE(error_of([&] { load(crafted, 0); }).find("scales must be finite"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moq::inference

@@ -1,0 +1,102 @@
+#include "inference/engine/quantization_config.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "tests/cpp/checkpoint/crafted_file.h"
+
+namespace moq::inference {
+namespace {
+
+using checkpoint::error_of;
+using checkpoint::Json;
+
+const std::string kDynamic =
+    R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})";
+
+QuantizationConfig parse(const std::string& members) {
+  const std::string text =
+      R"({"quantization_config": {"quant_method": "compressed-tensors", )" + members + "}}";
+  return QuantizationConfig::parse(Json::parse(text, "config.json"));
+}
+
+std::string groups(const std::string& first, const std::string& second) {
+  return R"("config_groups": {"group_0": {"targets": ["a", "b"], "input_activations": )" + first +
+         R"(}, "group_1": {"targets": ["c"], "input_activations": )" + second + "}}";
+}
+
+TEST(QuantizationConfig, ReadsFloatsWithoutAny) {
+  EXPECT_FALSE(QuantizationConfig::parse(Json::parse("{}", "config.json")).reads_int8("a"));
+  const Json null = Json::parse(R"({"quantization_config": null})", "config.json");
+  EXPECT_FALSE(QuantizationConfig::parse(null).reads_int8("a"));
+}
+
+TEST(QuantizationConfig, NeedsNoNamesWhereAllGroupsAgree) {
+  EXPECT_TRUE(parse(groups(kDynamic, kDynamic)).reads_int8("unnamed"));
+  EXPECT_FALSE(parse(groups("null", "null")).reads_int8("unnamed"));
+}
+
+TEST(QuantizationConfig, AsksTheGroupThatNamesTheModuleWhereTheyDiffer) {
+  const QuantizationConfig config = parse(groups(kDynamic, "null"));
+  EXPECT_TRUE(config.reads_int8("a"));
+  EXPECT_TRUE(config.reads_int8("b"));
+  EXPECT_FALSE(config.reads_int8("c"));
+  EXPECT_NE(error_of([&] { config.reads_int8("d"); }).find("got none that names d"),
+            std::string::npos);
+}
+
+TEST(QuantizationConfig, AcceptsEmptyMembersOfThingsThatItDoesNotCompute) {
+  EXPECT_NO_THROW(parse(R"("transform_config": {}, "kv_cache_scheme": null)"));
+}
+
+struct Refusal {
+  const char* name;
+  std::string members;
+  const char* message;
+};
+
+std::string with_input(const std::string& input) {
+  return groups(input, kDynamic);
+}
+
+class RefusedConfig : public testing::TestWithParam<Refusal> {};
+
+TEST_P(RefusedConfig, NamesTheKey) {
+  const std::string message = error_of([] { parse(GetParam().members); });
+  EXPECT_NE(message.find(GetParam().message), std::string::npos) << message;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Keys, RefusedConfig,
+    testing::Values(
+        Refusal{"transform", R"("transform_config": {"config_groups": {"u": {}}})",
+                "quantization_config.transform_config must be null"},
+        Refusal{"kv_cache", R"("kv_cache_scheme": {"num_bits": 8})",
+                "quantization_config.kv_cache_scheme must be null"},
+        Refusal{"output",
+                R"("config_groups": {"g": {"targets": [], "output_activations": {"num_bits": 8}}})",
+                "config_groups.g.output_activations must be null"},
+        Refusal{"float_weights",
+                R"("config_groups": {"g": {"targets": [], "weights": {"type": "float"}}})",
+                "g.weights.type must be \"int\" for the engine to compute this model, got \"float"},
+        Refusal{"bits", with_input(R"({"num_bits": 4, "strategy": "token", "dynamic": true})"),
+                "group_0.input_activations.num_bits must be 8"},
+        Refusal{"float_activations",
+                with_input(R"({"type": "float", "strategy": "token", "dynamic": true})"),
+                "group_0.input_activations.type must be \"int\""},
+        Refusal{"asymmetric",
+                with_input(R"({"symmetric": false, "strategy": "token", "dynamic": true})"),
+                "group_0.input_activations.symmetric must be true"},
+        Refusal{"tensor", with_input(R"({"strategy": "tensor", "dynamic": true})"),
+                "group_0.input_activations.strategy must be \"token\""},
+        Refusal{"no_strategy", with_input(R"({"dynamic": true})"),
+                "strategy must be \"token\" for the engine to compute this model, got none"},
+        Refusal{"static", with_input(R"({"strategy": "token", "dynamic": false})"),
+                "group_0.input_activations.dynamic must be true"},
+        Refusal{"local", with_input(R"({"strategy": "token", "dynamic": "local"})"),
+                "group_0.input_activations.dynamic must be true"}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace moq::inference
