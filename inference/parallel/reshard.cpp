@@ -1,8 +1,5 @@
 #include "inference/parallel/reshard.h"
 
-#include <cstring>
-#include <numeric>
-
 #include "kernels/common/check.h"
 
 namespace moq::inference {
@@ -33,34 +30,6 @@ std::int64_t fused_row(QkvOrder order, const QkvShape& shape, Part part, std::in
 
 bool lies_within(const Range& range, std::int64_t total) {
   return 0 <= range.begin && range.begin <= range.end && range.end <= total;
-}
-
-void check_move(const char* where, std::size_t whole_bytes, std::size_t part_bytes,
-                const AxisView& view, std::span<const std::int64_t> indices) {
-  const auto wanted = [&](std::int64_t count) {
-    return static_cast<std::size_t>(view.outer * count * view.inner_bytes);
-  };
-  MOQ_CHECK(whole_bytes == wanted(view.count), where, ": the whole must have ", wanted(view.count),
-            " bytes, got ", whole_bytes);
-  const auto num_indices = static_cast<std::int64_t>(indices.size());
-  MOQ_CHECK(part_bytes == wanted(num_indices), where, ": the part must have ", wanted(num_indices),
-            " bytes, got ", part_bytes);
-  for (const std::int64_t index : indices) {
-    MOQ_CHECK(index >= 0 && index < view.count, where, ": indices must be in [0, ", view.count,
-              "), got ", index);
-  }
-}
-
-/// Calls move(index of the piece in the whole, index of the piece in the part) for all pieces.
-template <typename Move>
-void for_each_piece(const AxisView& view, std::span<const std::int64_t> indices, Move move) {
-  std::int64_t piece = 0;
-  for (std::int64_t outer = 0; outer < view.outer; ++outer) {
-    for (const std::int64_t index : indices) {
-      move((outer * view.count + index) * view.inner_bytes, piece * view.inner_bytes);
-      ++piece;
-    }
-  }
 }
 
 }  // namespace
@@ -103,12 +72,6 @@ std::vector<std::int64_t> qkv_rows(QkvOrder order, const QkvShape& shape, const 
   return rows;
 }
 
-std::vector<std::int64_t> indices_of(Range range) {
-  std::vector<std::int64_t> indices(static_cast<std::size_t>(range.size()));
-  std::iota(indices.begin(), indices.end(), range.begin);
-  return indices;
-}
-
 std::vector<Range> runs_of(std::span<const std::int64_t> indices) {
   std::vector<Range> runs;
   for (const std::int64_t index : indices) {
@@ -118,36 +81,6 @@ std::vector<Range> runs_of(std::span<const std::int64_t> indices) {
     ++runs.back().end;
   }
   return runs;
-}
-
-ColumnGroups shard_groups(Range columns, std::int64_t group_size) {
-  MOQ_CHECK(group_size >= 1 && lies_within(columns, columns.end),
-            "shard_groups: group_size must be >= 1 and 0 <= begin <= end, got ", group_size,
-            " and [", columns.begin, ", ", columns.end, ")");
-  ColumnGroups groups;
-  groups.group_size = std::gcd(std::gcd(group_size, columns.begin), columns.end);
-  for (std::int64_t column = columns.begin; column < columns.end; column += groups.group_size) {
-    groups.scale_columns.push_back(column / group_size);
-  }
-  return groups;
-}
-
-void gather(std::span<const std::byte> whole, const AxisView& view,
-            std::span<const std::int64_t> indices, std::span<std::byte> part) {
-  check_move("gather", whole.size(), part.size(), view, indices);
-  for_each_piece(view, indices, [&](std::int64_t in_whole, std::int64_t in_part) {
-    std::memcpy(part.data() + in_part, whole.data() + in_whole,
-                static_cast<std::size_t>(view.inner_bytes));
-  });
-}
-
-void scatter(std::span<const std::byte> part, const AxisView& view,
-             std::span<const std::int64_t> indices, std::span<std::byte> whole) {
-  check_move("scatter", whole.size(), part.size(), view, indices);
-  for_each_piece(view, indices, [&](std::int64_t in_whole, std::int64_t in_part) {
-    std::memcpy(whole.data() + in_whole, part.data() + in_part,
-                static_cast<std::size_t>(view.inner_bytes));
-  });
 }
 
 }  // namespace moq::inference
