@@ -15,6 +15,9 @@ struct SamplingParams {
   std::uint64_t seed = 0;
 };
 
+/// @throws moq::Error naming the first parameter that is out of range
+void check(const SamplingParams& params);
+
 /// One row of a sampling batch.
 struct SamplingRow {
   SamplingParams params;

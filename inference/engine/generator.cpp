@@ -38,14 +38,15 @@ void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& opti
   MOQ_CHECK(options.max_batch >= 1 && options.chunk_tokens >= 1,
             "generate: max_batch and chunk_tokens must be >= 1, got ", options.max_batch, " and ",
             options.chunk_tokens);
+  kernels::check(options.sampling);
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     const auto length = static_cast<std::int64_t>(prompts[i].size());
     MOQ_CHECK(length >= 1, "generate: a prompt must have at least one token, got none in prompt ",
               i);
-    MOQ_CHECK(length + options.max_new_tokens <= spec.max_positions, "generate: prompt ", i, " of ",
-              length, " tokens and ", options.max_new_tokens,
-              " new ones must fit into the model's ", spec.max_positions, " positions, got ",
-              length + options.max_new_tokens, ": shorten the prompt or lower max_new_tokens");
+    MOQ_CHECK(options.max_new_tokens <= spec.max_positions - length, "generate: prompt ", i, " of ",
+              length, " tokens must fit into the model's ", spec.max_positions,
+              " positions with max_new_tokens behind it, got ", options.max_new_tokens,
+              ": shorten the prompt or lower max_new_tokens");
     for (const std::int64_t token : prompts[i]) {
       MOQ_CHECK(token >= 0 && token < spec.vocab_size, "generate: a token must lie in [0, ",
                 spec.vocab_size, "), got ", token, " in prompt ", i);

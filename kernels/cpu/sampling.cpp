@@ -14,10 +14,7 @@
 #include "kernels/cpu/aligned_floats.h"
 #include "kernels/cpu/simd/activation.h"
 
-namespace moq::kernels::cpu {
-namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+namespace moq::kernels {
 
 void check(const SamplingParams& params) {
   MOQ_CHECK(params.temperature >= 0.0F && std::isfinite(params.temperature),
@@ -30,6 +27,11 @@ void check(const SamplingParams& params) {
   MOQ_CHECK(params.repetition_penalty > 0.0F && std::isfinite(params.repetition_penalty),
             "sample: repetition_penalty must be finite and > 0, got ", params.repetition_penalty);
 }
+
+namespace cpu {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void check(const SamplingArgs& args) {
   MOQ_CHECK(args.batch_size >= 0, "sample: batch_size must be >= 0, got ", args.batch_size);
@@ -245,4 +247,5 @@ void sample(const SamplingArgs& args) {
   });
 }
 
-}  // namespace moq::kernels::cpu
+}  // namespace cpu
+}  // namespace moq::kernels
