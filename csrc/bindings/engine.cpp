@@ -7,6 +7,7 @@
 
 #include "csrc/bindings/bindings.h"
 #include "inference/parallel/communicator.h"
+#include "kernels/common/check.h"
 
 namespace moq::bindings {
 namespace {
@@ -21,12 +22,13 @@ using inference::ModelSpec;
 using Ids = std::vector<std::vector<std::int64_t>>;
 
 std::vector<inference::TokenSequence> sequences(Ids token_ids, Ids token_types) {
+  MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
+            "engine: token_types must be empty or one list per sequence, got ", token_types.size(),
+            " for ", token_ids.size());
+  token_types.resize(token_ids.size());
   std::vector<inference::TokenSequence> all(token_ids.size());
   for (std::size_t i = 0; i < all.size(); ++i) {
-    all[i].token_ids = std::move(token_ids[i]);
-    if (i < token_types.size()) {
-      all[i].token_types = std::move(token_types[i]);
-    }
+    all[i] = {std::move(token_ids[i]), std::move(token_types[i])};
   }
   return all;
 }
@@ -181,10 +183,8 @@ void bind_engine(py::module_& m) {
           "weight_bytes",
           [](const Engine& e) { return inference::weight_bytes(e.model().weights()); },
           "Bytes of this rank's packed projections.")
-      .def_property_readonly(
-          "communicator",
-          [](const Engine& e) -> inference::Communicator& { return e.model().communicator(); },
-          py::return_value_policy::reference_internal, "The ranks that share the model.")
+      .def_property_readonly("communicator", &Engine::communicator,
+                             "The ranks that share the model.")
       .def_property_readonly("rank",
                              [](const Engine& e) { return e.model().communicator().rank(); })
       .def_property_readonly("tp_size",

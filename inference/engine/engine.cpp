@@ -5,6 +5,7 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
 
@@ -23,14 +24,64 @@ namespace {
 using checkpoint::Checkpoint;
 using checkpoint::Json;
 
-// Logits computed at once by forward(), in tokens: bounds the workspace beside the result.
+// Tokens computed at once by forward() and encode(), and of these tokens the logits: bounds of the
+// workspace beside the result. A longer sequence is computed alone.
+constexpr std::int64_t kTokensAtOnce = 2048;
 constexpr std::int64_t kLogitRowsAtOnce = 64;
 
 Json read_json(const std::filesystem::path& path) {
   return Json::parse(checkpoint::read_text_file(path), path.filename().string());
 }
 
+/// The bits of a number, for check_agreement.
+std::int64_t bits_of(float value) {
+  return std::bit_cast<std::int32_t>(value);
+}
+
+void add_list(std::vector<std::int64_t>& request, std::span<const std::int64_t> list) {
+  request.push_back(static_cast<std::int64_t>(list.size()));
+  request.insert(request.end(), list.begin(), list.end());
+}
+
+std::int64_t total_tokens(std::span<const TokenSequence> sequences) {
+  std::int64_t total = 0;
+  for (const TokenSequence& sequence : sequences) {
+    total += static_cast<std::int64_t>(sequence.token_ids.size());
+  }
+  return total;
+}
+
+at::Tensor copy_of(const float* values, std::int64_t rows, std::int64_t cols) {
+  at::Tensor tensor = at::empty({rows, cols}, at::kFloat);
+  std::memcpy(tensor.mutable_data_ptr<float>(), values,
+              sizeof(float) * static_cast<std::size_t>(rows * cols));
+  return tensor;
+}
+
 }  // namespace
+
+/// The engine's use by one thread; others wait. A thread that has it already, which can only be a
+/// callback of generate, would wait for itself.
+class Engine::Call {
+ public:
+  explicit Call(Use& use) : use_(use) {
+    MOQ_CHECK(use.holder != std::this_thread::get_id(),
+              "engine: a callback of generate must not call the engine that runs it, got such a ",
+              "call: return False to end the row, and call the engine afterwards");
+    use.mutex.lock();
+    use.holder = std::this_thread::get_id();
+  }
+  ~Call() {
+    use_.holder = std::thread::id{};
+    use_.mutex.unlock();
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+ private:
+  Use& use_;
+  kernels::ThreadScope threads_{at::get_num_threads()};
+};
 
 Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
   MOQ_CHECK(std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
@@ -55,7 +106,8 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
                     .quantization = quantization,
                     .rank = communicator->rank(),
                     .size = communicator->size()});
-  return {Transformer(parameters.spec(), std::move(weights), std::move(communicator)), policy.name};
+  return {Transformer(parameters.spec(), std::move(weights), communicator), policy.name,
+          communicator};
 }
 
 std::string Engine::activations() const {
@@ -85,76 +137,102 @@ KvCache Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const 
 
 GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> prompts,
                                   GenerationOptions options, const OnToken& on_token) {
-  const kernels::ThreadScope threads(at::get_num_threads());
-  std::vector<std::int64_t> request = {options.max_new_tokens};
+  const Call call(*in_use_);
+  const kernels::SamplingParams& sampling = options.sampling;
+  std::vector<std::int64_t> request = {
+      options.max_new_tokens,  options.max_batch,
+      options.chunk_tokens,    bits_of(sampling.temperature),
+      sampling.top_k,          bits_of(sampling.top_p),
+      bits_of(sampling.min_p), bits_of(sampling.repetition_penalty)};
+  add_list(request, options.stop_tokens);
   for (const std::vector<std::int64_t>& prompt : prompts) {
-    request.push_back(static_cast<std::int64_t>(prompt.size()));
-    request.insert(request.end(), prompt.begin(), prompt.end());
+    add_list(request, prompt);
   }
-  check_agreement(model_.communicator(), "generate: the prompts", request);
+  check_agreement(model_.communicator(), "generate: the prompts and options", request);
   at::Tensor seed = at::scalar_tensor(static_cast<std::int64_t>(options.sampling.seed), at::kLong);
   model_.communicator().broadcast(seed, 0);
   options.sampling.seed = static_cast<std::uint64_t>(seed.item<std::int64_t>());
   return inference::generate(model_, prompts, options, on_token);
 }
 
+/// Runs the model on all sequences, piece by piece, each of whole sequences; calls on_piece() after
+/// each. A sequence's result does not depend on the piece it is in.
+template <typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
-                 std::span<const std::int64_t> slots) {
+                 std::span<const std::int64_t> slots, const OnPiece& on_piece) {
   MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
-  batch_.clear();
+  TokenBatch all;
   std::vector<std::int64_t> request;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
-    const TokenSequence& sequence = sequences[i];
-    MOQ_CHECK(!sequence.token_ids.empty(),
+    const auto& [token_ids, token_types] = sequences[i];
+    MOQ_CHECK(!token_ids.empty(),
               "engine: a sequence must have at least one token, got none in sequence ", i);
     const std::int64_t slot = cache == nullptr ? 0 : slots[i];
-    request.push_back(static_cast<std::int64_t>(sequence.token_ids.size()));
-    request.insert(request.end(), sequence.token_ids.begin(), sequence.token_ids.end());
-    batch_.append(sequence.token_ids, slot, cache == nullptr ? 0 : cache->length(slot),
-                  sequence.token_types);
+    const std::int64_t past_length = cache == nullptr ? 0 : cache->length(slot);
+    all.append(token_ids, slot, past_length, token_types);
+    add_list(request, token_ids);
+    add_list(request, token_types);
+    request.insert(request.end(), {slot, past_length});
   }
-  check_agreement(model_.communicator(), "engine: the tokens", request);
-  model_.forward(batch_, cache);
+  check_agreement(model_.communicator(), "engine: the tokens and slots", request);
+  model_.check(all, cache);
+  std::size_t next = 0;
+  while (next < sequences.size()) {
+    batch_.clear();
+    do {
+      const auto& [token_ids, token_types] = sequences[next];
+      const kernels::AttentionSequence& place = all.sequences()[next];
+      batch_.append(token_ids, place.slot, place.past_length, token_types);
+      ++next;
+    } while (next < sequences.size() &&
+             batch_.num_tokens() + all.sequences()[next].num_tokens <= kTokensAtOnce);
+    model_.forward(batch_, cache);
+    on_piece();
+  }
 }
 
 at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* cache,
                            std::span<const std::int64_t> slots) {
   MOQ_CHECK(spec().has_head, "engine: forward needs a model with a language-model head, got ",
             spec().architecture, ": use encode");
-  const kernels::ThreadScope threads(at::get_num_threads());
-  run(sequences, cache, slots);
-  const std::int64_t num_tokens = batch_.num_tokens();
+  const Call call(*in_use_);
   const std::int64_t vocab_size = spec().vocab_size;
-  at::Tensor logits = at::empty({num_tokens, vocab_size}, at::kFloat);
+  at::Tensor logits = at::empty({total_tokens(sequences), vocab_size}, at::kFloat);
+  float* out = logits.mutable_data_ptr<float>();
   std::vector<std::int64_t> rows;
-  for (std::int64_t begin = 0; begin < num_tokens; begin += kLogitRowsAtOnce) {
-    rows.resize(static_cast<std::size_t>(std::min(kLogitRowsAtOnce, num_tokens - begin)));
-    std::iota(rows.begin(), rows.end(), begin);
-    std::memcpy(logits.mutable_data_ptr<float>() + begin * vocab_size, model_.logits(rows),
-                sizeof(float) * rows.size() * static_cast<std::size_t>(vocab_size));
-  }
+  run(sequences, cache, slots, [&] {
+    for (std::int64_t begin = 0; begin < batch_.num_tokens(); begin += kLogitRowsAtOnce) {
+      rows.resize(
+          static_cast<std::size_t>(std::min(kLogitRowsAtOnce, batch_.num_tokens() - begin)));
+      std::iota(rows.begin(), rows.end(), begin);
+      const std::size_t count = rows.size() * static_cast<std::size_t>(vocab_size);
+      out = std::copy_n(model_.logits(rows), count, out);
+    }
+  });
   return logits;
 }
 
 Encoding Engine::encode(std::span<const TokenSequence> sequences) {
-  const kernels::ThreadScope threads(at::get_num_threads());
-  run(sequences, nullptr, {});
-  const auto copy = [](const float* values, std::int64_t rows, std::int64_t cols) {
-    at::Tensor tensor = at::empty({rows, cols}, at::kFloat);
-    std::memcpy(tensor.mutable_data_ptr<float>(), values,
-                sizeof(float) * static_cast<std::size_t>(rows * cols));
-    return tensor;
-  };
-  const auto num_sequences = static_cast<std::int64_t>(sequences.size());
+  const Call call(*in_use_);
+  const std::int64_t hidden = spec().hidden_size;
   Encoding encoding;
-  encoding.last_hidden_state = copy(model_.hidden_state(), batch_.num_tokens(), spec().hidden_size);
+  encoding.last_hidden_state = at::empty({total_tokens(sequences), hidden}, at::kFloat);
+  float* states = encoding.last_hidden_state.mutable_data_ptr<float>();
+  std::vector<float> pooled;
+  run(sequences, nullptr, {}, [&] {
+    states = std::copy_n(model_.hidden_state(), batch_.num_tokens() * hidden, states);
+    if (spec().has_pooler) {
+      const std::vector<float> piece = model_.pooled(batch_);
+      pooled.insert(pooled.end(), piece.begin(), piece.end());
+    }
+  });
+  const auto num_sequences = static_cast<std::int64_t>(sequences.size());
   if (spec().has_pooler) {
-    const std::vector<float> pooled = model_.pooled(batch_);
-    encoding.pooled = copy(pooled.data(), num_sequences, spec().hidden_size);
+    encoding.pooled = copy_of(pooled.data(), num_sequences, hidden);
     if (spec().has_classifier) {
-      encoding.logits = copy(model_.classify(pooled).data(), num_sequences, spec().num_labels);
+      encoding.logits = copy_of(model_.classify(pooled).data(), num_sequences, spec().num_labels);
     }
   }
   return encoding;

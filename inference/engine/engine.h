@@ -2,11 +2,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "inference/engine/generator.h"
@@ -36,6 +39,9 @@ struct Encoding {
 };
 
 /// A model of a checkpoint directory, ready to run on the CPU with torch's number of threads.
+///
+/// Any thread may call; a call waits until the one before it has ended. A callback of generate that
+/// calls the engine that runs it gets an error.
 class Engine {
  public:
   /// @throws moq::Error if the directory, its config.json, the policy or an option is unsuitable
@@ -43,6 +49,7 @@ class Engine {
 
   const ModelSpec& spec() const { return model_.spec(); }
   const Transformer& model() const { return model_; }
+  std::shared_ptr<Communicator> communicator() const { return communicator_; }
   const std::string& policy_name() const { return policy_name_; }
   std::string activations() const;    ///< "dynamic" if any layer reads INT8, or "weight_only"
   std::string weight_format() const;  ///< of the layers' projections
@@ -62,14 +69,26 @@ class Engine {
   KvCache make_cache(std::int64_t num_slots, std::int64_t capacity) const;
 
  private:
-  Engine(Transformer model, std::string policy_name)
-      : model_(std::move(model)), policy_name_(std::move(policy_name)) {}
-  void run(std::span<const TokenSequence> sequences, KvCache* cache,
-           std::span<const std::int64_t> slots);
+  /// Who calls; on the heap, because an engine moves.
+  struct Use {
+    std::mutex mutex;
+    std::atomic<std::thread::id> holder;
+  };
+  class Call;
 
+  Engine(Transformer model, std::string policy_name, std::shared_ptr<Communicator> communicator)
+      : model_(std::move(model)),
+        policy_name_(std::move(policy_name)),
+        communicator_(std::move(communicator)) {}
+  template <typename OnPiece>
+  void run(std::span<const TokenSequence> sequences, KvCache* cache,
+           std::span<const std::int64_t> slots, const OnPiece& on_piece);
+
+  std::unique_ptr<Use> in_use_ = std::make_unique<Use>();
   Transformer model_;
   std::string policy_name_;
-  TokenBatch batch_;
+  std::shared_ptr<Communicator> communicator_;
+  TokenBatch batch_;  ///< the piece that runs
 };
 
 }  // namespace moq::inference

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import sequences
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moq import _C
 from moq.inference import Engine
@@ -145,7 +146,8 @@ def test_not_finite_weight_is_refused_at_load_time_quantization(copy):
     ("prompt", "options", "message"),
     [
         ([], {}, "a prompt must have at least one token, got none in prompt 0"),
-        ([5] * 90, {"max_new_tokens": 7}, "must fit into the model's 96 positions, got 97"),
+        ([5] * 90, {"max_new_tokens": 7}, "90 tokens must fit .* 96 positions .*, got 7"),
+        ([5] * 90, {"max_new_tokens": 2**63 - 1}, "must fit into the model's 96 positions"),
         ([5, 97], {}, r"a token must lie in \[0, 97\), got 97 in prompt 0"),
         ([5, -1], {}, r"a token must lie in \[0, 97\), got -1"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
@@ -158,6 +160,22 @@ def test_not_finite_weight_is_refused_at_load_time_quantization(copy):
 def test_unsuitable_prompt_or_option(prompt, options, message, engine):
     with pytest.raises(_C.Error, match=message):
         engine.generate(prompt, **{"max_new_tokens": 4} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"min_p": -0.5}, r"min_p must be in \[0, 1\], got -0.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and > 0"),
+    ],
+)
+def test_sampling_options_are_checked_before_anything_is_computed(options, message, engine):
+    # Without a prompt there is nothing to compute.
+    with pytest.raises(_C.Error, match=message):
+        engine.core.generate([], max_new_tokens=4, **options)
 
 
 def test_text_without_a_tokenizer(engine):
@@ -210,6 +228,52 @@ def test_cache_refuses_tokens_beyond_its_capacity(engine):
     with pytest.raises(_C.Error, match="8"):
         engine.core.forward(sequences(9), [], cache, [slot])
     assert cache.length(slot) == 0
+
+
+@pytest.mark.parametrize("other", ["gpt2", "llama_biases_tied", "qwen3", "mistral"])
+def test_a_cache_of_another_model_is_refused(other, engine, model_directory):
+    core = Engine.from_pretrained(model_directory(other)).core
+    cache = core.make_cache(1, 8)
+    slot = cache.allocate()
+    if other == "llama_biases_tied":  # the same sizes
+        engine.core.forward([[3, 4]], [], cache, [slot])
+        return
+    with pytest.raises(_C.Error, match="must be one of this engine's make_cache, for 2 layers"):
+        engine.core.forward([[3, 4]], [], cache, [slot])
+    assert cache.length(slot) == 0
+
+
+def test_a_cache_of_fewer_layers_is_refused(engine, tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=36,
+            num_hidden_layers=1,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    cache = Engine.from_pretrained(tmp_path).core.make_cache(1, 8)
+    with pytest.raises(_C.Error, match="for 2 layers, 2 KV heads and head_dim 6, got one for 1, 2"):
+        engine.core.forward([[3, 4]], [], cache, [cache.allocate()])
+
+
+def test_two_sequences_in_one_slot_are_refused(engine):
+    cache = engine.core.make_cache(2, 8)
+    slot = cache.allocate()
+    with pytest.raises(_C.Error, match="must have a slot each, got slot 0 twice"):
+        engine.core.forward([[3, 4], [5, 6]], [], cache, [slot, slot])
+    assert cache.length(slot) == 0
+
+
+@pytest.mark.parametrize("types", [[[0, 0]], [[0, 0], [0], [0]]])
+@pytest.mark.parametrize("call", ["forward", "encode"])
+def test_token_types_of_another_number_of_sequences(types, call, model_directory):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
+    message = f"must be empty or one list per sequence, got {len(types)} for 2"
+    with pytest.raises(_C.Error, match=message):
+        getattr(core, call)([[3, 4], [5]], types)
 
 
 def test_sliding_window_limits_the_length(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import sequences
 
+from moq import _C
 from moq.inference import Engine
 
 ROWS = sequences(1, 7, 30, 16)
@@ -34,6 +35,30 @@ def test_padding_gets_no_logits(side, model_directory):
     ids, mask = padded(ROWS, side)
     logits = Engine.from_pretrained(model_directory("llama")).forward(ids, mask)
     assert logits[mask == 0].abs().max() == 0
+
+
+def test_more_tokens_than_are_computed_at_once_give_each_row_its_own_bits(model_directory):
+    rows = sequences(*[1 + 7 * i % 96 for i in range(100)])
+    assert sum(map(len, rows)) > 2 * 2048
+    encoder = Engine.from_pretrained(model_directory("bert"), dtype="int8")
+    encoding = encoder.encode(rows)
+    decoder = Engine.from_pretrained(model_directory("llama"), dtype="int8")
+    logits = decoder.forward(rows)
+    for i in range(0, 100, 9):
+        alone = encoder.encode([rows[i]])
+        assert torch.equal(encoding.last_hidden_state[i], alone.last_hidden_state[0])
+        assert torch.equal(encoding.pooled[i], alone.pooled[0])
+        assert torch.equal(encoding.logits[i], alone.logits[0])
+        assert torch.equal(logits[i], decoder.forward([rows[i]])[0])
+
+
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(model_directory):
+    core = Engine.from_pretrained(model_directory("llama")).core
+    cache = core.make_cache(100, 90)
+    slots = [cache.allocate() for _ in range(100)]
+    with pytest.raises(_C.Error, match="must fit into the KV cache's 90 positions, got 91"):
+        core.forward(sequences(*[90] * 99, 91), [], cache, slots)
+    assert {cache.length(slot) for slot in slots} == {0}
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 16])
