@@ -1,5 +1,6 @@
 """Tensor parallelism: two and three ranks against one, on small models that divide by neither."""
 
+import models as small_models
 import pytest
 import torch
 from launch import WORKERS, run_ranks
@@ -45,6 +46,11 @@ DECODERS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=199, n_embd=40, n_layer=2, n_head=5, n_positions=64)
     ),
+    # A shard's ALiBi slopes, norms of its heads, a parallel residual, both other orders of q|k|v.
+    **{
+        name: small_models.DECODERS[name]
+        for name in ("bloom", "qwen3", "gpt_neox", "gpt_neox_elementwise")
+    },
 }
 TWO_HEADS = {
     "two_heads": lambda: GPT2LMHeadModel(
@@ -99,7 +105,7 @@ def models(tmp_path_factory):
             # Larger than the usual initialization, so that tokens depend on attention and FFN;
             # biases and norms too, so that one that is added twice or dropped is seen.
             torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder / name)
+        small_models.save(name, model, folder / name)
         torch.save(prompts(model.config.vocab_size), folder / name / "prompts.pt")
         built[name] = model
     return folder, built
@@ -192,10 +198,12 @@ def test_more_ranks_than_heads_are_refused_naming_the_largest_degree(runs):
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("call", ["generate", "forward"])
-def test_ranks_with_different_prompts_are_told_so(runs, call, num_ranks):
+@pytest.mark.parametrize(
+    "what", ["prompts", "temperature", "top_k", "stop tokens", "batch", "tokens", "slots"]
+)
+def test_ranks_with_different_requests_are_told_so(runs, what, num_ranks):
     for rank in runs[num_ranks]:
-        message = rank["disagreement"][call]
+        message = rank["disagreement"][what]
         assert f"must be the same on all {num_ranks} ranks, got different ones" in message
     assert runs[1][0]["disagreement"] == {}
 

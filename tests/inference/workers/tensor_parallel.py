@@ -31,13 +31,25 @@ def load(directory: Path) -> dict:
 
 
 def disagree(directory: Path) -> dict:
-    """What a rank is told when every rank has a prompt of its own."""
+    """What a rank is told when every rank asks for something else."""
     engine = Engine.from_pretrained(directory)
+    rank, core = engine.core.rank, engine.core
+    cache = core.make_cache(core.tp_size, 8)
+    slots = [cache.allocate() for _ in range(core.tp_size)]
+    shared, own = [[1, 2, 3]], [[1 + rank, 2, 3]]
+    calls = {
+        "prompts": lambda: engine.generate(own, 4),
+        "temperature": lambda: engine.generate(shared, 4, temperature=1 + rank),
+        "top_k": lambda: engine.generate(shared, 4, top_k=rank),
+        "stop tokens": lambda: engine.generate(shared, 4, stop_token_ids=[rank]),
+        "batch": lambda: engine.generate(shared, 4, max_batch=1 + rank),
+        "tokens": lambda: engine.forward(own),
+        "slots": lambda: core.forward(shared, [], cache, [slots[rank]]),
+    }
     errors = {}
-    calls = {"generate": lambda ids: engine.generate(ids, 4), "forward": engine.forward}
     for name, call in calls.items():
         try:
-            call([[1 + engine.core.rank, 2, 3]])
+            call()
         except _C.Error as error:
             errors[name] = str(error)
     return errors
@@ -46,7 +58,10 @@ def disagree(directory: Path) -> dict:
 def run(directory: Path, dtype: str) -> dict:
     """Outputs and tokens of a model, or the error that refuses it."""
     try:
-        engine = Engine.from_pretrained(directory, dtype=dtype)
+        policy = directory / "policy.json"
+        engine = Engine.from_pretrained(
+            directory, dtype=dtype, policy=policy if policy.exists() else None
+        )
     except _C.Error as error:
         return {"error": str(error)}
     results = {"tp_size": engine.core.tp_size}
