@@ -7,8 +7,7 @@
 
 namespace moq::kernels {
 
-/// A table of row vectors, or a rank's share of one: num_rows rows from first_row on, out of
-/// total_rows.
+/// A table of row vectors.
 struct EmbeddingTable {
   const void* data;                           ///< [num_rows, hidden_size], row-major, dtype
   DType dtype = DType::kFloat32;              ///< float32, float16, bfloat16 or int8
@@ -16,22 +15,19 @@ struct EmbeddingTable {
   const std::int32_t* zero_points = nullptr;  ///< like scales; null: 0; int8 only
   std::int64_t group_size = 0;                ///< columns per scale, divides hidden_size; int8 only
   std::int64_t num_rows;
-  std::int64_t first_row = 0;
-  std::int64_t total_rows;  ///< num_rows unless the table is sharded
 };
 
 /// One table and the row that each token takes from it.
 struct EmbeddingLookup {
   EmbeddingTable table;
-  const std::int64_t* rows;  ///< [num_tokens], each in [0, total_rows)
+  const std::int64_t* rows;  ///< [num_tokens], each in [0, num_rows)
 };
 
 /// Sum of one row from each table: token + position embeddings, or token + type + position ones.
 ///
 ///   output[t] = sum over lookups l, in the order given, of table_l[rows_l[t]]
 ///
-/// An int8 element stands for scale * (code - zero_point). A row that another rank holds counts as
-/// zero, so that the sum over ranks is the embedding. Converted and accumulated in float32.
+/// An int8 element stands for scale * (code - zero_point). Converted and accumulated in float32.
 struct EmbeddingArgs {
   std::span<const EmbeddingLookup> lookups;  ///< host memory, at least one
   float* output;                             ///< [num_tokens, hidden_size], row-major
@@ -41,7 +37,7 @@ struct EmbeddingArgs {
 
 namespace cpu {
 /// @throws moq::Error for an unsupported dtype, int8 without scales, a group_size that does not
-///         divide hidden_size, or a row outside [0, total_rows); nothing has been written then.
+///         divide hidden_size, or a row outside [0, num_rows); nothing has been written then.
 void embedding(const EmbeddingArgs& args);
 }  // namespace cpu
 

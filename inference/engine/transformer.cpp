@@ -47,7 +47,7 @@ kernels::EmbeddingLookup look_up(const Table& table, std::span<const std::int64_
   converted.numbers.resize(rows.size());
   std::iota(converted.numbers.begin(), converted.numbers.end(), 0);
   const auto count = static_cast<std::int64_t>(rows.size());
-  return {.table = {.data = converted.values.data(), .num_rows = count, .total_rows = count},
+  return {.table = {.data = converted.values.data(), .num_rows = count},
           .rows = converted.numbers.data()};
 }
 

@@ -30,10 +30,7 @@ Table load_table(const ModuleParameters* parameters) {
   const std::byte* mapped = source.plain_rows();
   if (mapped != nullptr &&
       reinterpret_cast<std::uintptr_t>(mapped) % size_of(source.dtype()) == 0) {
-    table.view = {.data = mapped,
-                  .dtype = source.dtype(),
-                  .num_rows = source.rows(),
-                  .total_rows = source.rows()};
+    table.view = {.data = mapped, .dtype = source.dtype(), .num_rows = source.rows()};
   } else {
     table.source = source;
   }

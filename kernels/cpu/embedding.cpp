@@ -30,13 +30,9 @@ void check(const EmbeddingArgs& args) {
         MOQ_CHECK(false, "embedding: table must be float32, float16, bfloat16 or int8, got ",
                   name_of(table.dtype));
     }
-    MOQ_CHECK(table.first_row >= 0 && table.num_rows >= 0 &&
-                  table.first_row + table.num_rows <= table.total_rows,
-              "embedding: the table's rows must lie in [0, total_rows = ", table.total_rows,
-              "), got ", table.num_rows, " from ", table.first_row);
     for (std::int64_t t = 0; t < args.num_tokens; ++t) {
-      MOQ_CHECK(lookup.rows[t] >= 0 && lookup.rows[t] < table.total_rows,
-                "embedding: rows must be in [0, ", table.total_rows, "), got ", lookup.rows[t],
+      MOQ_CHECK(lookup.rows[t] >= 0 && lookup.rows[t] < table.num_rows,
+                "embedding: rows must be in [0, ", table.num_rows, "), got ", lookup.rows[t],
                 " for token ", t);
     }
   }
@@ -71,10 +67,6 @@ void add_int8_row(const EmbeddingTable& table, std::int64_t row, float* output,
 
 void add_row(const EmbeddingTable& table, std::int64_t row, float* output, std::int64_t hidden_size,
              bool first) {
-  if (row < 0 || row >= table.num_rows) {  // another rank's
-    write_or_add(output, hidden_size, first, [](std::int64_t) { return 0.0F; });
-    return;
-  }
   const std::int64_t offset = row * hidden_size;
   switch (table.dtype) {
     case DType::kFloat16: {
@@ -109,8 +101,7 @@ void embedding(const EmbeddingArgs& args) {
       float* output = args.output + t * args.hidden_size;
       bool first = true;
       for (const EmbeddingLookup& lookup : args.lookups) {
-        add_row(lookup.table, lookup.rows[t] - lookup.table.first_row, output, args.hidden_size,
-                first);
+        add_row(lookup.table, lookup.rows[t], output, args.hidden_size, first);
         first = false;
       }
     }

@@ -274,11 +274,9 @@ void Embedding(benchmark::State& state) {
                  .dtype = DType::kInt8,
                  .scales = scales.data(),
                  .group_size = kHidden,
-                 .num_rows = kVocabulary,
-                 .total_rows = kVocabulary},
+                 .num_rows = kVocabulary},
        .rows = tokens.data()},
-      {.table = {.data = positions.data(), .num_rows = 1024, .total_rows = 1024},
-       .rows = rows.data()}};
+      {.table = {.data = positions.data(), .num_rows = 1024}, .rows = rows.data()}};
   for (auto _ : state) {
     cpu::embedding({.lookups = lookups,
                     .output = output.data(),
