@@ -17,7 +17,6 @@ using inference::Engine;
 using inference::FinishReason;
 using inference::GenerationResult;
 using inference::KvCache;
-using inference::ModelSpec;
 
 using Ids = std::vector<std::vector<std::int64_t>>;
 

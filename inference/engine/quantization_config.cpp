@@ -7,7 +7,7 @@ namespace {
 
 using checkpoint::Json;
 
-const std::string kWhere = "config.json: quantization_config";
+constexpr const char* kWhere = "config.json: quantization_config";
 
 /// The member, unless it is absent, null or an empty object: writers put those where there is none.
 const Json* find_set(const Json& json, std::string_view key) {
@@ -47,7 +47,7 @@ QuantizationConfig QuantizationConfig::parse(const Json& config) {
   check_unset(*json, kWhere, "transform_config");
   check_unset(*json, kWhere, "kv_cache_scheme");
   if (const Json* groups = find_set(*json, "config_groups")) {
-    for (const auto& [name, group] : groups->as_object(kWhere + ".config_groups")) {
+    for (const auto& [name, group] : groups->as_object(std::string(kWhere) + ".config_groups")) {
       quantization.read_group(name, group);
     }
   }
@@ -55,7 +55,7 @@ QuantizationConfig QuantizationConfig::parse(const Json& config) {
 }
 
 void QuantizationConfig::read_group(const std::string& name, const Json& group) {
-  const std::string where = kWhere + ".config_groups." + name;
+  const std::string where = std::string(kWhere) + ".config_groups." + name;
   check_unset(group, where, "output_activations");
   if (const Json* weights = find_set(group, "weights")) {
     check_value(*weights, where + ".weights", "type", "int", true);

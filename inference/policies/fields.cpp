@@ -15,7 +15,7 @@ struct Named {
   T value;
 };
 
-const std::array kFields{
+constexpr std::array kFields{
     Named<SpecField>{"vocab_size", &ModelSpec::vocab_size},
     Named<SpecField>{"hidden_size", &ModelSpec::hidden_size},
     Named<SpecField>{"num_layers", &ModelSpec::num_layers},

@@ -18,7 +18,7 @@ using checkpoint::Checkpoint;
 using checkpoint::error_of;
 using checkpoint::Json;
 
-const std::string kLlama =
+constexpr const char* kLlama =
     R"("architectures": ["LlamaForCausalLM"], "vocab_size": 5, "num_hidden_layers": 1,
        "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 6,
        "max_position_embeddings": 9)";
@@ -49,7 +49,7 @@ TEST(ParameterMap, FindsEveryParameterOfASmallModel) {
   CraftedCheckpoint crafted;
   write_llama(crafted);
   const Checkpoint files = crafted.open();
-  const ParameterMap map = resolve(files, kLlama + R"(, "hidden_size": 8)");
+  const ParameterMap map = resolve(files, std::string(kLlama) + R"(, "hidden_size": 8)");
   EXPECT_EQ(map.spec().head_dim, 2);
   EXPECT_EQ(map.at(Module::kDown).matrix->cols(), 6);
 }
@@ -66,7 +66,8 @@ TEST_P(CraftedConfig, IsRefusedBeforeAnythingIsComputedFromIt) {
   CraftedCheckpoint crafted;
   write_llama(crafted);
   const Checkpoint files = crafted.open();
-  const std::string message = error_of([&] { resolve(files, kLlama + ", " + GetParam().members); });
+  const std::string message =
+      error_of([&] { resolve(files, std::string(kLlama) + ", " + GetParam().members); });
   EXPECT_NE(message.find(GetParam().message), std::string::npos) << message;
 }
 
@@ -96,7 +97,8 @@ TEST(ParameterMap, RefusesTheSameMatrixForTwoModules) {
   write_llama(crafted);
   crafted.erase("model.layers.0.self_attn.k_proj.weight");
   const Checkpoint files = crafted.open();
-  const Json json = Json::parse("{" + kLlama + R"(, "hidden_size": 8})", "config.json");
+  const Json json =
+      Json::parse("{" + std::string(kLlama) + R"(, "hidden_size": 8})", "config.json");
   Policy policy = find_policy(json, builtin_policies());
   for (ModuleRule& rule : policy.modules) {
     if (rule.module == Module::kKey) {
@@ -113,7 +115,8 @@ TEST(ParameterMap, NeedsARuleForAClassifier) {
   CraftedCheckpoint crafted;
   write_llama(crafted);
   const Checkpoint files = crafted.open();
-  const Json json = Json::parse("{" + kLlama + R"(, "hidden_size": 8})", "config.json");
+  const Json json =
+      Json::parse("{" + std::string(kLlama) + R"(, "hidden_size": 8})", "config.json");
   Policy policy = find_policy(json, builtin_policies());
   policy.traits.has_classifier = true;
   const std::string message = error_of([&] { ParameterMap::resolve(policy, json, files); });
@@ -130,7 +133,7 @@ TEST(Weights, OfACraftedCheckpointAreRefusedWhereTheirNumbersDoNotFit) {
   crafted.set_floats(name + "_scale", {8, 2});
   const auto load = [&](const CraftedCheckpoint& from, int rank) {
     const auto files = std::make_shared<const Checkpoint>(from.open());
-    const ParameterMap map = resolve(*files, kLlama + R"(, "hidden_size": 8)");
+    const ParameterMap map = resolve(*files, std::string(kLlama) + R"(, "hidden_size": 8)");
     return load_weights(map, files, {.rank = rank, .size = 3});
   };
   for (int rank = 0; rank < 3; ++rank) {

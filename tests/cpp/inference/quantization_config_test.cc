@@ -12,7 +12,7 @@ namespace {
 using checkpoint::error_of;
 using checkpoint::Json;
 
-const std::string kDynamic =
+constexpr const char* kDynamic =
     R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})";
 
 QuantizationConfig parse(const std::string& members) {

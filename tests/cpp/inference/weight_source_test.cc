@@ -17,7 +17,7 @@ using checkpoint::error_of;
 
 constexpr std::int64_t kRows = 7;
 constexpr std::int64_t kCols = 24;
-const std::string kName = "layer.proj";
+constexpr const char* kName = "layer.proj";
 
 struct Form {
   const char* name;
@@ -60,16 +60,17 @@ class QuantizedMatrix {
   void write() {
     const std::int64_t groups = std::max<std::int64_t>(form_.groups, 1);
     const std::int64_t scale_rows = num_scales() / groups;
-    files_.set(kName + ".weight_scale", "F32", {scale_rows, groups}, scales_);
+    files_.set(std::string(kName) + ".weight_scale", "F32", {scale_rows, groups}, scales_);
     if (!form_.packed) {
-      files_.set(kName + ".weight", "I8", {kRows, kCols}, codes_);
+      files_.set(std::string(kName) + ".weight", "I8", {kRows, kCols}, codes_);
       if (form_.asymmetric) {
-        files_.set(kName + ".weight_zero_point", "I8", {scale_rows, groups}, zero_points_);
+        files_.set(std::string(kName) + ".weight_zero_point", "I8", {scale_rows, groups},
+                   zero_points_);
       }
       return;
     }
-    files_.set<std::int64_t>(kName + ".weight_shape", "I64", {2}, {kRows, kCols});
-    files_.set(kName + ".weight_packed", "I32",
+    files_.set<std::int64_t>(std::string(kName) + ".weight_shape", "I64", {2}, {kRows, kCols});
+    files_.set(std::string(kName) + ".weight_packed", "I32",
                {kRows, checkpoint::packed_words(kCols, form_.num_bits)},
                packed(codes_, kRows, kCols));
     if (form_.asymmetric) {
@@ -91,7 +92,7 @@ class QuantizedMatrix {
         all[static_cast<std::size_t>(word * groups + group)] = down[static_cast<std::size_t>(word)];
       }
     }
-    files_.set(kName + ".weight_zero_point", "I32", {words, groups}, all);
+    files_.set(std::string(kName) + ".weight_zero_point", "I32", {words, groups}, all);
   }
 
   std::vector<std::uint32_t> packed(const std::vector<std::int8_t>& codes, std::int64_t rows,
@@ -155,7 +156,7 @@ INSTANTIATE_TEST_SUITE_P(Forms, QuantizedSource,
 
 TEST(WeightSource, ReadsAPlainWeightInBothLayouts) {
   CraftedCheckpoint files;
-  files.set_floats(kName + ".weight", {3, 2});
+  files.set_floats(std::string(kName) + ".weight", {3, 2});
   const Checkpoint open = files.open();
   const auto linear = WeightSource::find(open, kName, WeightLayout::kOutIn);
   const auto conv1d = WeightSource::find(open, kName, WeightLayout::kInOut);
@@ -193,17 +194,17 @@ TEST_P(SpoiltSource, IsRefusedNamingTheTensor) {
 }
 
 void set_shape(CraftedCheckpoint& files, std::int64_t rows, std::int64_t cols) {
-  files.set<std::int64_t>(kName + ".weight_shape", "I64", {2}, {rows, cols});
+  files.set<std::int64_t>(std::string(kName) + ".weight_shape", "I64", {2}, {rows, cols});
 }
 
 void set_scales(CraftedCheckpoint& files, const std::vector<std::int64_t>& shape) {
-  files.set_floats(kName + ".weight_scale", shape);
+  files.set_floats(std::string(kName) + ".weight_scale", shape);
 }
 
 template <typename T>
 void set_zero_points(CraftedCheckpoint& files, const char* dtype, std::int64_t rows,
                      std::int64_t cols) {
-  files.set(kName + ".weight_zero_point", dtype, {rows, cols}, ones<T>(rows * cols));
+  files.set(std::string(kName) + ".weight_zero_point", dtype, {rows, cols}, ones<T>(rows * cols));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -211,35 +212,39 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(
         Spoiling{"both_forms", kPacked,
                  [](auto& files) {
-                   files.set_floats(kName + ".weight", {kRows, kCols});
+                   files.set_floats(std::string(kName) + ".weight", {kRows, kCols});
                  },
                  "must have .weight or .weight_packed, got both"},
-        Spoiling{"three_dimensions", kInt8,
-                 [](auto& files) {
-                   files.set(kName + ".weight", "I8", {7, 8, 3}, ones<std::int8_t>(168));
-                 },
-                 "must have 2 dimensions, got shape [7, 8, 3]"},
+        Spoiling{
+            "three_dimensions", kInt8,
+            [](auto& files) {
+              files.set(std::string(kName) + ".weight", "I8", {7, 8, 3}, ones<std::int8_t>(168));
+            },
+            "must have 2 dimensions, got shape [7, 8, 3]"},
         Spoiling{"float64_weight", kInt8,
                  [](auto& files) {
-                   files.set(kName + ".weight", "F64", {7, 24}, ones<double>(168));
+                   files.set(std::string(kName) + ".weight", "F64", {7, 24}, ones<double>(168));
                  },
                  "must be F32, F16, BF16 or I8, got F64"},
-        Spoiling{"packed_bytes", kPacked,
-                 [](auto& files) {
-                   files.set(kName + ".weight_packed", "I8", {7, 3}, ones<std::int8_t>(21));
-                 },
-                 "must be I32, got I8"},
-        Spoiling{"no_shape", kPacked, [](auto& files) { files.erase(kName + ".weight_shape"); },
-                 "weight_shape"},
         Spoiling{
-            "shape_of_three", kPacked,
+            "packed_bytes", kPacked,
             [](auto& files) {
-              files.template set<std::int64_t>(kName + ".weight_shape", "I64", {3}, {7, 24, 1});
+              files.set(std::string(kName) + ".weight_packed", "I8", {7, 3}, ones<std::int8_t>(21));
             },
-            "must be I64 [2], got I64 [3]"},
+            "must be I32, got I8"},
+        Spoiling{"no_shape", kPacked,
+                 [](auto& files) { files.erase(std::string(kName) + ".weight_shape"); },
+                 "weight_shape"},
+        Spoiling{"shape_of_three", kPacked,
+                 [](auto& files) {
+                   files.template set<std::int64_t>(std::string(kName) + ".weight_shape", "I64",
+                                                    {3}, {7, 24, 1});
+                 },
+                 "must be I64 [2], got I64 [3]"},
         Spoiling{"shape_of_int32", kPacked,
                  [](auto& files) {
-                   files.template set<std::int32_t>(kName + ".weight_shape", "I32", {2}, {7, 24});
+                   files.template set<std::int32_t>(std::string(kName) + ".weight_shape", "I32",
+                                                    {2}, {7, 24});
                  },
                  "must be I64 [2], got I32 [2]"},
         Spoiling{"shape_of_other_rows", kPacked, [](auto& files) { set_shape(files, 8, kCols); },
@@ -253,11 +258,13 @@ INSTANTIATE_TEST_SUITE_P(
         Spoiling{"shape_of_most_columns", kPacked,
                  [](auto& files) { set_shape(files, kRows, INT64_MAX); },
                  "must hold 8-, 4- or 2-bit codes"},
-        Spoiling{"no_scales", kInt8, [](auto& files) { files.erase(kName + ".weight_scale"); },
+        Spoiling{"no_scales", kInt8,
+                 [](auto& files) { files.erase(std::string(kName) + ".weight_scale"); },
                  "weight_scale"},
         Spoiling{"integer_scales", kInt8,
                  [](auto& files) {
-                   files.set(kName + ".weight_scale", "I32", {7, 3}, ones<std::int32_t>(21));
+                   files.set(std::string(kName) + ".weight_scale", "I32", {7, 3},
+                             ones<std::int32_t>(21));
                  },
                  "must be F32, F16 or BF16, got I32"},
         Spoiling{"no_scale_at_all", kInt8,
@@ -299,7 +306,8 @@ INSTANTIATE_TEST_SUITE_P(
                  "must be I32 [1, 3], got I32 [2, 3]"},
         Spoiling{"group_indices", kInt8,
                  [](auto& files) {
-                   files.set(kName + ".weight_g_idx", "I32", {24}, ones<std::int32_t>(24));
+                   files.set(std::string(kName) + ".weight_g_idx", "I32", {24},
+                             ones<std::int32_t>(24));
                  },
                  "groups must be in column order"}),
     [](const auto& info) { return std::string(info.param.name); });
