@@ -8,6 +8,7 @@
 #   tests/gpu.sh --part training         the optimizer on the GPU: same bits, no synchronisation, graphs
 #   tests/gpu.sh --part bench            bandwidth of the CUDA kernels beside a copy
 #
+# -P keeps the checkout, which has no build for this interpreter, from being imported instead.
 # A build made elsewhere (the same Python and torch) serves as well: put it in build/gpu.
 # PYTHON names the interpreter, MOQ_CUDA_ARCHITECTURES the GPUs.
 set -euo pipefail
@@ -41,8 +42,8 @@ part() {
         compute-sanitizer --tool $tool --error-exitcode 9 $tests --gtest_filter='*Cuda*:*CUDA*:*cuda*:-*Huge*' | tail -n 15
       done
       ;;
-    ops) package && "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/ops -k 'cuda or gpu' ;;
-    training) package && "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/training/test_optimizer_cuda.py ;;
+    ops) package && "$PYTHON" -P -m pytest -q -rs -p no:cacheprovider tests/ops -k 'cuda or gpu' ;;
+    training) package && "$PYTHON" -P -m pytest -q -rs -p no:cacheprovider tests/training/test_optimizer_cuda.py ;;
     bench) package && "$PYTHON" tests/benchmarks/fake_quantize.py --device cuda ;;
     *) echo "unknown part '$1'; see the top of $0" >&2; exit 2 ;;
   esac
