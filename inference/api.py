@@ -217,8 +217,7 @@ class Engine:
             text, reason = None, generated.finish_reason.name
             if self.tokenizer is not None:
                 if not watched:
-                    for token in generated.tokens:
-                        on_token(row, token)
+                    text_of(row).append(*generated.tokens)
                 give(row, text_of(row).finish())
                 text = text_of(row).text
                 reason = "stop_string" if text_of(row).stopped else reason

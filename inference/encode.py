@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     engine = open_engine(args)
     texts = args.text
     if not texts:
-        texts = [line for line in read_standard_input(engine).splitlines() if line.strip()]
+        texts = [line for line in read_standard_input(engine).split("\n") if line.strip()]
     if not texts:
         raise ValueError("encode needs a text: give --text, or lines on standard input")
     batches = [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)]

@@ -38,9 +38,9 @@ class TextStream:
         """What is settled; without the stop string that ended it."""
         return "".join(self._pieces)
 
-    def append(self, token_id: int) -> str:
-        """Adds a token; returns the text that it settles."""
-        self._window.append(token_id)
+    def append(self, *token_ids: int) -> str:
+        """Adds tokens; returns the text that they settle."""
+        self._window.extend(token_ids)
         text = self._decode(self._window)
         complete = len(text.rstrip(_UNFINISHED))
         added = text[self._given : complete]
@@ -50,6 +50,8 @@ class TextStream:
             if newest and newest[0] != _UNFINISHED:  # enough for the next token to stand behind
                 self._window = self._window[self._boundary :]
                 self._given = len(newest)
+            elif not newest and not added:  # tokens that no text shows, such as special ones
+                self._window = self._window[: self._boundary]
             self._boundary = len(self._window)
         return self._settle(added)
 

@@ -116,8 +116,11 @@ def replay_probe(
     try:
         engine = engines.from_pretrained(directory, policy=policy)
     except _C.Error as error:
-        # What the engine objects to in a model's own config.json is a limit of the engine.
-        if policy is None and str(error).startswith(f"{CONFIG_NAME}: "):
+        # What the engine objects to in a model's own config.json is a limit of the engine; what it
+        # objects to in quantization_config, which moq wrote, is an error of the checkpoint.
+        objection = str(error).removeprefix(f"{CONFIG_NAME}: ")
+        is_limit = objection != str(error) and not objection.startswith("quantization_config")
+        if policy is None and is_limit:
             raise EngineLacksModel(str(error)) from error
         raise
     input_ids, position = probe["input_ids"], probe["position"]

@@ -44,6 +44,7 @@ class ProductBar:
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
             transient=True,
+            redirect_stdout=False,
         )
 
     def __enter__(self) -> ProductBar:

@@ -180,7 +180,8 @@ def replaced_directory(
 
     Raises:
         OSError: if the file system refuses.
-        ValueError: if `directory` holds any other file when the block begins, or when it ends.
+        ValueError: if `directory` holds any other file when the block begins; or when it ends:
+            then the new content stays beside it, under a name that the message tells.
     """
     target = _resolve(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +194,11 @@ def replaced_directory(
             os.chmod(staged, 0o777 & ~_umask())
             yield staged
             _sync_tree(staged)
-            _require_only(target, own_files)  # the block may have taken minutes
+            try:
+                _require_only(target, own_files)  # the block may have taken minutes
+            except ValueError as error:
+                kept = staged.rename(target.with_name(f"{target.name}-{staged.name[-8:]}"))
+                raise ValueError(f"{error}. What was written is complete: {kept}") from error
             _swap(staged, target)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)

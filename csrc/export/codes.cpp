@@ -205,7 +205,7 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
     const std::int64_t row = failure.element() / cols;
     const std::int64_t col = failure.element() % cols;
     const GridParams grid = grid_of(row, col / group_cols);
-    const auto code = static_cast<std::int32_t>(codes[failure.element()]);
+    const std::int32_t code{codes[failure.element()]};
     moq::detail::fail(name, ": expected the simulated weight to lie on the ", spec.num_bits,
                       "-bit grid of its master, got ", target.at(row, col), " for output feature ",
                       row, ", input feature ", col, ", where the nearest grid point is ",

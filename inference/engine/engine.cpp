@@ -160,23 +160,30 @@ GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> pro
 template <typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
                  std::span<const std::int64_t> slots, const OnPiece& on_piece) {
+  // First of all: a rank that throws alone leaves the others waiting for it.
+  std::vector<std::int64_t> request;
+  for (const auto& [token_ids, token_types] : sequences) {
+    add_list(request, token_ids);
+    add_list(request, token_types);
+  }
+  add_list(request, slots);
+  if (cache != nullptr) {
+    for (const std::int64_t slot : slots) {
+      request.push_back(cache->holds(slot) ? cache->length(slot) : -1);
+    }
+  }
+  check_agreement(model_.communicator(), "engine: the tokens and slots", request);
   MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
   TokenBatch all;
-  std::vector<std::int64_t> request;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const auto& [token_ids, token_types] = sequences[i];
     MOQ_CHECK(!token_ids.empty(),
               "engine: a sequence must have at least one token, got none in sequence ", i);
     const std::int64_t slot = cache == nullptr ? 0 : slots[i];
-    const std::int64_t past_length = cache == nullptr ? 0 : cache->length(slot);
-    all.append(token_ids, slot, past_length, token_types);
-    add_list(request, token_ids);
-    add_list(request, token_types);
-    request.insert(request.end(), {slot, past_length});
+    all.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
   }
-  check_agreement(model_.communicator(), "engine: the tokens and slots", request);
   model_.check(all, cache);
   std::size_t next = 0;
   while (next < sequences.size()) {

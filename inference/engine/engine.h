@@ -40,7 +40,8 @@ struct Encoding {
 
 /// A model of a checkpoint directory, ready to run on the CPU with torch's number of threads.
 ///
-/// Any thread may call; a call waits until the one before it has ended. A callback of generate that
+/// Any thread may call; a call waits until the one before it has ended. Where several ranks share
+/// the model, their calls must come in the same order on all of them. A callback of generate that
 /// calls the engine that runs it gets an error.
 class Engine {
  public:

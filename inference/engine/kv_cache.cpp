@@ -48,9 +48,13 @@ float* KvCache::slab(std::int64_t layer, std::int64_t which) {
          (layer * 2 + which) * num_slots() * num_kv_heads_ * capacity_ * head_dim_;
 }
 
+bool KvCache::holds(std::int64_t slot) const {
+  return slot >= 0 && slot < num_slots() && lengths_[static_cast<std::size_t>(slot)] != kFree;
+}
+
 void KvCache::check_used(std::int64_t slot) const {
-  MOQ_CHECK(slot >= 0 && slot < num_slots() && lengths_[static_cast<std::size_t>(slot)] != kFree,
-            "kv cache: a slot must be one of ", num_slots(), " and hold a sequence, got ", slot);
+  MOQ_CHECK(holds(slot), "kv cache: a slot must be one of ", num_slots(),
+            " and hold a sequence, got ", slot);
 }
 
 std::int64_t KvCache::num_free_slots() const {

@@ -43,6 +43,8 @@ class KvCache {
   ///         sources are rows
   void reorder(std::span<std::int64_t> slots, std::span<const std::int64_t> sources);
 
+  /// Whether a sequence lives in the slot.
+  bool holds(std::int64_t slot) const;
   /// Tokens that a sequence holds.
   std::int64_t length(std::int64_t slot) const;
   /// Forgets the tokens from `length` on.

@@ -6,8 +6,6 @@
 namespace moq::inference {
 namespace {
 
-using checkpoint::Json;
-
 Policy gpt2() {
   return {
       .name = "gpt2",
@@ -267,10 +265,10 @@ Policy distilbert() {
 }  // namespace
 
 std::span<const Policy> builtin_policies() {
-  static const std::array kPolicies{llama(),     mistral(), qwen2(),   qwen3(),
-                                    gpt2(),      bert(),    roberta(), roberta_classifier(),
-                                    distilbert()};
-  return kPolicies;
+  static const std::array policies{llama(),     mistral(), qwen2(),   qwen3(),
+                                   gpt2(),      bert(),    roberta(), roberta_classifier(),
+                                   distilbert()};
+  return policies;
 }
 
 }  // namespace moq::inference

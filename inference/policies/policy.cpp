@@ -7,6 +7,14 @@
 namespace moq::inference {
 namespace {
 
+/// The place of a key in messages.
+std::string below(const std::string& where, const char* separator, const std::string& key) {
+  std::string place = where;
+  place += separator;
+  place += key;
+  return place;
+}
+
 using checkpoint::Json;
 
 std::vector<std::string> string_list(const Json& json, const std::string& where) {
@@ -28,7 +36,7 @@ ModuleRule parse_rule(const std::string& key, const Json& json, const std::strin
   }
   rule.name = json.at("name", where).as_string(where);
   for (const auto& [option, value] : json.as_object(where)) {
-    const std::string at = where + "." + option;
+    const std::string at = below(where, ".", option);
     if (option == "layout") {
       const std::string& layout = value.as_string(at);
       MOQ_CHECK(layout == "out_in" || layout == "in_out", at,
@@ -83,16 +91,16 @@ Policy parse_policy(const Json& json, std::string_view where_view) {
   Policy policy;
   policy.name = json.at("name", where).as_string(where + ": name");
   for (const auto& [key, value] : json.as_object(where)) {
-    const std::string at = where + ": " + key;
+    const std::string at = below(where, ": ", key);
     if (key == "architectures") {
       policy.architectures = string_list(value, at);
     } else if (key == "spec") {
       for (const auto& [field, constant] : value.as_object(at)) {
-        set_field(policy.traits, find_field(field, at), constant, at + "." + field);
+        set_field(policy.traits, find_field(field, at), constant, below(at, ".", field));
       }
     } else if (key == "config") {
       for (const auto& [field, keys] : value.as_object(at)) {
-        policy.config.push_back({find_field(field, at), string_list(keys, at + "." + field)});
+        policy.config.push_back({find_field(field, at), string_list(keys, below(at, ".", field))});
       }
     } else if (key == "required") {
       for (const auto& [name, constant] : value.as_object(at)) {
@@ -102,7 +110,7 @@ Policy parse_policy(const Json& json, std::string_view where_view) {
       policy.prefixes = string_list(value, at);
     } else if (key == "modules") {
       for (const auto& [name, rule] : value.as_object(at)) {
-        policy.modules.push_back(parse_rule(name, rule, at + "." + name));
+        policy.modules.push_back(parse_rule(name, rule, below(at, ".", name)));
       }
     } else if (key == "present") {
       for (const auto& [flag, module] : value.as_object(at)) {

@@ -1,11 +1,13 @@
 """`python -m moq.inference`."""
 
 import argparse
+import contextlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,15 @@ def test_encode_prints_a_vector_per_text(smollm2):
 def test_encode_prints_every_line_of_standard_input_beside_a_progress_bar(smollm2):
     texts = [f"text {i}" for i in range(70)]
     terminal, of_process = pty.openpty()
+    seen: list[bytes] = []
+
+    def read_terminal() -> None:  # a full one would stop the process
+        with contextlib.suppress(OSError):  # nobody writes to it any more
+            while piece := os.read(terminal, 4096):
+                seen.append(piece)
+
+    reader = threading.Thread(target=read_terminal)
+    reader.start()
     result = subprocess.run(
         [sys.executable, "-m", "moq.inference", "encode", smollm2[0]],
         input="\n".join(texts),
@@ -66,11 +77,13 @@ def test_encode_prints_every_line_of_standard_input_beside_a_progress_bar(smollm
         stderr=of_process,
         env=one_thread_environment(TERM="xterm"),
         text=True,
+        timeout=300,
     )
     os.close(of_process)
-    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
-    assert b"encode" in os.read(terminal, 100_000)
+    reader.join()
     os.close(terminal)
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
+    assert b"encode" in b"".join(seen)
 
 
 def test_encode_prints_while_it_computes(monkeypatch, capsys):
