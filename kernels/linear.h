@@ -4,6 +4,9 @@
 #include <cstdint>
 
 #include "kernels/activation.h"
+#include "kernels/common/dtype.h"
+
+struct CUstream_st;
 
 namespace moq::kernels {
 
@@ -127,4 +130,54 @@ void pack_linear(const PackLinearArgs& args);
 void linear(const LinearArgs& args);
 
 }  // namespace cpu
+
+/// Arguments of `linear` on a GPU. All pointers are device memory.
+struct DeviceLinearArgs {
+  const void* input = nullptr;  ///< [m, k], dtype
+  std::int64_t m = 0;
+  std::int64_t input_stride = 0;  ///< elements from row to row
+  PackedLinear weight;            ///< of cuda::pack_linear
+  const void* bias = nullptr;     ///< [n], dtype, or null
+  Activation activation = Activation::kNone;
+  /// [m, n], dtype, added after the activation, or null; may be `output`.
+  const void* residual = nullptr;
+  std::int64_t residual_stride = 0;
+  void* output = nullptr;  ///< [m, n], dtype; must not overlap `input`
+  std::int64_t output_stride = 0;
+  DType dtype = DType::kFloat16;  ///< of the activations: float16, bfloat16 or float32
+  /// Reads the weight before the kernels ahead in the stream have ended. Only for a weight that
+  /// none of them writes: it was packed, and the stream synchronized, earlier.
+  bool weight_is_ready = false;
+};
+
+namespace cuda {
+
+/// Bytes of a packed weight, padding included. An element of an integer format takes a byte,
+/// whatever its width.
+/// @throws moq::Error as cpu::packed_linear_size.
+std::size_t packed_linear_size(const LinearShape& shape);
+
+/// Lays a weight out for `linear`; all pointers of args are device memory. Codes and zero points
+/// must lie in the format's range: they are not looked at here.
+/// @throws moq::Error as packed_linear_size, for a null or misaligned pointer, or if the launch
+///         fails.
+void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
+
+/// output = activation(input · weightᵀ + bias) + residual for any m >= 0, n >= 0, k >= 0.
+///
+/// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
+/// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
+/// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
+/// sum depends on the shape of the weight, on dtype, on whether m <= 8, and on the GPU's
+/// architecture; not on m beyond that, nor on the row's place.
+///
+/// On compute capability 9.0 rows of up to 8 tokens stream the weight through shared memory by bulk
+/// copies; otherwise, and for the formats that tensor cores do not multiply (float32; a float
+/// weight of another dtype than the activations; groups that are no multiple of 32 columns), a
+/// plain kernel computes in float32.
+/// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
+///         packed weight that is not aligned, or a launch that fails.
+void linear(const DeviceLinearArgs& args, CUstream_st* stream);
+
+}  // namespace cuda
 }  // namespace moq::kernels

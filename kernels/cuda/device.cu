@@ -1,0 +1,55 @@
+#include "kernels/cuda/device.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "kernels/cuda/cuda_check.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+int current_device() {
+  int device = 0;
+  MOQ_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+/// make(), once for each key.
+template <typename Key, typename Make>
+auto remembered(const Key& key, const Make& make) {
+  static std::mutex mutex;
+  static std::map<Key, decltype(make())> known;
+  const std::scoped_lock lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known.emplace(key, make()).first->second;
+}
+
+}  // namespace
+
+DeviceLimits device_limits() {
+  const int device = current_device();
+  return remembered(device, [&] {
+    int multiprocessors = 0;
+    int shared_bytes = 0;
+    MOQ_CUDA_CHECK(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    MOQ_CUDA_CHECK(
+        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    return DeviceLimits{multiprocessors, shared_bytes};
+  });
+}
+
+int architecture_of(const void* kernel) {
+  return remembered(std::pair(current_device(), kernel), [&] {
+    cudaFuncAttributes attributes{};
+    MOQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    const char* forced = std::getenv("MOQ_GPU_ARCH");
+    const int loaded = attributes.ptxVersion;
+    return forced == nullptr ? loaded : std::min(loaded, std::atoi(forced));
+  });
+}
+
+}  // namespace moq::kernels::cuda

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+/// What launchers ask of the current device. Answers are remembered per device and kernel.
+namespace moq::kernels::cuda {
+
+struct DeviceLimits {
+  std::int64_t multiprocessors;
+  std::int64_t shared_bytes_per_multiprocessor;
+};
+
+DeviceLimits device_limits();
+
+/// The architecture (80, 90, …) that the code of a kernel was written for as it is loaded on the
+/// current device: that of its PTX where the driver compiled it. The environment variable
+/// MOQ_GPU_ARCH lowers it, so that a newer GPU can take an older one's path.
+int architecture_of(const void* kernel);
+
+template <typename... Arguments>
+int architecture_of(void (*kernel)(Arguments...)) {
+  return architecture_of(reinterpret_cast<const void*>(kernel));
+}
+
+}  // namespace moq::kernels::cuda
