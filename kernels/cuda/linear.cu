@@ -136,6 +136,15 @@ void check(const DeviceLinearArgs& args, const DeviceLayout& layout) {
 
 }  // namespace
 
+bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  const WeightFormat own =
+      args.dtype == DType::kFloat16 ? WeightFormat::kFloat16 : WeightFormat::kBFloat16;
+  const WeightFormat format = args.weight.shape.format;
+  return args.dtype != DType::kFloat32 && layout.k > 0 &&
+         (is_integer(format) ? layout.groups == 1 || layout.group_size % layout.block_cols == 0
+                             : format == own);
+}
+
 void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   const DeviceLayout layout = device_layout(args.weight.shape);
   check(args, layout);
@@ -144,6 +153,9 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   }
   if (can_stream(args, layout)) {
     return stream_linear(args, layout, stream);
+  }
+  if (can_tile(args, layout)) {
+    return tile_linear(args, layout, stream);
   }
   switch (args.weight.shape.format) {
     case WeightFormat::kFloat32:

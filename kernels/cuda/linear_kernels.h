@@ -5,11 +5,19 @@
 /// What linear.cu chooses from.
 namespace moq::kernels::cuda {
 
+/// Whether tensor cores multiply the weight as it is stored: 16-bit input, and a weight of integers
+/// with scales for whole blocks of columns, or of the input's own dtype.
+bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout);
+
 /// Streams the weight for up to kStreamTokens rows of float16 or bfloat16 input.
 constexpr std::int64_t kStreamTokens = 8;
 
 /// Whether stream_linear multiplies these on the current device.
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout);
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUstream_st* stream);
+
+/// Whether tile_linear multiplies these, any number of tokens, on the current device.
+bool can_tile(const DeviceLinearArgs& args, const DeviceLayout& layout);
+void tile_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUstream_st* stream);
 
 }  // namespace moq::kernels::cuda

@@ -13,6 +13,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_epilogue.h"
+#include "kernels/cuda/linear_fragments.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "kernels/cuda/ptx.h"
 
@@ -33,70 +34,6 @@ constexpr std::int64_t kMaxInputBytes = 96 << 10;
 template <int kElementBytes>
 __host__ __device__ constexpr std::int64_t staged_stride(std::int64_t cols) {
   return pad_to(cols, 64) + (kElementBytes == 1 ? 32 : 16);
-}
-
-template <bool kBFloat16>
-__device__ void subtract(std::uint32_t (&pair)[2], std::uint32_t amount) {
-#pragma unroll
-  for (std::uint32_t& word : pair) {
-    word = kBFloat16 ? subtract_bf16x2(word, amount) : subtract_f16x2(word, amount);
-  }
-}
-
-/// The numbers code - zero_point of four stored bytes, as two pairs. Exact in both dtypes.
-/// float16: 0x6400 + u is 1024 + u; what stands for zero there is subtracted. bfloat16 has 7 bits
-/// of mantissa: 0x4300 + (u mod 128) is 128 + u mod 128, and 128 or 256 is subtracted, by the top
-/// bit.
-template <bool kBFloat16>
-__device__ void convert(std::uint32_t bytes, std::uint32_t zero, std::uint32_t (&pairs)[2]) {
-  if constexpr (kBFloat16) {
-    pairs[0] = __byte_perm(bytes, 0, 0x4140);
-    pairs[1] = __byte_perm(bytes, 0, 0x4342);
-#pragma unroll
-    for (std::uint32_t& word : pairs) {
-      const std::uint32_t low = (word & 0x007f007fU) | 0x43004300U;
-      word = subtract_bf16x2(low, (word & 0x00800080U) ^ 0x43804380U);
-    }
-    if (zero != 0) {
-      subtract<true>(pairs, zero);
-    }
-  } else {
-    pairs[0] = __byte_perm(bytes, 0x64646464U, 0x4140);
-    pairs[1] = __byte_perm(bytes, 0x64646464U, 0x4342);
-    subtract<false>(pairs, zero);
-  }
-}
-
-/// The pair that convert subtracts for a zero point: float16 1152 + zero_point, bfloat16
-/// zero_point.
-template <bool kBFloat16>
-__device__ std::uint32_t zero_pair(float zero_point) {
-  const std::uint32_t bits = kBFloat16 ? float_to_bfloat16(zero_point == 0.0F ? 0.0F : zero_point)
-                                       : float_to_float16(1152.0F + zero_point);
-  return bits << 16 | bits;
-}
-
-/// Rows g and g + 8 of a block: their scales and what stands for zero.
-struct Grids {
-  float scale[2];
-  std::uint32_t zero[2];
-};
-
-template <bool kBFloat16>
-__device__ Grids load_grids(const DeviceLinearArgs& args, const DeviceLayout& layout,
-                            std::int64_t row_block, std::int64_t group, int g) {
-  const auto* packed = static_cast<const char*>(args.weight.data);
-  const std::int64_t first = (row_block * layout.groups + group) * kBlockRows + g;
-  const auto* scales = reinterpret_cast<const float*>(packed + layout.scales_offset) + first;
-  const auto* zero_points =
-      reinterpret_cast<const float*>(packed + layout.zero_points_offset) + first;
-  Grids grids;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    grids.scale[half] = scales[8 * half];
-    grids.zero[half] = zero_pair<kBFloat16>(layout.asymmetric ? zero_points[8 * half] : 0.0F);
-  }
-  return grids;
 }
 
 /// Whole input rows in shared memory, zeros behind their ends.
@@ -121,15 +58,6 @@ __device__ void stage_input(const DeviceLinearArgs& args, const DeviceLayout& la
     }
   }
 }
-
-template <bool kBFloat16>
-struct ElementOf {
-  using Type = Float16;
-};
-template <>
-struct ElementOf<true> {
-  using Type = BFloat16;
-};
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGroups: a row
 /// has several scales, each of whole blocks; kStaged: the input lies in shared memory.
@@ -209,7 +137,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     Grids grids{{1.0F, 1.0F}, {0, 0}};
     std::int64_t group = -1;
     if constexpr (kElementBytes == 1 && !kGroups) {
-      grids = load_grids<kBFloat16>(args, layout, rows, 0, g);
+      grids = load_grids<kBFloat16>(args.weight.data, layout, rows, 0, g);
     }
     const auto add_scaled = [&] {
 #pragma unroll
@@ -231,7 +159,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
             if (own != group) {
               add_scaled();
               group = own;
-              grids = load_grids<kBFloat16>(args, layout, rows, group, g);
+              grids = load_grids<kBFloat16>(args.weight.data, layout, rows, group, g);
             }
           }
           const auto bytes =
@@ -245,16 +173,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
             if (!is_token) {
               x = uint4{0, 0, 0, 0};
             }
-            std::uint32_t upper[2][2];
-            std::uint32_t lower[2][2];
-            convert<kBFloat16>(bytes.x, grids.zero[0], upper[0]);
-            convert<kBFloat16>(bytes.y, grids.zero[0], upper[1]);
-            convert<kBFloat16>(bytes.z, grids.zero[1], lower[0]);
-            convert<kBFloat16>(bytes.w, grids.zero[1], lower[1]);
-            multiply_accumulate<kBFloat16>(
-                sums[0], {upper[0][0], lower[0][0], upper[0][1], lower[0][1]}, x.x, x.y);
-            multiply_accumulate<kBFloat16>(
-                sums[1], {upper[1][0], lower[1][0], upper[1][1], lower[1][1]}, x.z, x.w);
+            const Fragments<kBFloat16, 1> weights(bytes, grids.zero);
+            multiply_accumulate<kBFloat16>(sums[0], weights.a[0], x.x, x.y);
+            multiply_accumulate<kBFloat16>(sums[1], weights.a[1], x.z, x.w);
           } else {
             uint2 x{0, 0};
             if (kStaged || is_token) {
@@ -263,8 +184,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
             if (!is_token) {
               x = uint2{0, 0};
             }
-            multiply_accumulate<kBFloat16>(sums[j % 2], {bytes.x, bytes.z, bytes.y, bytes.w}, x.x,
-                                           x.y);
+            const Fragments<kBFloat16, 2> weights(bytes, grids.zero);
+            multiply_accumulate<kBFloat16>(sums[j % 2], weights.a[0], x.x, x.y);
           }
         }
       }
@@ -349,16 +270,10 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 }  // namespace
 
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
-  const WeightFormat own =
-      args.dtype == DType::kFloat16 ? WeightFormat::kFloat16 : WeightFormat::kBFloat16;
-  const WeightFormat format = args.weight.shape.format;
-  const bool multiplies =
-      args.dtype != DType::kFloat32 && layout.k > 0 &&
-      (is_integer(format) ? layout.groups == 1 || layout.group_size % 32 == 0 : format == own);
   const bool reads_vectors = uses_staging(args, layout) ||
                              (layout.k % layout.block_cols == 0 && args.input_stride % 8 == 0 &&
                               reinterpret_cast<std::uintptr_t>(args.input) % 16 == 0);
-  return args.m <= kStreamTokens && multiplies && reads_vectors &&
+  return args.m <= kStreamTokens && suits_tensor_cores(args, layout) && reads_vectors &&
          architecture_of(stream_kernel<false, 1, false, true>) >= 90;
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 /// Instructions that CUDA C++ has no function for. Device code only.
@@ -39,6 +41,30 @@ __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b
   std::uint32_t result;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(b), "r"(0xbf80bf80U), "r"(a));
   return result;
+}
+
+/// 16 bytes that are read once: they do not displace others from the first-level cache.
+__device__ inline uint4 load_once(const uint4* address) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+/// Copies 16 bytes to shared memory in the background, or writes zeros there.
+__device__ inline void copy_async(std::uint32_t target, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ inline void close_async_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until at most kPending of the groups that this thread has closed are under way.
+template <int kPending>
+__device__ inline void wait_async_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -213,7 +213,9 @@ const auto kShapes = ::testing::Values(
     Shape{1, 1, 1}, Shape{1, 16, 32}, Shape{2, 17, 33}, Shape{3, 15, 31}, Shape{8, 97, 257},
     Shape{1, 1600, 1600}, Shape{7, 100, 64, 32}, Shape{5, 48, 105, 35}, Shape{4, 40, 384, 128},
     Shape{9, 33, 96}, Shape{13, 64, 101}, Shape{65, 70, 130}, Shape{8, 40, 6144},
-    Shape{8, 24, 6145}, Shape{2, 50, 96, 16});
+    Shape{8, 24, 6145}, Shape{2, 50, 96, 16}, Shape{9, 128, 8}, Shape{16, 200, 264},
+    Shape{17, 129, 384, 128}, Shape{32, 64, 2048}, Shape{33, 130, 320, 64}, Shape{64, 257, 1024},
+    Shape{65, 300, 520}, Shape{129, 140, 1600}, Shape{257, 20, 640, 32}, Shape{12, 1600, 96});
 const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16, DType::kFloat32);
 
 INSTANTIATE_TEST_SUITE_P(Integers, LinearCuda,
