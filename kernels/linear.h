@@ -168,13 +168,14 @@ void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 /// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
 /// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
 /// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
-/// sum depends on the shape of the weight, on dtype, on whether m <= 8, and on the GPU's
-/// architecture; not on m beyond that, nor on the row's place.
+/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for all m <= 8; not
+/// on the row's place.
 ///
-/// On compute capability 9.0 rows of up to 8 tokens stream the weight through shared memory by bulk
-/// copies; otherwise, and for the formats that tensor cores do not multiply (float32; a float
-/// weight of another dtype than the activations; groups that are no multiple of 32 columns), a
-/// plain kernel computes in float32.
+/// On compute capability 9.0 up to 16 tokens stream the weight through shared memory by bulk
+/// copies. More tokens, and older GPUs, multiply tiles on tensor cores where k and input_stride are
+/// multiples of 8 and the input is aligned to 16 bytes. Otherwise, and for what tensor cores do not
+/// multiply (float32; a float weight of another dtype than the activations; groups that are no
+/// multiple of 32 columns), a plain kernel computes in float32.
 /// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
 ///         packed weight that is not aligned, or a launch that fails.
 void linear(const DeviceLinearArgs& args, CUstream_st* stream);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #include "kernels/cuda/cuda_check.h"
@@ -49,6 +50,15 @@ int architecture_of(const void* kernel) {
     const char* forced = std::getenv("MOQ_GPU_ARCH");
     const int loaded = attributes.ptxVersion;
     return forced == nullptr ? loaded : std::min(loaded, std::atoi(forced));
+  });
+}
+
+std::int64_t active_clusters(const void* kernel, const cudaLaunchConfig_t& config) {
+  const unsigned blocks = config.gridDim.x * config.gridDim.y * config.gridDim.z;
+  return remembered(std::tuple(current_device(), kernel, config.dynamicSmemBytes, blocks), [&] {
+    int clusters = 0;
+    MOQ_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    return static_cast<std::int64_t>(clusters);
   });
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-/// What launchers ask of the current device. Answers are remembered per device and kernel.
+/// What launchers ask of the current device. Answers are remembered.
 namespace moq::kernels::cuda {
 
 struct DeviceLimits {
@@ -22,6 +22,15 @@ int architecture_of(const void* kernel);
 template <typename... Arguments>
 int architecture_of(void (*kernel)(Arguments...)) {
   return architecture_of(reinterpret_cast<const void*>(kernel));
+}
+
+/// Clusters of thread blocks of a kernel that run at once on the current device; the grid of config
+/// is one cluster.
+std::int64_t active_clusters(const void* kernel, const cudaLaunchConfig_t& config);
+
+template <typename... Arguments>
+std::int64_t active_clusters(void (*kernel)(Arguments...), const cudaLaunchConfig_t& config) {
+  return active_clusters(reinterpret_cast<const void*>(kernel), config);
 }
 
 }  // namespace moq::kernels::cuda

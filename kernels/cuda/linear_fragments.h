@@ -50,12 +50,13 @@ __device__ void convert(std::uint32_t bytes, std::uint32_t zero, std::uint32_t (
   }
 }
 
-/// The pair that convert subtracts for a zero point: float16 1152 + zero_point, bfloat16
-/// zero_point.
+/// The pair that convert subtracts for a zero point, an integer of at most 8 bits: float16
+/// 1152 + zero_point, bfloat16 zero_point.
 template <bool kBFloat16>
 __device__ std::uint32_t zero_pair(float zero_point) {
-  const std::uint32_t bits = kBFloat16 ? float_to_bfloat16(zero_point == 0.0F ? 0.0F : zero_point)
-                                       : float_to_float16(1152.0F + zero_point);
+  const std::uint32_t bits = kBFloat16
+                                 ? __float_as_uint(zero_point) >> 16
+                                 : static_cast<std::uint32_t>(0x6480 + __float2int_rn(zero_point));
   return bits << 16 | bits;
 }
 
@@ -86,31 +87,28 @@ __device__ Grids load_grids(const void* weight, const DeviceLayout& layout, std:
 /// fragments are the first and the last four of the lane's eight columns, and of one for two-byte
 /// elements.
 template <bool kBFloat16, int kElementBytes>
-struct Fragments {
-  std::uint32_t a[3 - kElementBytes][4];
-
-  __device__ Fragments(const uint4& bytes, const std::uint32_t (&zero)[2]) {
-    if constexpr (kElementBytes == 1) {
-      std::uint32_t upper[2][2];
-      std::uint32_t lower[2][2];
-      convert<kBFloat16>(bytes.x, zero[0], upper[0]);
-      convert<kBFloat16>(bytes.y, zero[0], upper[1]);
-      convert<kBFloat16>(bytes.z, zero[1], lower[0]);
-      convert<kBFloat16>(bytes.w, zero[1], lower[1]);
+__device__ void fragments(const uint4& bytes, const std::uint32_t (&zero)[2],
+                          std::uint32_t (&a)[3 - kElementBytes][4]) {
+  if constexpr (kElementBytes == 1) {
+    std::uint32_t upper[2][2];
+    std::uint32_t lower[2][2];
+    convert<kBFloat16>(bytes.x, zero[0], upper[0]);
+    convert<kBFloat16>(bytes.y, zero[0], upper[1]);
+    convert<kBFloat16>(bytes.z, zero[1], lower[0]);
+    convert<kBFloat16>(bytes.w, zero[1], lower[1]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        a[i][0] = upper[i][0];
-        a[i][1] = lower[i][0];
-        a[i][2] = upper[i][1];
-        a[i][3] = lower[i][1];
-      }
-    } else {
-      a[0][0] = bytes.x;
-      a[0][1] = bytes.z;
-      a[0][2] = bytes.y;
-      a[0][3] = bytes.w;
+    for (int i = 0; i < 2; ++i) {
+      a[i][0] = upper[i][0];
+      a[i][1] = lower[i][0];
+      a[i][2] = upper[i][1];
+      a[i][3] = lower[i][1];
     }
+  } else {
+    a[0][0] = bytes.x;
+    a[0][1] = bytes.z;
+    a[0][2] = bytes.y;
+    a[0][3] = bytes.w;
   }
-};
+}
 
 }  // namespace moq::kernels::cuda

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_layout.h"
 
 /// What linear.cu chooses from.
@@ -9,10 +10,7 @@ namespace moq::kernels::cuda {
 /// with scales for whole blocks of columns, or of the input's own dtype.
 bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout);
 
-/// Streams the weight for up to kStreamTokens rows of float16 or bfloat16 input.
-constexpr std::int64_t kStreamTokens = 8;
-
-/// Whether stream_linear multiplies these on the current device.
+/// Whether stream_linear multiplies these, up to kStreamTokens tokens, on the current device.
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout);
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUstream_st* stream);
 

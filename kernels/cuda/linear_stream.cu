@@ -1,11 +1,13 @@
-// Up to eight tokens times a weight, at the speed of reading the weight (compute capability 9.0).
+// Up to sixteen tokens times a weight, at the speed of reading the weight (compute capability 9.0).
 //
 // The weight's 16 rows are the M side of mma.m16n8k16 and the tokens its N side, so that one token
-// costs what eight do. Every warp streams its own part of the columns through a ring of bulk copies
-// in shared memory; its blocks lie one after the other in device memory, and the ring runs on from
-// one block of rows to the next. What the warps of a block have summed is added up in shared
-// memory. Nothing waits for another block of the grid, and the ring is filled before the kernels
-// ahead in the stream have ended.
+// costs what eight do. The columns are split over a cluster of thread blocks, each of which keeps
+// its part of the input in shared memory, and over the warps of a block. Every warp streams its
+// columns of one block of rows after the other, with their scales, through a ring of bulk copies.
+// What the warps have summed is added up by the block, and the blocks' sums by one of the cluster
+// while the next rows are multiplied. Several blocks fit on a multiprocessor, also those of the
+// next kernel, which fill their rings before this one has ended: the weights of a chain of layers
+// are read with little pause.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -22,240 +24,400 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = 8;
-constexpr int kPieceBlocks = 4;  // of one bulk copy: 2 KB
-constexpr int kStages = 3;       // of a warp's ring; four blocks of the grid share a multiprocessor
-constexpr int kRingBytes = kWarps * kStages * kPieceBlocks * kBlockBytes;
-constexpr int kSumsBytes = 2 * kWarps * kBlockRows * (kStreamTokens + 1) * 4;
-/// Input rows up to this size are kept in shared memory; larger ones are read through the caches.
-constexpr std::int64_t kMaxInputBytes = 96 << 10;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kPieceBlocks = 4;  // that a stage of a ring holds at most: 2 KB
+constexpr int kMaxStages = 8;
+constexpr int kSlots = 4;                   // of sums that a block holds for its cluster
+constexpr int kMaxSplit = 8;                // blocks of a cluster
+constexpr int kGridBytes = kBlockRows * 4;  // scales, or zero points, of a block of rows
+constexpr int kMaxSliceBytes = 128 << 10;   // of the input, in a block
+constexpr int kMaxSharedBytes = 200 << 10;  // that a launch chooses
 
-/// Elements from one input row to the next in shared memory: the lanes of a load then meet all
-/// banks. Lanes of two neighbouring rows (or four, of 8-byte loads) load together.
-template <int kElementBytes>
-__host__ __device__ constexpr std::int64_t staged_stride(std::int64_t cols) {
-  return pad_to(cols, 64) + (kElementBytes == 1 ? 32 : 16);
-}
+/// How the columns and rows of a weight are shared. Plain data, passed to the kernel by value.
+struct Plan {
+  int split;         ///< blocks of a cluster; a power of two, as are the next two
+  int col_warps;     ///< warps of a block that share the columns of a block of rows
+  int share_rows;    ///< rows of a turn that a block of the cluster finishes, a thread each result
+  int part_bits;     ///< of split * col_warps, the parts of the columns
+  int cluster_rows;  ///< blocks of rows of a cluster; the first row_extra clusters have one more
+  int row_extra;
+  int piece_blocks;  ///< that a stage of a warp's ring holds
+  int piece_grids;   ///< scales (and zero points) of a block of rows that come with them
+  int stages;
+  int stage_bytes;
+  int staged_stride;  ///< elements from one token to the next in shared memory
+};
 
-/// Whole input rows in shared memory, zeros behind their ends.
+/// Columns [first, first + cols) of every token in shared memory, zeros behind their ends. The
+/// copies may still be under way.
 template <typename Bits>
-__device__ void stage_input(const DeviceLinearArgs& args, const DeviceLayout& layout,
-                            std::int64_t stride, Bits* staged) {
+__device__ void stage_input(const DeviceLinearArgs& args, int k, int first, int cols, int stride,
+                            Bits* staged) {
   const auto* input = static_cast<const Bits*>(args.input);
-  const std::int64_t cols = layout.col_blocks * layout.block_cols;
   const bool whole =
-      (layout.k | args.input_stride) % 8 == 0 && reinterpret_cast<std::uintptr_t>(input) % 16 == 0;
-  const std::int64_t step = whole ? 8 : 1;
-  for (std::int64_t row = 0; row < args.m; ++row) {
-    for (std::int64_t col = threadIdx.x * step; col < cols; col += kWarps * kWarpSize * step) {
-      const Bits* source = input + row * args.input_stride + col;
-      Bits* target = staged + row * stride + col;
+      (k | args.input_stride) % 8 == 0 && reinterpret_cast<std::uintptr_t>(input) % 16 == 0;
+  const int step = whole ? 8 : 1;
+  for (int token = static_cast<int>(threadIdx.x) / kWarpSize; token < args.m; token += kWarps) {
+    const Bits* source = input + token * args.input_stride + first;
+    Bits* target = staged + token * stride;
+    for (int col = static_cast<int>(threadIdx.x) % kWarpSize * step; col < cols;
+         col += kWarpSize * step) {
+      const bool exists = first + col < k;
       if (whole) {
-        *reinterpret_cast<uint4*>(target) =
-            col < layout.k ? *reinterpret_cast<const uint4*>(source) : uint4{0, 0, 0, 0};
+        copy_async(shared_address(target + col), exists ? source + col : input, exists);
       } else {
-        *target = col < layout.k ? *source : Bits{0};
+        target[col] = exists ? source[col] : Bits{0};
       }
     }
   }
+  close_async_group();
 }
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGroups: a row
-/// has several scales, each of whole blocks; kStaged: the input lies in shared memory.
-template <bool kBFloat16, int kElementBytes, bool kGroups, bool kStaged>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
-    stream_kernel(DeviceLinearArgs args, DeviceLayout layout) {
+/// has several scales, each of whole blocks; kTiles: of eight tokens.
+template <bool kBFloat16, int kElementBytes, bool kGroups, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
+    stream_kernel(DeviceLinearArgs args, DeviceLayout layout, Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kBlockCols = kBlockBytes / kBlockRows / kElementBytes;
   constexpr int kLaneInputs = 8 / kElementBytes;  // neighbouring columns that a lane multiplies
+  constexpr int kTokens = 8 * kTiles;
   extern __shared__ __align__(128) std::uint8_t shared[];
-  __shared__ std::uint64_t barriers[kWarps][kStages];
-  __shared__ float partial[2][kWarps][kBlockRows][kStreamTokens + 1];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  __shared__ std::uint64_t barriers[kWarps][kMaxStages];
+  __shared__ std::uint64_t received[kSlots];
+  __shared__ std::uint64_t taken[kSlots];
+  __shared__ float partial[2][kWarps][kBlockRows][kTokens + 1];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
   const int g = lane / 4;
   const int t = lane % 4;
+  const int m = static_cast<int>(args.m);
+  const int rank = static_cast<int>(cluster_rank());
+  const int cluster = static_cast<int>(cluster_index());
 
-  const auto part_of = [](std::int64_t size, int i, int parts) { return size * i / parts; };
-  const auto first_rows = part_of(layout.row_blocks, blockIdx.x, gridDim.x);
-  const auto last_rows = part_of(layout.row_blocks, blockIdx.x + 1, gridDim.x);
-  const int first_block = static_cast<int>(part_of(layout.col_blocks, warp, kWarps));
-  const int last_block = static_cast<int>(part_of(layout.col_blocks, warp + 1, kWarps));
-  const int pieces = (last_block - first_block + kPieceBlocks - 1) / kPieceBlocks;
+  // ---- this warp's part of the weight, and the ring that brings it
+  const int turn_rows = kWarps / plan.col_warps;  // blocks of rows that the block takes at once
+  const int first_rows = cluster * plan.cluster_rows + min(cluster, plan.row_extra);
+  const int last_rows = first_rows + plan.cluster_rows + (cluster < plan.row_extra ? 1 : 0);
+  const int own_rows = first_rows + warp / plan.col_warps;
+  const int part = rank * plan.col_warps + warp % plan.col_warps;
+  const auto part_begin = [&](int i) {
+    return static_cast<int>(i * layout.col_blocks >> plan.part_bits);
+  };
+  const int slice = part_begin(rank * plan.col_warps);
+  const int slice_blocks = part_begin((rank + 1) * plan.col_warps) - slice;
+  const int first_block = part_begin(part);
+  const int blocks = part_begin(part + 1) - first_block;
 
-  std::uint8_t* ring = shared + warp * (kStages * kPieceBlocks * kBlockBytes);
+  std::uint8_t* ring = shared + warp * plan.stages * plan.stage_bytes;
   const auto* weight = static_cast<const std::uint8_t*>(args.weight.data);
-  std::int64_t next_rows = first_rows;
-  int next_piece = 0;
+  const int group_blocks = kGroups ? static_cast<int>(layout.group_size / layout.block_cols) : 1;
+  const auto group_of = [&](int block) {
+    return kGroups ? (first_block + block) / group_blocks : 0;
+  };
+  int filled_rows = blocks == 0 ? last_rows : own_rows;
+  int filled = 0;  // blocks of those rows
+  const std::uint8_t* source = weight + (own_rows * layout.col_blocks + first_block) * kBlockBytes;
   const auto fill = [&](int stage) {
-    if (next_rows == last_rows || pieces == 0) {
+    if (lane != 0 || filled_rows >= last_rows) {
       return;
     }
-    const int block = first_block + next_piece * kPieceBlocks;
-    const int count = min(kPieceBlocks, last_block - block);
-    if (lane == 0) {
-      bulk_copy(shared_address(ring + stage * kPieceBlocks * kBlockBytes),
-                weight + (next_rows * layout.col_blocks + block) * kBlockBytes,
-                static_cast<std::uint32_t>(count * kBlockBytes),
-                shared_address(&barriers[warp][stage]));
+    const int count = min(plan.piece_blocks, blocks - filled);
+    const std::uint32_t barrier = shared_address(&barriers[warp][stage]);
+    const std::uint32_t target = shared_address(ring + stage * plan.stage_bytes);
+    if constexpr (kElementBytes == 1) {
+      const int group = group_of(filled);
+      const int grid_bytes = (group_of(filled + count - 1) - group + 1) * kGridBytes;
+      const std::int64_t grid = (filled_rows * layout.groups + group) * kGridBytes;
+      const std::uint32_t grids = target + plan.piece_blocks * kBlockBytes;
+      expect_bytes(barrier, count * kBlockBytes + grid_bytes * (layout.asymmetric ? 2 : 1));
+      bulk_copy(grids, weight + layout.scales_offset + grid, grid_bytes, barrier);
+      if (layout.asymmetric) {
+        bulk_copy(grids + plan.piece_grids * kGridBytes, weight + layout.zero_points_offset + grid,
+                  grid_bytes, barrier);
+      }
+    } else {
+      expect_bytes(barrier, count * kBlockBytes);
     }
-    if (++next_piece == pieces) {
-      next_piece = 0;
-      ++next_rows;
+    bulk_copy(target, source, count * kBlockBytes, barrier);
+    source += count * kBlockBytes;
+    filled += count;
+    if (filled == blocks) {
+      filled = 0;
+      filled_rows += turn_rows;
+      source += (turn_rows * layout.col_blocks - blocks) * kBlockBytes;
     }
   };
+  const auto read_grids = [&](const std::uint8_t* stage, int i) {
+    Grids grids{{1.0F, 1.0F}, {0, 0}};
+    if constexpr (kElementBytes == 1) {
+      const float* scales =
+          reinterpret_cast<const float*>(stage + plan.piece_blocks * kBlockBytes) + i * kBlockRows;
+      const float* zero_points = scales + plan.piece_grids * kBlockRows;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        grids.scale[half] = scales[g + 8 * half];
+        grids.zero[half] =
+            zero_pair<kBFloat16>(layout.asymmetric ? zero_points[g + 8 * half] : 0.0F);
+      }
+    }
+    return grids;
+  };
+
+  // ---- the results of a turn, [token][row]. Each block of the cluster finishes some of the rows:
+  // it receives the sums of all.
+  const int rows = turn_rows * kBlockRows;
+  const int share = m * plan.share_rows;
+  const int share_bits = __ffs(plan.share_rows) - 1;
+  auto* inbox = reinterpret_cast<float*>(shared + kWarps * plan.stages * plan.stage_bytes);
+  const auto expect_results = [&](int slot) {
+    expect_bytes(shared_address(&received[slot]), plan.split * share * 4);
+  };
+
   if (lane == 0) {
     for (std::uint64_t& barrier : barriers[warp]) {
       init_barrier(shared_address(&barrier));
     }
+    if (warp == 0) {
+      for (int slot = 0; slot < kSlots; ++slot) {
+        init_barrier(shared_address(&received[slot]));
+        init_barrier(shared_address(&taken[slot]), plan.split);
+        expect_results(slot);
+      }
+    }
     publish_barriers();
   }
-  __syncwarp();
+  meet_cluster();
   if (!args.weight_is_ready) {
     wait_for_previous_kernels();
   }
-  for (int stage = 0; stage < kStages; ++stage) {
+  for (int stage = 0; stage < plan.stages; ++stage) {
     fill(stage);
   }
   allow_next_kernel();
   wait_for_previous_kernels();
 
-  const std::int64_t stride = kStaged ? staged_stride<kElementBytes>(layout.k) : args.input_stride;
-  const auto* input = static_cast<const std::uint16_t*>(args.input);
-  if constexpr (kStaged) {
-    auto* staged = reinterpret_cast<std::uint16_t*>(shared + kRingBytes);
-    stage_input(args, layout, stride, staged);
-    input = staged;
-  }
+  auto* staged = reinterpret_cast<std::uint16_t*>(inbox + pad_to(kSlots * plan.split * share, 4));
+  stage_input(args, static_cast<int>(layout.k), slice * kBlockCols, slice_blocks * kBlockCols,
+              plan.staged_stride, staged);
+  wait_async_groups<0>();
   __syncthreads();
-  const bool is_token = g < args.m;
-  input += (is_token ? g : 0) * stride + t * kLaneInputs;
+  // A column of B that is no token may hold anything: its results are not read.
+  const std::uint16_t* input[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    input[i] = staged + (8 * i + g < m ? 8 * i + g : 0) * plan.staged_stride + t * kLaneInputs +
+               (first_block - slice) * kBlockCols;
+  }
 
   int stage = 0;
   std::uint32_t parity = 0;
-  for (std::int64_t rows = first_rows; rows < last_rows; ++rows) {
-    float totals[4] = {};   // of finished groups, scaled
-    float sums[2][4] = {};  // two chains of products
-    Grids grids{{1.0F, 1.0F}, {0, 0}};
-    std::int64_t group = -1;
-    if constexpr (kElementBytes == 1 && !kGroups) {
-      grids = load_grids<kBFloat16>(args.weight.data, layout, rows, 0, g);
-    }
-    const auto add_scaled = [&] {
+  const int turns = (last_rows - first_rows + turn_rows - 1) / turn_rows;
+  for (int turn = 0; turn <= turns; ++turn) {
+    if (turn < turns) {
+      float totals[kTiles][4] = {};   // of finished groups, scaled
+      float sums[2][kTiles][4] = {};  // two chains of products
+      for (int first = own_rows + turn * turn_rows < last_rows ? 0 : blocks; first < blocks;
+           first += plan.piece_blocks) {
+        const int count = min(plan.piece_blocks, blocks - first);
+        const std::uint8_t* held = ring + stage * plan.stage_bytes;
+        wait_barrier(shared_address(&barriers[warp][stage]), parity);
+        Grids grids = read_grids(held, 0);
+        const auto add_scaled = [&] {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        totals[i] += (sums[0][i] + sums[1][i]) * grids.scale[i / 2];
-        sums[0][i] = sums[1][i] = 0.0F;
-      }
-    };
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int first = first_block + piece * kPieceBlocks;
-      wait_barrier(shared_address(&barriers[warp][stage]), parity);
+          for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < kPieceBlocks; ++j) {
-        const int block = first + j;
-        if (block < last_block) {
-          if constexpr (kGroups) {
-            const std::int64_t own =
-                static_cast<std::int64_t>(block) * layout.block_cols / layout.group_size;
-            if (own != group) {
-              add_scaled();
-              group = own;
-              grids = load_grids<kBFloat16>(args.weight.data, layout, rows, group, g);
+            for (int e = 0; e < 4; ++e) {
+              totals[i][e] = fmaf(sums[0][i][e] + sums[1][i][e], grids.scale[e / 2], totals[i][e]);
+              sums[0][i][e] = sums[1][i][e] = 0.0F;
             }
           }
-          const auto bytes =
-              reinterpret_cast<const uint4*>(ring + (stage * kPieceBlocks + j) * kBlockBytes)[lane];
-          const std::uint16_t* columns = input + block * layout.block_cols;
-          if constexpr (kElementBytes == 1) {
-            uint4 x{0, 0, 0, 0};
-            if (kStaged || is_token) {
-              x = *reinterpret_cast<const uint4*>(columns);
+        };
+        const auto multiply = [&](int j, int chain) {
+          const auto bytes = reinterpret_cast<const uint4*>(held + j * kBlockBytes)[lane];
+          std::uint32_t a[3 - kElementBytes][4];
+          fragments<kBFloat16, kElementBytes>(bytes, grids.zero, a);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const std::uint16_t* columns = input[i] + (first + j) * kBlockCols;
+            if constexpr (kElementBytes == 1) {
+              const auto x = *reinterpret_cast<const uint4*>(columns);
+              multiply_accumulate<kBFloat16>(sums[0][i], a[0], x.x, x.y);
+              multiply_accumulate<kBFloat16>(sums[1][i], a[1], x.z, x.w);
+            } else {
+              const auto x = *reinterpret_cast<const uint2*>(columns);
+              multiply_accumulate<kBFloat16>(sums[chain][i], a[0], x.x, x.y);
             }
-            if (!is_token) {
-              x = uint4{0, 0, 0, 0};
+          }
+        };
+        if (!kGroups && count == kPieceBlocks) {
+#pragma unroll
+          for (int j = 0; j < kPieceBlocks; ++j) {
+            multiply(j, j % 2);
+          }
+        } else {
+          int group = 0;  // of the piece's
+          int next_group = kGroups ? (group_of(first) + 1) * group_blocks - first_block : 0;
+#pragma unroll 1
+          for (int j = 0; j < count; ++j) {
+            if (kGroups && first + j == next_group) {
+              add_scaled();
+              grids = read_grids(held, ++group);
+              next_group += group_blocks;
             }
-            const Fragments<kBFloat16, 1> weights(bytes, grids.zero);
-            multiply_accumulate<kBFloat16>(sums[0], weights.a[0], x.x, x.y);
-            multiply_accumulate<kBFloat16>(sums[1], weights.a[1], x.z, x.w);
-          } else {
-            uint2 x{0, 0};
-            if (kStaged || is_token) {
-              x = *reinterpret_cast<const uint2*>(columns);
-            }
-            if (!is_token) {
-              x = uint2{0, 0};
-            }
-            const Fragments<kBFloat16, 2> weights(bytes, grids.zero);
-            multiply_accumulate<kBFloat16>(sums[j % 2], weights.a[0], x.x, x.y);
+            multiply(j, 0);
           }
         }
+        add_scaled();
+        __syncwarp();
+        fill(stage);
+        if (++stage == plan.stages) {
+          stage = 0;
+          parity ^= 1U;
+        }
       }
-      __syncwarp();
-      fill(stage);
-      if (++stage == kStages) {
-        stage = 0;
-        parity ^= 1U;
+      float(&own)[kBlockRows][kTokens + 1] = partial[turn % 2][warp];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          own[g + e / 2 * 8][8 * i + 2 * t + e % 2] = totals[i][e];
+        }
+      }
+      // (The barrier also keeps the other half of `partial` from being written while it is read.)
+      __syncthreads();
+      // A slot is used again when all blocks of the cluster have taken what was in it. They are
+      // told only of slots that they will use again: nobody is told anything after his end.
+      const int slot = turn % kSlots;
+      if (turn >= 2 && turn + 2 < turns && thread < plan.split) {
+        arrive_in_cluster(shared_address(&taken[(turn - 2) % kSlots]), thread);
+      }
+      if (turn >= kSlots) {
+        wait_barrier(shared_address(&taken[slot]), (turn / kSlots - 1) % 2);
+      }
+      for (int i = thread; i < m * rows; i += kThreads) {
+        const int row = i & (rows - 1);
+        const int token = i / kBlockRows / turn_rows;
+        float sum = 0.0F;
+        for (int c = 0; c < plan.col_warps; ++c) {
+          sum += partial[turn % 2][row / kBlockRows * plan.col_warps + c][row % kBlockRows][token];
+        }
+        send_to_cluster(
+            shared_address(&inbox[(slot * plan.split + rank) * share + (token << share_bits) +
+                                  (row & (plan.share_rows - 1))]),
+            sum, shared_address(&received[slot]), row >> share_bits);
       }
     }
-    add_scaled();
-    float(&own)[kBlockRows][kStreamTokens + 1] = partial[rows % 2][warp];
-    own[g][2 * t] = totals[0];
-    own[g][2 * t + 1] = totals[1];
-    own[g + 8][2 * t] = totals[2];
-    own[g + 8][2 * t + 1] = totals[3];
-    // The next block of rows writes the other half of `partial`, so one barrier suffices.
-    __syncthreads();
-    const int row_in_block = static_cast<int>(threadIdx.x) % kBlockRows;
-    const int token = static_cast<int>(threadIdx.x) / kBlockRows;
-    const std::int64_t row = rows * kBlockRows + row_in_block;
-    if (token < args.m && row < layout.n) {
-      float sum = 0.0F;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        sum += partial[rows % 2][i][row_in_block][token];
+    if (turn > 0) {
+      const int slot = (turn - 1) % kSlots;
+      wait_barrier(shared_address(&received[slot]), (turn - 1) / kSlots % 2);
+      if (thread == 0) {
+        expect_results(slot);
       }
-      finish<typename ElementOf<kBFloat16>::Type>(args, token, row, sum);
+      const int row_in_turn = rank * plan.share_rows + (thread & (plan.share_rows - 1));
+      const int row_block = first_rows + (turn - 1) * turn_rows + row_in_turn / kBlockRows;
+      const std::int64_t row =
+          static_cast<std::int64_t>(row_block) * kBlockRows + row_in_turn % kBlockRows;
+      if (thread < share && row_block < last_rows && row < layout.n) {
+        float sum = 0.0F;
+        for (int i = 0; i < plan.split; ++i) {
+          sum += inbox[(slot * plan.split + i) * share + thread];
+        }
+        finish<typename ElementOf<kBFloat16>::Type>(args, thread >> share_bits, row, sum);
+      }
     }
   }
 #endif
 }
 
-static_assert(kWarps * kWarpSize >= kBlockRows * kStreamTokens, "a thread for every result");
-
-bool uses_staging(const DeviceLinearArgs& args, const DeviceLayout& layout) {
-  return args.m * (layout.k + 96) * 2 <= kMaxInputBytes;
+/// Elements from one token to the next in shared memory: the lanes of a load then meet all banks.
+/// Lanes of two neighbouring tokens (or four, of 8-byte loads) load together.
+int staged_stride(const DeviceLayout& layout, int split) {
+  const std::int64_t cols = pad_to(layout.col_blocks, split) / split * layout.block_cols;
+  return static_cast<int>(pad_to(cols, 64)) + (layout.element_bytes == 1 ? 32 : 16);
 }
 
-template <bool kBFloat16, int kElementBytes, bool kGroups, bool kStaged>
+/// Tokens that a kernel is compiled for: what depends on this and not on m is alike for all m up to
+/// 8, and so are the sums.
+constexpr int compiled_tokens(std::int64_t m) {
+  return m <= 8 ? 8 : 16;
+}
+
+/// All but the rows of a cluster. The figures were chosen by measuring, as those of
+/// linear_choice.h.
+Plan plan_of(const DeviceLayout& layout, int tokens) {
+  const bool few = tokens == 8;
+  Plan plan{};
+  plan.split = few ? 2 : 4;
+  while (plan.split < kMaxSplit && tokens * staged_stride(layout, plan.split) * 2 >
+                                       (few ? kMaxSliceBytes : kMaxSliceBytes / 2)) {
+    plan.split *= 2;
+  }
+  plan.col_warps = few || plan.split == kMaxSplit ? 4 : 2;
+  plan.share_rows = kWarps / plan.col_warps * kBlockRows / plan.split;
+  while (1 << plan.part_bits < plan.split * plan.col_warps) {
+    ++plan.part_bits;
+  }
+  const auto most_blocks =
+      static_cast<int>(pad_to(layout.col_blocks, 1 << plan.part_bits) >> plan.part_bits);
+  const int kinds = layout.element_bytes == 2 ? 0 : layout.asymmetric ? 2 : 1;
+  const bool groups = layout.groups > 1;
+  const int fixed_bytes = groups ? 0 : kinds * kGridBytes;
+  const int block_bytes = kBlockBytes + (groups ? kinds * kGridBytes : 0);
+  const int ring_bytes =
+      (few && most_blocks >= 16 ? 3 : 2) * (kPieceBlocks * kBlockBytes + 2 * kGridBytes);
+  plan.piece_blocks =
+      std::min({kPieceBlocks, most_blocks, (ring_bytes / 2 - fixed_bytes) / block_bytes});
+  plan.piece_grids = groups ? plan.piece_blocks : 1;
+  plan.stage_bytes = plan.piece_blocks * block_bytes + fixed_bytes;
+  plan.stages = std::min(kMaxStages, ring_bytes / plan.stage_bytes);
+  plan.staged_stride = staged_stride(layout, plan.split);
+  return plan;
+}
+
+template <bool kBFloat16, int kElementBytes, bool kGroups, int kTiles>
 void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  const auto kernel = stream_kernel<kBFloat16, kElementBytes, kGroups, kStaged>;
-  const std::int64_t input_bytes =
-      kStaged ? args.m * staged_stride<kElementBytes>(layout.k) * 2 : 0;
-  const auto shared_bytes = static_cast<std::size_t>(kRingBytes + input_bytes);
-  MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(kRingBytes + kMaxInputBytes)));
-  const DeviceLimits limits = device_limits();
-  const std::int64_t taken = static_cast<std::int64_t>(shared_bytes) + kSumsBytes + 2048;
-  const std::int64_t per_multiprocessor =
-      std::clamp<std::int64_t>(limits.shared_bytes_per_multiprocessor / taken, 1, 4);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  const auto kernel = stream_kernel<kBFloat16, kElementBytes, kGroups, kTiles>;
+  Plan plan = plan_of(layout, 8 * kTiles);
+  MOQ_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.split), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(
-      std::min(layout.row_blocks, per_multiprocessor * limits.multiprocessors)));
-  config.blockDim = dim3(kWarps * kWarpSize);
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = dim3(static_cast<unsigned>(plan.split));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes =
+      static_cast<std::size_t>(kWarps * plan.stages * plan.stage_bytes +
+                               pad_to(kSlots * plan.split * args.m * plan.share_rows, 4) * 4 +
+                               args.m * plan.staged_stride * 2);
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout));
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  // One turn, if three blocks a multiprocessor suffice for it, on all multiprocessors; else as many
+  // clusters as run at once, up to four blocks a multiprocessor.
+  const auto clusters_of = [&](std::int64_t blocks) {
+    return blocks * device_limits().multiprocessors / plan.split;
+  };
+  const std::int64_t turn_rows = kWarps / plan.col_warps;
+  const std::int64_t one_turn = (layout.row_blocks + turn_rows - 1) / turn_rows;
+  const std::int64_t clusters = std::min(
+      one_turn <= clusters_of(3) ? std::max(one_turn, std::min(layout.row_blocks, clusters_of(1)))
+                                 : clusters_of(4),
+      active_clusters(kernel, config));
+  plan.cluster_rows = static_cast<int>(layout.row_blocks / clusters);
+  plan.row_extra = static_cast<int>(layout.row_blocks % clusters);
+  config.gridDim = dim3(static_cast<unsigned>(clusters * plan.split));
+  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, plan));
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>
 void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  uses_staging(args, layout)
-      ? launch<kBFloat16, kElementBytes, kGroups, true>(args, layout, stream)
-      : launch<kBFloat16, kElementBytes, kGroups, false>(args, layout, stream);
+  compiled_tokens(args.m) == 8 ? launch<kBFloat16, kElementBytes, kGroups, 1>(args, layout, stream)
+                               : launch<kBFloat16, kElementBytes, kGroups, 2>(args, layout, stream);
 }
 
 template <bool kBFloat16>
@@ -270,11 +432,9 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 }  // namespace
 
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
-  const bool reads_vectors = uses_staging(args, layout) ||
-                             (layout.k % layout.block_cols == 0 && args.input_stride % 8 == 0 &&
-                              reinterpret_cast<std::uintptr_t>(args.input) % 16 == 0);
-  return args.m <= kStreamTokens && suits_tensor_cores(args, layout) && reads_vectors &&
-         architecture_of(stream_kernel<false, 1, false, true>) >= 90;
+  return args.m <= kStreamTokens && suits_tensor_cores(args, layout) &&
+         compiled_tokens(args.m) * staged_stride(layout, kMaxSplit) * 2 <= kMaxSliceBytes &&
+         architecture_of(stream_kernel<false, 1, false, 1>) >= 90;
 }
 
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {

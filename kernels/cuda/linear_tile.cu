@@ -1,14 +1,14 @@
-// More than eight tokens times a weight, on tensor cores by mma.sync (compute capability 8.0 on).
+// More than a few tokens times a weight, on tensor cores by mma.sync (compute capability 8.0 on).
 //
-// A thread block multiplies kRowBlocks * 16 rows of the weight by a tile of tokens. The weight
-// comes from device memory straight into the registers of the one warp that needs it, a step of
-// columns ahead; the tokens, which all warps share, come through a ring in shared memory. Where the
-// tiles are too few to fill the GPU, the columns are split over the blocks of a cluster, which add
-// up what they have in each other's shared memory (9.0), in one order.
-#include <cooperative_groups.h>
+// A thread block multiplies a tile of the weight's rows by a tile of tokens. Both come through one
+// ring in shared memory, a step of columns a stage; the weight's stages are requested before the
+// kernels ahead in the stream have ended (9.0). Where the tiles are too few to fill the GPU, the
+// columns are split over the blocks of a cluster, which add up what they have in each other's
+// shared memory (9.0), in one order.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
@@ -21,42 +21,58 @@ namespace moq::kernels::cuda {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kRowWarps = 4;
-constexpr int kStepCols = 64;  // of the tokens' ring: 128 bytes of a token
-constexpr int kChunks = 8;     // 16-byte chunks of a token's step
-constexpr int kStages = 4;
-constexpr std::int64_t kFewestSteps = 4;  // that a split is worth
+constexpr int kMaxStages = 8;
+/// Bytes of shared memory with which two blocks share a multiprocessor.
+constexpr int kTwoBlocks = 112 << 10;
+constexpr std::int64_t kFewestSteps = 2;  // that a split is worth
 constexpr int kMaxSplit = 8;
 
-/// What a kernel is compiled for. Rows: kRowWarps warps, each with kRowBlocks blocks of 16. Tokens:
-/// kTokenWarps warps, each with kTokenTiles tiles of 8.
-template <bool kBFloat16_, int kElementBytes_, bool kGroups_, int kTokenWarps_, int kTokenTiles_>
-struct Tile {
+/// How a block's warps share a tile: kRowWarps * kTokenWarps of them lie side by side, each with
+/// kRowBlocks blocks of 16 rows and kTokenTiles tiles of 8 tokens, and kColWarps share the columns
+/// of a step.
+template <int kRowWarps_, int kTokenWarps_, int kColWarps_, int kRowBlocks_, int kTokenTiles_,
+          int kShared_>
+struct Arrangement {
+  static constexpr int kRowWarps = kRowWarps_;
+  static constexpr int kTokenWarps = kTokenWarps_;
+  static constexpr int kColWarps = kColWarps_;
+  static constexpr int kRowBlocks = kRowBlocks_;
+  static constexpr int kTokenTiles = kTokenTiles_;
+  static constexpr int kShared = kShared_;  // bytes that the ring may take
+  static constexpr int kThreads = kRowWarps * kTokenWarps * kColWarps * kWarpSize;
+};
+
+template <bool kBFloat16_, int kElementBytes_, bool kGroups_, typename A>
+struct Tile : A {
   static constexpr bool kBFloat16 = kBFloat16_;
   static constexpr int kElementBytes = kElementBytes_;
   static constexpr bool kGroups = kGroups_;
-  static constexpr int kTokenWarps = kTokenWarps_;
-  static constexpr int kTokenTiles = kTokenTiles_;
-  static constexpr int kRowBlocks = kGroups ? 1 : 2;
-  static constexpr int kThreads = kRowWarps * kTokenWarps * kWarpSize;
-  static constexpr int kRows = kRowWarps * kRowBlocks * kBlockRows;
-  static constexpr int kTokens = kTokenWarps * kTokenTiles * 8;
-  static constexpr int kStepBlocks = kStepCols * kElementBytes / 32;
-  static constexpr int kStageBytes = kTokens * kStepCols * 2;
+  using Element = typename ElementOf<kBFloat16>::Type;
+  static constexpr int kRowBlocks = kGroups ? A::kRowBlocks / 2 : A::kRowBlocks;  // registers
+  static constexpr int kAllRowBlocks = A::kRowWarps * kRowBlocks;
+  static constexpr int kRows = kAllRowBlocks * kBlockRows;
+  static constexpr int kTokens = A::kTokenWarps * A::kTokenTiles * 8;
+  static constexpr int kStepCols = 128 / kElementBytes;  // columns of a stage
+  static constexpr int kChunks = kStepCols / 8;          // 16-byte chunks of a token's step
+  static constexpr int kStepBlocks = 4;
+  static constexpr int kWeightBytes = kAllRowBlocks * kStepBlocks * kBlockBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokens * kStepCols * 2;
+  static constexpr int kStages = std::clamp(A::kShared / kStageBytes, 2, kMaxStages);
   static constexpr int kResultStride = kRows + 4;  // floats, of a token in shared memory
   static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kTokens* kResultStride * 4);
+  static_assert(kStepBlocks % A::kColWarps == 0);
 };
 
 /// Byte of a 16-byte chunk of a token within a stage. Chunks are exchanged so that the lanes of one
 /// load, of two neighbouring tokens (or four, for 8-byte loads), meet all banks.
-template <int kElementBytes>
+template <typename T>
 __device__ int chunk_offset(int token, int chunk) {
-  const int exchanged = kElementBytes == 1 ? chunk ^ (token & 1) << 2 : chunk ^ (token & 3) << 1;
-  return token * kStepCols * 2 + exchanged * 16;
+  const int exchanged = T::kElementBytes == 1 ? chunk ^ (token & 1) << 2 : chunk ^ (token & 3) << 1;
+  return token * T::kStepCols * 2 + exchanged * 16;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 : 2)
     tile_kernel(DeviceLinearArgs args, DeviceLayout layout, int steps) {
   extern __shared__ __align__(128) std::uint8_t shared[];
   constexpr int kTokenTiles = T::kTokenTiles;
@@ -65,236 +81,309 @@ __global__ void __launch_bounds__(T::kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int g = lane / 4;
   const int t = lane % 4;
-  const int row_warp = warp % kRowWarps;
-  const int first_tile = warp / kRowWarps * kTokenTiles;
+  const int row_warp = warp % T::kRowWarps;
+  const int first_tile = warp / T::kRowWarps % T::kTokenWarps * kTokenTiles;
+  const int col_warp = warp / (T::kRowWarps * T::kTokenWarps);
+  const int split = static_cast<int>(gridDim.z);
+  const int part = static_cast<int>(blockIdx.z);
   const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * T::kTokens;
-  const std::int64_t first_row_block =
-      (static_cast<std::int64_t>(blockIdx.x) * kRowWarps + row_warp) * kRowBlocks;
-  const int first_step =
-      static_cast<int>(static_cast<std::int64_t>(steps) * blockIdx.z / gridDim.z);
-  const int last_step =
-      static_cast<int>(static_cast<std::int64_t>(steps) * (blockIdx.z + 1) / gridDim.z);
+  const std::int64_t tile_row_block = static_cast<std::int64_t>(blockIdx.x) * T::kAllRowBlocks;
+  const std::int64_t first_row_block = tile_row_block + row_warp * kRowBlocks;
+  const int first_step = static_cast<int>(static_cast<std::int64_t>(steps) * part / split);
+  const int own_steps =
+      static_cast<int>(static_cast<std::int64_t>(steps) * (part + 1) / split) - first_step;
 
-  // ---- where this lane reads
+  // ---- the ring. Every thread copies its chunks of 16 bytes of one step after the other.
+  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int kRowChunks = T::kStepBlocks * kWarpSize;  // of a block of rows in a step
+  constexpr int kRowBlocksAtOnce = T::kThreads / kRowChunks;
+  static_assert(T::kAllRowBlocks % kRowBlocksAtOnce == 0);
   const auto* packed = static_cast<const std::uint8_t*>(args.weight.data);
-  const auto load_weight = [&](int step, uint4(&bytes)[T::kStepBlocks][kRowBlocks]) {
+  const std::int64_t row_bytes = layout.col_blocks * kBlockBytes;
+  const int own_row_block = thread / kRowChunks;
+  const int row_blocks_left = static_cast<int>(layout.row_blocks - tile_row_block) - own_row_block;
+  int chunks_left = static_cast<int>(layout.col_blocks) * kWarpSize - first_step * kRowChunks -
+                    thread % kRowChunks;
+  const std::uint8_t* weight_source =
+      packed + (tile_row_block + own_row_block) * row_bytes +
+      (static_cast<std::int64_t>(first_step) * kRowChunks + thread % kRowChunks) * 16;
+  const auto fetch_weight = [&](int stage) {
+    const std::uint32_t to = shared_address(shared + stage * T::kStageBytes) + thread * 16;
+    const std::uint8_t* source = weight_source;
 #pragma unroll
-    for (int i = 0; i < T::kStepBlocks; ++i) {
-      const std::int64_t block = static_cast<std::int64_t>(step) * T::kStepBlocks + i;
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        const std::int64_t row_block = first_row_block + r;
-        // What lies outside meets tokens of zero, or rows that are not written.
-        bytes[i][r] = uint4{0, 0, 0, 0};
-        if (step < last_step && block < layout.col_blocks && row_block < layout.row_blocks) {
-          bytes[i][r] = load_once(reinterpret_cast<const uint4*>(packed) +
-                                  (row_block * layout.col_blocks + block) * kWarpSize + lane);
-        }
-      }
+    for (int r = 0; r < T::kAllRowBlocks; r += kRowBlocksAtOnce) {
+      // What lies outside meets tokens of zero, or rows that are not written.
+      const bool exists = r < row_blocks_left && chunks_left > 0;
+      copy_async(to + r * kRowChunks * 16, exists ? source : packed, exists);
+      source += kRowBlocksAtOnce * row_bytes;
     }
+    weight_source += kRowChunks * 16;
+    chunks_left -= kRowChunks;
   };
+  constexpr int kTokensAtOnce = T::kThreads / T::kChunks;
   const auto* input = static_cast<const std::uint16_t*>(args.input);
-  const auto fetch_tokens = [&](int step) {
-    if (step < last_step) {
-      std::uint8_t* stage = shared + step % kStages * T::kStageBytes;
-      for (int i = static_cast<int>(threadIdx.x); i < T::kTokens * kChunks; i += T::kThreads) {
-        const int token = i / kChunks;
-        const int chunk = i % kChunks;
-        const std::int64_t col = static_cast<std::int64_t>(step) * kStepCols + chunk * 8;
-        const bool exists = first_token + token < args.m && col < layout.k;
-        const std::uint16_t* source =
-            exists ? input + (first_token + token) * args.input_stride + col : input;
-        copy_async(shared_address(stage + chunk_offset<T::kElementBytes>(token, chunk)), source,
-                   exists);
+  const int own_token = thread / T::kChunks;
+  const int tokens_left =
+      static_cast<int>(std::min<std::int64_t>(args.m - first_token, T::kTokens)) - own_token;
+  int cols_left = static_cast<int>(layout.k) - first_step * T::kStepCols - thread % T::kChunks * 8;
+  const std::uint16_t* token_source = input + (first_token + own_token) * args.input_stride +
+                                      first_step * T::kStepCols + thread % T::kChunks * 8;
+  const auto fetch_tokens = [&](int stage) {
+    const std::uint32_t to = shared_address(shared + stage * T::kStageBytes + T::kWeightBytes) +
+                             chunk_offset<T>(own_token, thread % T::kChunks);
+    const std::uint16_t* source = token_source;
+#pragma unroll
+    for (int i = 0; i < T::kTokens; i += kTokensAtOnce) {
+      if (T::kTokens < kTokensAtOnce && own_token >= T::kTokens) {
+        break;
       }
+      const bool exists = i < tokens_left && cols_left > 0;
+      copy_async(to + i * T::kStepCols * 2, exists ? source : input, exists);
+      source += kTokensAtOnce * args.input_stride;
+    }
+    token_source += T::kStepCols;
+    cols_left -= T::kStepCols;
+  };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (!args.weight_is_ready) {
+    wait_for_previous_kernels();
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < T::kStages - 1; ++i) {
+    if (i < own_steps) {
+      fetch_weight(i);
+    }
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  allow_next_kernel();
+  wait_for_previous_kernels();
+#endif
+#pragma unroll
+  for (int i = 0; i < T::kStages - 1; ++i) {
+    if (i < own_steps) {
+      fetch_tokens(i);
     }
     close_async_group();
-  };
+  }
 
   // ---- the columns
   float sums[kRowBlocks][kTokenTiles][4] = {};
   float totals[T::kGroups ? kRowBlocks : 1][T::kGroups ? kTokenTiles : 1][4] = {};
-  Grids grids[kRowBlocks];
-  const auto load_all_grids = [&](std::int64_t group) {
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-      const std::int64_t row_block = first_row_block + r;
-      grids[r] = row_block < layout.row_blocks
-                     ? load_grids<T::kBFloat16>(packed, layout, row_block, group, g)
-                     : Grids{};
-    }
+  const auto grids_of = [&](int r, std::int64_t group) {
+    const std::int64_t row_block = first_row_block + r;
+    return T::kElementBytes == 1 && row_block < layout.row_blocks
+               ? load_grids<T::kBFloat16>(packed, layout, row_block, group, g)
+               : Grids{{1.0F, 1.0F}, {0, 0}};
   };
-  if constexpr (T::kElementBytes == 1) {
-    load_all_grids(0);
-  } else {
-#pragma unroll
-    for (Grids& grid : grids) {
-      grid = Grids{{1.0F, 1.0F}, {0, 0}};
-    }
-  }
-  std::int64_t group = 0;
-
-  uint4 bytes[T::kStepBlocks][kRowBlocks];
-  load_weight(first_step, bytes);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    fetch_tokens(first_step + i);
-  }
-  for (int step = first_step; step < last_step; ++step) {
-    wait_async_groups<kStages - 2>();
-    __syncthreads();  // the step's tokens are there, and the stage of the step before is free
-    fetch_tokens(step + kStages - 1);
-    uint4 next_bytes[T::kStepBlocks][kRowBlocks];
-    load_weight(step + 1, next_bytes);
-    const std::uint8_t* stage = shared + step % kStages * T::kStageBytes;
-#pragma unroll
-    for (int i = 0; i < T::kStepBlocks; ++i) {
-      if constexpr (T::kGroups) {
-        const std::int64_t own = (static_cast<std::int64_t>(step) * T::kStepBlocks + i) *
-                                 layout.block_cols / layout.group_size;
-        if (own != group && own < layout.groups) {
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              totals[0][j][e] += sums[0][j][e] * grids[0].scale[e / 2];
-              sums[0][j][e] = 0.0F;
-            }
-          }
-          group = own;
-          load_all_grids(group);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        const Fragments<T::kBFloat16, T::kElementBytes> weights(bytes[i][r], grids[r].zero);
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          const int token = (first_tile + j) * 8 + g;
-          if constexpr (T::kElementBytes == 1) {
-            const auto x =
-                *reinterpret_cast<const uint4*>(stage + chunk_offset<1>(token, 4 * i + t));
-            multiply_accumulate<T::kBFloat16>(sums[r][j], weights.a[0], x.x, x.y);
-            multiply_accumulate<T::kBFloat16>(sums[r][j], weights.a[1], x.z, x.w);
-          } else {
-            const auto x = *reinterpret_cast<const uint2*>(
-                stage + chunk_offset<2>(token, 2 * i + t / 2) + t % 2 * 8);
-            multiply_accumulate<T::kBFloat16>(sums[r][j], weights.a[0], x.x, x.y);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < T::kStepBlocks; ++i) {
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        bytes[i][r] = next_bytes[i][r];
-      }
-    }
-  }
-
-  // ---- the results, [token, row] in shared memory
-  wait_async_groups<0>();
-  __syncthreads();
-  auto* results = reinterpret_cast<float*>(shared);
+  Grids grids[kRowBlocks];
 #pragma unroll
   for (int r = 0; r < kRowBlocks; ++r) {
+    grids[r] = grids_of(r, 0);
+  }
+  int group = 0;
+  const int group_blocks = T::kGroups ? static_cast<int>(layout.group_size / layout.block_cols) : 1;
+
+  int stage = 0;
+  for (int done = 0; done < own_steps; ++done) {
+    wait_async_groups<T::kStages - 2>();
+    __syncthreads();  // the step's stage is there, and that of the step before is free
+    if (done + T::kStages - 1 < own_steps) {
+      const int free = stage == 0 ? T::kStages - 1 : stage - 1;
+      fetch_weight(free);
+      fetch_tokens(free);
+    }
+    close_async_group();
+    const std::uint8_t* weights_stage = shared + stage * T::kStageBytes;
+    const std::uint8_t* tokens_stage = weights_stage + T::kWeightBytes;
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
+    for (int turn = 0; turn < T::kStepBlocks; turn += T::kColWarps) {
+      const int i = T::kColWarps == 1 ? turn : turn + col_warp;
+      if constexpr (T::kGroups) {
+        const int own = ((first_step + done) * T::kStepBlocks + i) / group_blocks;
+        if (own != group && own < layout.groups) {
+          group = own;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float sum = sums[r][j][e] * grids[r].scale[e / 2];
-        if constexpr (T::kGroups) {
-          sum += totals[0][j][e];
+          for (int r = 0; r < kRowBlocks; ++r) {
+#pragma unroll
+            for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                totals[r][j][e] += sums[r][j][e] * grids[r].scale[e / 2];
+                sums[r][j][e] = 0.0F;
+              }
+            }
+            grids[r] = grids_of(r, group);
+          }
         }
-        const int row = (row_warp * kRowBlocks + r) * kBlockRows + g + e / 2 * 8;
-        const int token = (first_tile + j) * 8 + 2 * t + e % 2;
-        results[token * T::kResultStride + row] = sum;
+      }
+      std::uint32_t a[kRowBlocks][3 - T::kElementBytes][4];
+#pragma unroll
+      for (int r = 0; r < kRowBlocks; ++r) {
+        const auto bytes = reinterpret_cast<const uint4*>(
+            weights_stage + ((row_warp * kRowBlocks + r) * T::kStepBlocks + i) * kBlockBytes)[lane];
+        fragments<T::kBFloat16, T::kElementBytes>(bytes, grids[r].zero, a[r]);
+      }
+      // A few tiles at a time: between two products for one sum lie those for others.
+      constexpr int kBatch = std::min(kTokenTiles, 4);
+#pragma unroll
+      for (int first = 0; first < kTokenTiles; first += kBatch) {
+        std::uint32_t x[kBatch][3 - T::kElementBytes][2];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int token = (first_tile + first + j) * 8 + g;
+          if constexpr (T::kElementBytes == 1) {
+            const auto cols =
+                *reinterpret_cast<const uint4*>(tokens_stage + chunk_offset<T>(token, 4 * i + t));
+            x[j][0][0] = cols.x;
+            x[j][0][1] = cols.y;
+            x[j][1][0] = cols.z;
+            x[j][1][1] = cols.w;
+          } else {
+            const auto cols = *reinterpret_cast<const uint2*>(
+                tokens_stage + chunk_offset<T>(token, 2 * i + t / 2) + t % 2 * 8);
+            x[j][0][0] = cols.x;
+            x[j][0][1] = cols.y;
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 3 - T::kElementBytes; ++h) {
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+            for (int r = 0; r < kRowBlocks; ++r) {
+              multiply_accumulate<T::kBFloat16>(sums[r][first + j], a[r][h], x[j][h][0],
+                                                x[j][h][1]);
+            }
+          }
+        }
+      }
+    }
+    stage = stage == T::kStages - 1 ? 0 : stage + 1;
+  }
+
+  // ---- the results, [token, row] in shared memory: of the block, then of the cluster
+  wait_async_groups<0>();
+  auto* results = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int turn = 0; turn < T::kColWarps; ++turn) {
+    __syncthreads();
+    if (turn != col_warp) {
+      continue;
+    }
+#pragma unroll
+    for (int r = 0; r < kRowBlocks; ++r) {
+      const Grids last = T::kGroups ? grids[r] : grids_of(r, 0);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float sum = sums[r][j][e] * last.scale[e / 2];
+          if constexpr (T::kGroups) {
+            sum += totals[r][j][e];
+          }
+          const int row = (row_warp * kRowBlocks + r) * kBlockRows + g + e / 2 * 8;
+          const int token = (first_tile + j) * 8 + 2 * t + e % 2;
+          float& result = results[token * T::kResultStride + row];
+          result = turn == 0 ? sum : result + sum;
+        }
       }
     }
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-  cluster.sync();
+  synchronize_cluster();
 #else
   __syncthreads();
 #endif
   // The blocks of a cluster share the tile's tokens.
-  for (int i = static_cast<int>(threadIdx.x); i < T::kTokens * T::kRows; i += T::kThreads) {
-    const int token = i / T::kRows;
-    const int row = i % T::kRows;
-    if (token % static_cast<int>(gridDim.z) != static_cast<int>(blockIdx.z)) {
-      continue;
+  const bool whole = takes_quads<typename T::Element>(args);
+  const int last_token = T::kTokens * (part + 1) / split;
+  constexpr int kQuads = T::kRows / kQuad;
+  for (int i = T::kTokens * part / split * kQuads + static_cast<int>(threadIdx.x);
+       i < last_token * kQuads; i += T::kThreads) {
+    const int token = i / kQuads;
+    const int row = i % kQuads * kQuad;
+    if (first_token + token >= args.m) {
+      break;
     }
-    const std::int64_t to_token = first_token + token;
-    const std::int64_t to_row = static_cast<std::int64_t>(blockIdx.x) * T::kRows + row;
-    if (to_token >= args.m || to_row >= layout.n) {
-      continue;
-    }
-    float sum = 0.0F;
+    const auto* own = reinterpret_cast<const float4*>(results + token * T::kResultStride + row);
+    float quad[kQuad] = {};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (unsigned rank = 0; rank < gridDim.z; ++rank) {
-      sum += cluster.map_shared_rank(results, rank)[token * T::kResultStride + row];
-    }
+    for (int rank = 0; rank < split; ++rank) {
+      const float4 theirs = load_from_cluster(own, rank);
 #else
-    sum = results[token * T::kResultStride + row];
+    {
+      const float4 theirs = *own;
 #endif
-    finish<typename ElementOf<T::kBFloat16>::Type>(args, to_token, to_row, sum);
+      quad[0] += theirs.x;
+      quad[1] += theirs.y;
+      quad[2] += theirs.z;
+      quad[3] += theirs.w;
+    }
+    finish_quad<typename T::Element>(args, first_token + token, tile_row_block * kBlockRows + row,
+                                     layout.n, quad, whole);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cluster.sync();  // nobody leaves while others read
+  synchronize_cluster();  // nobody leaves while others read
 #endif
 }
 
 /// Blocks of a cluster that share the columns, so that the tiles fill the GPU.
-int split_of(std::int64_t tiles, std::int64_t steps, std::int64_t multiprocessors) {
-  int split = 1;
-  while (split < kMaxSplit && tiles * split * 4 < multiprocessors * 3 &&
-         steps / (2 * split) >= kFewestSteps) {
-    split *= 2;
-  }
-  return split;
+int split_of(std::int64_t tiles, std::int64_t steps, std::int64_t blocks) {
+  return static_cast<int>(
+      std::clamp<std::int64_t>(std::min(blocks / tiles, steps / kFewestSteps), 1, kMaxSplit));
 }
 
 template <typename T>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, int blocks,
+            cudaStream_t stream) {
   const auto kernel = tile_kernel<T>;
   MOQ_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes));
   const std::int64_t row_tiles = pad_to(layout.n, T::kRows) / T::kRows;
   const std::int64_t token_tiles = pad_to(args.m, T::kTokens) / T::kTokens;
-  const std::int64_t steps = pad_to(layout.k, kStepCols) / kStepCols;
-  const bool has_clusters = architecture_of(kernel) >= 90;
+  const std::int64_t steps = pad_to(layout.k, T::kStepCols) / T::kStepCols;
+  const bool is_hopper = architecture_of(kernel) >= 90;
   const int split =
-      has_clusters ? split_of(row_tiles * token_tiles, steps, device_limits().multiprocessors) : 1;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = 1;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = static_cast<unsigned>(split);
+      is_hopper ? split_of(row_tiles * token_tiles, steps, blocks * device_limits().multiprocessors)
+                : 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {1, 1, static_cast<unsigned>(split)};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(token_tiles),
                         static_cast<unsigned>(split));
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = T::kSharedBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = has_clusters ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = is_hopper ? 2 : 0;
   MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, static_cast<int>(steps)));
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>
 void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  if (args.m <= 16) {
-    return launch<Tile<kBFloat16, kElementBytes, kGroups, 1, 2>>(args, layout, stream);
+  const TileChoice* choice = kTileChoices;
+  while (args.m > choice->most_tokens || layout.n * layout.k > choice->most_weights) {
+    ++choice;
   }
-  if (args.m <= 32) {
-    return launch<Tile<kBFloat16, kElementBytes, kGroups, 1, 4>>(args, layout, stream);
+  const auto with = [&]<typename A>(A) {
+    launch<Tile<kBFloat16, kElementBytes, kGroups, A>>(args, layout, choice->blocks, stream);
+  };
+  switch (choice->size) {
+    case TileSize::k64x32:
+      return with(Arrangement<2, 1, 4, 2, 4, 72 << 10>());
+    case TileSize::k64x64:
+      return with(Arrangement<2, 2, 2, 2, 4, 100 << 10>());
+    case TileSize::k128x32:
+      return with(Arrangement<4, 1, 2, 2, 4, kTwoBlocks>());
+    case TileSize::k128x64:
+      return with(Arrangement<4, 1, 2, 2, 8, kTwoBlocks>());
+    case TileSize::k128x128:
+      return with(Arrangement<4, 2, 1, 2, 8, kTwoBlocks>());
   }
-  if (args.m <= 64) {
-    return launch<Tile<kBFloat16, kElementBytes, kGroups, 1, 8>>(args, layout, stream);
-  }
-  launch<Tile<kBFloat16, kElementBytes, kGroups, 2, 8>>(args, layout, stream);
 }
 
 template <bool kBFloat16>

@@ -16,14 +16,12 @@ template <bool kBFloat16>
 __device__ inline void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4],
                                            std::uint32_t b0, std::uint32_t b1) {
   if constexpr (kBFloat16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -78,22 +76,25 @@ __device__ inline void wait_for_previous_kernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-__device__ inline void init_barrier(std::uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+/// A barrier whose phase ends with so many arrivals.
+__device__ inline void init_barrier(std::uint32_t barrier, std::uint32_t arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 /// Makes initialised barriers known to the copy engine.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-/// Copies bytes (a multiple of 16) that are read once; the barrier's phase ends when they are
-/// there.
+/// Lets the barrier's phase end when that many bytes have come.
+__device__ inline void expect_bytes(std::uint32_t barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+/// Copies bytes (a multiple of 16) that are read once, and tells the barrier.
 __device__ inline void bulk_copy(std::uint32_t target, const void* source, std::uint32_t bytes,
                                  std::uint32_t barrier) {
   std::uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1], %2, [%3], %4;" ::"r"(target),
@@ -110,6 +111,59 @@ __device__ inline void wait_barrier(std::uint32_t barrier, std::uint32_t parity)
         : "r"(barrier), "r"(parity)
         : "memory");
   }
+}
+
+/// This thread block's place in its cluster.
+__device__ inline std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// The cluster's place in the grid.
+__device__ inline std::uint32_t cluster_index() {
+  std::uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+/// Waits until all threads of a cluster are here; orders no writes but those of publish_barriers.
+__device__ inline void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// A barrier of all threads of a cluster. What they wrote before is visible to them behind.
+__device__ inline void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// An address in the shared memory of block `rank` of the cluster, where this block has `own`.
+__device__ inline std::uint32_t address_in_cluster(std::uint32_t own, std::uint32_t rank) {
+  std::uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  return address;
+}
+/// Writes to the shared memory of block `rank` of the cluster and tells its barrier of four bytes.
+__device__ inline void send_to_cluster(std::uint32_t own, float value, std::uint32_t barrier,
+                                       std::uint32_t rank) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+          address_in_cluster(own, rank)),
+      "r"(__float_as_uint(value)), "r"(address_in_cluster(barrier, rank))
+      : "memory");
+}
+/// Tells that barrier that this thread's reads are done. It orders no writes.
+__device__ inline void arrive_in_cluster(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                   address_in_cluster(barrier, rank))
+               : "memory");
+}
+/// Four numbers of block `rank`, where this block has `own`.
+__device__ inline float4 load_from_cluster(const float4* own, std::uint32_t rank) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address_in_cluster(shared_address(own), rank))
+               : "memory");
+  return value;
 }
 
 #endif

@@ -7,6 +7,7 @@
 
 #if defined(MOQ_WITH_CUDA)
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -213,9 +214,10 @@ const auto kShapes = ::testing::Values(
     Shape{1, 1, 1}, Shape{1, 16, 32}, Shape{2, 17, 33}, Shape{3, 15, 31}, Shape{8, 97, 257},
     Shape{1, 1600, 1600}, Shape{7, 100, 64, 32}, Shape{5, 48, 105, 35}, Shape{4, 40, 384, 128},
     Shape{9, 33, 96}, Shape{13, 64, 101}, Shape{65, 70, 130}, Shape{8, 40, 6144},
-    Shape{8, 24, 6145}, Shape{2, 50, 96, 16}, Shape{9, 128, 8}, Shape{16, 200, 264},
-    Shape{17, 129, 384, 128}, Shape{32, 64, 2048}, Shape{33, 130, 320, 64}, Shape{64, 257, 1024},
-    Shape{65, 300, 520}, Shape{129, 140, 1600}, Shape{257, 20, 640, 32}, Shape{12, 1600, 96});
+    Shape{8, 24, 6145}, Shape{11, 24, 6400}, Shape{2, 50, 96, 16}, Shape{9, 128, 8},
+    Shape{16, 200, 264}, Shape{17, 129, 384, 128}, Shape{32, 64, 2048}, Shape{33, 130, 320, 64},
+    Shape{64, 257, 1024}, Shape{65, 300, 520}, Shape{129, 140, 1600}, Shape{257, 20, 640, 32},
+    Shape{12, 1600, 96});
 const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16, DType::kFloat32);
 
 INSTANTIATE_TEST_SUITE_P(Integers, LinearCuda,
@@ -264,14 +266,37 @@ class LinearCudaArgs : public ::testing::Test {
 };
 
 TEST_F(LinearCudaArgs, ATokenGivesTheSameBitsAmongUpToEight) {
-  const LinearProblem many = LinearProblem::random(8, 75, 320);
-  LinearProblem one = many;
-  one.m = 1;
-  const std::vector<float> all = multiply(many, {}).output;
-  for (std::int64_t i = 0; i < many.m; ++i) {
-    one.input.assign(many.input.begin() + i * 320, many.input.begin() + (i + 1) * 320);
-    EXPECT_EQ(multiply(one, {}).output,
-              std::vector<float>(all.begin() + i * 75, all.begin() + (i + 1) * 75));
+  for (const std::int64_t k : {320, 4256}) {
+    const LinearProblem many = LinearProblem::random(8, 75, k);
+    LinearProblem one = many;
+    one.m = 1;
+    const std::vector<float> all = multiply(many, {}).output;
+    for (std::int64_t i = 0; i < many.m; ++i) {
+      one.input.assign(many.input.begin() + i * k, many.input.begin() + (i + 1) * k);
+      EXPECT_EQ(multiply(one, {}).output,
+                std::vector<float>(all.begin() + i * 75, all.begin() + (i + 1) * 75));
+    }
+  }
+}
+
+TEST_F(LinearCudaArgs, ATokenGivesTheSameBitsInEveryPlace) {
+  for (const std::int64_t m : {std::int64_t{16}, std::int64_t{130}}) {
+    LinearProblem problem = LinearProblem::random(m, 75, 320);
+    for (std::int64_t i = 1; i < m; ++i) {
+      std::copy_n(problem.input.begin(), 320, problem.input.begin() + i * 320);
+    }
+    const std::vector<float> output = multiply(problem, {}).output;
+    for (std::int64_t i = 1; i < m; ++i) {
+      ASSERT_TRUE(std::equal(output.begin(), output.begin() + 75, output.begin() + i * 75)) << i;
+    }
+  }
+}
+
+TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
+  for (const auto& [m, n, k] :
+       {std::tuple{1, 25700, 64}, {3, 10570, 864}, {9, 5300, 1700}, {16, 600, 17000}}) {
+    expect_close(multiply(LinearProblem::random(m, n, k, WeightFormat::kInt8, k), {}));
+    expect_close(multiply(LinearProblem::random(m, n, k, WeightFormat::kFloat16), {}));
   }
 }
 
