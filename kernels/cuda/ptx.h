@@ -41,15 +41,6 @@ __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b
   return result;
 }
 
-/// 16 bytes that are read once: they do not displace others from the first-level cache.
-__device__ inline uint4 load_once(const uint4* address) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
-}
-
 /// Copies 16 bytes to shared memory in the background, or writes zeros there.
 __device__ inline void copy_async(std::uint32_t target, const void* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
