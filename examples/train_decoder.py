@@ -21,7 +21,6 @@ from pretrained import load_decoder, state_of_the_union
 import moq
 from moq.inference import Engine
 
-HELD_OUT_WINDOWS = 16  # of 256 tokens: 4,096
 PROBE_WINDOWS = 1
 
 
@@ -37,6 +36,9 @@ def parse_arguments() -> argparse.Namespace:
         "--fp32-steps", type=int, default=25, help="fine-tuning steps of 256 tokens before MoQ"
     )
     parser.add_argument("--moq-steps", type=int, default=40, help="MoQ steps of 256 tokens")
+    parser.add_argument(
+        "--held-out-windows", type=int, default=16, help="of 256 tokens, for each perplexity"
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0, help="chooses the training windows")
     return parser.parse_args()
@@ -50,7 +52,7 @@ def main() -> None:
     started = time.perf_counter()
     model, tokenizer = load_decoder()
     train_text, held_out_text = state_of_the_union()
-    held_out = token_windows(tokenizer, held_out_text, HELD_OUT_WINDOWS)
+    held_out = token_windows(tokenizer, held_out_text, args.held_out_windows)
     steps = args.fp32_steps + args.moq_steps
     windows = token_windows(tokenizer, train_text, steps + PROBE_WINDOWS, seed=args.seed)
     fp32_windows, moq_windows, probe = windows.split(
