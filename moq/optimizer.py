@@ -96,6 +96,12 @@ class MoQOptimizer(OptimizerWrapper):
         self._stateless = False
         self._shows_masters = False
         matched, blocks = self._match()
+        if not matched:
+            warnings.warn(
+                "MoQOptimizer: no weight is quantized, and training goes on in full precision: the "
+                "model has no layer that the rules choose, or a rule excludes all of them",
+                stacklevel=2,
+            )
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
         self._masters = Masters(matched, blocks, schedule, self.config, self.inner)

@@ -153,7 +153,13 @@ def measure(
         bar.start(len(own) * meter.products_per_batch)
         with raise_together(group), undisturbed(model), _twice_differentiable():
             for index, batch in enumerate(own, start=first):
-                meter.measure(_C.HvpOperator(loss_fn(batch), parameters), index)
+                loss = loss_fn(batch)
+                if not isinstance(loss, torch.Tensor):
+                    raise TypeError(
+                        f"sensitivity: loss_fn must return a tensor, got {type(loss).__name__}: "
+                        "return the loss that backward() is called on, not its value"
+                    )
+                meter.measure(_C.HvpOperator(loss, parameters), index)
     found = meter.combine(group, time.perf_counter() - started)
     if not found.converged:
         bar.say(

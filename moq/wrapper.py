@@ -83,7 +83,10 @@ def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_
     """
     where = "MoQOptimizer"
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{where}: optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        raise TypeError(
+            f"{where}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
+            "the order is MoQOptimizer(optimizer, model, config)"
+        )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
     if not isinstance(model, nn.Module):

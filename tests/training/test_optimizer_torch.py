@@ -385,3 +385,10 @@ def test_ddp_around_the_model_changes_no_name(decoder, tmp_path):
             assert_simulated(optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_which_nothing_is_quantized_is_told_so():
+    model = nn.Conv2d(3, 4, 2)
+    adamw = torch.optim.AdamW(model.parameters())
+    with pytest.warns(UserWarning, match="no weight is quantized"):
+        MoQOptimizer(adamw, model, {"target_bits": 8}, total_steps=12, verbose=False)

@@ -313,3 +313,8 @@ def test_a_rank_that_fails_fails_all(two_ranks):
     first, second = (rank["error"] for rank in two_ranks)
     assert second.startswith("IndexError")
     assert first == f"RuntimeError: rank 1 failed: {second}"
+
+
+def test_a_loss_that_is_a_number_is_refused(model, batches):
+    with pytest.raises(TypeError, match="loss_fn must return a tensor, got float"):
+        measure(model, None, lambda batch: 1.0, batches)
