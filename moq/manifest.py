@@ -40,6 +40,11 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: naming the file, if it is missing, not UTF-8, repeats a key, holds NaN, or is
             not an object.
     """
+    if not path.is_file():
+        raise FormatError(
+            f"{path}: must exist, and is missing: name a directory that moq wrote "
+            "(optimizer.export writes checkpoints, optimizer.save runs)"
+        )
 
     def unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(members)

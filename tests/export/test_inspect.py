@@ -8,6 +8,7 @@ from exported import Spec, export_tiny_llama, quantize_modules, tiny_llama
 from moq import cli
 from moq.export import export_checkpoint
 from moq.inspect import describe_checkpoint
+from moq.manifest import FormatError, read_json
 
 SPECS = {
     "q_proj": Spec(8),
@@ -69,3 +70,8 @@ def test_json_output_is_one_object_with_the_history(mixed, capsys):
 def test_a_directory_that_is_no_checkpoint_gives_one_line_and_status_1(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 1
     assert "moq.json" in capsys.readouterr().err
+
+
+def test_a_directory_that_moq_did_not_write_is_said_to_lack_a_file(tmp_path):
+    with pytest.raises(FormatError, match=r"moq\.json: must exist, and is missing"):
+        read_json(tmp_path / "moq.json")
