@@ -5,6 +5,8 @@
 
 #include "kernels/common/dtype.h"
 
+struct CUstream_st;
+
 namespace moq::kernels {
 
 /// A table of row vectors.
@@ -40,5 +42,30 @@ namespace cpu {
 ///         divide hidden_size, or a row outside [0, num_rows); nothing has been written then.
 void embedding(const EmbeddingArgs& args);
 }  // namespace cpu
+
+/// A table of row vectors on a GPU, and the row that each token takes from it.
+struct DeviceEmbeddingLookup {
+  const void* data = nullptr;          ///< [num_rows, hidden_size], row-major
+  DType dtype = DType::kFloat16;       ///< float32, float16 or bfloat16
+  const std::int32_t* rows = nullptr;  ///< [num_tokens], each in [0, num_rows), not checked
+  std::int32_t row_offset = 0;         ///< added to each of `rows`
+};
+
+/// The sum of `embedding` on a GPU: float32 sums, rounded to dtype once.
+struct DeviceEmbeddingArgs {
+  static constexpr int kMaxLookups = 3;
+  DeviceEmbeddingLookup lookups[kMaxLookups];
+  std::int32_t num_lookups = 0;    ///< in [1, kMaxLookups]
+  void* output = nullptr;          ///< [num_tokens, hidden_size], row-major, dtype
+  std::int64_t num_tokens = 0;     ///< >= 0
+  std::int64_t hidden_size = 0;    ///< >= 1
+  DType dtype = DType::kFloat16;   ///< float16, bfloat16 or float32
+};
+
+namespace cuda {
+/// @throws moq::Error if a size, a dtype or the number of lookups is out of range, or the launch
+///         fails.
+void embedding(const DeviceEmbeddingArgs& args, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace moq::kernels

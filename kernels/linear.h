@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "kernels/activation.h"
+#include "kernels/attention.h"
 #include "kernels/common/dtype.h"
+#include "kernels/norm.h"
 
 struct CUstream_st;
 
@@ -131,6 +133,21 @@ void linear(const LinearArgs& args);
 
 }  // namespace cpu
 
+/// The projection of q, k and v on a GPU: rotates q and k, and appends k and v to the cache. Rows of
+/// the weight are those of the heads of q, then of k, then of v.
+struct DeviceQkvOutput {
+  std::int32_t head_dim = 0;  ///< even; 0: not such a projection
+  std::int32_t num_heads = 0;
+  std::int32_t num_kv_heads = 0;
+  /// With rotary_dim > 0, rows 2i and 2i + 1 of a head of q or k (i < rotary_dim / 2) are its
+  /// dimensions i and i + rotary_dim / 2, which are rotated together.
+  DeviceRotary rotary;
+  /// Null keys: all goes to the output, [m, q | k | v]. Otherwise k and v go to the cache (of the
+  /// activations' dtype), and the output is [m, q].
+  DevicePages pages;
+  const std::int32_t* cache_rows = nullptr;  ///< [m], see DevicePages; < 0: not written
+};
+
 /// Arguments of `linear` on a GPU. All pointers are device memory.
 struct DeviceLinearArgs {
   const void* input = nullptr;  ///< [m, k], dtype
@@ -145,6 +162,15 @@ struct DeviceLinearArgs {
   void* output = nullptr;  ///< [m, n], dtype; must not overlap `input`
   std::int64_t output_stride = 0;
   DType dtype = DType::kFloat16;  ///< of the activations: float16, bfloat16 or float32
+  /// Normalises the input rows first: the result is rounded to dtype, then multiplied. For m <= 8.
+  DeviceNorm norm = {};
+  /// [m]: a factor of each row's sums, before the bias (the step sizes of INT8 inputs); null: 1.
+  const float* row_scales = nullptr;
+  /// Rows 2j and 2j + 1 of the weight are gate and up of column j: the output is [m, n / 2],
+  /// activation(gate) * up, without a residual. n is even.
+  bool gated = false;
+  bool float32_output = false;  ///< output is float32, whatever dtype is; without a residual
+  DeviceQkvOutput qkv = {};     ///< without activation, residual, gated or float32_output
   /// Reads the weight before the kernels ahead in the stream have ended. Only for a weight that
   /// none of them writes: it was packed, and the stream synchronized, earlier.
   bool weight_is_ready = false;
@@ -156,6 +182,11 @@ namespace cuda {
 /// whatever its width.
 /// @throws moq::Error as cpu::packed_linear_size.
 std::size_t packed_linear_size(const LinearShape& shape);
+
+/// Whether `linear` can normalise its input for m tokens: m <= 8.
+constexpr bool linear_takes_norm(std::int64_t m) {
+  return m <= 8;
+}
 
 /// Lays a weight out for `linear`; all pointers of args are device memory. Codes and zero points
 /// must lie in the format's range: they are not looked at here.

@@ -2,7 +2,13 @@
 
 #include <cstdint>
 
+#include "kernels/common/dtype.h"
+
+struct CUstream_st;
+
 namespace moq::kernels {
+
+enum class NormKind : std::uint8_t { kNone, kLayerNorm, kRmsNorm };
 
 /// Layer normalisation of each row, with the addition of the residual stream fused in front:
 ///
@@ -47,5 +53,38 @@ void layer_norm(const LayerNormArgs& args);
 /// @throws moq::Error if a size is out of range, or sum is output.
 void rms_norm(const RmsNormArgs& args);
 }  // namespace cpu
+
+/// A normalisation on a GPU, as `layer_norm` and `rms_norm` define them. Pointers are device memory.
+struct DeviceNorm {
+  NormKind kind = NormKind::kNone;  ///< kNone: the rows as they are
+  const float* weight = nullptr;    ///< [hidden_size]
+  const float* bias = nullptr;      ///< [hidden_size], or null: 0; kLayerNorm only
+  float epsilon = 0.0F;
+};
+
+/// output[t] = norm(input[rows[t]]). Statistics in float32, mean first, then the variance of the
+/// differences; the result is rounded to dtype once. Pointers are device memory.
+///
+/// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
+/// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales
+/// the step sizes. That is the input of an INT8 linear layer with DeviceLinearArgs::row_scales.
+struct DeviceNormArgs {
+  const void* input = nullptr;         ///< [rows, hidden_size], dtype, rows input_stride apart
+  std::int64_t input_stride = 0;       ///< elements
+  const std::int32_t* rows = nullptr;  ///< [num_tokens]: rows of input; null: 0, 1, 2, …
+  DeviceNorm norm;
+  void* output = nullptr;         ///< [num_tokens, hidden_size], dtype; may be input without rows
+  std::int64_t output_stride = 0;  ///< elements
+  float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
+  std::int64_t num_tokens = 0;     ///< >= 0
+  std::int64_t hidden_size = 0;    ///< >= 1
+  DType dtype = DType::kFloat16;   ///< float16, bfloat16 or float32
+};
+
+namespace cuda {
+/// @throws moq::Error if a size or the dtype is out of range, a pointer is missing, or the launch
+///         fails.
+void norm(const DeviceNormArgs& args, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace moq::kernels

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+struct CUstream_st;
 
 namespace moq::kernels {
 
@@ -54,5 +57,42 @@ namespace cpu {
 ///         null, or if a row has a NaN, a +infinity or no logit above -infinity.
 void sample(const SamplingArgs& args);
 }  // namespace cpu
+
+/// One row of a sampling batch on a GPU; the row's history is in DeviceSamplingArgs::seen.
+struct DeviceSamplingRow {
+  SamplingParams params;
+  std::uint64_t step = 0;
+  std::uint32_t stream = 0;
+  std::uint32_t history_row = 0;  ///< of `seen`
+};
+
+/// As SamplingArgs. A row's parameters must have passed check().
+///
+/// The same tokens are kept and the same uniform is drawn as on the CPU; sums of probabilities are
+/// in fixed point, so that they don't depend on the order in which threads add them up.
+struct DeviceSamplingArgs {
+  /// Written instead of a token where a row has a NaN, a +infinity or no logit above -infinity.
+  static constexpr std::int32_t kNoToken = -1;
+
+  const float* logits = nullptr;  ///< [batch_size, vocab_size], rows logits_stride apart
+  std::int64_t batch_size = 0;    ///< >= 0
+  std::int64_t vocab_size = 0;    ///< >= 1
+  std::int64_t logits_stride = 0;
+  const DeviceSamplingRow* rows = nullptr;  ///< [batch_size], device memory
+  /// [history rows, ceil(vocab_size / 32)]: bit t % 32 of word t / 32 says that the row has token t.
+  /// Read where the repetition penalty is not 1; the bit of the drawn token is set. Null: no row has
+  /// a penalty.
+  std::uint32_t* seen = nullptr;
+  std::int32_t* tokens = nullptr;  ///< [batch_size], the drawn tokens
+  /// Whether all rows are greedy without a penalty: no other kernel is then needed.
+  bool all_greedy = false;
+  void* workspace = nullptr;  ///< sampling_workspace_size() bytes, 16-byte aligned
+};
+
+namespace cuda {
+std::size_t sampling_workspace_size(std::int64_t batch_size, std::int64_t vocab_size);
+/// @throws moq::Error if a size is out of range, a pointer is missing, or a launch fails.
+void sample(const DeviceSamplingArgs& args, CUstream_st* stream);
+}  // namespace cuda
 
 }  // namespace moq::kernels

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.h"
 
 namespace moq::kernels::cuda {
 namespace {
@@ -51,6 +52,11 @@ int architecture_of(const void* kernel) {
     const int loaded = attributes.ptxVersion;
     return forced == nullptr ? loaded : std::min(loaded, std::atoi(forced));
   });
+}
+
+bool kernels_may_overlap() {
+  static const char* const forbidden = std::getenv("MOQ_GPU_OVERLAP");
+  return forbidden == nullptr || std::atoi(forbidden) != 0;
 }
 
 std::int64_t active_clusters(const void* kernel, const cudaLaunchConfig_t& config) {

@@ -56,16 +56,21 @@ __device__ inline void wait_async_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
 /// Lets the next kernel of the stream start, if it was launched to overlap with this one.
 __device__ inline void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 /// Waits until the kernels ahead in the stream have ended and their results are visible.
 __device__ inline void wait_for_previous_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
 
 /// A barrier whose phase ends with so many arrivals.
 __device__ inline void init_barrier(std::uint32_t barrier, std::uint32_t arrivals = 1) {
