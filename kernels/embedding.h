@@ -54,7 +54,7 @@ struct DeviceEmbeddingLookup {
 /// The sum of `embedding` on a GPU: float32 sums, rounded to dtype once.
 struct DeviceEmbeddingArgs {
   static constexpr int kMaxLookups = 3;
-  DeviceEmbeddingLookup lookups[kMaxLookups];
+  DeviceEmbeddingLookup lookups[kMaxLookups] = {};
   std::int32_t num_lookups = 0;    ///< in [1, kMaxLookups]
   void* output = nullptr;          ///< [num_tokens, hidden_size], row-major, dtype
   std::int64_t num_tokens = 0;     ///< >= 0

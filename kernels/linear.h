@@ -153,7 +153,7 @@ struct DeviceLinearArgs {
   const void* input = nullptr;  ///< [m, k], dtype
   std::int64_t m = 0;
   std::int64_t input_stride = 0;  ///< elements from row to row
-  PackedLinear weight;            ///< of cuda::pack_linear
+  PackedLinear weight = {};       ///< of cuda::pack_linear
   const void* bias = nullptr;     ///< [n], dtype, or null
   Activation activation = Activation::kNone;
   /// [m, n], dtype, added after the activation, or null; may be `output`.

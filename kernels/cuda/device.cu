@@ -13,6 +13,9 @@
 namespace moq::kernels::cuda {
 namespace {
 
+/// Tells whether any kernel of this build loads on a device.
+__global__ void probe_kernel() {}
+
 int current_device() {
   int device = 0;
   MOQ_CUDA_CHECK(cudaGetDevice(&device));
@@ -42,6 +45,22 @@ DeviceLimits device_limits() {
         cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
     return DeviceLimits{multiprocessors, shared_bytes};
   });
+}
+
+void check_device() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (status == cudaSuccess) {
+    return;
+  }
+  (void)cudaGetLastError();
+  cudaDeviceProp properties{};
+  MOQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, current_device()));
+  MOQ_CHECK(false, "CUDA: the GPU must be one that moq was built for, got ", properties.name,
+            " of compute capability ", properties.major, ".", properties.minor, " (",
+            cudaGetErrorString(status),
+            "): build moq again with MOQ_CUDA_ARCHITECTURES=", properties.major, properties.minor,
+            " (80 is the oldest)");
 }
 
 int architecture_of(const void* kernel) {

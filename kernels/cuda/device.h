@@ -14,6 +14,9 @@ struct DeviceLimits {
 
 DeviceLimits device_limits();
 
+/// @throws moq::Error, with the remedy, if moq was not built for the current device.
+void check_device();
+
 /// The architecture (80, 90, …) that the code of a kernel was written for as it is loaded on the
 /// current device: that of its PTX where the driver compiled it. The environment variable
 /// MOQ_GPU_ARCH lowers it, so that a newer GPU can take an older one's path.
