@@ -27,7 +27,7 @@ struct Stored<std::uint8_t> {
   }
 };
 
-/// Two runs of neighbouring columns, of rows g and g + 8: what a lane owns of a block.
+/// Two runs of the same columns, of rows g and g + 8: what a lane owns of a block.
 template <typename Weight>
 struct alignas(16) LaneBytes {
   static constexpr int kRun = kLaneRunBytes / static_cast<int>(sizeof(Weight));
@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     float sums[2][kTokens] = {};
     for (std::int64_t b = 0; b < layout.col_blocks; ++b) {
       const Lane bytes = blocks[b * kWarpSize];
-      const std::int64_t first = b * layout.block_cols + lane % 4 * Lane::kRun;
 #pragma unroll
       for (int i = 0; i < Lane::kRun; ++i) {
-        const std::int64_t col = first + i;
+        const std::int64_t col =
+            b * layout.block_cols + column_of(static_cast<int>(sizeof(Weight)), lane % 4, i);
         if (col < layout.k) {
           float weight[2];
 #pragma unroll

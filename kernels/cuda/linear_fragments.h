@@ -83,9 +83,8 @@ __device__ Grids load_grids(const void* weight, const DeviceLayout& layout, std:
   return grids;
 }
 
-/// A lane's part of a block as A fragments: of two products for one-byte elements, whose B
-/// fragments are the first and the last four of the lane's eight columns, and of one for two-byte
-/// elements.
+/// A lane's part of a block as A fragments: of two products for one-byte elements, of the first and
+/// the second 16 columns, and of one for two-byte elements.
 template <bool kBFloat16, int kElementBytes>
 __device__ void fragments(const uint4& bytes, const std::uint32_t (&zero)[2],
                           std::uint32_t (&a)[3 - kElementBytes][4]) {

@@ -12,10 +12,12 @@
 ///   zero points  [row blocks][groups][16 rows] float32                       asymmetric ones
 ///
 /// A block has 32 columns of one byte, 16 of two or 8 of four. Lane l of a warp owns 16 of its
-/// bytes, at 16 * l: with g = l / 4 and t = l % 4, 8 bytes of columns from 8 / size * t on of row
-/// g, then those of row g + 8. That is the A fragment of mma.m16n8k16 up to an order of the columns
-/// that the B fragment can follow (its own 4 or 8 neighbouring columns), so one 16-byte load
-/// of a lane feeds one or two products and nothing is shuffled.
+/// bytes, at 16 * l: 8 of row g = l / 4, then 8 of row g + 8. Of one- and two-byte elements they
+/// are the A fragments of mma.m16n8k16 (and of wgmma) for columns in their natural order: with t =
+/// l % 4, elements 0 to 3 of a run are columns 2t, 2t + 1, 2t + 8 and 2t + 9 of the first 16
+/// columns, and elements 4 to 7 (one-byte elements) the same of the second 16. So one 16-byte load
+/// of a lane feeds one or two products and nothing is shuffled. A run of four-byte elements is
+/// columns 2t and 2t + 1.
 ///
 /// Integer elements are stored as code + 128, unsigned. Rows and columns are padded to whole blocks
 /// with elements that stand for zero.
@@ -41,6 +43,11 @@ struct DeviceLayout {
   std::int32_t block_cols;
   bool asymmetric;
 };
+
+/// Column, within its block, of element i of the run of a lane with t = lane % 4.
+constexpr int column_of(int element_bytes, int t, int i) {
+  return element_bytes == 4 ? 2 * t + i : i / 4 * 16 + i % 4 / 2 * 8 + 2 * t + i % 2;
+}
 
 constexpr std::int64_t pad_to(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;

@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kThreads)
     const int lane = inside / (2 * kRun);
     const int half = inside / kRun % 2;
     const std::int64_t row = block / layout.col_blocks * kBlockRows + lane / 4 + 8 * half;
-    const std::int64_t col =
-        block % layout.col_blocks * layout.block_cols + lane % 4 * kRun + inside % kRun;
+    const std::int64_t col = block % layout.col_blocks * layout.block_cols +
+                             column_of(static_cast<int>(sizeof(Bits)), lane % 4, inside % kRun);
     const bool exists = row < layout.n && col < layout.k;
     static_cast<Bits*>(args.packed)[i] =
         exists ? static_cast<Bits>(static_cast<const Bits*>(

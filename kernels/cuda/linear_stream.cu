@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
@@ -80,7 +81,6 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
     stream_kernel(DeviceLinearArgs args, DeviceLayout layout, Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kBlockCols = kBlockBytes / kBlockRows / kElementBytes;
-  constexpr int kLaneInputs = 8 / kElementBytes;  // neighbouring columns that a lane multiplies
   constexpr int kTokens = 8 * kTiles;
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ std::uint64_t barriers[kWarps][kMaxStages];
@@ -203,12 +203,16 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
               plan.staged_stride, staged);
   wait_async_groups<0>();
   __syncthreads();
-  // A column of B that is no token may hold anything: its results are not read.
-  const std::uint16_t* input[kTiles];
+  // Addresses of the matrices that this lane gives, [tile] or, of two-byte elements, one for all:
+  // 32 columns of a tile, or 16 of every tile. A column of B that is no token may hold anything:
+  // its results are not read.
+  std::uint32_t input[kElementBytes == 1 ? kTiles : 1];
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    input[i] = staged + (8 * i + g < m ? 8 * i + g : 0) * plan.staged_stride + t * kLaneInputs +
-               (first_block - slice) * kBlockCols;
+  for (int i = 0; i < static_cast<int>(std::size(input)); ++i) {
+    const int token = 8 * i + (kElementBytes == 1 ? 0 : lane / 16 * 8) + lane % 8;
+    const int chunk = kElementBytes == 1 ? lane / 8 : lane / 8 % 2;
+    input[i] = shared_address(staged + (token < m ? token : 0) * plan.staged_stride + chunk * 8 +
+                              (first_block - slice) * kBlockCols);
   }
 
   int stage = 0;
@@ -238,16 +242,21 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
           const auto bytes = reinterpret_cast<const uint4*>(held + j * kBlockBytes)[lane];
           std::uint32_t a[3 - kElementBytes][4];
           fragments<kBFloat16, kElementBytes>(bytes, grids.zero, a);
+          const int offset = (first + j) * kBlockCols * 2;
+          if constexpr (kElementBytes == 1) {
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const std::uint16_t* columns = input[i] + (first + j) * kBlockCols;
-            if constexpr (kElementBytes == 1) {
-              const auto x = *reinterpret_cast<const uint4*>(columns);
-              multiply_accumulate<kBFloat16>(sums[0][i], a[0], x.x, x.y);
-              multiply_accumulate<kBFloat16>(sums[1][i], a[1], x.z, x.w);
-            } else {
-              const auto x = *reinterpret_cast<const uint2*>(columns);
-              multiply_accumulate<kBFloat16>(sums[chain][i], a[0], x.x, x.y);
+            for (int i = 0; i < kTiles; ++i) {
+              std::uint32_t x[4];
+              load_matrices(input[i] + offset, x);
+              multiply_accumulate<kBFloat16>(sums[0][i], a[0], x[0], x[1]);
+              multiply_accumulate<kBFloat16>(sums[1][i], a[1], x[2], x[3]);
+            }
+          } else {
+            std::uint32_t x[2 * kTiles];
+            load_matrices(input[0] + offset, x);
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              multiply_accumulate<kBFloat16>(sums[chain][i], a[0], x[2 * i], x[2 * i + 1]);
             }
           }
         };
@@ -331,11 +340,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
 #endif
 }
 
-/// Elements from one token to the next in shared memory: the lanes of a load then meet all banks.
-/// Lanes of two neighbouring tokens (or four, of 8-byte loads) load together.
+/// Elements from one token to the next in shared memory: the same 16 bytes of eight tokens, which
+/// are loaded at once, then meet all banks.
 int staged_stride(const DeviceLayout& layout, int split) {
   const std::int64_t cols = pad_to(layout.col_blocks, split) / split * layout.block_cols;
-  return static_cast<int>(pad_to(cols, 64)) + (layout.element_bytes == 1 ? 32 : 16);
+  return static_cast<int>(pad_to(cols, 64)) + 8;
 }
 
 /// Tokens that a kernel is compiled for: what depends on this and not on m is alike for all m up to

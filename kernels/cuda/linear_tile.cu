@@ -63,12 +63,11 @@ struct Tile : A {
   static_assert(kStepBlocks % A::kColWarps == 0);
 };
 
-/// Byte of a 16-byte chunk of a token within a stage. Chunks are exchanged so that the lanes of one
-/// load, of two neighbouring tokens (or four, for 8-byte loads), meet all banks.
+/// Byte of a 16-byte chunk of a token within a stage. Chunks are exchanged so that the same one of
+/// eight neighbouring tokens, a matrix that is loaded at once, meets all banks.
 template <typename T>
 __device__ int chunk_offset(int token, int chunk) {
-  const int exchanged = T::kElementBytes == 1 ? chunk ^ (token & 1) << 2 : chunk ^ (token & 3) << 1;
-  return token * T::kStepCols * 2 + exchanged * 16;
+  return token * T::kStepCols * 2 + (chunk ^ (token & 7)) * 16;
 }
 
 template <typename T>
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
     }
     close_async_group();
     const std::uint8_t* weights_stage = shared + stage * T::kStageBytes;
-    const std::uint8_t* tokens_stage = weights_stage + T::kWeightBytes;
+    const std::uint32_t tokens_address = shared_address(weights_stage + T::kWeightBytes);
 #pragma unroll
     for (int turn = 0; turn < T::kStepBlocks; turn += T::kColWarps) {
       const int i = T::kColWarps == 1 ? turn : turn + col_warp;
@@ -228,23 +227,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
       constexpr int kBatch = std::min(kTokenTiles, 4);
 #pragma unroll
       for (int first = 0; first < kTokenTiles; first += kBatch) {
-        std::uint32_t x[kBatch][3 - T::kElementBytes][2];
+        // [tile][product][half], four matrices at a time: 32 columns of a tile, or 16 of two.
+        std::uint32_t x[kBatch * (3 - T::kElementBytes) / 2][4];
+        const int tile = first_tile + first;
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int token = (first_tile + first + j) * 8 + g;
-          if constexpr (T::kElementBytes == 1) {
-            const auto cols =
-                *reinterpret_cast<const uint4*>(tokens_stage + chunk_offset<T>(token, 4 * i + t));
-            x[j][0][0] = cols.x;
-            x[j][0][1] = cols.y;
-            x[j][1][0] = cols.z;
-            x[j][1][1] = cols.w;
-          } else {
-            const auto cols = *reinterpret_cast<const uint2*>(
-                tokens_stage + chunk_offset<T>(token, 2 * i + t / 2) + t % 2 * 8);
-            x[j][0][0] = cols.x;
-            x[j][0][1] = cols.y;
-          }
+        for (int j = 0; j < kBatch; j += T::kElementBytes) {
+          const int token = (tile + j + (T::kElementBytes == 1 ? 0 : lane / 16)) * 8 + lane % 8;
+          const int chunk = T::kElementBytes == 1 ? 4 * i + lane / 8 : 2 * i + lane / 8 % 2;
+          load_matrices(tokens_address + chunk_offset<T>(token, chunk), x[j / T::kElementBytes]);
         }
 #pragma unroll
         for (int h = 0; h < 3 - T::kElementBytes; ++h) {
@@ -252,8 +242,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
           for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
             for (int r = 0; r < kRowBlocks; ++r) {
-              multiply_accumulate<T::kBFloat16>(sums[r][first + j], a[r][h], x[j][h][0],
-                                                x[j][h][1]);
+              const int fragment = j * (3 - T::kElementBytes) + h;
+              multiply_accumulate<T::kBFloat16>(sums[r][first + j], a[r][h],
+                                                x[fragment / 2][fragment % 2 * 2],
+                                                x[fragment / 2][fragment % 2 * 2 + 1]);
             }
           }
         }

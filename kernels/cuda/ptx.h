@@ -28,6 +28,23 @@ __device__ inline void multiply_accumulate(float (&d)[4], const std::uint32_t (&
   }
 }
 
+/// Two or four matrices of 8 rows of 16 bytes in shared memory: lane 8 i + r has the address of row
+/// r of matrix i (those of two matrices come from the first 16 lanes). Lane 4 r + t receives bytes
+/// 4t to 4t + 3 of row r of each. With the rows of tokens, two matrices of neighbouring columns are
+/// a B fragment.
+__device__ inline void load_matrices(std::uint32_t address, std::uint32_t (&words)[2]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_matrices(std::uint32_t address, std::uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 __device__ inline std::uint32_t subtract_f16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
@@ -70,7 +87,6 @@ __device__ inline void wait_for_previous_kernels() {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
 
 /// A barrier whose phase ends with so many arrivals.
 __device__ inline void init_barrier(std::uint32_t barrier, std::uint32_t arrivals = 1) {
