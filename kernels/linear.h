@@ -141,10 +141,10 @@ struct DeviceQkvOutput {
   std::int32_t num_kv_heads = 0;
   /// With rotary_dim > 0, rows 2i and 2i + 1 of a head of q or k (i < rotary_dim / 2) are its
   /// dimensions i and i + rotary_dim / 2, which are rotated together.
-  DeviceRotary rotary;
+  DeviceRotary rotary = {};
   /// Null keys: all goes to the output, [m, q | k | v]. Otherwise k and v go to the cache (of the
   /// activations' dtype), and the output is [m, q].
-  DevicePages pages;
+  DevicePages pages = {};
   const std::int32_t* cache_rows = nullptr;  ///< [m], see DevicePages; < 0: not written
 };
 

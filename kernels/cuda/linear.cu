@@ -3,9 +3,11 @@
 #include <cuda_runtime.h>
 
 #include "kernels/common/visit.h"
-#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/cuda/linear_norm.h"
+#include "kernels/cuda/ptx.h"
 #include "kernels/linear.h"
 
 namespace moq::kernels::cuda {
@@ -13,7 +15,7 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = 4;   // of a block; each takes a block of rows
-constexpr int kTokens = 4;  // that a warp multiplies at once
+constexpr int kTokens = 4;  // that a warp multiplies at once, and lanes that share a row
 
 /// One element of a packed weight as a number, before the scale.
 template <typename Weight>
@@ -42,6 +44,21 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t row_block =
       static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  wait_for_previous_kernels();
+  allow_next_kernel();
+  const NormReader<Element, kWarps> norm(args, static_cast<int>(layout.k));
+  __shared__ NormParts<kWarps> norm_parts;
+  __shared__ NormStatistics statistics[kNormTokens];
+  const bool normalises = args.norm.kind != NormKind::kNone;
+  if (normalises) {
+    norm.reduce(static_cast<int>(threadIdx.x) / kWarpSize, lane, norm_parts);
+    __syncthreads();
+    if (threadIdx.x < args.m) {
+      const int token = static_cast<int>(threadIdx.x);
+      statistics[token] = norm.statistics(token, norm_parts);
+    }
+    __syncthreads();
+  }
   if (row_block >= layout.row_blocks) {
     return;
   }
@@ -76,7 +93,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 #pragma unroll
           for (int j = 0; j < kTokens; ++j) {
             if (token + j < args.m) {
-              const float x = to_float(input[(token + j) * args.input_stride + col]);
+              float x = to_float(input[(token + j) * args.input_stride + col]);
+              if (normalises) {
+                Element rounded;
+                store_float(&rounded, normalise(args.norm, statistics[token + j], x, col));
+                x = to_float(rounded);
+              }
               sums[0][j] = fmaf(weight[0], x, sums[0][j]);
               sums[1][j] = fmaf(weight[1], x, sums[1][j]);
             }
@@ -84,17 +106,24 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
         }
       }
     }
+    // Of the lanes 4g to 4g + 3, which share rows g and g + 8, the one with t = j finishes token j:
+    // rows g and g + 1 if g is even, else rows g + 7 and g + 8.
+    const int g = lane / 4;
+    const std::int64_t row = row_block * kBlockRows + (g % 2 == 0 ? g : g + 7);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t row = row_block * kBlockRows + lane / 4 + 8 * half;
+    for (int j = 0; j < kTokens; ++j) {
+      float own[2];
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) {
-        float sum = sums[half][j];
-        sum += __shfl_xor_sync(0xffffffffU, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffU, sum, 2);
-        if (lane % 4 == j % 4 && row < layout.n && token + j < args.m) {
-          finish<Element>(args, token + j, row, sum);
-        }
+      for (int half = 0; half < 2; ++half) {
+        own[half] = sums[half][j];
+        own[half] += __shfl_xor_sync(0xffffffffU, own[half], 1);
+        own[half] += __shfl_xor_sync(0xffffffffU, own[half], 2);
+      }
+      const float other = __shfl_xor_sync(0xffffffffU, own[1 - g % 2], 4);
+      if (lane % 4 == j && row < layout.n && token + j < args.m) {
+        const float pair[2] = {g % 2 == 0 ? own[0] : other, g % 2 == 0 ? other : own[1]};
+        finish_pair<Element>(args, layout.n, token + j, row, pair,
+                             load_pair_inputs<Element>(args, layout.n, token + j, row));
       }
     }
   }
@@ -107,15 +136,71 @@ void launch_plain(const DeviceLinearArgs& args, const DeviceLayout& layout, cuda
   const dim3 grid(static_cast<unsigned>((layout.row_blocks + kWarps - 1) / kWarps),
                   static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY));
   visit_float(args.dtype, [&]<typename Element>(Element) {
-    plain_linear<Weight, Element><<<grid, kWarps * kWarpSize, 0, stream>>>(args, layout);
+    launch(plain_linear<Weight, Element>, grid, dim3(kWarps * kWarpSize), 0, stream, args, layout);
   });
-  MOQ_CUDA_CHECK(cudaGetLastError());
+}
+
+void check_norm(const DeviceLinearArgs& args) {
+  const DeviceNorm& norm = args.norm;
+  if (norm.kind == NormKind::kNone) {
+    return;
+  }
+  MOQ_CHECK(linear_takes_norm(args.m), "linear: m must be <= ", kNormTokens, " with a norm, got ",
+            args.m);
+  MOQ_CHECK(norm.weight != nullptr, "linear: norm.weight must not be null");
+  MOQ_CHECK(norm.bias == nullptr || norm.kind == NormKind::kLayerNorm,
+            "linear: norm.bias must be null for an RMS norm");
+  MOQ_CHECK(norm.epsilon >= 0.0F, "linear: norm.epsilon must be >= 0, got ", norm.epsilon);
+}
+
+void check_qkv(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  const DeviceQkvOutput& qkv = args.qkv;
+  MOQ_CHECK(qkv.head_dim > 0 && qkv.head_dim % 2 == 0,
+            "linear: qkv.head_dim must be even and >= 0, got ", qkv.head_dim);
+  MOQ_CHECK(qkv.num_heads >= 0 && qkv.num_kv_heads >= 0 &&
+                (qkv.num_heads + 2LL * qkv.num_kv_heads) * qkv.head_dim == layout.n,
+            "linear: n must be (qkv.num_heads + 2 * qkv.num_kv_heads) * qkv.head_dim, got ",
+            layout.n, ", ", qkv.num_heads, ", ", qkv.num_kv_heads, " and ", qkv.head_dim);
+  MOQ_CHECK(args.activation == Activation::kNone && args.residual == nullptr && !args.gated &&
+                !args.float32_output,
+            "linear: qkv must be without activation, residual, gated and float32_output");
+  const DeviceRotary& rotary = qkv.rotary;
+  MOQ_CHECK(
+      rotary.rotary_dim >= 0 && rotary.rotary_dim % 2 == 0 && rotary.rotary_dim <= qkv.head_dim,
+      "linear: rotary_dim must be even and in [0, qkv.head_dim], got ", rotary.rotary_dim, " and ",
+      qkv.head_dim);
+  MOQ_CHECK(rotary.rotary_dim == 0 ||
+                (rotary.positions != nullptr && rotary.cos != nullptr && rotary.sin != nullptr),
+            "linear: positions, cos and sin of a rotation must not be null");
+  if (qkv.pages.keys != nullptr) {
+    MOQ_CHECK(qkv.pages.values != nullptr && qkv.cache_rows != nullptr,
+              "linear: qkv.pages.values and qkv.cache_rows must not be null with qkv.pages.keys");
+    MOQ_CHECK(qkv.pages.dtype == args.dtype, "linear: qkv.pages.dtype must be dtype, got ",
+              name_of(qkv.pages.dtype), " and ", name_of(args.dtype));
+  }
+}
+
+/// Columns of the output.
+std::int64_t output_cols(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  if (args.qkv.pages.keys != nullptr) {
+    return static_cast<std::int64_t>(args.qkv.num_heads) * args.qkv.head_dim;
+  }
+  return args.gated ? layout.n / 2 : layout.n;
 }
 
 void check(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   MOQ_CHECK(is_float(args.dtype), "linear: dtype must be float16, bfloat16 or float32, got ",
             name_of(args.dtype));
   MOQ_CHECK(args.m >= 0, "linear: m must be >= 0, got ", args.m);
+  check_norm(args);
+  MOQ_CHECK(!args.gated || layout.n % 2 == 0, "linear: n must be even when gated, got ", layout.n);
+  MOQ_CHECK(args.residual == nullptr || !(args.gated || args.float32_output),
+            "linear: residual must be null with gated or float32_output");
+  if (args.qkv.head_dim != 0) {
+    check_qkv(args, layout);
+  } else {
+    MOQ_CHECK(args.qkv.pages.keys == nullptr, "linear: qkv.pages need a qkv.head_dim");
+  }
   if (args.m == 0 || layout.n == 0) {
     return;
   }
@@ -126,10 +211,12 @@ void check(const DeviceLinearArgs& args, const DeviceLayout& layout) {
                  reinterpret_cast<std::uintptr_t>(args.weight.data) % kPackedAlignment == 0),
             "linear: a packed weight must be aligned to ", kPackedAlignment, " bytes, got ",
             args.weight.data);
+  const std::int64_t cols = output_cols(args, layout);
   MOQ_CHECK(args.m == 1 || args.input_stride >= layout.k, "linear: input_stride must be >= k, got ",
             args.input_stride, " and ", layout.k);
-  MOQ_CHECK(args.m == 1 || args.output_stride >= layout.n,
-            "linear: output_stride must be >= n, got ", args.output_stride, " and ", layout.n);
+  MOQ_CHECK(args.m == 1 || args.output_stride >= cols,
+            "linear: output_stride must be >= the columns of output, got ", args.output_stride,
+            " and ", cols);
   MOQ_CHECK(args.residual == nullptr || args.m == 1 || args.residual_stride >= layout.n,
             "linear: residual_stride must be >= n, got ", args.residual_stride, " and ", layout.n);
 }
@@ -151,10 +238,10 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   if (args.m == 0 || layout.n == 0) {
     return;
   }
-  if (can_stream(args, layout)) {
+  if (can_stream(args, layout) && args.norm.kind == NormKind::kNone) {
     return stream_linear(args, layout, stream);
   }
-  if (can_tile(args, layout)) {
+  if (can_tile(args, layout) && args.norm.kind == NormKind::kNone) {
     return tile_linear(args, layout, stream);
   }
   switch (args.weight.shape.format) {

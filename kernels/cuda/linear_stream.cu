@@ -328,12 +328,16 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && !kGroups ? 4 : 3)
       const int row_block = first_rows + (turn - 1) * turn_rows + row_in_turn / kBlockRows;
       const std::int64_t row =
           static_cast<std::int64_t>(row_block) * kBlockRows + row_in_turn % kBlockRows;
-      if (thread < share && row_block < last_rows && row < layout.n) {
-        float sum = 0.0F;
-        for (int i = 0; i < plan.split; ++i) {
-          sum += inbox[(slot * plan.split + i) * share + thread];
-        }
-        finish<typename ElementOf<kBFloat16>::Type>(args, thread >> share_bits, row, sum);
+      float sum = 0.0F;
+      for (int i = 0; i < plan.split && thread < share; ++i) {
+        sum += inbox[(slot * plan.split + i) * share + thread];
+      }
+      const float next = __shfl_down_sync(0xffffffffU, sum, 1);  // of the row behind this one
+      if (thread < share && thread % 2 == 0 && row_block < last_rows && row < layout.n) {
+        using Element = typename ElementOf<kBFloat16>::Type;
+        const int token = thread >> share_bits;
+        finish_pair<Element>(args, layout.n, token, row, {sum, next},
+                             load_pair_inputs<Element>(args, layout.n, token, row));
       }
     }
   }

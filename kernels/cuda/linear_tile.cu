@@ -288,32 +288,33 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
   __syncthreads();
 #endif
   // The blocks of a cluster share the tile's tokens.
-  const bool whole = takes_quads<typename T::Element>(args);
   const int last_token = T::kTokens * (part + 1) / split;
-  constexpr int kQuads = T::kRows / kQuad;
-  for (int i = T::kTokens * part / split * kQuads + static_cast<int>(threadIdx.x);
-       i < last_token * kQuads; i += T::kThreads) {
-    const int token = i / kQuads;
-    const int row = i % kQuads * kQuad;
-    if (first_token + token >= args.m) {
+  constexpr int kPairs = T::kRows / 2;
+  for (int i = T::kTokens * part / split * kPairs + static_cast<int>(threadIdx.x);
+       i < last_token * kPairs; i += T::kThreads) {
+    const std::int64_t token = first_token + i / kPairs;
+    const std::int64_t row = tile_row_block * kBlockRows + i % kPairs * 2;
+    if (token >= args.m) {
       break;
     }
-    const auto* own = reinterpret_cast<const float4*>(results + token * T::kResultStride + row);
-    float quad[kQuad] = {};
+    if (row >= layout.n) {
+      continue;
+    }
+    const auto inputs = load_pair_inputs<typename T::Element>(args, layout.n, token, row);
+    const auto* own =
+        reinterpret_cast<const float2*>(results + i / kPairs * T::kResultStride + i % kPairs * 2);
+    float pair[2] = {};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     for (int rank = 0; rank < split; ++rank) {
-      const float4 theirs = load_from_cluster(own, rank);
+      const float2 theirs = load_from_cluster(own, rank);
 #else
     {
-      const float4 theirs = *own;
+      const float2 theirs = *own;
 #endif
-      quad[0] += theirs.x;
-      quad[1] += theirs.y;
-      quad[2] += theirs.z;
-      quad[3] += theirs.w;
+      pair[0] += theirs.x;
+      pair[1] += theirs.y;
     }
-    finish_quad<typename T::Element>(args, first_token + token, tile_row_block * kBlockRows + row,
-                                     layout.n, quad, whole);
+    finish_pair<typename T::Element>(args, layout.n, token, row, pair, inputs);
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   synchronize_cluster();  // nobody leaves while others read

@@ -168,11 +168,11 @@ __device__ inline void arrive_in_cluster(std::uint32_t barrier, std::uint32_t ra
                    address_in_cluster(barrier, rank))
                : "memory");
 }
-/// Four numbers of block `rank`, where this block has `own`.
-__device__ inline float4 load_from_cluster(const float4* own, std::uint32_t rank) {
-  float4 value;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+/// Two numbers of block `rank`, where this block has `own`.
+__device__ inline float2 load_from_cluster(const float2* own, std::uint32_t rank) {
+  float2 value;
+  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
                : "r"(address_in_cluster(shared_address(own), rank))
                : "memory");
   return value;

@@ -1,5 +1,5 @@
-// The CUDA bodies of linear against the definition in float64, within the bound of their
-// arithmetic: exact products, float32 sums, one rounding of the result.
+// The CUDA bodies of linear against the definition in float64: shapes, formats, dtypes,
+// activations, bad arguments.
 #include <gtest/gtest.h>
 
 #include "kernels/linear.h"
@@ -11,171 +11,16 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/common/check.h"
-#include "kernels/common/visit.h"
-#include "tests/cpp/kernels/linear_problem.h"
+#include "tests/cpp/kernels/linear_cuda_problem.h"
 
 namespace moq::kernels::testing {
 namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-/// Numbers as the bits of a dtype, and back.
-std::vector<std::byte> to_bytes(const std::vector<float>& values, DType dtype) {
-  std::vector<std::byte> bytes(values.size() * size_of(dtype));
-  visit_float(dtype, [&]<typename Element>(Element) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      store_float(reinterpret_cast<Element*>(bytes.data()) + i, values[i]);
-    }
-  });
-  return bytes;
-}
-
-std::vector<float> from_bytes(const std::vector<std::byte>& bytes, DType dtype) {
-  std::vector<float> values(bytes.size() / size_of(dtype));
-  visit_float(dtype, [&]<typename Element>(Element) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      values[i] = to_float(reinterpret_cast<const Element*>(bytes.data())[i]);
-    }
-  });
-  return values;
-}
-
-double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kGelu:
-      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kTanh:
-      return std::tanh(x);
-    default:
-      return x;
-  }
-}
-
-/// How a problem is multiplied.
-struct Call {
-  DType dtype = DType::kFloat16;
-  Activation activation = Activation::kNone;
-  bool bias = true;
-  bool residual = false;
-  std::int64_t padding = 0;  ///< elements between rows of input, residual and output
-  std::int64_t offset = 0;   ///< elements before the input's first row
-  bool weight_is_ready = false;
-};
-
-struct Outcome {
-  std::vector<float> output;    ///< [m, n]
-  std::vector<double> exact;    ///< the definition
-  std::vector<double> allowed;  ///< the largest error of float32 sums and one rounding
-};
-
-/// Rows of a matrix with `padding` elements, all -7, behind each, and `offset` before the first.
-std::vector<float> spread(const std::vector<float>& values, std::int64_t rows, std::int64_t cols,
-                          std::int64_t padding, std::int64_t offset) {
-  std::vector<float> wide(static_cast<std::size_t>(offset + rows * (cols + padding)), -7.0F);
-  for (std::int64_t i = 0; i < rows * cols; ++i) {
-    wide[static_cast<std::size_t>(offset + i / cols * (cols + padding) + i % cols)] =
-        values[static_cast<std::size_t>(i)];
-  }
-  return wide;
-}
-
-Outcome multiply(const LinearProblem& problem, const Call& call) {
-  const auto [n, k] = std::pair(problem.shape.n, problem.shape.k);
-  const std::int64_t m = problem.m;
-  const OnDevice<std::byte> weight(Device::kCuda, problem.weight_data());
-  const OnDevice<float> scales(Device::kCuda, problem.scales);
-  const OnDevice<std::int32_t> zero_points(Device::kCuda, problem.zero_points);
-  const OnDevice<std::byte> packed(Device::kCuda,
-                                   std::vector<std::byte>(cuda::packed_linear_size(problem.shape)));
-  PackLinearArgs pack = problem.pack_args(weight.data());
-  pack.scales = scales.data();
-  pack.zero_points = problem.shape.asymmetric ? zero_points.data() : nullptr;
-  pack.packed = packed.data();
-  cuda::pack_linear(pack, nullptr);
-  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-
-  std::vector<float> residual(static_cast<std::size_t>(m * n));
-  for (std::size_t i = 0; i < residual.size(); ++i) {
-    residual[i] = 0.25F * static_cast<float>(i % 13) - 1.0F;
-  }
-  const auto rounded = [&](std::vector<float> values) {
-    return from_bytes(to_bytes(values, call.dtype), call.dtype);
-  };
-  const std::vector<float> input = rounded(problem.input);
-  const std::vector<float> bias = rounded(problem.bias);
-  const OnDevice<std::byte> device_input(
-      Device::kCuda, to_bytes(spread(input, m, k, call.padding, call.offset), call.dtype));
-  const OnDevice<std::byte> device_bias(Device::kCuda, to_bytes(bias, call.dtype));
-  const OnDevice<std::byte> device_residual(
-      Device::kCuda, to_bytes(spread(residual, m, n, call.padding, 0), call.dtype));
-  const OnDevice<std::byte> output(
-      Device::kCuda,
-      to_bytes(spread(std::vector<float>(residual.size(), kNan), m, n, call.padding, 0),
-               call.dtype));
-  cuda::linear({.input = device_input.data() + call.offset * size_of(call.dtype),
-                .m = m,
-                .input_stride = k + call.padding,
-                .weight = {.shape = problem.shape, .data = packed.data()},
-                .bias = call.bias ? device_bias.data() : nullptr,
-                .activation = call.activation,
-                .residual = call.residual ? device_residual.data() : nullptr,
-                .residual_stride = n + call.padding,
-                .output = output.data(),
-                .output_stride = n + call.padding,
-                .dtype = call.dtype,
-                .weight_is_ready = call.weight_is_ready},
-               nullptr);
-  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-
-  const std::vector<float> wide = from_bytes(output.read(), call.dtype);
-  const double ulp = call.dtype == DType::kFloat32   ? 0x1p-24
-                     : call.dtype == DType::kFloat16 ? 0x1p-11
-                                                     : 0x1p-8;
-  Outcome outcome;
-  for (std::int64_t i = 0; i < m; ++i) {
-    for (std::int64_t j = 0; j < n + call.padding; ++j) {
-      const float value = wide[static_cast<std::size_t>(i * (n + call.padding) + j)];
-      if (j >= n) {
-        EXPECT_EQ(value, -7.0F) << "behind row " << i;
-        continue;
-      }
-      double exact = 0.0;
-      double magnitude = 0.0;
-      for (std::int64_t c = 0; c < k; ++c) {
-        const double product = input[static_cast<std::size_t>(i * k + c)] * problem.weight_at(j, c);
-        exact += product;
-        magnitude += std::fabs(product);
-      }
-      exact += call.bias ? bias[static_cast<std::size_t>(j)] : 0.0;
-      exact = activate(call.activation, exact);
-      exact += call.residual ? residual[static_cast<std::size_t>(i * n + j)] : 0.0;
-      outcome.output.push_back(value);
-      outcome.exact.push_back(exact);
-      // Tensor cores cut a sum's last bits off instead of rounding them: a few float32 ulps for
-      // each of the k / 16 additions of a warp, far below this.
-      outcome.allowed.push_back((magnitude * 0x1p-18 + std::fabs(exact) * ulp) * 1.01 + 1e-6);
-    }
-  }
-  return outcome;
-}
-
-void expect_close(const Outcome& outcome) {
-  for (std::size_t i = 0; i < outcome.output.size(); ++i) {
-    ASSERT_LE(std::fabs(outcome.output[i] - outcome.exact[i]), outcome.allowed[i])
-        << "element " << i << ": " << outcome.output[i] << ", expected " << outcome.exact[i];
-  }
-}
 
 // ----------------------------------------------------------------------------------- every shape
 

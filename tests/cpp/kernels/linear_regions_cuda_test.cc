@@ -1,0 +1,235 @@
+// What cuda::linear does in front of and behind its products, alone and as transformers combine it:
+// the norm of the input, scales of rows, gates, float32 results, the projection of q, k and v.
+#include <gtest/gtest.h>
+
+#include "kernels/linear.h"
+#include "tests/cpp/kernels/device.h"
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <cmath>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/common/check.h"
+#include "tests/cpp/kernels/linear_cuda_problem.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+/// How a weight is stored. group_size 0: one group a row.
+struct Storage {
+  WeightFormat format;
+  std::int64_t group_size = 0;
+  bool asymmetric = false;
+};
+
+class LinearCudaRegions
+    : public ::testing::TestWithParam<std::tuple<std::int64_t, Storage, DType>> {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+  /// Weights small enough that activations bend.
+  LinearProblem problem(std::int64_t n, std::int64_t k) const {
+    const auto& [m, storage, dtype] = GetParam();
+    const std::int64_t group = storage.group_size;
+    const std::int64_t cols = group == 0 ? k : pad_cols(k, group);
+    LinearProblem problem =
+        LinearProblem::random(m, n, cols, storage.format, group, storage.asymmetric);
+    for (float& scale : problem.scales) {
+      scale *= 0.05F;
+    }
+    return problem;
+  }
+  DType dtype() const { return std::get<DType>(GetParam()); }
+  std::int64_t m() const { return std::get<std::int64_t>(GetParam()); }
+
+ private:
+  static std::int64_t pad_cols(std::int64_t k, std::int64_t group) {
+    return (k + group - 1) / group * group;
+  }
+};
+
+TEST_P(LinearCudaRegions, ScalesRowsBeforeTheBias) {
+  expect_close(multiply(
+      problem(37, 101),
+      {.dtype = dtype(), .activation = Activation::kGelu, .residual = true, .row_scales = true}));
+}
+
+TEST_P(LinearCudaRegions, MultipliesGateAndUpToOneColumn) {
+  for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{2, 33}, {74, 200}, {258, 64}}) {
+    expect_close(
+        multiply(problem(n, k),
+                 {.dtype = dtype(), .activation = Activation::kSilu, .padding = 3, .gated = true}));
+  }
+  expect_close(multiply(problem(30, 96), {.dtype = dtype(),
+                                          .activation = Activation::kGeluTanh,
+                                          .bias = false,
+                                          .row_scales = true,
+                                          .gated = true,
+                                          .float32_output = true}));
+}
+
+TEST_P(LinearCudaRegions, WritesFloat32) {
+  for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1, 8}, {51, 203}, {64, 256}}) {
+    expect_close(multiply(problem(n, k), {.dtype = dtype(), .padding = 1, .float32_output = true}));
+  }
+}
+
+TEST_P(LinearCudaRegions, RotatesQueriesAndKeysAndFillsTheCache) {
+  for (const auto& [head_dim, rotary_dim, num_heads, num_kv_heads] :
+       {std::tuple<int, int, int, int>{64, 64, 3, 1},
+        {80, 32, 2, 2},
+        {128, 128, 1, 1},
+        {128, 0, 2, 1},
+        {6, 2, 5, 5},
+        {2, 2, 1, 1}}) {
+    for (const bool cached : {false, true}) {
+      const LinearProblem own =
+          problem(static_cast<std::int64_t>(num_heads + 2 * num_kv_heads) * head_dim, 100);
+      expect_close(multiply(own, {.dtype = dtype(),
+                                  .bias = head_dim != 128,
+                                  .padding = cached ? 0 : 2,
+                                  .qkv = {.head_dim = head_dim,
+                                          .num_heads = num_heads,
+                                          .num_kv_heads = num_kv_heads,
+                                          .rotary = {.rotary_dim = rotary_dim}},
+                                  .cached = cached}));
+    }
+  }
+}
+
+TEST_P(LinearCudaRegions, NormalisesItsInput) {
+  if (!cuda::linear_takes_norm(m())) {
+    return;
+  }
+  for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{16, 1},
+                             {19, 31},
+                             {50, 1600},
+                             {33, 2056},
+                             {8, 4099}}) {
+    for (const bool rms : {false, true}) {
+      LinearProblem own = problem(n, k);
+      for (float& x : own.input) {
+        x = 0.5F * x + 3.0F;  // a mean beside which the deviations are small
+      }
+      expect_close(multiply(own, {.dtype = dtype(),
+                                  .padding = k == 2056 ? 8 : 3,
+                                  .offset = k == 2056 ? 0 : 1,
+                                  .weight_is_ready = true,
+                                  .norm = rms ? NormKind::kRmsNorm : NormKind::kLayerNorm,
+                                  .norm_bias = !rms}));
+    }
+  }
+}
+
+TEST_P(LinearCudaRegions, CombineAsInTransformers) {
+  const NormKind norm = cuda::linear_takes_norm(m()) ? NormKind::kRmsNorm : NormKind::kNone;
+  expect_close(multiply(
+      problem(4 * 64, 128),
+      {.dtype = dtype(),
+       .norm = norm,
+       .qkv = {.head_dim = 64, .num_heads = 2, .num_kv_heads = 1, .rotary = {.rotary_dim = 64}},
+       .cached = true}));
+  expect_close(
+      multiply(problem(320, 128),
+               {.dtype = dtype(), .activation = Activation::kSilu, .norm = norm, .gated = true}));
+  expect_close(
+      multiply(problem(100, 128), {.dtype = dtype(), .norm = norm, .float32_output = true}));
+}
+
+std::string name_of(const ::testing::TestParamInfo<LinearCudaRegions::ParamType>& info) {
+  const auto& [m, storage, dtype] = info.param;
+  return std::string(kernels::name_of(storage.format)) + (storage.group_size > 0 ? "Grouped" : "") +
+         (storage.asymmetric ? "Asymmetric" : "") + "By" + std::to_string(m) + moq::name_of(dtype);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Every, LinearCudaRegions,
+    ::testing::Combine(
+        ::testing::Values<std::int64_t>(1, 2, 7, 8, 9, 16, 17, 33, 64, 65),
+        ::testing::Values(Storage{WeightFormat::kInt8}, Storage{WeightFormat::kInt8, 64},
+                          Storage{WeightFormat::kInt8, 0, true},
+                          Storage{WeightFormat::kInt4, 32, true}, Storage{WeightFormat::kFloat16},
+                          Storage{WeightFormat::kBFloat16}, Storage{WeightFormat::kFloat32}),
+        ::testing::Values(DType::kFloat16, DType::kBFloat16, DType::kFloat32)),
+    name_of);
+
+TEST(LinearCudaRegionArgs, InconsistentOnesAreNamed) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Buffer memory(1 << 14);
+  const DeviceLinearArgs good{
+      .input = memory.data(),
+      .m = 2,
+      .input_stride = 8,
+      .weight = {.shape = {.n = 12, .k = 8, .group_size = 8}, .data = memory.data()},
+      .output = memory.data(),
+      .output_stride = 12};
+  const auto message = [&](const auto& change) {
+    DeviceLinearArgs args = good;
+    change(args);
+    try {
+      cuda::linear(args, nullptr);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  using Args = DeviceLinearArgs;
+  const auto with_qkv = [&](const auto& change) {
+    return message([&](Args& args) {
+      args.qkv = {.head_dim = 2, .num_heads = 4, .num_kv_heads = 1};
+      change(args);
+    });
+  };
+  const auto* numbers = memory.as<float>();
+  EXPECT_EQ(message([](Args& args) { args.norm.kind = NormKind::kRmsNorm; }),
+            "linear: norm.weight must not be null");
+  EXPECT_EQ(message([&](Args& args) {
+              args.norm = {.kind = NormKind::kRmsNorm, .weight = numbers};
+              args.m = 9;
+            }),
+            "linear: m must be <= 8 with a norm, got 9");
+  EXPECT_EQ(message([&](Args& args) {
+              args.norm = {.kind = NormKind::kRmsNorm, .weight = numbers, .bias = numbers};
+            }),
+            "linear: norm.bias must be null for an RMS norm");
+  EXPECT_EQ(message([](Args& args) {
+              args.gated = true;
+              args.weight.shape.n = 11;
+            }),
+            "linear: n must be even when gated, got 11");
+  EXPECT_EQ(message([&](Args& args) {
+              args.gated = true;
+              args.residual = numbers;
+            }),
+            "linear: residual must be null with gated or float32_output");
+  EXPECT_EQ(message([](Args& args) { args.output_stride = 11; }),
+            "linear: output_stride must be >= the columns of output, got 11 and 12");
+  EXPECT_EQ(message([](Args& args) { args.qkv.head_dim = 3; }),
+            "linear: qkv.head_dim must be even and >= 0, got 3");
+  EXPECT_EQ(with_qkv([](Args& args) { args.qkv.num_heads = 3; }),
+            "linear: n must be (qkv.num_heads + 2 * qkv.num_kv_heads) * qkv.head_dim, got 12, 3, 1 "
+            "and 2");
+  EXPECT_EQ(with_qkv([](Args& args) { args.activation = Activation::kSilu; }),
+            "linear: qkv must be without activation, residual, gated and float32_output");
+  EXPECT_EQ(with_qkv([](Args& args) { args.qkv.rotary.rotary_dim = 4; }),
+            "linear: rotary_dim must be even and in [0, qkv.head_dim], got 4 and 2");
+  EXPECT_EQ(with_qkv([](Args& args) { args.qkv.rotary.rotary_dim = 2; }),
+            "linear: positions, cos and sin of a rotation must not be null");
+  EXPECT_EQ(with_qkv([&](Args& args) { args.qkv.pages.keys = memory.data(); }),
+            "linear: qkv.pages.values and qkv.cache_rows must not be null with qkv.pages.keys");
+  EXPECT_EQ(with_qkv([&](Args& args) {
+              args.qkv.pages = {
+                  .keys = memory.data(), .values = memory.data(), .dtype = DType::kInt8};
+              args.qkv.cache_rows = memory.as<std::int32_t>();
+            }),
+            "linear: qkv.pages.dtype must be dtype, got int8 and float16");
+  EXPECT_EQ(message([&](Args& args) { args.qkv.pages.keys = memory.data(); }),
+            "linear: qkv.pages need a qkv.head_dim");
+}
+
+}  // namespace
+}  // namespace moq::kernels::testing
+
+#endif
