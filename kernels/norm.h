@@ -54,7 +54,8 @@ void layer_norm(const LayerNormArgs& args);
 void rms_norm(const RmsNormArgs& args);
 }  // namespace cpu
 
-/// A normalisation on a GPU, as `layer_norm` and `rms_norm` define them. Pointers are device memory.
+/// A normalisation on a GPU, as `layer_norm` and `rms_norm` define them. Pointers are device
+/// memory.
 struct DeviceNorm {
   NormKind kind = NormKind::kNone;  ///< kNone: the rows as they are
   const float* weight = nullptr;    ///< [hidden_size]
@@ -63,7 +64,8 @@ struct DeviceNorm {
 };
 
 /// output[t] = norm(input[rows[t]]). Statistics in float32, mean first, then the variance of the
-/// differences; the result is rounded to dtype once. Pointers are device memory.
+/// differences; the result is rounded to dtype once. Pointers are device memory. A row's bits do not
+/// depend on its neighbours, but sums are in one order up to a few hundred rows, in another above.
 ///
 /// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
 /// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales
@@ -72,12 +74,12 @@ struct DeviceNormArgs {
   const void* input = nullptr;         ///< [rows, hidden_size], dtype, rows input_stride apart
   std::int64_t input_stride = 0;       ///< elements
   const std::int32_t* rows = nullptr;  ///< [num_tokens]: rows of input; null: 0, 1, 2, …
-  DeviceNorm norm;
-  void* output = nullptr;         ///< [num_tokens, hidden_size], dtype; may be input without rows
+  DeviceNorm norm = {};
+  void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
   std::int64_t output_stride = 0;  ///< elements
   float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
-  std::int64_t num_tokens = 0;     ///< >= 0
-  std::int64_t hidden_size = 0;    ///< >= 1
+  std::int64_t num_tokens = 0;     ///< in [0, 2^31)
+  std::int64_t hidden_size = 0;    ///< in [1, 2^30]
   DType dtype = DType::kFloat16;   ///< float16, bfloat16 or float32
 };
 

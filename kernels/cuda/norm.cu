@@ -1,0 +1,358 @@
+// LayerNorm and RMSNorm of rows, memory-bound: a row is read once and kept in registers.
+//
+// One to 32 warps take a row. If there are few rows, so many that a thread has about eight
+// elements: time goes by in chains of additions then. If there are many, a quarter of that: a
+// thread's share of a sum over warps costs it as much as dozens of elements. Rows that do not fit
+// into registers are read anew in each pass.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
+#include "kernels/common/visit.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.h"
+#include "kernels/cuda/vectors.h"
+#include "kernels/norm.h"
+#include "kernels/quant_grid.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+constexpr int kMaxWarps = 32;               // of a row
+constexpr int kRows = 4;                    // of a block, where a warp takes a row
+constexpr int kFewElements = 8;             // of a thread, of one of few rows
+constexpr int kManyElements = 32;           // of a thread, of one of many
+constexpr std::int64_t kFewThreads = 1024;  // for each multiprocessor
+constexpr unsigned kAllLanes = 0xffffffffU;
+constexpr std::int64_t kMaxHiddenSize = std::int64_t{1} << 30;
+constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
+
+// -------------------------------------------------------------------------------- device functions
+
+/// The threads of a row.
+struct Team {
+  int warps;
+  int thread;
+
+  /// combine over all threads, on all of them. `slots` is shared memory for a number per warp.
+  template <typename Number, typename Combine>
+  __device__ Number reduce(Number value, Number* slots, const Combine& combine) const {
+    value = reduce_lanes(value, combine);
+    if (warps > 1) {
+      if (thread % kWarpSize == 0) {
+        slots[thread / kWarpSize] = value;
+      }
+      __syncthreads();
+      const int lane = thread % kWarpSize;
+      value = reduce_lanes(lane < warps ? slots[lane] : Number{}, combine);
+    }
+    return value;
+  }
+
+ private:
+  template <typename Number, typename Combine>
+  __device__ static Number reduce_lanes(Number value, const Combine& combine) {
+#pragma unroll
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+    }
+    return value;
+  }
+};
+
+/// Lets the compiler unpack a vector of 16-bit elements anew where it would keep them in twice the
+/// registers from one pass to the next.
+template <typename Element, int kWidth>
+__device__ void stay_packed(Vector<Element, kWidth>& vector) {
+  if constexpr (sizeof(Element) == 2 && kWidth % 2 == 0) {
+    struct Words {
+      std::uint32_t word[kWidth / 2];
+    };
+    auto words = std::bit_cast<Words>(vector);
+#pragma unroll
+    for (std::uint32_t& word : words.word) {
+      asm volatile("" : "+r"(word));
+    }
+    vector = std::bit_cast<Vector<Element, kWidth>>(words);
+  }
+}
+
+/// The columns of a norm's weight and bias that belong to a vector.
+template <int kWidth>
+struct Affine {
+  Vector<float, kWidth> weight = {};
+  Vector<float, kWidth> bias = {};
+
+  __device__ void load(const DeviceNorm& norm, int col) {
+    if (norm.kind != NormKind::kNone) {
+      weight = load_vector<kWidth>(norm.weight + col);
+    }
+    if (norm.bias != nullptr) {
+      bias = load_vector<kWidth>(norm.bias + col);
+    }
+  }
+};
+
+/// A thread's part of a row.
+/// @tparam kWidth  elements of a vector
+/// @tparam kHeld   vectors that a thread holds in registers; 0: none, they are read in each pass
+template <typename Element, int kWidth, int kHeld>
+struct Row {
+  using Elements = Vector<Element, kWidth>;
+  static constexpr int kSlots = std::max(kHeld, 1);
+
+  const Element* input;
+  int first;   ///< column of the thread's first vector
+  int stride;  ///< columns from one of its vectors to the next
+  int size;
+  Elements held[kSlots];
+
+  /// Requests what is held of the row.
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * stride < size) {
+        held[i] = load_vector<kWidth>(input + first + i * stride);
+      }
+    }
+  }
+
+  /// body(vector, its column, its number in held). What it makes of the vector is kept if held.
+  template <typename Body>
+  __device__ void for_each_vector(const Body& body) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (first + i * stride < size) {
+          stay_packed(held[i]);
+          body(held[i], first + i * stride, i);
+        }
+      }
+    } else {
+      for (int col = first; col < size; col += stride) {
+        held[0] = load_vector<kWidth>(input + col);
+        body(held[0], col, 0);
+      }
+    }
+  }
+
+  /// The sum of term(number, sum before) over the row.
+  template <typename Term>
+  __device__ float sum(const Team& team, float* slots, const Term& term) {
+    float sum = 0.0F;
+    for_each_vector([&](const Elements& vector, int, int) {
+      float part = 0.0F;  // the vectors' sums do not wait for each other
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        part = term(number(vector.element[i]), part);
+      }
+      sum += part;
+    });
+    return team.reduce(sum, slots, [](float a, float b) { return a + b; });
+  }
+};
+
+/// What the elements of a row have in common.
+struct RowStatistics {
+  float mean = 0.0F;
+  float inverse = 1.0F;  ///< of the deviation
+};
+
+template <typename Element, int kWidth>
+__device__ Vector<Element, kWidth> normalised(const Vector<Element, kWidth>& vector,
+                                              const Affine<kWidth>& affine, RowStatistics row) {
+  Vector<Element, kWidth> result;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const float standard = (number(vector.element[i]) - row.mean) * row.inverse;
+    result.element[i] =
+        rounded<Element>(fmaf(standard, affine.weight.element[i], affine.bias.element[i]));
+  }
+  return result;
+}
+
+/// Writes a row of `result` (of a vector, its column and its number) as codes of its own grid.
+template <typename Element, int kWidth, int kHeld, typename Result>
+__device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team, std::int32_t* slots,
+                            const Result& result, Element* output, float* scale) {
+  using Elements = Vector<Element, kWidth>;
+  std::int32_t magnitude = 0;  // bits, ordered as the numbers are, a NaN above all
+  row.for_each_vector([&](Elements& vector, int col, int i) {
+    vector = result(vector, col, i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      magnitude = max(magnitude, __float_as_int(number(vector.element[j])) & kMagnitudeMask);
+    }
+  });
+  magnitude =
+      team.reduce(magnitude, slots, [](std::int32_t a, std::int32_t b) { return max(a, b); });
+  const GridParams grid =
+      make_grid(GroupStatistics{0, magnitude}, 8, QuantMode::kSymmetric, DType::kFloat32);
+  if (team.thread == 0) {
+    *scale = grid.scale;
+  }
+  const bool has_grid = exists(grid);
+  row.for_each_vector([&](Elements& vector, int col, int i) {
+    if constexpr (kHeld == 0) {
+      vector = result(vector, col, i);
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float value = number(vector.element[j]);
+      const std::int32_t code = has_grid ? quantize_one(value, grid, Rounding::kNearest, 0.0F) : 0;
+      vector.element[j] = rounded<Element>(static_cast<float>(code));
+    }
+    store_vector(output + col, vector);
+  });
+}
+
+// ------------------------------------------------------------------------------------------ kernel
+
+template <typename Element, int kWidth, int kHeld>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    norm_kernel(DeviceNormArgs args, int warps) {
+  using Elements = Vector<Element, kWidth>;
+  // Registers for the weight and bias too, which then come with the row.
+  constexpr bool kHoldsAffine = kHeld > 0 && kHeld * kWidth <= 2 * kFewElements;
+  __shared__ float sums[2][kMaxWarps];
+  __shared__ std::int32_t magnitudes[kMaxWarps];
+  const Team team{warps, static_cast<int>(warps == 1 ? threadIdx.x % kWarpSize : threadIdx.x)};
+  const std::int64_t token =
+      warps == 1 ? static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize
+                 : blockIdx.x;
+  allow_next_kernel();
+  wait_for_previous_kernels();
+  if (token >= args.num_tokens) {
+    return;
+  }
+  Row<Element, kWidth, kHeld> row;
+  row.input = static_cast<const Element*>(args.input) +
+              (args.rows != nullptr ? args.rows[token] : token) * args.input_stride;
+  row.first = team.thread * kWidth;
+  row.stride = warps * kWarpSize * kWidth;
+  row.size = static_cast<int>(args.hidden_size);
+  row.load();
+  Affine<kWidth> affine[kHoldsAffine ? kHeld : 1];
+  if constexpr (kHoldsAffine) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (row.first + i * row.stride < row.size) {
+        affine[i].load(args.norm, row.first + i * row.stride);
+      }
+    }
+  }
+
+  RowStatistics statistics;
+  if (args.norm.kind == NormKind::kLayerNorm) {
+    const float sum = row.sum(team, sums[0], [](float x, float part) { return part + x; });
+    statistics.mean = sum / static_cast<float>(row.size);
+  }
+  if (args.norm.kind != NormKind::kNone) {
+    const float sum = row.sum(team, sums[1], [&](float x, float part) {
+      const float difference = x - statistics.mean;
+      return fmaf(difference, difference, part);
+    });
+    statistics.inverse = 1.0F / sqrtf(sum / static_cast<float>(row.size) + args.norm.epsilon);
+  }
+  const auto result = [&](const Elements& vector, int col, int i) {
+    if (args.norm.kind == NormKind::kNone) {
+      return vector;
+    }
+    if constexpr (!kHoldsAffine) {
+      affine[0].load(args.norm, col);
+    }
+    return normalised(vector, affine[kHoldsAffine ? i : 0], statistics);
+  };
+  Element* output = static_cast<Element*>(args.output) + token * args.output_stride;
+  if (args.row_scales == nullptr) {
+    row.for_each_vector([&](const Elements& vector, int col, int i) {
+      store_vector(output + col, result(vector, col, i));
+    });
+  } else {
+    write_codes(row, team, magnitudes, result, output, args.row_scales + token);
+  }
+}
+
+// --------------------------------------------------------------------------------------- launchers
+
+/// The kernel for rows of which a thread has so many vectors.
+template <typename Element, int kWidth>
+auto kernel_for(std::int64_t vectors) {
+  constexpr int kHeld = kFewElements / kWidth;
+  if constexpr (kWidth > 1) {
+    if (vectors > kHeld && vectors <= 4 * kHeld) {
+      return vectors <= 2 * kHeld ? norm_kernel<Element, kWidth, 2 * kHeld>
+                                  : norm_kernel<Element, kWidth, 4 * kHeld>;
+    }
+  }
+  return vectors <= kHeld ? norm_kernel<Element, kWidth, kHeld> : norm_kernel<Element, kWidth, 0>;
+}
+
+template <typename Element, int kWidth>
+void launch_rows(const DeviceNormArgs& args, cudaStream_t stream) {
+  const auto warps_for = [&](int elements) {
+    return std::min<std::int64_t>(divide_up(args.hidden_size, elements * kWarpSize), kMaxWarps);
+  };
+  const bool few = args.num_tokens * warps_for(kFewElements) * kWarpSize <=
+                   device_limits().multiprocessors * kFewThreads;
+  const std::int64_t warps = warps_for(few || kWidth == 1 ? kFewElements : kManyElements);
+  const std::int64_t vectors = divide_up(args.hidden_size, kWidth * warps * kWarpSize);
+  const std::int64_t blocks = warps == 1 ? divide_up(args.num_tokens, kRows) : args.num_tokens;
+  launch(kernel_for<Element, kWidth>(vectors), dim3(static_cast<unsigned>(blocks)),
+         dim3(static_cast<unsigned>((warps == 1 ? kRows : warps) * kWarpSize)), 0, stream, args,
+         static_cast<int>(warps));
+}
+
+template <typename Element>
+void launch_rows(const DeviceNormArgs& args, cudaStream_t stream) {
+  const bool vectors = suits_vectors(args.input) && suits_vectors(args.output) &&
+                       suits_vectors(args.norm.weight) && suits_vectors(args.norm.bias) &&
+                       suits_vectors(args.hidden_size, sizeof(Element)) &&
+                       suits_vectors(args.input_stride, sizeof(Element)) &&
+                       suits_vectors(args.output_stride, sizeof(Element));
+  vectors ? launch_rows<Element, kVectorBytes / sizeof(Element)>(args, stream)
+          : launch_rows<Element, 1>(args, stream);
+}
+
+void check(const DeviceNormArgs& args) {
+  MOQ_CHECK(is_float(args.dtype), "norm: dtype must be float16, bfloat16 or float32, got ",
+            name_of(args.dtype));
+  MOQ_CHECK(args.num_tokens >= 0 && args.num_tokens <= kMaxTokens,
+            "norm: num_tokens must be in [0, ", kMaxTokens, "], got ", args.num_tokens);
+  MOQ_CHECK(args.hidden_size >= 1 && args.hidden_size <= kMaxHiddenSize,
+            "norm: hidden_size must be in [1, ", kMaxHiddenSize, "], got ", args.hidden_size);
+  MOQ_CHECK(args.norm.kind == NormKind::kLayerNorm || args.norm.bias == nullptr,
+            "norm: only LayerNorm has a bias");
+  if (args.num_tokens == 0) {
+    return;
+  }
+  MOQ_CHECK(args.input != nullptr && args.output != nullptr,
+            "norm: input and output must not be null");
+  MOQ_CHECK(args.norm.kind == NormKind::kNone || args.norm.weight != nullptr,
+            "norm: a norm's weight must not be null");
+  MOQ_CHECK(args.num_tokens == 1 || args.rows != nullptr || args.input_stride >= args.hidden_size,
+            "norm: input_stride must be >= hidden_size, got ", args.input_stride, " and ",
+            args.hidden_size);
+  MOQ_CHECK(args.num_tokens == 1 || args.output_stride >= args.hidden_size,
+            "norm: output_stride must be >= hidden_size, got ", args.output_stride, " and ",
+            args.hidden_size);
+  MOQ_CHECK(args.input != args.output ||
+                (args.rows == nullptr &&
+                 (args.num_tokens == 1 || args.input_stride == args.output_stride)),
+            "norm: the output can be the input only with the same rows and stride");
+}
+
+}  // namespace
+
+void norm(const DeviceNormArgs& args, cudaStream_t stream) {
+  check(args);
+  if (args.num_tokens == 0) {
+    return;
+  }
+  visit_float(args.dtype, [&]<typename Element>(Element) { launch_rows<Element>(args, stream); });
+}
+
+}  // namespace moq::kernels::cuda

@@ -1,0 +1,392 @@
+// The norms on a GPU against their definition in float64, no farther from it than twice the CPU's
+// float32 and one rounding; the 8-bit codes against the CPU's, exactly.
+#include <gtest/gtest.h>
+
+#include "kernels/norm.h"
+#include "tests/cpp/kernels/device.h"
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/common/check.h"
+#include "kernels/quantize.h"
+#include "tests/cpp/kernels/float_support.h"
+#include "tests/cpp/kernels/typed_bytes.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+using test::normal_vector;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Shape {
+  std::int64_t num_tokens;
+  std::int64_t hidden_size;
+};
+
+/// Rows that are to be normalised, and how they lie in memory.
+struct Problem {
+  Shape shape;
+  DType dtype = DType::kFloat16;
+  NormKind kind = NormKind::kLayerNorm;
+  bool with_bias = true;
+  std::int64_t padding = 0;  ///< elements behind each row
+  std::int64_t offset = 0;   ///< elements before the first
+  std::vector<std::int32_t> rows = {};
+  bool in_place = false;
+  bool to_8_bits = false;
+  float epsilon = 1e-5F;
+
+  std::vector<float> input = {};
+  std::vector<float> weight = {};
+  std::vector<float> bias = {};
+
+  /// Numbers far from zero: a variance must not be the difference of squares.
+  void fill(float mean = 20.0F) {
+    const std::int64_t num_rows =
+        rows.empty() ? shape.num_tokens : 1 + *std::max_element(rows.begin(), rows.end());
+    input = normal_vector(num_rows * shape.hidden_size, 1, 3.0F);
+    for (float& value : input) {
+      value += mean;
+    }
+    input = rounded(input, dtype);
+    weight = normal_vector(shape.hidden_size, 2);
+    bias = normal_vector(shape.hidden_size, 3);
+  }
+  bool has_bias() const { return with_bias && kind == NormKind::kLayerNorm; }
+  std::int64_t row(std::int64_t token) const {
+    return rows.empty() ? token : rows[static_cast<std::size_t>(token)];
+  }
+};
+
+struct Result {
+  std::vector<float> output;  ///< [num_tokens, hidden_size]
+  std::vector<float> scales;
+};
+
+Result run(const Problem& problem) {
+  const auto [num_tokens, n] = problem.shape;
+  const std::int64_t stride = n + problem.padding;
+  const auto offset_bytes = static_cast<std::size_t>(problem.offset) * size_of(problem.dtype);
+  const auto memory = [&](const std::vector<float>& values, std::int64_t num_rows) {
+    return to_bytes(spread(values, num_rows, n, problem.padding, problem.offset), problem.dtype);
+  };
+  const OnDevice<std::byte> input(Device::kCuda,
+                                  memory(problem.input, std::ssize(problem.input) / n));
+  const OnDevice<std::byte> other(Device::kCuda,
+                                  memory(std::vector<float>(num_tokens * n, kNan), num_tokens));
+  const OnDevice<std::byte>& output = problem.in_place ? input : other;
+  const OnDevice<std::int32_t> rows(Device::kCuda, problem.rows);
+  const OnDevice<float> weight(Device::kCuda, problem.weight);
+  const OnDevice<float> bias(Device::kCuda, problem.bias);
+  const OnDevice<float> scales(Device::kCuda, std::vector<float>(num_tokens, -1.0F));
+  cuda::norm({.input = input.data() + offset_bytes,
+              .input_stride = stride,
+              .rows = problem.rows.empty() ? nullptr : rows.data(),
+              .norm = {.kind = problem.kind,
+                       .weight = weight.data(),
+                       .bias = problem.has_bias() ? bias.data() : nullptr,
+                       .epsilon = problem.epsilon},
+              .output = output.data() + offset_bytes,
+              .output_stride = stride,
+              .row_scales = problem.to_8_bits ? scales.data() : nullptr,
+              .num_tokens = num_tokens,
+              .hidden_size = n,
+              .dtype = problem.dtype},
+             nullptr);
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  const std::vector<float> wide = from_bytes(output.read(), problem.dtype);
+  Result result{{}, scales.read()};
+  for (std::int64_t i = 0; i < std::ssize(wide); ++i) {
+    const std::int64_t col = (i - problem.offset) % stride;
+    if (i >= problem.offset && col < n) {
+      result.output.push_back(wide[i]);
+    } else {
+      EXPECT_EQ(wide[i], -7.0F) << "outside of the rows, at " << i;
+    }
+  }
+  return result;
+}
+
+/// The definition in float64, [num_tokens, hidden_size].
+std::vector<double> exact(const Problem& problem) {
+  const auto [num_tokens, n] = problem.shape;
+  std::vector<double> output;
+  for (std::int64_t t = 0; t < num_tokens; ++t) {
+    const float* x = problem.input.data() + problem.row(t) * n;
+    double mean = 0.0;
+    double variance = 0.0;
+    for (std::int64_t j = 0; j < n; ++j) {
+      mean += problem.kind == NormKind::kLayerNorm ? x[j] / static_cast<double>(n) : 0.0;
+    }
+    for (std::int64_t j = 0; j < n; ++j) {
+      variance += (x[j] - mean) * (x[j] - mean) / static_cast<double>(n);
+    }
+    const double deviation = std::sqrt(variance + static_cast<double>(problem.epsilon));
+    for (std::int64_t j = 0; j < n; ++j) {
+      const double value = (x[j] - mean) / deviation * problem.weight[j];
+      output.push_back(problem.kind == NormKind::kNone
+                           ? x[j]
+                           : value + (problem.has_bias() ? problem.bias[j] : 0.0));
+    }
+  }
+  return output;
+}
+
+/// The CPU's float32, [num_tokens, hidden_size].
+std::vector<float> on_cpu(const Problem& problem) {
+  const auto [num_tokens, n] = problem.shape;
+  std::vector<float> output;
+  for (std::int64_t t = 0; t < num_tokens; ++t) {
+    const float* x = problem.input.data() + problem.row(t) * n;
+    output.insert(output.end(), x, x + n);
+  }
+  const LayerNormArgs layer{.input = output.data(),
+                            .weight = problem.weight.data(),
+                            .bias = problem.has_bias() ? problem.bias.data() : nullptr,
+                            .output = output.data(),
+                            .num_tokens = num_tokens,
+                            .hidden_size = n,
+                            .epsilon = problem.epsilon};
+  if (problem.kind == NormKind::kLayerNorm) {
+    cpu::layer_norm(layer);
+  } else if (problem.kind == NormKind::kRmsNorm) {
+    cpu::rms_norm({.input = layer.input,
+                   .weight = layer.weight,
+                   .output = layer.output,
+                   .num_tokens = num_tokens,
+                   .hidden_size = n,
+                   .epsilon = layer.epsilon});
+  }
+  return output;
+}
+
+void expect_accurate(const Problem& problem, const std::vector<float>& actual) {
+  const std::vector<double> expected = exact(problem);
+  const std::vector<float> naive = on_cpu(problem);
+  ASSERT_EQ(actual.size(), expected.size());
+  const double float32 = 2.0 * test::max_error<float>(naive, expected);
+  const RoundingError rounding = rounding_error(problem.dtype);
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    const double allowed =
+        float32 + (std::fabs(expected[i]) + float32) * rounding.relative + rounding.absolute;
+    ASSERT_LE(std::fabs(actual[i] - expected[i]), allowed)
+        << "element " << i << ": " << actual[i] << ", expected " << expected[i];
+  }
+}
+
+/// The codes of rows that are already rounded to the dtype, by the CPU's quantization.
+void expect_codes(const Result& actual, const std::vector<float>& values, Shape shape) {
+  std::vector<std::int8_t> codes(values.size());
+  std::vector<float> scales(static_cast<std::size_t>(shape.num_tokens));
+  cpu::quantize_activation({.input = values.data(),
+                            .codes = codes.data(),
+                            .scales = scales.data(),
+                            .rows = shape.num_tokens,
+                            .cols = shape.hidden_size,
+                            .row_stride = shape.hidden_size});
+  EXPECT_EQ(actual.output, std::vector<float>(codes.begin(), codes.end()));
+  for (std::size_t t = 0; t < scales.size(); ++t) {
+    EXPECT_TRUE(actual.scales[t] == scales[t] ||
+                (std::isnan(actual.scales[t]) && std::isnan(scales[t])))
+        << "row " << t << ": " << actual.scales[t] << ", expected " << scales[t];
+  }
+}
+
+// ----------------------------------------------------------------------------------- every shape
+
+class NormCuda : public ::testing::TestWithParam<std::tuple<Shape, DType, NormKind>> {
+ protected:
+  void SetUp() override {
+    MOQ_SKIP_WITHOUT_GPU();
+    problem.fill();
+  }
+  Problem problem{.shape = std::get<Shape>(GetParam()),
+                  .dtype = std::get<DType>(GetParam()),
+                  .kind = std::get<NormKind>(GetParam())};
+};
+
+TEST_P(NormCuda, IsTheDefinition) {
+  expect_accurate(problem, run(problem).output);
+}
+
+TEST_P(NormCuda, ReadsAndWritesPaddedRowsFromAnyAddress) {
+  problem.padding = 3;
+  problem.offset = 1;
+  expect_accurate(problem, run(problem).output);
+}
+
+TEST_P(NormCuda, GivesTheSameBitsInPlaceAndFromGatheredRows) {
+  const std::vector<float> output = run(problem).output;
+  problem.in_place = true;
+  EXPECT_EQ(run(problem).output, output);
+  problem.in_place = false;
+  for (auto t = static_cast<std::int32_t>(problem.shape.num_tokens); t > 0; --t) {
+    problem.rows.push_back(t - 1);
+  }
+  const std::vector<float> backwards = run(problem).output;
+  const std::int64_t n = problem.shape.hidden_size;
+  for (std::int64_t t = 0; t < problem.shape.num_tokens; ++t) {
+    ASSERT_TRUE(std::equal(output.begin() + t * n, output.begin() + (t + 1) * n,
+                           backwards.end() - (t + 1) * n))
+        << "row " << t;
+  }
+}
+
+TEST_P(NormCuda, RoundsToTheGridOfEachRow) {
+  const std::vector<float> values = run(problem).output;
+  problem.to_8_bits = true;
+  expect_codes(run(problem), values, problem.shape);
+  problem.in_place = true;
+  expect_codes(run(problem), values, problem.shape);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, NormCuda,
+    ::testing::Combine(
+        ::testing::Values(Shape{1, 1}, Shape{3, 7}, Shape{5, 8}, Shape{9, 97}, Shape{1, 768},
+                          Shape{131, 768}, Shape{7, 1032}, Shape{17, 1600}, Shape{3, 4096},
+                          Shape{2, 4099}, Shape{2, 12288}, Shape{1, 16384}, Shape{3, 65536},
+                          Shape{2, 65537}),
+        ::testing::Values(DType::kFloat16, DType::kBFloat16, DType::kFloat32),
+        ::testing::Values(NormKind::kNone, NormKind::kLayerNorm, NormKind::kRmsNorm)));
+
+// ------------------------------------------------------------------------------------------ rest
+
+class NormCudaArgs : public ::testing::Test {
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_F(NormCudaArgs, ARowGivesTheSameBitsAmongAFewRows) {
+  for (const std::int64_t hidden_size : {768, 5120}) {
+    Problem many{.shape = {200, hidden_size}};
+    many.fill();
+    const std::vector<float> all = run(many).output;
+    for (const std::int32_t row : {0, 1, 123, 199}) {
+      Problem one = many;
+      one.shape.num_tokens = 1;
+      one.rows = {row};
+      EXPECT_TRUE(std::ranges::equal(run(one).output,
+                                     std::span(all).subspan(row * hidden_size, hidden_size)));
+    }
+  }
+}
+
+TEST_F(NormCudaArgs, ManyRowsAreRight) {
+  for (const auto& [num_tokens, hidden_size] :
+       {std::pair{3001, 768}, {600, 5120}, {300, 12288}, {3000, 100}, {3000, 99}}) {
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+      Problem problem{.shape = {num_tokens, hidden_size}, .dtype = dtype};
+      problem.fill();
+      const std::vector<float> values = run(problem).output;
+      expect_accurate(problem, values);
+      problem.to_8_bits = true;
+      expect_codes(run(problem), values, problem.shape);
+    }
+  }
+}
+
+TEST_F(NormCudaArgs, LayerNormWithoutBiasAddsNone) {
+  Problem problem{.shape = {3, 768}, .with_bias = false};
+  problem.fill();
+  expect_accurate(problem, run(problem).output);
+}
+
+TEST_F(NormCudaArgs, AConstantRowIsTheBias) {
+  Problem problem{.shape = {2, 640}, .dtype = DType::kFloat32};
+  problem.fill();
+  std::fill(problem.input.begin(), problem.input.end(), 3.0F);
+  const std::vector<float> output = run(problem).output;
+  EXPECT_TRUE(std::equal(problem.bias.begin(), problem.bias.end(), output.begin()));
+}
+
+TEST_F(NormCudaArgs, RowsOfZerosAndOfNansHaveTheCodesOfTheCpu) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    for (const std::int64_t hidden_size : {5, 768}) {
+      Problem problem{.shape = {5, hidden_size}, .dtype = dtype, .kind = NormKind::kNone};
+      problem.fill();
+      std::fill_n(problem.input.begin(), hidden_size, 0.0F);
+      problem.input[hidden_size + 2] = kNan;
+      problem.input[2 * hidden_size + 3] = kInfinity;
+      problem.input[3 * hidden_size + 4] = -kNan;
+      problem.to_8_bits = true;
+      expect_codes(run(problem), problem.input, problem.shape);
+    }
+  }
+}
+
+TEST_F(NormCudaArgs, ANanStaysInItsRow) {
+  Problem problem{.shape = {3, 768}};
+  problem.fill();
+  problem.input[768 + 5] = kNan;
+  const std::vector<float> output = run(problem).output;
+  for (std::int64_t i = 0; i < std::ssize(output); ++i) {
+    ASSERT_EQ(std::isnan(output[i]), i / 768 == 1) << i;
+  }
+}
+
+TEST_F(NormCudaArgs, NothingToComputeIsNoError) {
+  cuda::norm({.num_tokens = 0, .hidden_size = 8}, nullptr);
+}
+
+TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
+  const auto message = [](const DeviceNormArgs& args) {
+    try {
+      cuda::norm(args, nullptr);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  const Buffer memory(4096);
+  const DeviceNormArgs args{.input = memory.data(),
+                            .input_stride = 8,
+                            .norm = {.kind = NormKind::kRmsNorm, .weight = memory.as<float>()},
+                            .output = memory.as<char>() + 1024,
+                            .output_stride = 8,
+                            .num_tokens = 2,
+                            .hidden_size = 8};
+  EXPECT_EQ(message(args), "no error");
+  DeviceNormArgs bad = args;
+  bad.num_tokens = -1;
+  EXPECT_EQ(message(bad), "norm: num_tokens must be in [0, 2147483647], got -1");
+  bad = args;
+  bad.hidden_size = 0;
+  EXPECT_EQ(message(bad), "norm: hidden_size must be in [1, 1073741824], got 0");
+  bad = args;
+  bad.dtype = DType::kInt8;
+  EXPECT_EQ(message(bad), "norm: dtype must be float16, bfloat16 or float32, got int8");
+  bad = args;
+  bad.norm.bias = memory.as<float>();
+  EXPECT_EQ(message(bad), "norm: only LayerNorm has a bias");
+  bad = args;
+  bad.norm.weight = nullptr;
+  EXPECT_EQ(message(bad), "norm: a norm's weight must not be null");
+  bad = args;
+  bad.output = nullptr;
+  EXPECT_EQ(message(bad), "norm: input and output must not be null");
+  bad = args;
+  bad.input_stride = 7;
+  EXPECT_EQ(message(bad), "norm: input_stride must be >= hidden_size, got 7 and 8");
+  bad = args;
+  bad.output_stride = 7;
+  EXPECT_EQ(message(bad), "norm: output_stride must be >= hidden_size, got 7 and 8");
+  bad = args;
+  bad.output = memory.data();
+  bad.output_stride = 9;
+  EXPECT_EQ(message(bad), "norm: the output can be the input only with the same rows and stride");
+}
+
+}  // namespace
+}  // namespace moq::kernels::testing
+
+#endif
