@@ -47,8 +47,10 @@ void embedding(const EmbeddingArgs& args);
 struct DeviceEmbeddingLookup {
   const void* data = nullptr;          ///< [num_rows, hidden_size], row-major
   DType dtype = DType::kFloat16;       ///< float32, float16 or bfloat16
-  const std::int32_t* rows = nullptr;  ///< [num_tokens], each in [0, num_rows), not checked
-  std::int32_t row_offset = 0;         ///< added to each of `rows`
+  const std::int32_t* rows = nullptr;  ///< [num_tokens]
+  /// Added to each of `rows`. The sum must be below num_rows, which is not checked; a negative one,
+  /// as DeviceSamplingArgs::kNoToken gives, takes row 0.
+  std::int32_t row_offset = 0;
 };
 
 /// The sum of `embedding` on a GPU: float32 sums, rounded to dtype once.
