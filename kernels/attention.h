@@ -115,19 +115,19 @@ struct DeviceRotary {
 };
 
 /// What stands between the QKV projection and attention where the projection's kernel did not do it
-/// already (DeviceQkvOutput): normalises each head of q and k (qk_norm), rotates them, in place, and
-/// appends k and v to the cache, rounded to 8 bits if it holds INT8.
+/// already (DeviceQkvOutput): normalises each head of q and k (qk_norm), rotates them, in place,
+/// and appends k and v to the cache, rounded to 8 bits if it holds INT8.
 struct DeviceAppendKvArgs {
-  void* qkv = nullptr;          ///< [num_tokens, q | k | v], dtype, rows token_stride apart
+  void* qkv = nullptr;            ///< [num_tokens, q | k | v], dtype, rows token_stride apart
   std::int64_t token_stride = 0;  ///< elements
   std::int64_t num_tokens = 0;    ///< >= 0
   std::int64_t num_heads = 0;
   std::int64_t num_kv_heads = 0;
-  std::int64_t head_dim = 0;
-  DeviceNorm query_norm;  ///< over head_dim
-  DeviceNorm key_norm;
-  DeviceRotary rotary;
-  DevicePages pages;                         ///< null keys: nothing is appended
+  std::int64_t head_dim = 0;  ///< in [1, 256]
+  DeviceNorm query_norm{};    ///< over head_dim
+  DeviceNorm key_norm{};
+  DeviceRotary rotary{};
+  DevicePages pages{};                       ///< null keys: nothing is appended
   const std::int32_t* cache_rows = nullptr;  ///< [num_tokens]; < 0: the token is not appended
   DType dtype = DType::kFloat16;             ///< of qkv
 };
@@ -150,7 +150,7 @@ struct DeviceSequence {
 struct DeviceAttentionArgs {
   const void* query = nullptr;    ///< [num_tokens, num_heads, head_dim], rows query_stride apart
   std::int64_t query_stride = 0;  ///< elements
-  DevicePages pages;              ///< keys null: packed rows
+  DevicePages pages{};            ///< keys null: packed rows
   const std::int32_t* page_table = nullptr;  ///< [slots, page_table_stride]
   std::int64_t page_table_stride = 0;
   const void* packed_keys = nullptr;  ///< [num_tokens, num_kv_heads, head_dim], rows packed_stride
@@ -163,7 +163,7 @@ struct DeviceAttentionArgs {
   std::int64_t num_kv_heads = 0;
   std::int64_t head_dim = 0;  ///< in [1, 256]
   bool causal = true;
-  float scale = 1.0F;
+  float scale = 1.0F;                   ///< > 0
   const float* alibi_slopes = nullptr;  ///< [num_heads]; null: no position bias
   void* output = nullptr;  ///< [num_tokens, num_heads, head_dim], dtype, rows output_stride apart
   std::int64_t output_stride = 0;
@@ -171,7 +171,8 @@ struct DeviceAttentionArgs {
 };
 
 namespace cuda {
-/// @throws moq::Error if a size or dtype is out of range, a pointer is missing, or the launch fails.
+/// @throws moq::Error if a size or dtype is out of range, a pointer is missing, or the launch
+/// fails.
 void append_kv(const DeviceAppendKvArgs& args, CUstream_st* stream);
 /// @throws moq::Error as append_kv.
 void attention(const DeviceAttentionArgs& args, CUstream_st* stream);

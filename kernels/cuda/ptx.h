@@ -45,6 +45,34 @@ __device__ inline void load_matrices(std::uint32_t address, std::uint32_t (&word
                : "memory");
 }
 
+/// The same of four matrices whose rows are columns: lane 4 r + t receives column r of rows 2t and
+/// 2t + 1.
+__device__ inline void load_transposed_matrices(std::uint32_t address, std::uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// Two numbers rounded to 16 bits, the first in the low half.
+template <bool kBFloat16>
+__device__ inline std::uint32_t round_pair(float low, float high) {
+  std::uint32_t result;
+  if constexpr (kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+}
+
+/// 2^x with a relative error of 2^-22; results below 2^-126 are 0.
+__device__ inline float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 __device__ inline std::uint32_t subtract_f16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t result;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
@@ -62,6 +90,12 @@ __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b
 __device__ inline void copy_async(std::uint32_t target, const void* source, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(exists ? 16 : 0)
+               : "memory");
+}
+/// The same of four bytes.
+__device__ inline void copy_word_async(std::uint32_t target, const void* source, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
+               "r"(exists ? 4 : 0)
                : "memory");
 }
 __device__ inline void close_async_group() {
@@ -160,6 +194,15 @@ __device__ inline void send_to_cluster(std::uint32_t own, float value, std::uint
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
           address_in_cluster(own, rank)),
       "r"(__float_as_uint(value)), "r"(address_in_cluster(barrier, rank))
+      : "memory");
+}
+/// The same of 16 bytes, to an address that is a multiple of 16.
+__device__ inline void send_to_cluster(std::uint32_t own, const float4& value,
+                                       std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, "
+      "[%5];" ::"r"(address_in_cluster(own, rank)),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(address_in_cluster(barrier, rank))
       : "memory");
 }
 /// Tells that barrier that this thread's reads are done. It orders no writes.

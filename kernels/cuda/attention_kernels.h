@@ -1,0 +1,29 @@
+#pragma once
+
+#include "kernels/attention.h"
+
+/// What attention.cu chooses from.
+namespace moq::kernels::cuda {
+
+constexpr int kMaxHeadDim = 256;
+
+/// @throws moq::Error if pages (where there are any) have another dtype than activations of `dtype`
+///         can use, or lack a pointer.
+void check_pages(const DevicePages& pages, DType dtype, const char* op);
+
+/// Whether tensor cores multiply queries and keys where they lie: 16-bit activations, and rows that
+/// consist of whole pieces of 16 bytes.
+bool suits_tensor_cores(const DeviceAttentionArgs& args);
+
+/// Few queries for many keys: keys are shared by warps, and by blocks of a cluster.
+bool can_split(const DeviceAttentionArgs& args);
+void split_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
+
+/// Many queries: they are shared by warps and blocks.
+bool can_flash(const DeviceAttentionArgs& args);
+void flash_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
+
+/// Everything, slowly.
+void plain_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
+
+}  // namespace moq::kernels::cuda
