@@ -64,8 +64,9 @@ struct DeviceNorm {
 };
 
 /// output[t] = norm(input[rows[t]]). Statistics in float32, mean first, then the variance of the
-/// differences; the result is rounded to dtype once. Pointers are device memory. A row's bits do not
-/// depend on its neighbours, but sums are in one order up to a few hundred rows, in another above.
+/// differences; the result is rounded to dtype once. Pointers are device memory. A row's bits do
+/// not depend on its neighbours, but sums are in one order up to a few hundred rows, in another
+/// above.
 ///
 /// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
 /// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #include "kernels/common/check.h"
@@ -25,8 +26,8 @@ template <int kWidth>
 struct Stored {
   static constexpr bool kMayBeWide = kWidth * sizeof(float) <= kVectorBytes;
   union {
-    Vector<float, kMayBeWide ? kWidth : 1> wide;
-    Vector<std::uint16_t, kWidth> narrow;
+    Numbers<kMayBeWide ? kWidth : 1> wide;
+    Vector<Float16, kWidth> narrow;  // or BFloat16, with the same bits
   };
 
   __device__ void load(const void* data, DType dtype, std::int64_t offset) {
@@ -36,16 +37,16 @@ struct Stored {
         return;
       }
     }
-    narrow = load_vector<kWidth>(static_cast<const std::uint16_t*>(data) + offset);
+    narrow = load_vector<kWidth>(static_cast<const Float16*>(data) + offset);
   }
-  __device__ float value(DType dtype, int i) const {
+  __device__ Numbers<kWidth> numbers(DType dtype) const {
     if constexpr (kMayBeWide) {
       if (dtype == DType::kFloat32) {
-        return wide.element[i];
+        return wide;
       }
     }
-    return dtype == DType::kFloat16 ? number(Float16{narrow.element[i]})
-                                    : number(BFloat16{narrow.element[i]});
+    return dtype == DType::kFloat16 ? numbers_of(narrow)
+                                    : numbers_of(std::bit_cast<Vector<BFloat16, kWidth>>(narrow));
   }
 };
 
@@ -78,19 +79,19 @@ __global__ void __launch_bounds__(kMaxThreads)
       stored[l].load(args.lookups[l].data, args.lookups[l].dtype, offset[l]);
     }
   }
-  Vector<Element, kWidth> sum;
+  Numbers<kWidth> sum = stored[0].numbers(args.lookups[0].dtype);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    float value = stored[0].value(args.lookups[0].dtype, i);
+  for (int l = 1; l < kMaxLookups; ++l) {
+    if (l < args.num_lookups) {
+      const Numbers<kWidth> numbers = stored[l].numbers(args.lookups[l].dtype);
 #pragma unroll
-    for (int l = 1; l < kMaxLookups; ++l) {
-      if (l < args.num_lookups) {
-        value += stored[l].value(args.lookups[l].dtype, i);
+      for (int i = 0; i < kWidth; ++i) {
+        sum.unit[i] += numbers.unit[i];
       }
     }
-    sum.element[i] = rounded<Element>(value);
   }
-  store_vector(static_cast<Element*>(args.output) + token * args.hidden_size + col, sum);
+  store_vector(static_cast<Element*>(args.output) + token * args.hidden_size + col,
+               rounded<Element>(sum));
 }
 
 template <typename Element, int kWidth>

@@ -67,24 +67,19 @@ struct Team {
 /// registers from one pass to the next.
 template <typename Element, int kWidth>
 __device__ void stay_packed(Vector<Element, kWidth>& vector) {
-  if constexpr (sizeof(Element) == 2 && kWidth % 2 == 0) {
-    struct Words {
-      std::uint32_t word[kWidth / 2];
-    };
-    auto words = std::bit_cast<Words>(vector);
+  if constexpr (Vector<Element, kWidth>::kPairs) {
 #pragma unroll
-    for (std::uint32_t& word : words.word) {
-      asm volatile("" : "+r"(word));
+    for (std::uint32_t& pair : vector.unit) {
+      asm volatile("" : "+r"(pair));
     }
-    vector = std::bit_cast<Vector<Element, kWidth>>(words);
   }
 }
 
 /// The columns of a norm's weight and bias that belong to a vector.
 template <int kWidth>
 struct Affine {
-  Vector<float, kWidth> weight = {};
-  Vector<float, kWidth> bias = {};
+  Numbers<kWidth> weight = {};
+  Numbers<kWidth> bias = {};
 
   __device__ void load(const DeviceNorm& norm, int col) {
     if (norm.kind != NormKind::kNone) {
@@ -144,10 +139,11 @@ struct Row {
   __device__ float sum(const Team& team, float* slots, const Term& term) {
     float sum = 0.0F;
     for_each_vector([&](const Elements& vector, int, int) {
+      const Numbers<kWidth> numbers = numbers_of(vector);
       float part = 0.0F;  // the vectors' sums do not wait for each other
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        part = term(number(vector.element[i]), part);
+      for (const float number : numbers.unit) {
+        part = term(number, part);
       }
       sum += part;
     });
@@ -164,14 +160,13 @@ struct RowStatistics {
 template <typename Element, int kWidth>
 __device__ Vector<Element, kWidth> normalised(const Vector<Element, kWidth>& vector,
                                               const Affine<kWidth>& affine, RowStatistics row) {
-  Vector<Element, kWidth> result;
+  Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    const float standard = (number(vector.element[i]) - row.mean) * row.inverse;
-    result.element[i] =
-        rounded<Element>(fmaf(standard, affine.weight.element[i], affine.bias.element[i]));
+    const float standard = (numbers.unit[i] - row.mean) * row.inverse;
+    numbers.unit[i] = fmaf(standard, affine.weight.unit[i], affine.bias.unit[i]);
   }
-  return result;
+  return rounded<Element>(numbers);
 }
 
 /// Writes a row of `result` (of a vector, its column and its number) as codes of its own grid.
@@ -182,9 +177,10 @@ __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team, 
   std::int32_t magnitude = 0;  // bits, ordered as the numbers are, a NaN above all
   row.for_each_vector([&](Elements& vector, int col, int i) {
     vector = result(vector, col, i);
+    const Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      magnitude = max(magnitude, __float_as_int(number(vector.element[j])) & kMagnitudeMask);
+    for (const float number : numbers.unit) {
+      magnitude = max(magnitude, __float_as_int(number) & kMagnitudeMask);
     }
   });
   magnitude =
@@ -194,17 +190,20 @@ __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team, 
   if (team.thread == 0) {
     *scale = grid.scale;
   }
+  // The codes of quantize_one: a magnitude of at most absmax needs no clamp, and adding 1.5 * 2^23
+  // rounds to an integer, +0 included.
+  constexpr float kRound = 0x1.8p23F;
   const bool has_grid = exists(grid);
   row.for_each_vector([&](Elements& vector, int col, int i) {
     if constexpr (kHeld == 0) {
       vector = result(vector, col, i);
     }
+    Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const float value = number(vector.element[j]);
-      const std::int32_t code = has_grid ? quantize_one(value, grid, Rounding::kNearest, 0.0F) : 0;
-      vector.element[j] = rounded<Element>(static_cast<float>(code));
+    for (float& number : numbers.unit) {
+      number = has_grid ? (number * grid.inverse_scale + kRound) - kRound : 0.0F;
     }
+    vector = rounded<Element>(numbers);
     store_vector(output + col, vector);
   });
 }
