@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 struct CUstream_st;
@@ -76,21 +75,20 @@ struct DeviceSamplingArgs {
 
   const float* logits = nullptr;  ///< [batch_size, vocab_size], rows logits_stride apart
   std::int64_t batch_size = 0;    ///< >= 0
-  std::int64_t vocab_size = 0;    ///< >= 1
+  std::int64_t vocab_size = 0;    ///< in [1, 2^19)
   std::int64_t logits_stride = 0;
-  const DeviceSamplingRow* rows = nullptr;  ///< [batch_size], device memory
-  /// [history rows, ceil(vocab_size / 32)]: bit t % 32 of word t / 32 says that the row has token t.
-  /// Read where the repetition penalty is not 1; the bit of the drawn token is set. Null: no row has
-  /// a penalty.
+  /// [batch_size], device memory; may be null if all_greedy without `seen`
+  const DeviceSamplingRow* rows = nullptr;
+  /// [history rows, ceil(vocab_size / 32)]: bit t % 32 of word t / 32 says that the row has token
+  /// t. Read where the repetition penalty is not 1; the bit of the drawn token is set, so that rows
+  /// must not share a history row. Null: no row has a penalty.
   std::uint32_t* seen = nullptr;
   std::int32_t* tokens = nullptr;  ///< [batch_size], the drawn tokens
   /// Whether all rows are greedy without a penalty: no other kernel is then needed.
   bool all_greedy = false;
-  void* workspace = nullptr;  ///< sampling_workspace_size() bytes, 16-byte aligned
 };
 
 namespace cuda {
-std::size_t sampling_workspace_size(std::int64_t batch_size, std::int64_t vocab_size);
 /// @throws moq::Error if a size is out of range, a pointer is missing, or a launch fails.
 void sample(const DeviceSamplingArgs& args, CUstream_st* stream);
 }  // namespace cuda
