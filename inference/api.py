@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moq import _C
-from moq.inference.distributed import connect
+from moq.inference.distributed import connect, device_group_name, rank_device
 from moq.inference.results import Encoding, Generation, Timing
 from moq.inference.text_stream import TextStream
 from moq.inference.tokens import (
@@ -39,7 +39,7 @@ Sequences = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tens
 
 
 class Engine:
-    """A model directory, ready to run on the CPU with torch's number of threads.
+    """A model directory, ready to run on a GPU, or on the CPU with torch's number of threads.
 
     >>> engine = Engine.from_pretrained("out/model")  # doctest: +SKIP
     >>> print(engine.generate("My fellow Americans", max_new_tokens=64))  # doctest: +SKIP
@@ -68,6 +68,7 @@ class Engine:
         compute_dtype: str | None = None,
         activations: str | None = None,
         quantize_head: bool | None = None,
+        kv_cache_dtype: str | None = None,
         tp_size: int | None = None,
         policy: str | Path | None = None,
         group: dist.ProcessGroup | None = None,
@@ -77,14 +78,19 @@ class Engine:
 
         Args:
             directory: config.json, safetensors files and, for text, a tokenizer.
-            device: None or "cpu".
+            device: "cpu" or "cuda" ("cuda:1"); None: the CPU. Of several ranks on "cuda" each takes
+                the GPU of its LOCAL_RANK.
             dtype: what the weights are kept in: "int8", "fp32", "fp16" or "bf16"; None: as stored.
                 "int8" quantizes the layers' projections and the head of a plain directory (8 bits,
                 symmetric, one scale per output feature) and takes a quantized one as it is.
-            compute_dtype: of the activations: None or "fp32".
+            compute_dtype: of the activations: "fp32", on a GPU also "fp16" or "bf16". None: on a
+                GPU as dtype; beside integer weights "bf16" if the directory's floats are, else
+                "fp16".
             activations: None: exact weight-only arithmetic, unless the checkpoint was trained for
                 INT8 activations; "dynamic": INT8 with a scale per token.
             quantize_head: False keeps the head of a plain directory out of dtype="int8".
+            kv_cache_dtype: what a GPU keeps keys and values in: "int8" (a scale per token and head)
+                or None: compute_dtype.
             tp_size: ranks that share the model; None: all that torchrun started.
             policy: a JSON policy for an architecture that moq doesn't know (docs/extend.md).
             group: the process group of the ranks; None: all of torchrun's.
@@ -94,16 +100,22 @@ class Engine:
             ValueError: for an unsuitable argument.
             moq._C.Error: for an unsuitable directory; the message names file and key.
         """
-        _check_arguments(device, dtype, compute_dtype, activations, quantize_head)
+        _check_arguments(device, dtype, compute_dtype, activations, quantize_head, kv_cache_dtype)
         recover(directory)
         directory = Path(directory)
+        place = rank_device(device)
+        communicator = connect(tp_size, group, transport, place)
         core = _C.Engine.open(
             directory,
+            device=str(place),
             dtype=dtype,
+            compute_dtype=compute_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             quantize_head=quantize_head,
             activations=activations,
             policy=None if policy is None else Path(policy),
-            communicator=connect(tp_size, group, transport),
+            communicator=communicator,
+            device_group=device_group_name(communicator, group, place),
         )
         return cls(core, directory, load_tokenizer(directory))
 
@@ -117,6 +129,14 @@ class Engine:
     def core(self) -> _C.Engine:
         """The C++ engine: sizes, formats, rank, KV caches."""
         return self._core
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes that the engine holds on its device: weights, kv_cache, workspace and their total.
+
+        kv_cache is the one that generate keeps for its next call; 0 before the first.
+        """
+        report = self._core.memory_report()
+        return report | {"total": sum(report.values())}
 
     @overload
     def generate(
@@ -262,7 +282,7 @@ class Engine:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
-        """Logits of every token, float32.
+        """Logits of every token, float32, on the engine's device.
 
         Args:
             input_ids: [batch, length] tensor, or a list of token lists of any lengths.
@@ -341,20 +361,27 @@ def _check_arguments(
     compute_dtype: str | None,
     activations: str | None,
     quantize_head: bool | None,
+    kv_cache_dtype: str | None,
 ) -> None:
-    if device is not None and torch.device(device).type != "cpu":
-        raise ValueError(
-            f"device must be 'cpu': this engine runs on the CPU, got {str(device)!r}. Remedy: "
-            "leave device out; on a GPU an exported directory opens in transformers and vLLM"
-        )
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be None, 'cpu' or 'cuda', got {str(device)!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
-    if compute_dtype not in (None, "fp32"):
+    if kind == "cpu" and compute_dtype not in (None, "fp32"):
         raise ValueError(
             f"compute_dtype must be None or 'fp32' on the CPU, got {compute_dtype!r}. Remedy: "
             "leave it out; dtype chooses what the weights are kept in"
         )
+    if compute_dtype not in (None, "fp32", "fp16", "bf16"):
+        raise ValueError(
+            f"compute_dtype must be None or one of fp32, fp16, bf16, got {compute_dtype!r}"
+        )
     if activations not in (None, "dynamic"):
-        raise ValueError(f"activations must be None or 'dynamic' on the CPU, got {activations!r}")
+        raise ValueError(f"activations must be None or 'dynamic', got {activations!r}")
     if quantize_head and dtype != "int8":
         raise ValueError(f"quantize_head=True needs dtype='int8', got dtype={dtype!r}")
+    if kv_cache_dtype not in (None, "int8") or (kind == "cpu" and kv_cache_dtype is not None):
+        raise ValueError(
+            f"kv_cache_dtype must be None, or 'int8' on a GPU, got {kv_cache_dtype!r} on {kind}"
+        )

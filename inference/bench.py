@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 import torch
 
@@ -26,16 +27,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens drawn (32)")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once (1)")
     parser.add_argument("--repeats", type=int, default=3, help="runs, the best counts (3)")
+    parser.add_argument(
+        "--profile", action="store_true", help="on a GPU: a decode step kernel by kernel"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def random_prompts(engine: Engine, batch: int, length: int) -> list[list[int]]:
+    """Token ids without a meaning, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    prompts: list[list[int]] = torch.randint(
+        0, engine.core.vocab_size, (batch, length), generator=generator
+    ).tolist()
+    return prompts
+
+
+def _profile(engine: Engine, args: argparse.Namespace) -> int:
+    from moq.inference.profile import profile_decode, read_bandwidth, table
+
+    prompts = random_prompts(engine, args.batch, args.context)
+    kernels, step_time = profile_decode(engine, prompts, args.new_tokens)
+    bandwidth = read_bandwidth()
+    if is_first_rank() and args.json:
+        for kernel in kernels:
+            print(json.dumps(asdict(kernel) | {"read_bandwidth": bandwidth, **describe(engine)}))
+    elif is_first_rank():
+        print(table(kernels, step_time, bandwidth))
+    return 0
 
 
 def measure(
     engine: Engine, context: int, new_tokens: int, batch: int, repeats: int
 ) -> dict[str, float]:
     """Best prefill and decode speed over several runs, tokens per second over the whole batch."""
-    generator = torch.Generator().manual_seed(0)
-    vocab = engine.core.vocab_size
-    prompts = torch.randint(0, vocab, (batch, context), generator=generator).tolist()
+    prompts = random_prompts(engine, batch, context)
     best = {"prefill_tokens_per_second": 0.0, "decode_tokens_per_second": 0.0}
     for _ in range(repeats):
         engine.generate(prompts, new_tokens, stop_token_ids=[], max_batch=batch)
@@ -51,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, option)) < least:
             raise ValueError(f"--{option.replace('_', '-')} must be >= {least}, got {value}")
     engine = open_engine(args)
+    if args.profile:
+        return _profile(engine, args)
     speed = measure(engine, args.context, args.new_tokens, args.batch, args.repeats)
     if is_first_rank():
         result = {"context": args.context, "batch": args.batch, **speed, **describe(engine)}

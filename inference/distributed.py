@@ -22,18 +22,21 @@ def connect(
     tp_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     transport: str = "auto",
+    device: torch.device | None = None,
 ) -> _C.Communicator:
     """Connects this process with the other ranks of its tensor-parallel group.
 
-    All ranks call it together. Under torchrun the process group is made here, on gloo, unless the
-    caller has made one already. Without a launcher this process holds the whole model.
+    All ranks call it together. Under torchrun the process group is made here, on gloo (and on NCCL
+    for GPUs), unless the caller has made one already. Without a launcher this process holds the
+    whole model.
 
     Args:
         tp_size: number of ranks that share the model; None: all of them. 1 makes every rank hold
             the whole model.
         group: the ranks to use instead of all of torchrun's; may have any backend.
         transport: "auto" (shared memory between ranks of one host, c10d otherwise),
-            "shared_memory" or "c10d".
+            "shared_memory" or "c10d". It carries what ranks on the CPU exchange; GPUs use NCCL.
+        device: where this rank computes; None: the CPU.
 
     Returns:
         The communicator; its rank and size are tp_rank and tp_size.
@@ -56,9 +59,30 @@ def connect(
         return _C.single_process()
     if not dist.is_initialized():
         _end_with_the_launcher()
-        dist.init_process_group("gloo")
+        if device is not None and device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         atexit.register(_destroy_process_group)
-    return _C.make_communicator(_cpu_group(group).group_name, transport)
+    cpu_group = _group_for(torch.device("cpu"), group, "gloo")
+    return _C.make_communicator(cpu_group.group_name, transport)
+
+
+def rank_device(device: str | torch.device | None) -> torch.device:
+    """Where this process computes: for torchrun's ranks "cuda" is the GPU of their LOCAL_RANK."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type == "cuda" and place.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return place
+
+
+def device_group_name(
+    communicator: _C.Communicator, group: dist.ProcessGroup | None, device: torch.device
+) -> str:
+    """The name, as c10d knows it, of the ranks' process group that carries GPU tensors; or ""."""
+    if communicator.size == 1 or device.type != "cuda":
+        return ""
+    return _group_for(device, group, "nccl").group_name
 
 
 def broadcast_text(communicator: _C.Communicator, text: str) -> str:
@@ -73,16 +97,18 @@ def broadcast_text(communicator: _C.Communicator, text: str) -> str:
     return data.decode()
 
 
-def _cpu_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group itself if it carries CPU tensors, otherwise a gloo group of the same ranks."""
+def _group_for(
+    device: torch.device, group: dist.ProcessGroup | None, backend: str
+) -> dist.ProcessGroup:
+    """The group itself if it carries the device's tensors, otherwise another of the same ranks."""
     group = group or dist.group.WORLD
     assert group is not None
-    if torch.device("cpu") in group._device_types:
+    if torch.device(device.type) in group._device_types:
         return group
     ranks = dist.get_process_group_ranks(group)
-    gloo_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(gloo_group, dist.ProcessGroup)
-    return gloo_group
+    other = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    assert isinstance(other, dist.ProcessGroup)
+    return other
 
 
 def _destroy_process_group() -> None:

@@ -19,9 +19,22 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="exported moq or plain Hugging Face directory")
     group = parser.add_argument_group("how the model is loaded")
     group.add_argument(
+        "--device", help="cpu (default), cuda or cuda:N; ranks on cuda take a GPU each"
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         help="what the weights are kept in (default: as stored; int8 quantizes a plain directory)",
+    )
+    group.add_argument(
+        "--compute-dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="what activations are kept in (default: fp32 on the CPU, as the weights on a GPU)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=["int8"],
+        help="what a GPU keeps keys and values in (default: as activations)",
     )
     group.add_argument(
         "--activations",
@@ -49,7 +62,10 @@ def open_engine(args: argparse.Namespace) -> Engine:
         torch.set_num_threads(args.threads)
     return Engine.from_pretrained(
         args.directory,
+        device=args.device,
         dtype=args.dtype,
+        compute_dtype=args.compute_dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         activations=args.activations,
         quantize_head=False if args.keep_head else None,
         policy=args.policy,
@@ -61,6 +77,8 @@ def describe(engine: Engine) -> dict[str, object]:
     core = engine.core
     return {
         "architecture": core.architecture,
+        "device": core.device,
+        "compute_dtype": core.compute_dtype,
         "weights": core.weight_format,
         "head": core.head_format,
         "activations": core.activations,

@@ -201,6 +201,8 @@ class Engine:
     weight_format: str
     head_format: str
     weight_bytes: int
+    device: str
+    compute_dtype: str
     rank: int
     tp_size: int
     transport: str
@@ -208,12 +210,18 @@ class Engine:
     def open(
         directory: Path,
         *,
+        device: str = "cpu",
         dtype: str | None = None,
+        compute_dtype: str | None = None,
+        kv_cache_dtype: str | None = None,
         quantize_head: bool | None = None,
         activations: str | None = None,
         policy: Path | None = None,
         communicator: Communicator | None = None,
+        device_group: str = "",
     ) -> Engine: ...
+    def memory_report(self) -> dict[str, int]: ...
+    def decode_kernels(self) -> list[tuple[str, int, int, int]]: ...
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

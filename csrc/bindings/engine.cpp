@@ -87,15 +87,22 @@ void bind_results(py::module_& m) {
           "[num_sequences, num_labels] float32, or None without a classifier");
 }
 
-Engine open_engine(const std::filesystem::path& directory, std::optional<std::string> dtype,
-                   std::optional<bool> quantize_head, std::optional<std::string> activations,
+Engine open_engine(const std::filesystem::path& directory, const std::string& device,
+                   std::optional<std::string> dtype, std::optional<std::string> compute_dtype,
+                   std::optional<std::string> kv_cache_dtype, std::optional<bool> quantize_head,
+                   std::optional<std::string> activations,
                    std::optional<std::filesystem::path> policy,
-                   std::shared_ptr<inference::Communicator> communicator) {
+                   std::shared_ptr<inference::Communicator> communicator,
+                   std::string device_group) {
   const py::gil_scoped_release release;
   const inference::EngineOptions options{.dtype = std::move(dtype),
                                          .quantize_head = quantize_head,
+                                         .compute_dtype = std::move(compute_dtype),
+                                         .kv_cache_dtype = std::move(kv_cache_dtype),
+                                         .device = at::Device(device),
                                          .activations = std::move(activations),
                                          .policy = std::move(policy),
+                                         .device_group = std::move(device_group),
                                          .communicator = std::move(communicator)};
   return Engine::open(directory, options);
 }
@@ -126,9 +133,11 @@ void bind_engine(py::module_& m) {
   py::class_<Engine>(m, "Engine",
                      "A model of a checkpoint directory; moq.inference.Engine wraps it.")
       .def_static("open", &open_engine, py::arg("directory"), py::kw_only(),
-                  py::arg("dtype") = py::none(), py::arg("quantize_head") = py::none(),
-                  py::arg("activations") = py::none(), py::arg("policy") = py::none(),
-                  py::arg("communicator") = py::none(),
+                  py::arg("device") = "cpu", py::arg("dtype") = py::none(),
+                  py::arg("compute_dtype") = py::none(), py::arg("kv_cache_dtype") = py::none(),
+                  py::arg("quantize_head") = py::none(), py::arg("activations") = py::none(),
+                  py::arg("policy") = py::none(), py::arg("communicator") = py::none(),
+                  py::arg("device_group") = "",
                   "Loads the share of the communicator's rank (None: the whole model). policy is "
                   "the path of a JSON file.")
       .def("generate", &generate, py::arg("prompts"), py::kw_only(), py::arg("max_new_tokens"),
@@ -179,9 +188,37 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("head_format", &Engine::head_format,
                              "What the language-model head is stored in; empty without one.")
       .def_property_readonly(
-          "weight_bytes",
-          [](const Engine& e) { return inference::weight_bytes(e.model().weights()); },
-          "Bytes of this rank's packed projections.")
+          "weight_bytes", [](const Engine& e) { return e.model().memory().weights; },
+          "Bytes of this rank's weights.")
+      .def_property_readonly(
+          "device", [](const Engine& e) { return e.model().device().str(); },
+          "Where it computes: cpu, or cuda:0.")
+      .def_property_readonly(
+          "compute_dtype", [](const Engine& e) { return e.model().compute_dtype(); },
+          "What activations are kept in.")
+      .def(
+          "decode_kernels",
+          [](const Engine& e) {
+            py::list kernels;
+            for (const inference::KernelRecord& kernel : e.model().decode_kernels()) {
+              kernels.append(
+                  py::make_tuple(kernel.what, kernel.rows, kernel.columns, kernel.bytes));
+            }
+            return kernels;
+          },
+          "Kernels of the last captured decode step, in order: (what, rows, columns, least bytes "
+          "read). Empty on the CPU.")
+      .def(
+          "memory_report",
+          [](const Engine& e) {
+            const inference::MemoryReport report = e.model().memory();
+            py::dict sizes;
+            sizes["weights"] = report.weights;
+            sizes["kv_cache"] = report.kv_cache;
+            sizes["workspace"] = report.workspace;
+            return sizes;
+          },
+          "Bytes that the engine holds on its device.")
       .def_property_readonly("communicator", &Engine::communicator,
                              "The ranks that share the model.")
       .def_property_readonly("rank",

@@ -1,22 +1,27 @@
 #include "inference/engine/engine.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <numeric>
 
 #include "inference/checkpoint/checkpoint.h"
 #include "inference/checkpoint/json.h"
 #include "inference/checkpoint/mapped_file.h"
+#include "inference/engine/cpu_transformer.h"
 #include "inference/engine/quantization_config.h"
 #include "inference/policies/parameter_map.h"
 #include "inference/policies/policy.h"
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
+
+#if defined(MOQ_WITH_CUDA)
+#include "inference/engine/cuda/transformer.h"
+#endif
 
 namespace moq::inference {
 namespace {
@@ -51,11 +56,33 @@ std::int64_t total_tokens(std::span<const TokenSequence> sequences) {
   return total;
 }
 
-at::Tensor copy_of(const float* values, std::int64_t rows, std::int64_t cols) {
-  at::Tensor tensor = at::empty({rows, cols}, at::kFloat);
-  std::memcpy(tensor.mutable_data_ptr<float>(), values,
-              sizeof(float) * static_cast<std::size_t>(rows * cols));
-  return tensor;
+/// The model on the device that the options name.
+std::unique_ptr<Transformer> open_transformer(const ParameterMap& parameters,
+                                              std::shared_ptr<const Checkpoint> files,
+                                              const LoadOptions& load, const EngineOptions& options,
+                                              const std::shared_ptr<Communicator>& communicator) {
+  if (options.device.is_cpu()) {
+    MOQ_CHECK(options.compute_dtype.value_or("fp32") == "fp32",
+              "engine: compute_dtype must be None or fp32 on the CPU, got ",
+              *options.compute_dtype);
+    MOQ_CHECK(!options.kv_cache_dtype.has_value(),
+              "engine: kv_cache_dtype must be None on the CPU, got ", *options.kv_cache_dtype);
+    return std::make_unique<CpuTransformer>(
+        parameters.spec(), load_weights(parameters, std::move(files), load), communicator);
+  }
+  MOQ_CHECK(options.device.is_cuda(), "engine: device must be cpu or cuda, got ",
+            options.device.str());
+#if defined(MOQ_WITH_CUDA)
+  return open_cuda_transformer(parameters, std::move(files), load,
+                               {.device = options.device,
+                                .compute_dtype = options.compute_dtype,
+                                .kv_cache_dtype = options.kv_cache_dtype,
+                                .group_name = options.device_group},
+                               communicator);
+#else
+  moq::detail::fail("engine: device cuda needs moq built with CUDA, got a build without: install ",
+                    "nvcc and build again (`moq doctor` says what was found)");
+#endif
 }
 
 }  // namespace
@@ -87,8 +114,7 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
   MOQ_CHECK(std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
             directory.string());
   MOQ_CHECK(options.activations.value_or("dynamic") == "dynamic",
-            "engine: activations must be None or \"dynamic\" on the CPU, got \"",
-            *options.activations, "\"");
+            "engine: activations must be None or \"dynamic\", got \"", *options.activations, "\"");
   const Json config = read_json(directory / "config.json");
   const QuantizationConfig quantization = QuantizationConfig::parse(config);
   auto files = std::make_shared<const Checkpoint>(Checkpoint::open(directory));
@@ -97,21 +123,19 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
                             : find_policy(config, builtin_policies());
   const ParameterMap parameters = ParameterMap::resolve(policy, config, *files);
   auto communicator = options.communicator ? options.communicator : single_process();
-  Weights weights =
-      load_weights(parameters, std::move(files),
-                   {.dtype = options.dtype.has_value() ? parse_weight_dtype(*options.dtype)
-                                                       : WeightDtype::kAsStored,
-                    .quantize_head = options.quantize_head,
-                    .dynamic_activations = options.activations.has_value(),
-                    .quantization = quantization,
-                    .rank = communicator->rank(),
-                    .size = communicator->size()});
-  return {Transformer(parameters.spec(), std::move(weights), communicator), policy.name,
+  const LoadOptions load{.dtype = options.dtype.has_value() ? parse_weight_dtype(*options.dtype)
+                                                            : WeightDtype::kAsStored,
+                         .quantize_head = options.quantize_head,
+                         .dynamic_activations = options.activations.has_value(),
+                         .quantization = quantization,
+                         .rank = communicator->rank(),
+                         .size = communicator->size()};
+  return {open_transformer(parameters, std::move(files), load, options, communicator), policy.name,
           communicator};
 }
 
 std::string Engine::activations() const {
-  const auto& layers = model_.weights().layers;
+  const auto& layers = model_->weights().layers;
   const bool dynamic = std::any_of(layers.begin(), layers.end(), [](const Layer& layer) {
     return layer.up.input_mode == kernels::InputMode::kDynamicInt8 ||
            layer.qkv.input_mode == kernels::InputMode::kDynamicInt8;
@@ -120,19 +144,19 @@ std::string Engine::activations() const {
 }
 
 std::string Engine::weight_format() const {
-  return kernels::name_of(model_.weights().layers.front().qkv.weight.shape.format);
+  return kernels::name_of(model_->weights().layers.front().qkv.shape().format);
 }
 
 std::string Engine::head_format() const {
-  return spec().has_head ? kernels::name_of(model_.weights().head.weight.shape.format) : "";
+  return spec().has_head ? kernels::name_of(model_->weights().head.shape().format) : "";
 }
 
-KvCache Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const {
+std::unique_ptr<KvCache> Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const {
   MOQ_CHECK(spec().attention == AttentionKind::kCausal,
             "engine: a KV cache needs a causal model, got ", spec().architecture);
   MOQ_CHECK(capacity <= spec().max_positions, "engine: a KV cache must hold at most the model's ",
             spec().max_positions, " positions, got ", capacity);
-  return model_.make_cache(num_slots, capacity);
+  return model_->make_cache(num_slots, capacity);
 }
 
 GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> prompts,
@@ -148,11 +172,11 @@ GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> pro
   for (const std::vector<std::int64_t>& prompt : prompts) {
     add_list(request, prompt);
   }
-  check_agreement(model_.communicator(), "generate: the prompts and options", request);
+  check_agreement(model_->communicator(), "generate: the prompts and options", request);
   at::Tensor seed = at::scalar_tensor(static_cast<std::int64_t>(options.sampling.seed), at::kLong);
-  model_.communicator().broadcast(seed, 0);
+  model_->communicator().broadcast(seed, 0);
   options.sampling.seed = static_cast<std::uint64_t>(seed.item<std::int64_t>());
-  return inference::generate(model_, prompts, options, on_token);
+  return inference::generate(*model_, prompts, options, on_token);
 }
 
 /// Runs the model on all sequences, piece by piece, each of whole sequences; calls on_piece() after
@@ -172,7 +196,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
       request.push_back(cache->holds(slot) ? cache->length(slot) : -1);
     }
   }
-  check_agreement(model_.communicator(), "engine: the tokens and slots", request);
+  check_agreement(model_->communicator(), "engine: the tokens and slots", request);
   MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
@@ -184,7 +208,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
     const std::int64_t slot = cache == nullptr ? 0 : slots[i];
     all.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
   }
-  model_.check(all, cache);
+  model_->check(all, cache);
   std::size_t next = 0;
   while (next < sequences.size()) {
     batch_.clear();
@@ -195,7 +219,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
       ++next;
     } while (next < sequences.size() &&
              batch_.num_tokens() + all.sequences()[next].num_tokens <= kTokensAtOnce);
-    model_.forward(batch_, cache);
+    model_->forward(batch_, cache);
     on_piece();
   }
 }
@@ -206,16 +230,17 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
             spec().architecture, ": use encode");
   const Call call(*in_use_);
   const std::int64_t vocab_size = spec().vocab_size;
-  at::Tensor logits = at::empty({total_tokens(sequences), vocab_size}, at::kFloat);
-  float* out = logits.mutable_data_ptr<float>();
+  at::Tensor logits = at::empty({total_tokens(sequences), vocab_size},
+                                at::TensorOptions(at::kFloat).device(model_->device()));
+  std::int64_t done = 0;
   std::vector<std::int64_t> rows;
   run(sequences, cache, slots, [&] {
     for (std::int64_t begin = 0; begin < batch_.num_tokens(); begin += kLogitRowsAtOnce) {
-      rows.resize(
-          static_cast<std::size_t>(std::min(kLogitRowsAtOnce, batch_.num_tokens() - begin)));
+      const std::int64_t count = std::min(kLogitRowsAtOnce, batch_.num_tokens() - begin);
+      rows.resize(static_cast<std::size_t>(count));
       std::iota(rows.begin(), rows.end(), begin);
-      const std::size_t count = rows.size() * static_cast<std::size_t>(vocab_size);
-      out = std::copy_n(model_.logits(rows), count, out);
+      logits.narrow(0, done, count).copy_(model_->logits(rows));
+      done += count;
     }
   });
   return logits;
@@ -225,21 +250,22 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   const Call call(*in_use_);
   const std::int64_t hidden = spec().hidden_size;
   Encoding encoding;
-  encoding.last_hidden_state = at::empty({total_tokens(sequences), hidden}, at::kFloat);
-  float* states = encoding.last_hidden_state.mutable_data_ptr<float>();
-  std::vector<float> pooled;
+  encoding.last_hidden_state = at::empty({total_tokens(sequences), hidden},
+                                         at::TensorOptions(at::kFloat).device(model_->device()));
+  std::int64_t done = 0;
+  std::vector<at::Tensor> pooled;
   run(sequences, nullptr, {}, [&] {
-    states = std::copy_n(model_.hidden_state(), batch_.num_tokens() * hidden, states);
+    encoding.last_hidden_state.narrow(0, done, batch_.num_tokens()).copy_(model_->hidden_state());
+    done += batch_.num_tokens();
     if (spec().has_pooler) {
-      const std::vector<float> piece = model_.pooled(batch_);
-      pooled.insert(pooled.end(), piece.begin(), piece.end());
+      pooled.push_back(model_->pooled(batch_));
     }
   });
-  const auto num_sequences = static_cast<std::int64_t>(sequences.size());
   if (spec().has_pooler) {
-    encoding.pooled = copy_of(pooled.data(), num_sequences, hidden);
+    encoding.pooled =
+        pooled.empty() ? encoding.last_hidden_state.new_empty({0, hidden}) : at::cat(pooled);
     if (spec().has_classifier) {
-      encoding.logits = copy_of(model_.classify(pooled).data(), num_sequences, spec().num_labels);
+      encoding.logits = model_->classify(encoding.pooled);
     }
   }
   return encoding;

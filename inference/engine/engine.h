@@ -18,11 +18,17 @@
 namespace moq::inference {
 
 struct EngineOptions {
-  std::optional<std::string> dtype;        ///< "int8", "fp32", "fp16", "bf16"; nullopt: as stored
-  std::optional<bool> quantize_head;       ///< LoadOptions::quantize_head
+  std::optional<std::string> dtype;   ///< "int8", "fp32", "fp16", "bf16"; nullopt: as stored
+  std::optional<bool> quantize_head;  ///< LoadOptions::quantize_head
+  std::optional<std::string>
+      compute_dtype;  ///< "fp32", "fp16", "bf16"; nullopt: the device's choice
+  std::optional<std::string> kv_cache_dtype;  ///< "int8"; nullopt: as compute_dtype
+  at::Device device = at::kCPU;
   std::optional<std::string> activations;  ///< "dynamic"; nullopt: exact, or as the checkpoint asks
   std::optional<std::filesystem::path> policy;  ///< a user's policy (JSON); nullopt: a built-in one
-  std::shared_ptr<Communicator> communicator;   ///< null: single_process()
+  /// Several ranks on GPUs: the process group, registered with c10d, that carries GPU tensors.
+  std::string device_group;
+  std::shared_ptr<Communicator> communicator;  ///< null: single_process()
 };
 
 /// Token ids of one sequence; token types are one per id, or empty.
@@ -31,14 +37,16 @@ struct TokenSequence {
   std::vector<std::int64_t> token_types;
 };
 
-/// What an encoder computes, float32. Tokens of all sequences are packed in order.
+/// What an encoder computes, float32, on the engine's device. Tokens of all sequences are packed in
+/// order.
 struct Encoding {
   at::Tensor last_hidden_state;  ///< [num_tokens, hidden_size]
   at::Tensor pooled;             ///< [num_sequences, hidden_size]; undefined without a pooler
   at::Tensor logits;             ///< [num_sequences, num_labels]; undefined without a classifier
 };
 
-/// A model of a checkpoint directory, ready to run on the CPU with torch's number of threads.
+/// A model of a checkpoint directory, ready to run on a GPU, or on the CPU with torch's number of
+/// threads.
 ///
 /// Any thread may call; a call waits until the one before it has ended. Where several ranks share
 /// the model, their calls must come in the same order on all of them. A callback of generate that
@@ -48,8 +56,8 @@ class Engine {
   /// @throws moq::Error if the directory, its config.json, the policy or an option is unsuitable
   static Engine open(const std::filesystem::path& directory, const EngineOptions& options);
 
-  const ModelSpec& spec() const { return model_.spec(); }
-  const Transformer& model() const { return model_; }
+  const ModelSpec& spec() const { return model_->spec(); }
+  const Transformer& model() const { return *model_; }
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
   const std::string& policy_name() const { return policy_name_; }
   std::string activations() const;    ///< "dynamic" if any layer reads INT8, or "weight_only"
@@ -60,14 +68,15 @@ class Engine {
   GenerationResult generate(std::span<const std::vector<std::int64_t>> prompts,
                             GenerationOptions options, const OnToken& on_token = {});
 
-  /// Logits of every token of the sequences, packed: [num_tokens, vocab_size], float32.
+  /// Logits of every token of the sequences, packed: [num_tokens, vocab_size], float32,
+  /// on the engine's device.
   /// @param cache  null: whole sequences. Otherwise sequence i continues slots[i]
   at::Tensor forward(std::span<const TokenSequence> sequences, KvCache* cache,
                      std::span<const std::int64_t> slots);
 
   Encoding encode(std::span<const TokenSequence> sequences);
 
-  KvCache make_cache(std::int64_t num_slots, std::int64_t capacity) const;
+  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const;
 
  private:
   /// Who calls; on the heap, because an engine moves.
@@ -77,7 +86,8 @@ class Engine {
   };
   class Call;
 
-  Engine(Transformer model, std::string policy_name, std::shared_ptr<Communicator> communicator)
+  Engine(std::unique_ptr<Transformer> model, std::string policy_name,
+         std::shared_ptr<Communicator> communicator)
       : model_(std::move(model)),
         policy_name_(std::move(policy_name)),
         communicator_(std::move(communicator)) {}
@@ -86,7 +96,7 @@ class Engine {
            std::span<const std::int64_t> slots, const OnPiece& on_piece);
 
   std::unique_ptr<Use> in_use_ = std::make_unique<Use>();
-  Transformer model_;
+  std::unique_ptr<Transformer> model_;
   std::string policy_name_;
   std::shared_ptr<Communicator> communicator_;
   TokenBatch batch_;  ///< the piece that runs

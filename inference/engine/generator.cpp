@@ -62,23 +62,29 @@ class Generation {
         prompts_(prompts),
         options_(options),
         on_token_(on_token),
-        cache_(
-            model.make_cache(std::min(options.max_batch, static_cast<std::int64_t>(prompts.size())),
-                             longest(prompts) + options.max_new_tokens)) {
+        max_rows_(std::min(options.max_batch, static_cast<std::int64_t>(prompts.size()))),
+        cache_(model.generation_cache(max_rows_, longest(prompts) + options.max_new_tokens)) {
     result_.rows.resize(prompts.size());
-    const std::int64_t prompt_tokens = longest(prompts) * cache_.num_slots();
-    model_.reserve(std::max(std::min(prompt_tokens, options.chunk_tokens), cache_.num_slots()));
+    const std::int64_t prompt_tokens = longest(prompts) * max_rows_;
+    model_.reserve(std::max(std::min(prompt_tokens, options.chunk_tokens), max_rows_));
   }
+  /// A generation that an error ends gives its slots back too.
+  ~Generation() {
+    for (const Row& row : rows_) {
+      cache_.free(row.slot);
+    }
+  }
+  Generation(const Generation&) = delete;
+  Generation& operator=(const Generation&) = delete;
 
   GenerationResult run() {
     for (admit(); !rows_.empty(); admit()) {
       const Clock::time_point start = Clock::now();
       const bool prefill = fill_batch();
-      model_.forward(batch_, &cache_);
       draw();
       const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
       (prefill ? result_.prefill_seconds : result_.decode_seconds) += seconds;
-      result_.decode_tokens += prefill ? 0 : static_cast<std::int64_t>(drawn_.size());
+      result_.decode_tokens += prefill ? 0 : static_cast<std::int64_t>(drawing_.size());
     }
     return std::move(result_);
   }
@@ -86,7 +92,7 @@ class Generation {
  private:
   /// Gives free slots to waiting prompts.
   void admit() {
-    while (next_ < prompts_.size() && cache_.num_free_slots() > 0) {
+    while (next_ < prompts_.size() && static_cast<std::int64_t>(rows_.size()) < max_rows_) {
       Row row{.index = next_, .slot = cache_.allocate()};
       row.tokens.reserve(prompts_[next_].size() +
                          static_cast<std::size_t>(options_.max_new_tokens));
@@ -120,7 +126,7 @@ class Generation {
     return prefill;
   }
 
-  /// Draws the next token of every row whose tokens are all in the cache.
+  /// Computes the batch and draws the next token of every row whose tokens are all in the cache.
   void draw() {
     sampling_.clear();
     for (const std::size_t i : drawing_) {
@@ -131,20 +137,11 @@ class Generation {
                            .stream = static_cast<std::uint32_t>(row.index),
                            .step = row.tokens.size() - prompts_[row.index].size()});
     }
-    drawn_.resize(drawing_.size());
-    if (drawing_.empty()) {
-      return;
-    }
-    const std::int64_t vocab_size = model_.spec().vocab_size;
-    kernels::cpu::sample({.logits = model_.logits(logit_rows_),
-                          .batch_size = static_cast<std::int64_t>(drawing_.size()),
-                          .vocab_size = vocab_size,
-                          .logits_stride = vocab_size,
-                          .rows = sampling_.data(),
-                          .tokens = drawn_.data()});
+    const std::span<const std::int64_t> drawn =
+        model_.next_tokens(batch_, cache_, logit_rows_, sampling_);
     // Backwards, so that erasing a finished row leaves the earlier indices valid.
     for (std::size_t d = drawing_.size(); d-- > 0;) {
-      if (take(rows_[drawing_[d]], drawn_[d])) {
+      if (take(rows_[drawing_[d]], drawn[d])) {
         cache_.free(rows_[drawing_[d]].slot);
         rows_.erase(rows_.begin() + static_cast<std::ptrdiff_t>(drawing_[d]));
       }
@@ -172,7 +169,8 @@ class Generation {
   Prompts prompts_;
   const GenerationOptions& options_;
   const OnToken& on_token_;
-  KvCache cache_;
+  std::int64_t max_rows_;
+  KvCache& cache_;
   GenerationResult result_;
   std::size_t next_ = 0;  ///< first prompt that waits
   std::vector<Row> rows_;
@@ -181,7 +179,6 @@ class Generation {
   std::vector<std::int64_t> logit_rows_;  ///< tokens of the batch whose logits are needed
   std::vector<std::size_t> drawing_;      ///< their rows
   std::vector<kernels::SamplingRow> sampling_;
-  std::vector<std::int64_t> drawn_;
 };
 
 }  // namespace

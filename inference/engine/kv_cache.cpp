@@ -39,13 +39,7 @@ KvCache::KvCache(std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_
   MOQ_CHECK(size.has_value(), "kv cache: layers, slots, kv heads, capacity and head_dim must fit ",
             "into memory, got ", num_layers, ", ", num_slots, ", ", num_kv_heads, ", ", capacity,
             ", ", head_dim);
-  data_ = AlignedBuffer(*size);
   lengths_.assign(static_cast<std::size_t>(num_slots), kFree);
-}
-
-float* KvCache::slab(std::int64_t layer, std::int64_t which) {
-  return data_.as<float>() +
-         (layer * 2 + which) * num_slots() * num_kv_heads_ * capacity_ * head_dim_;
 }
 
 bool KvCache::holds(std::int64_t slot) const {
@@ -71,6 +65,7 @@ std::int64_t KvCache::allocate() {
 
 void KvCache::free(std::int64_t slot) {
   check_used(slot);
+  forget(slot, 0);
   lengths_[static_cast<std::size_t>(slot)] = kFree;
 }
 
@@ -78,6 +73,7 @@ std::int64_t KvCache::fork(std::int64_t slot) {
   check_used(slot);
   const std::int64_t heir = allocate();
   copy(slot, heir);
+  lengths_[static_cast<std::size_t>(heir)] = length(slot);
   return heir;
 }
 
@@ -119,6 +115,7 @@ void KvCache::truncate(std::int64_t slot, std::int64_t length) {
             "kv cache: truncate must shorten a "
             "sequence of ",
             this->length(slot), " tokens, got ", length);
+  forget(slot, length);
   lengths_[static_cast<std::size_t>(slot)] = length;
 }
 
@@ -129,17 +126,29 @@ void KvCache::advance(std::int64_t slot, std::int64_t num_tokens) {
   lengths_[static_cast<std::size_t>(slot)] = length;
 }
 
-void KvCache::copy(std::int64_t from, std::int64_t to) {
-  const std::int64_t length = this->length(from);
-  const std::int64_t head = capacity_ * head_dim_;
-  for (std::int64_t slab_index = 0; slab_index < num_layers_ * 2; ++slab_index) {
+HostKvCache::HostKvCache(std::int64_t num_layers, std::int64_t num_kv_heads, std::int64_t head_dim,
+                         std::int64_t num_slots, std::int64_t capacity)
+    : KvCache(num_layers, num_kv_heads, head_dim, num_slots, capacity),
+      data_(2 * sizeof(float) *
+            static_cast<std::size_t>(num_layers * num_slots * num_kv_heads * capacity * head_dim)) {
+}
+
+float* HostKvCache::slab(std::int64_t layer, std::int64_t which) {
+  return data_.as<float>() +
+         (layer * 2 + which) * num_slots() * num_kv_heads() * capacity() * head_dim();
+}
+
+void HostKvCache::copy(std::int64_t from, std::int64_t to) {
+  const std::int64_t used = length(from);
+  const std::int64_t head = capacity() * head_dim();
+  for (std::int64_t slab_index = 0; slab_index < num_layers() * 2; ++slab_index) {
     float* data = slab(slab_index / 2, slab_index % 2);
-    for (std::int64_t h = 0; h < num_kv_heads_; ++h) {
-      std::memcpy(data + (to * num_kv_heads_ + h) * head, data + (from * num_kv_heads_ + h) * head,
-                  sizeof(float) * static_cast<std::size_t>(length * head_dim_));
+    for (std::int64_t h = 0; h < num_kv_heads(); ++h) {
+      std::memcpy(data + (to * num_kv_heads() + h) * head,
+                  data + (from * num_kv_heads() + h) * head,
+                  sizeof(float) * static_cast<std::size_t>(used * head_dim()));
     }
   }
-  lengths_[static_cast<std::size_t>(to)] = length;
 }
 
 }  // namespace moq::inference

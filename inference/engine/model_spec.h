@@ -4,11 +4,12 @@
 #include <string>
 
 #include "kernels/activation.h"
+#include "kernels/norm.h"
 #include "kernels/rotary.h"
 
 namespace moq::inference {
 
-enum class NormKind : std::uint8_t { kLayerNorm, kRmsNorm };
+using kernels::NormKind;
 
 /// kPre: x + f(norm(x)), and one norm after the last layer. kPost: norm(x + f(x)), as in BERT.
 enum class NormPlace : std::uint8_t { kPre, kPost };

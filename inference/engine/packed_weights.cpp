@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "inference/engine/aligned_buffer.h"
 #include "kernels/common/check.h"
 #include "kernels/common/half.h"
 #include "kernels/fake_quantize.h"
@@ -131,19 +132,55 @@ kernels::InputMode input_mode_of(const Slices& slices, const kernels::LinearShap
   return dynamic ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
 }
 
+/// Rows of `width` elements in a new order: row order[i] becomes row i.
+template <typename T>
+void reorder_rows(std::vector<T>& rows, std::size_t width, std::span<const std::int64_t> order) {
+  if (rows.empty()) {
+    return;
+  }
+  std::vector<T> reordered(rows.size());
+  auto out = reordered.begin();
+  for (const std::int64_t row : order) {
+    const auto from = rows.begin() + row * static_cast<std::ptrdiff_t>(width);
+    out = std::copy(from, from + static_cast<std::ptrdiff_t>(width), out);
+  }
+  rows = std::move(reordered);
+}
+
 }  // namespace
 
+kernels::PackLinearArgs UnpackedWeight::view(void* packed) const {
+  return {.shape = shape,
+          .weight = rows.data(),
+          .row_stride = shape.k,
+          .col_stride = 1,
+          .scales = scales.data(),
+          .zero_points = shape.asymmetric ? zero_points.data() : nullptr,
+          .packed = packed};
+}
+
+StoredWeight pack_for_cpu(const UnpackedWeight& weight) {
+  const std::size_t size = kernels::cpu::packed_linear_size(weight.shape);
+  const auto storage = std::make_shared<AlignedBuffer>(size);
+  kernels::cpu::pack_linear(weight.view(storage->data()));
+  return {.weight = {.shape = weight.shape, .data = storage->data()},
+          .storage = storage,
+          .bytes = static_cast<std::int64_t>(size)};
+}
+
 Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSlice>& slices,
-                    Range cols, const PackOptions& options) {
-  const kernels::LinearShape shape = shape_of(slices, cols, options);
+                    Range cols, std::span<const std::int64_t> order, const PackOptions& options) {
+  UnpackedWeight weight{.shape = shape_of(slices, cols, options)};
+  const kernels::LinearShape& shape = weight.shape;
   const bool integers = kernels::is_integer(shape.format);
+  const std::int64_t per_row = integers ? kernels::num_groups(shape) : 0;
   const auto element = static_cast<std::size_t>(integers ? 1 : kernels::bits_of(shape.format) / 8);
   const auto row_bytes = static_cast<std::size_t>(shape.k) * element;
-  AlignedBuffer rows(static_cast<std::size_t>(shape.n) * row_bytes);
-  std::vector<float> scales;
-  std::vector<std::int32_t> zero_points;
+  weight.rows.resize(static_cast<std::size_t>(shape.n) * row_bytes);
+  std::vector<float>& scales = weight.scales;
+  std::vector<std::int32_t>& zero_points = weight.zero_points;
   Linear linear;
-  std::byte* out = rows.data();
+  std::byte* out = weight.rows.data();
   for (const RowSlice& slice : slices) {
     for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += kRowsAtOnce) {
       const Range part{begin, std::min(begin + kRowsAtOnce, slice.rows.end)};
@@ -154,7 +191,6 @@ Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSl
                               ? slice.source->read_codes(part, cols, shape.group_size)
                               : quantize_rows(*slice.source, part, cols);
         std::copy(block.codes.begin(), block.codes.end(), reinterpret_cast<std::int8_t*>(out));
-        const std::int64_t per_row = kernels::num_groups(shape);
         if (!slice.source->quantized() && per_row > 1) {
           for (const float scale : block.scales) {
             scales.insert(scales.end(), static_cast<std::size_t>(per_row), scale);
@@ -174,16 +210,14 @@ Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSl
       linear.bias.insert(linear.bias.end(), bias.begin(), bias.end());
     }
   }
+  if (!order.empty()) {
+    reorder_rows(weight.rows, row_bytes, order);
+    reorder_rows(scales, static_cast<std::size_t>(per_row), order);
+    reorder_rows(zero_points, static_cast<std::size_t>(per_row), order);
+    reorder_rows(linear.bias, 1, order);
+  }
   linear.input_mode = input_mode_of(slices, shape, options);
-  linear.storage = AlignedBuffer(kernels::cpu::packed_linear_size(shape));
-  linear.weight = {.shape = shape, .data = linear.storage.data()};
-  kernels::cpu::pack_linear({.shape = shape,
-                             .weight = rows.data(),
-                             .row_stride = shape.k,
-                             .col_stride = 1,
-                             .scales = scales.data(),
-                             .zero_points = shape.asymmetric ? zero_points.data() : nullptr,
-                             .packed = linear.storage.data()});
+  linear.stored = options.pack(weight);
   return linear;
 }
 

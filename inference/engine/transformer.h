@@ -1,37 +1,65 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
-#include "inference/engine/aligned_buffer.h"
 #include "inference/engine/kv_cache.h"
 #include "inference/engine/model_spec.h"
-#include "inference/engine/positions.h"
 #include "inference/engine/token_batch.h"
 #include "inference/engine/weights.h"
 #include "inference/parallel/communicator.h"
-#include "kernels/attention.h"
-#include "kernels/linear.h"
+#include "kernels/sampling.h"
 
 namespace moq::inference {
 
-/// One rank's part of a transformer: weights, workspace, and the forward pass.
+/// Memory that an engine holds on its device, in bytes.
+struct MemoryReport {
+  std::int64_t weights = 0;    ///< packed projections, tables, norms
+  std::int64_t kv_cache = 0;   ///< of generate; a cache of make_cache belongs to its owner
+  std::int64_t workspace = 0;  ///< activations and logits
+};
+
+/// A kernel of a step, for profiles.
+struct KernelRecord {
+  std::string what;   ///< "QKV projection"
+  std::int64_t rows;  ///< tokens, or sequences
+  std::int64_t columns;
+  std::int64_t bytes;  ///< that it must read at least: weights, or keys and values
+};
+
+/// One rank's part of a transformer: weights, workspace, and the forward pass, on one device.
 ///
-/// All activations are float32, [num_tokens, ...] row-major in the workspace, which is allocated
-/// once for `max_tokens` tokens. Every rank calls the same functions with the same arguments and
-/// gets the same results. Not thread-safe; kernels run on the caller's ThreadScope.
+/// Every rank calls the same functions with the same arguments and gets the same results. Not
+/// thread-safe.
 class Transformer {
  public:
-  Transformer(ModelSpec spec, Weights weights, std::shared_ptr<Communicator> communicator);
+  virtual ~Transformer() = default;
+  Transformer(const Transformer&) = delete;
+  Transformer& operator=(const Transformer&) = delete;
 
   const ModelSpec& spec() const { return spec_; }
   const Weights& weights() const { return weights_; }
   Communicator& communicator() const { return *communicator_; }
 
+  virtual at::Device device() const = 0;
+  /// What activations are kept in: "float32", "float16" or "bfloat16".
+  virtual std::string compute_dtype() const = 0;
+  virtual MemoryReport memory() const = 0;
+  /// Kernels of the last captured decode step, in their order; empty on the CPU.
+  virtual std::vector<KernelRecord> decode_kernels() const { return {}; }
+
   /// A cache for this rank's heads.
-  KvCache make_cache(std::int64_t num_slots, std::int64_t capacity) const;
+  virtual std::unique_ptr<KvCache> make_cache(std::int64_t num_slots,
+                                              std::int64_t capacity) const = 0;
+  /// A cache for one generation, with no slot in use and at least the sizes asked for. The model
+  /// keeps it, for the next generation too.
+  virtual KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) = 0;
 
   /// What forward checks before it computes, of a batch that it may then get in parts.
   /// @throws moq::Error naming the first token that lies outside the vocabulary, position that the
@@ -39,71 +67,57 @@ class Transformer {
   void check(const TokenBatch& batch, const KvCache* cache) const;
 
   /// Makes the workspace hold batches of `num_tokens` tokens; it never shrinks.
-  void reserve(std::int64_t num_tokens);
+  virtual void reserve(std::int64_t num_tokens) = 0;
 
-  /// Runs the layers on a batch; hidden_state(), logits() and pooled() then give its results.
+  /// Runs the layers on a batch; hidden_state(), logits() and pooled() then give its results, on
+  /// the model's device.
   /// @param cache  of a causal model; its slots receive the new tokens. Null for a bidirectional
   ///               model, or if the batch holds whole sequences that nothing is appended to
   /// @throws moq::Error as check()
-  void forward(const TokenBatch& batch, KvCache* cache);
+  virtual void forward(const TokenBatch& batch, KvCache* cache) = 0;
 
-  /// The last layer's output after the final norm: [num_tokens, hidden_size], valid until the next
-  /// forward.
-  const float* hidden_state() const { return x_.as<float>(); }
+  /// The last layer's output after the final norm: [num_tokens, hidden_size] float32, valid until
+  /// the next forward.
+  virtual at::Tensor hidden_state() = 0;
 
-  /// Logits of the given rows of the last forward: [rows.size(), vocab_size], valid until the next
-  /// call.
-  const float* logits(std::span<const std::int64_t> rows);
+  /// Logits of the given rows of the last forward: [rows.size(), vocab_size] float32, valid until
+  /// the next call.
+  virtual at::Tensor logits(std::span<const std::int64_t> rows) = 0;
 
   /// activation(dense(first token)) of each sequence of the last forward's batch:
-  /// [num_sequences, hidden_size].
-  std::vector<float> pooled(const TokenBatch& batch);
-  /// Classifier's logits of pooled outputs: [num_sequences, num_labels].
-  std::vector<float> classify(std::span<const float> pooled) const;
+  /// [num_sequences, hidden_size] float32.
+  virtual at::Tensor pooled(const TokenBatch& batch) = 0;
+  /// Classifier's logits of pooled outputs: [num_sequences, num_labels] float32.
+  virtual at::Tensor classify(const at::Tensor& pooled) = 0;
 
- private:
-  void embed(const TokenBatch& batch);
-  void attend(const float* input, const Layer& layer, std::int64_t index, const TokenBatch& batch,
-              KvCache* cache);
-  void feed_forward(const float* input, const Layer& layer);
-  void normalize(const float* input, const Norm& norm, float* output, std::int64_t rows) const;
-  void normalize_heads(const Norm& norm, std::int64_t first_head, std::int64_t num_heads);
-  void project(const float* input, const Linear& linear, float* output, std::int64_t rows,
-               kernels::Activation activation = kernels::Activation::kNone) const;
-  void project_and_add(const float* input, const Linear& linear);
-  const float* shared_absmax(const float* input, const Linear& linear);
-  void check(const TokenBatch& batch, const KvCache& cache) const;
-  void prepare_positions(const TokenBatch& batch);
+  /// One step of a generation: forward(), and the next token of some sequences.
+  /// @param rows      tokens of the batch whose logits are drawn from, each the last of a sequence
+  /// @param sampling  one for each of them
+  /// @returns the drawn tokens, valid until the next call
+  /// @throws moq::Error as check(), or if a row has a NaN, a +infinity or no logit above -infinity
+  virtual std::span<const std::int64_t> next_tokens(
+      const TokenBatch& batch, KvCache& cache, std::span<const std::int64_t> rows,
+      std::span<const kernels::SamplingRow> sampling) = 0;
+
+ protected:
+  Transformer(ModelSpec spec, Weights weights, std::shared_ptr<Communicator> communicator)
+      : spec_(std::move(spec)),
+        weights_(std::move(weights)),
+        communicator_(std::move(communicator)) {}
 
   std::int64_t q_heads() const { return weights_.heads.query_heads.size(); }
   std::int64_t kv_heads() const { return weights_.heads.kv_heads.size(); }
   std::int64_t qkv_width() const { return (q_heads() + 2 * kv_heads()) * spec_.head_dim; }
+  /// Slopes of this rank's query heads; empty without ALiBi.
+  std::vector<float> own_alibi_slopes() const;
+  void check_row(std::int64_t row, std::int64_t num_tokens) const;
 
   ModelSpec spec_;
   Weights weights_;
   std::shared_ptr<Communicator> communicator_;
 
-  RotationTable rotation_;
-  std::vector<float> alibi_slopes_;                           ///< [this rank's query heads]
-  std::vector<std::int64_t> table_rows_;                      ///< rows of the position table
-  std::vector<kernels::AttentionSequence> packed_sequences_;  ///< attention without a cache
-
-  // Workspace; rows are tokens.
-  std::int64_t num_tokens_ = 0;  ///< of the last batch
-  std::int64_t max_tokens_ = 0;
-  std::int64_t max_logit_rows_ = 0;
-  AlignedBuffer x_;            ///< [hidden_size], the residual stream
-  AlignedBuffer normed_;       ///< [hidden_size]
-  AlignedBuffer ffn_in_;       ///< [hidden_size], parallel residual only
-  AlignedBuffer qkv_;          ///< [q | k | v]
-  AlignedBuffer attended_;     ///< [query heads, head_dim]
-  AlignedBuffer up_;           ///< [ffn columns], or [gate | up]
-  AlignedBuffer gated_;        ///< [ffn columns]
-  AlignedBuffer head_in_;      ///< [logit rows, hidden_size]
-  AlignedBuffer logits_;       ///< [logit rows, this rank's vocabulary]
-  at::Tensor shared_x_;        ///< x_ of the last batch's tokens, as ranks sum it
-  std::vector<float> absmax_;  ///< of the rows that ranks share, for INT8 activations
-  at::Tensor gathered_;        ///< [logit rows, vocab_size]
+ private:
+  void check(const TokenBatch& batch, const KvCache& cache) const;
 };
 
 }  // namespace moq::inference

@@ -27,6 +27,7 @@ Table load_table(const ModuleParameters* parameters) {
     return table;
   }
   const WeightSource& source = *parameters->matrix;
+  table.cols = source.cols();
   const std::byte* mapped = source.plain_rows();
   if (mapped != nullptr &&
       reinterpret_cast<std::uintptr_t>(mapped) % size_of(source.dtype()) == 0) {
@@ -63,7 +64,10 @@ class Loader {
   Layer load_layer(std::int64_t layer, const Weights& weights) const;
   std::vector<RowSlice> qkv_slices(std::int64_t layer, const HeadShard& heads) const;
   std::vector<RowSlice> up_slices(std::int64_t layer, Range ffn) const;
-  Linear load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const;
+  Linear load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize,
+                     std::span<const std::int64_t> order = {}) const;
+  std::vector<std::int64_t> qkv_order(const HeadShard& heads) const;
+  std::vector<std::int64_t> up_order(Range ffn) const;
   Linear load_whole(Module module) const;
   Linear load_head(const Weights& weights) const;
 
@@ -123,12 +127,13 @@ Layer Loader::load_layer(std::int64_t layer, const Weights& weights) const {
   const Range hidden{0, spec_.hidden_size};
   return {
       .attention_norm = norm(Module::kAttentionNorm),
-      .qkv = load_linear(qkv_slices(layer, weights.heads), hidden, quantize),
+      .qkv =
+          load_linear(qkv_slices(layer, weights.heads), hidden, quantize, qkv_order(weights.heads)),
       .query_norm = norm(Module::kQueryNorm),
       .key_norm = norm(Module::kKeyNorm),
       .attention_out = row_parallel(Module::kAttentionOut, q_cols),
       .ffn_norm = norm(Module::kFfnNorm),
-      .up = load_linear(up_slices(layer, weights.ffn), hidden, quantize),
+      .up = load_linear(up_slices(layer, weights.ffn), hidden, quantize, up_order(weights.ffn)),
       .down = row_parallel(Module::kDown, weights.ffn),
   };
 }
@@ -170,12 +175,28 @@ std::vector<RowSlice> Loader::up_slices(std::int64_t layer, Range ffn) const {
   return slices;
 }
 
-Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize) const {
-  return pack_weights(files_, slices, cols,
+std::vector<std::int64_t> Loader::qkv_order(const HeadShard& heads) const {
+  if (!options_.pair_rows || !rotates_in_pairs(spec_)) {
+    return {};
+  }
+  const std::int64_t rotated = heads.query_heads.size() + heads.kv_heads.size();
+  return paired_head_rows(rotated + heads.kv_heads.size(), rotated, spec_.head_dim,
+                          spec_.rotary_dim());
+}
+
+std::vector<std::int64_t> Loader::up_order(Range ffn) const {
+  return options_.pair_rows && spec_.gated ? paired_gate_rows(ffn.size())
+                                           : std::vector<std::int64_t>{};
+}
+
+Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize,
+                           std::span<const std::int64_t> order) const {
+  return pack_weights(files_, slices, cols, order,
                       {.quantization = options_.quantization,
                        .floats = float_format(options_.dtype),
                        .quantize = quantize,
-                       .dynamic_activations = options_.dynamic_activations});
+                       .dynamic_activations = options_.dynamic_activations,
+                       .pack = options_.pack});
 }
 
 /// A small projection that every rank computes whole.
@@ -228,21 +249,39 @@ Weights load_weights(const ParameterMap& parameters,
   return weights;
 }
 
+bool rotates_in_pairs(const ModelSpec& spec) {
+  return spec.positions == PositionKind::kRotary && !spec.qk_norm && spec.head_dim % 2 == 0;
+}
+
+std::vector<std::int64_t> paired_gate_rows(std::int64_t columns) {
+  std::vector<std::int64_t> order;
+  for (std::int64_t column = 0; column < columns; ++column) {
+    order.insert(order.end(), {column, columns + column});
+  }
+  return order;
+}
+
+std::vector<std::int64_t> paired_head_rows(std::int64_t num_heads, std::int64_t num_rotated,
+                                           std::int64_t head_dim, std::int64_t rotary_dim) {
+  std::vector<std::int64_t> order;
+  for (std::int64_t head = 0; head < num_heads; ++head) {
+    const std::int64_t first = head * head_dim;
+    const std::int64_t half = head < num_rotated ? rotary_dim / 2 : 0;
+    for (std::int64_t i = 0; i < half; ++i) {
+      order.insert(order.end(), {first + i, first + half + i});
+    }
+    for (std::int64_t i = 2 * half; i < head_dim; ++i) {
+      order.push_back(first + i);
+    }
+  }
+  return order;
+}
+
 std::int64_t weight_bytes(const Weights& weights) {
   std::int64_t total = 0;
-  const auto add = [&](const Linear& linear) {
-    total += static_cast<std::int64_t>(linear.storage.size() + linear.bias.size() * sizeof(float));
-  };
-  for (const Layer& layer : weights.layers) {
-    add(layer.qkv);
-    add(layer.attention_out);
-    add(layer.up);
-    add(layer.down);
-  }
-  for (const Linear* linear :
-       {&weights.head_dense, &weights.head, &weights.pooler, &weights.classifier}) {
-    add(*linear);
-  }
+  for_each_linear(weights, [&](const Linear& linear) {
+    total += linear.stored.bytes + static_cast<std::int64_t>(linear.bias.size() * sizeof(float));
+  });
   return total;
 }
 

@@ -28,16 +28,17 @@ struct Norm {
 struct Table {
   kernels::EmbeddingTable view{};      ///< rows that kernels can read where they lie
   std::optional<WeightSource> source;  ///< of any other form: rows are converted as they are read
+  std::int64_t cols = 0;               ///< hidden_size
 };
 
 struct Layer {
   Norm attention_norm;
-  Linear qkv;  ///< rows of q, then k, then v of this rank's heads
+  Linear qkv;  ///< rows of q, then k, then v of this rank's heads; see LoadOptions::pair_rows
   Norm query_norm;
   Norm key_norm;
   Linear attention_out;
   Norm ffn_norm;
-  Linear up;  ///< gated: rows of gate, then of up
+  Linear up;  ///< gated: rows of gate, then of up; see LoadOptions::pair_rows
   Linear down;
 };
 
@@ -80,7 +81,11 @@ struct LoadOptions {
   /// Whether kInt8 quantizes a head that is stored as floats; nullopt: unless the checkpoint is a
   /// quantized one, which is taken as it is.
   std::optional<bool> quantize_head = std::nullopt;
-  bool dynamic_activations = false;      ///< every integer weight reads INT8 activations
+  bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
+  Packer pack = pack_for_cpu;
+  /// Puts rows that a kernel finishes together side by side: gate and up of a column, and the two
+  /// dimensions of a head that a rotation mixes (DeviceLinearArgs::gated, DeviceQkvOutput::rotary).
+  bool pair_rows = false;
   QuantizationConfig quantization = {};  ///< of the checkpoint
   int rank = 0;
   int size = 1;
@@ -92,6 +97,33 @@ struct LoadOptions {
 Weights load_weights(const ParameterMap& parameters,
                      std::shared_ptr<const checkpoint::Checkpoint> files,
                      const LoadOptions& options);
+
+/// Whether the rotation is left to the projection's kernel (LoadOptions::pair_rows): not where each
+/// head is normalised before it, or has no pairs.
+bool rotates_in_pairs(const ModelSpec& spec);
+
+/// Rows of the up projection with gate and up of each of `columns` columns side by side.
+std::vector<std::int64_t> paired_gate_rows(std::int64_t columns);
+
+/// Rows of `num_heads` heads, of which the first `num_rotated` have the two dimensions that a
+/// rotation mixes side by side.
+std::vector<std::int64_t> paired_head_rows(std::int64_t num_heads, std::int64_t num_rotated,
+                                           std::int64_t head_dim, std::int64_t rotary_dim);
+
+/// Calls visit(linear) for every projection.
+template <typename AnyWeights, typename Visit>
+void for_each_linear(AnyWeights& weights, const Visit& visit) {
+  for (auto& layer : weights.layers) {
+    visit(layer.qkv);
+    visit(layer.attention_out);
+    visit(layer.up);
+    visit(layer.down);
+  }
+  visit(weights.head_dense);
+  visit(weights.head);
+  visit(weights.pooler);
+  visit(weights.classifier);
+}
 
 /// Bytes of a rank's packed projections and their biases.
 std::int64_t weight_bytes(const Weights& weights);

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,8 @@ from transformers import (
     RobertaForSequenceClassification,
     RobertaModel,
 )
+
+from moq.inference import Engine
 
 POLICIES = Path(__file__).parent / "policies"
 VOCAB_SIZE = 97  # odd sizes everywhere, so that no vector width divides them
@@ -184,6 +187,41 @@ def _reorder_qkv(file: Path, num_heads: int) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _quantized_rows(weight: Tensor) -> Tensor:
+    """The definition: 8 bits, symmetric, narrow range, one scale per row, half to even."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight * (1 / scale)).round().clamp(-127, 127) * scale
+
+
+@torch.no_grad()
+def simulate_int8(model: PreTrainedModel, head: bool = True) -> PreTrainedModel:
+    """Rounds the layers' projections, and the head, to their INT8 grids."""
+    if head and model.get_output_embeddings() is not None:
+        embeddings = model.get_output_embeddings()
+        embeddings.weight = nn.Parameter(_quantized_rows(embeddings.weight))
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Conv1D":
+            weight.copy_(_quantized_rows(weight.T).T)
+        elif isinstance(module, nn.Linear) and "layer" in name:
+            weight.copy_(_quantized_rows(weight))
+    return model
+
+
+def open_fp32(directory: Path, device: str, **options: Any) -> Engine:
+    """The engine of a directory that save wrote, with float32 activations on either device."""
+    return Engine.from_pretrained(
+        directory, device=device, compute_dtype="fp32", policy=policy_in(directory), **options
+    )
+
+
+def same_bits(device: str, actual: Tensor, expected: Tensor) -> bool:
+    """Equal bits on the CPU. A GPU sums in an order that depends on the number of tokens."""
+    if device == "cpu":
+        return torch.equal(actual, expected)
+    return relative_error(actual, expected) < 5e-6
+
+
 def policy_in(directory: Path) -> Path | None:
     """The policy that save wrote, if it did."""
     path = directory / "policy.json"
@@ -201,6 +239,7 @@ def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected magnitude."""
     assert actual.shape == expected.shape
+    actual, expected = actual.cpu(), expected.cpu()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -40,10 +40,14 @@ def change_tensors(directory, change):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "this engine runs on the CPU, got 'cuda'"),
+        ({"device": "meta"}, "device must be None, 'cpu' or 'cuda', got 'meta'"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be None or 'fp32' on the CPU"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be None, or 'int8' on a GPU"),
+        ({"device": "cuda", "kv_cache_dtype": "fp8"}, "or 'int8' on a GPU, got 'fp8' on cuda"),
+        ({"device": "cuda", "compute_dtype": "int8"}, "must be None or one of fp32, fp16, bf16"),
         ({"dtype": "int4"}, "dtype must be None or one of int8, fp32, fp16, bf16, got 'int4'"),
         ({"compute_dtype": "bf16"}, "compute_dtype must be None or 'fp32' on the CPU"),
-        ({"activations": "static"}, "activations must be None or 'dynamic' on the CPU"),
+        ({"activations": "static"}, "activations must be None or 'dynamic', got 'static'"),
         ({"quantize_head": True}, "quantize_head=True needs dtype='int8'"),
         ({"tp_size": 2}, "tp_size must be 1 or the number of ranks, got 2 with 1 ranks"),
     ],

@@ -7,42 +7,40 @@ import models
 import pytest
 import rounded_models
 import torch
-from models import reference_logits, relative_error, sequences
+from models import open_fp32, reference_logits, relative_error, sequences
 from safetensors.torch import load_file, save_file
-
-from moq.inference import Engine
 
 TOLERANCE = 5e-6
 
 
 @pytest.mark.parametrize("grid", rounded_models.GRIDS)
-def test_llama_logits_equal_the_simulated_model(grid, tmp_path):
+def test_llama_logits_equal_the_simulated_model(grid, tmp_path, device):
     model = rounded_models.export(models.build("llama_even"), tmp_path / "out", grid)
     (row,) = sequences(30)
-    logits = Engine.from_pretrained(tmp_path / "out").forward([row])[0]
+    logits = open_fp32(tmp_path / "out", device).forward([row])[0]
     assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
 
 
 @pytest.mark.parametrize("grid", ["8 bits per channel", "4 bits asymmetric per group"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_other_decoders_equal_the_simulated_model(name, grid, tmp_path):
+def test_other_decoders_equal_the_simulated_model(name, grid, tmp_path, device):
     if name == "qwen2":
         grid = "8 bits per channel"  # its sizes have no common group
     model = rounded_models.export(models.build(name), tmp_path / "out", grid)
     (row,) = sequences(30)
-    logits = Engine.from_pretrained(tmp_path / "out").forward([row])[0]
+    logits = open_fp32(tmp_path / "out", device).forward([row])[0]
     assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
 
 
-def test_encoder_equals_the_simulated_model(tmp_path):
+def test_encoder_equals_the_simulated_model(tmp_path, device):
     model = rounded_models.export(models.build("bert"), tmp_path / "out", "8 bits per channel")
     (row,) = sequences(30)
-    logits = Engine.from_pretrained(tmp_path / "out").encode([row]).logits[0]
+    logits = open_fp32(tmp_path / "out", device).encode([row]).logits[0]
     assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_checkpoints_equal_the_simulated_model(dtype, tmp_path):
+def test_16_bit_checkpoints_equal_the_simulated_model(dtype, tmp_path, device):
     half = models.build("llama").to(dtype)
     single = models.build("llama")
     single.load_state_dict(half.state_dict())
@@ -52,16 +50,16 @@ def test_16_bit_checkpoints_equal_the_simulated_model(dtype, tmp_path):
             if parameter.dim() == 2 and ".layers." in name:
                 parameter.copy_(torch.ops.moq.fake_quantize(parameter, 8, scale_dtype=dtype))
     (row,) = sequences(30)
-    logits = Engine.from_pretrained(tmp_path / "out").forward([row])[0]
+    logits = open_fp32(tmp_path / "out", device).forward([row])[0]
     assert relative_error(logits, reference_logits(single, row)) < TOLERANCE
 
 
-def test_int8_activations_run_where_the_checkpoint_was_trained_for_them(tmp_path):
+def test_int8_activations_run_where_the_checkpoint_was_trained_for_them(tmp_path, device):
     model = rounded_models.export(
         models.build("llama"), tmp_path / "out", "8 bits per channel", activations="dynamic"
     )
     (row,) = sequences(30)
-    engine = Engine.from_pretrained(tmp_path / "out")
+    engine = open_fp32(tmp_path / "out", device)
     assert engine.core.activations == "dynamic"
     assert 1e-4 < relative_error(engine.forward([row])[0], reference_logits(model, row)) < 0.1
 
@@ -73,13 +71,13 @@ def change_groups(directory, change):
     path.write_text(json.dumps(config))
 
 
-def test_groups_choose_the_modules_that_read_int8_activations(tmp_path):
+def test_groups_choose_the_modules_that_read_int8_activations(tmp_path, device):
     directory = tmp_path / "out"
     model = rounded_models.export(
         models.build("llama"), directory, "8 bits per channel", activations="dynamic"
     )
     (row,) = sequences(30)
-    all_dynamic = Engine.from_pretrained(directory).forward([row])[0]
+    all_dynamic = open_fp32(directory, device).forward([row])[0]
 
     def split(groups):
         targets = groups["group_0"]["targets"]
@@ -89,16 +87,16 @@ def test_groups_choose_the_modules_that_read_int8_activations(tmp_path):
         groups["group_0"]["targets"] = first
 
     change_groups(directory, split)
-    mixed = Engine.from_pretrained(directory).forward([row])[0]
+    mixed = open_fp32(directory, device).forward([row])[0]
     change_groups(directory, lambda groups: groups["group_0"].update(input_activations=None))
-    exact = Engine.from_pretrained(directory).forward([row])[0]
+    exact = open_fp32(directory, device).forward([row])[0]
     assert relative_error(exact, reference_logits(model, row)) < TOLERANCE
     assert 1e-5 < relative_error(mixed, exact) < 0.1
     assert 1e-5 < relative_error(mixed, all_dynamic) < 0.1
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_quantized_embedding_is_looked_up(packed, model_directory, tmp_path):
+def test_a_quantized_embedding_is_looked_up(packed, model_directory, tmp_path, device):
     shutil.copytree(model_directory("llama"), tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
@@ -116,13 +114,13 @@ def test_a_quantized_embedding_is_looked_up(packed, model_directory, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(scale * codes)
     (row,) = sequences(30)
-    logits = Engine.from_pretrained(tmp_path / "out").forward([row])[0]
+    logits = open_fp32(tmp_path / "out", device).forward([row])[0]
     assert relative_error(logits, reference_logits(model, row)) < TOLERANCE
 
 
-def test_formats_are_those_of_the_checkpoint(tmp_path):
+def test_formats_are_those_of_the_checkpoint(tmp_path, device):
     rounded_models.export(models.build("llama_even"), tmp_path / "out", "4 bits per group")
-    core = Engine.from_pretrained(tmp_path / "out").core
+    core = open_fp32(tmp_path / "out", device).core
     assert (core.weight_format, core.head_format, core.activations) == (
         "int4",
         "float32",
@@ -130,15 +128,15 @@ def test_formats_are_those_of_the_checkpoint(tmp_path):
     )
 
 
-def test_quantize_head_quantizes_the_head_of_an_exported_checkpoint(tmp_path):
+def test_quantize_head_quantizes_the_head_of_an_exported_checkpoint(tmp_path, device):
     rounded_models.export(models.build("llama"), tmp_path / "out", "8 bits per channel")
-    engine = Engine.from_pretrained(tmp_path / "out", dtype="int8", quantize_head=True)
+    engine = open_fp32(tmp_path / "out", device, dtype="int8", quantize_head=True)
     assert engine.core.head_format == "int8"
 
 
-def test_dtype_fp32_dequantizes(tmp_path):
+def test_dtype_fp32_dequantizes(tmp_path, device):
     model = rounded_models.export(models.build("llama_even"), tmp_path / "out", "4 bits per group")
     (row,) = sequences(30)
-    engine = Engine.from_pretrained(tmp_path / "out", dtype="fp32")
+    engine = open_fp32(tmp_path / "out", device, dtype="fp32")
     assert engine.core.weight_format == "float32"
     assert relative_error(engine.forward([row])[0], reference_logits(model, row)) < TOLERANCE

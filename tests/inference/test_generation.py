@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from models import sequences
+from models import open_fp32, sequences
 
 from moq import _C
 from moq.inference import Engine
@@ -13,13 +13,13 @@ PROMPTS = sequences(5, 9)
 
 
 @pytest.fixture(scope="module")
-def engine(model_directory) -> Engine:
-    return Engine.from_pretrained(model_directory("llama"))
+def engine(model_directory, device) -> Engine:
+    return open_fp32(model_directory("llama"), device)
 
 
 @pytest.fixture(scope="module")
-def text_engine(smollm2) -> Engine:
-    return Engine.from_pretrained(smollm2[0], dtype="int8")
+def text_engine(smollm2, device) -> Engine:
+    return open_fp32(smollm2[0], device, dtype="int8")
 
 
 def test_same_seed_draws_the_same_tokens(engine):
@@ -49,7 +49,7 @@ def test_filters_that_leave_one_token_are_greedy(option, engine):
 
 
 def test_first_tokens_are_drawn_in_proportion_to_their_probability(engine):
-    probabilities = engine.forward(PROMPTS[:1])[0][-1].softmax(dim=-1)
+    probabilities = engine.forward(PROMPTS[:1])[0][-1].softmax(dim=-1).cpu()
     drawn = engine.generate([PROMPTS[0]] * 2000, 1, temperature=1.0, seed=0, max_batch=500)
     counts = torch.bincount(torch.tensor([g.token_ids[0] for g in drawn]), minlength=97)
     expected = probabilities * 2000

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from models import sequences
+from models import open_fp32, same_bits, sequences
 
 from moq import _C
-from moq.inference import Engine
 
 ROWS = sequences(1, 7, 30, 16)
 
@@ -22,38 +21,38 @@ def padded(rows, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked_lm"])
 @pytest.mark.parametrize("dtype", [None, "int8"])
-def test_padded_rows_equal_each_row_alone(name, side, dtype, model_directory):
-    engine = Engine.from_pretrained(model_directory(name), dtype=dtype)
+def test_padded_rows_equal_each_row_alone(name, side, dtype, model_directory, device):
+    engine = open_fp32(model_directory(name), device, dtype=dtype)
     ids, mask = padded(ROWS, side)
     logits = engine.forward(ids, mask)
     for i, row in enumerate(ROWS):
-        assert torch.equal(logits[i][mask[i].bool()], engine.forward([row])[0])
+        assert same_bits(device, logits[i][mask[i].bool()], engine.forward([row])[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gets_no_logits(side, model_directory):
+def test_padding_gets_no_logits(side, model_directory, device):
     ids, mask = padded(ROWS, side)
-    logits = Engine.from_pretrained(model_directory("llama")).forward(ids, mask)
+    logits = open_fp32(model_directory("llama"), device).forward(ids, mask)
     assert logits[mask == 0].abs().max() == 0
 
 
-def test_more_tokens_than_are_computed_at_once_give_each_row_its_own_bits(model_directory):
+def test_more_tokens_than_are_computed_at_once_give_each_row_its_own_bits(model_directory, device):
     rows = sequences(*[1 + 7 * i % 96 for i in range(100)])
     assert sum(map(len, rows)) > 2 * 2048
-    encoder = Engine.from_pretrained(model_directory("bert"), dtype="int8")
+    encoder = open_fp32(model_directory("bert"), device, dtype="int8")
     encoding = encoder.encode(rows)
-    decoder = Engine.from_pretrained(model_directory("llama"), dtype="int8")
+    decoder = open_fp32(model_directory("llama"), device, dtype="int8")
     logits = decoder.forward(rows)
     for i in range(0, 100, 9):
         alone = encoder.encode([rows[i]])
-        assert torch.equal(encoding.last_hidden_state[i], alone.last_hidden_state[0])
-        assert torch.equal(encoding.pooled[i], alone.pooled[0])
-        assert torch.equal(encoding.logits[i], alone.logits[0])
-        assert torch.equal(logits[i], decoder.forward([rows[i]])[0])
+        assert same_bits(device, encoding.last_hidden_state[i], alone.last_hidden_state[0])
+        assert same_bits(device, encoding.pooled[i], alone.pooled[0])
+        assert same_bits(device, encoding.logits[i], alone.logits[0])
+        assert same_bits(device, logits[i], decoder.forward([rows[i]])[0])
 
 
-def test_a_call_that_is_refused_leaves_the_cache_as_it_was(model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_a_call_that_is_refused_leaves_the_cache_as_it_was(model_directory, device):
+    core = open_fp32(model_directory("llama"), device).core
     cache = core.make_cache(100, 90)
     slots = [cache.allocate() for _ in range(100)]
     with pytest.raises(_C.Error, match="must fit into the KV cache's 90 positions, got 91"):
@@ -62,14 +61,14 @@ def test_a_call_that_is_refused_leaves_the_cache_as_it_was(model_directory):
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 16])
-def test_generated_rows_do_not_depend_on_the_batch(max_batch, model_directory):
-    engine = Engine.from_pretrained(model_directory("llama"), dtype="int8")
+def test_generated_rows_do_not_depend_on_the_batch(max_batch, model_directory, device):
+    engine = open_fp32(model_directory("llama"), device, dtype="int8")
     together = engine.generate(ROWS, 20, max_batch=max_batch)
     assert [g.token_ids for g in together] == [engine.generate(r, 20).token_ids for r in ROWS]
 
 
-def test_several_appended_tokens_equal_the_whole_sequence(model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_several_appended_tokens_equal_the_whole_sequence(model_directory, device):
+    core = open_fp32(model_directory("llama"), device).core
     (row,) = sequences(23)
     cache = core.make_cache(1, 32)
     slot = cache.allocate()
@@ -80,8 +79,8 @@ def test_several_appended_tokens_equal_the_whole_sequence(model_directory):
     assert ((logits - whole).abs().max() / whole.abs().max()).item() < 5e-6
 
 
-def test_forked_sequence_continues_as_its_parent_would(model_directory):
-    core = Engine.from_pretrained(model_directory("gpt2")).core
+def test_forked_sequence_continues_as_its_parent_would(model_directory, device):
+    core = open_fp32(model_directory("gpt2"), device).core
     (row,) = sequences(12)
     cache = core.make_cache(2, 32)
     parent = cache.allocate()
@@ -90,11 +89,11 @@ def test_forked_sequence_continues_as_its_parent_would(model_directory):
     continued = core.forward([[5, 6], [7, 8]], [], cache, [parent, child])
     cache.truncate(parent, 12)
     again = core.forward([[7, 8]], [], cache, [parent])
-    assert torch.equal(continued[2:], again)
+    assert same_bits(device, continued[2:], again)
 
 
-def test_reordered_rows_continue_their_sources(model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_reordered_rows_continue_their_sources(model_directory, device):
+    core = open_fp32(model_directory("llama"), device).core
     rows = sequences(9, 14, 5)
     cache = core.make_cache(3, 32)
     slots = [cache.allocate() for _ in rows]
@@ -107,8 +106,8 @@ def test_reordered_rows_continue_their_sources(model_directory):
         assert ((logits[i] - alone).abs().max() / alone.abs().max()).item() < 5e-6
 
 
-def test_freed_slots_are_used_again(model_directory):
-    cache = Engine.from_pretrained(model_directory("llama")).core.make_cache(2, 8)
+def test_freed_slots_are_used_again(model_directory, device):
+    cache = open_fp32(model_directory("llama"), device).core.make_cache(2, 8)
     first = cache.allocate()
     cache.allocate()
     cache.free(first)

@@ -46,7 +46,7 @@ class KvCacheTest : public testing::Test {
     return all;
   }
 
-  KvCache cache_{kLayers, kHeads, kDim, 3, kCapacity};
+  HostKvCache cache_{kLayers, kHeads, kDim, 3, kCapacity};
 };
 
 TEST_F(KvCacheTest, GivesEverySequenceItsOwnSlot) {
@@ -134,13 +134,13 @@ TEST_F(KvCacheTest, RefusesToReorderASlotTwiceOrAFreeOneAndThenChangesNothing) {
 }
 
 TEST(KvCache, RefusesASizeBelowOne) {
-  EXPECT_THROW(KvCache(1, 1, 1, 0, 1), Error);
+  EXPECT_THROW(HostKvCache(1, 1, 1, 0, 1), Error);
 }
 
 TEST(KvCache, RefusesSizesWhoseProductOverflows) {
   constexpr std::int64_t kHuge = std::int64_t{1} << 31;
-  EXPECT_THROW(KvCache(4, 4, 1, kHuge, kHuge), Error);
-  EXPECT_THROW(KvCache(1, 1, 1, std::int64_t{1} << 62, 1), Error);
+  EXPECT_THROW(HostKvCache(4, 4, 1, kHuge, kHuge), Error);
+  EXPECT_THROW(HostKvCache(1, 1, 1, std::int64_t{1} << 62, 1), Error);
 }
 
 /// Memory of this process, in MiB.
@@ -153,7 +153,7 @@ std::int64_t resident_mebibytes() {
 
 TEST(KvCache, TakesNoMemoryForTokensThatItDoesNotHold) {
   const std::int64_t before = resident_mebibytes();
-  const KvCache cache(1, 1, 1 << 20, 64, 1);  // 512 MiB
+  const HostKvCache cache(1, 1, 1 << 20, 64, 1);  // 512 MiB
   EXPECT_EQ(cache.num_free_slots(), 64);
   EXPECT_LT(resident_mebibytes() - before, 128);
 }

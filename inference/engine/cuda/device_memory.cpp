@@ -1,0 +1,64 @@
+#include "inference/engine/cuda/device_memory.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cmath>
+#include <iomanip>
+#include <sstream>
+
+#include "kernels/common/check.h"
+#include "kernels/cuda/cuda_check.h"
+
+namespace moq::inference::cuda {
+
+std::string in_units(std::int64_t bytes) {
+  constexpr std::array kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
+  auto value = static_cast<double>(bytes);
+  std::size_t unit = 0;
+  for (; value >= 1024.0 && unit + 1 < kUnits.size(); ++unit) {
+    value /= 1024.0;
+  }
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(unit == 0 ? 0 : 2) << value << ' ' << kUnits[unit];
+  return text.str();
+}
+
+std::int64_t free_bytes() {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  MOQ_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
+  const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+  return static_cast<std::int64_t>(free) + stats.reserved_bytes[all].current -
+         stats.allocated_bytes[all].current;
+}
+
+at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint) {
+  const auto device = c10::cuda::current_device();
+  try {
+    return at::empty({bytes}, at::TensorOptions(at::kByte).device(at::kCUDA, device));
+  } catch (const c10::OutOfMemoryError&) {
+    moq::detail::fail("engine: ", what,
+                      " must fit into the memory of cuda:", static_cast<int>(device), ", got ",
+                      in_units(bytes), " to allocate with ", in_units(free_bytes()), " free",
+                      hint.empty() ? "" : ": ", hint);
+  }
+}
+
+at::Tensor upload(std::span<const std::byte> bytes, const char* what) {
+  at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  if (!bytes.empty()) {
+    MOQ_CUDA_CHECK(cudaMemcpyAsync(copy.mutable_data_ptr(), bytes.data(), bytes.size(),
+                                   cudaMemcpyHostToDevice, stream));
+    MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
+  }
+  return copy;
+}
+
+}  // namespace moq::inference::cuda

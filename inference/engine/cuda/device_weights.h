@@ -1,0 +1,75 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "inference/engine/model_spec.h"
+#include "inference/engine/weights.h"
+#include "kernels/embedding.h"
+#include "kernels/linear.h"
+#include "kernels/norm.h"
+
+namespace moq::inference::cuda {
+
+/// Packs for the GPU's kernels, into memory of the current device.
+StoredWeight pack_for_cuda(const UnpackedWeight& weight);
+
+/// A packed projection and its bias on the device.
+struct DeviceProjection {
+  kernels::PackedLinear weight;
+  const void* bias = nullptr;  ///< [n], of the activations' dtype; null: none
+  bool int8_input = false;     ///< the input is rounded to 8 bits, a scale per token
+};
+
+struct DeviceLayer {
+  kernels::DeviceNorm attention_norm;
+  DeviceProjection qkv;
+  kernels::DeviceNorm query_norm;
+  kernels::DeviceNorm key_norm;
+  DeviceProjection attention_out;
+  kernels::DeviceNorm ffn_norm;
+  DeviceProjection up;
+  DeviceProjection down;
+};
+
+/// What the kernels read of a rank's weights: views of the packed projections of a `Weights`, and
+/// copies of the rest on the current device.
+class DeviceWeights {
+ public:
+  /// @param dtype  of the activations, which tables and biases are rounded to
+  DeviceWeights(const ModelSpec& spec, const Weights& weights, DType dtype);
+
+  /// Bytes of the copies.
+  std::int64_t bytes() const { return bytes_; }
+
+  kernels::DeviceEmbeddingLookup token_embedding;
+  kernels::DeviceEmbeddingLookup position_embedding;
+  kernels::DeviceEmbeddingLookup token_type_embedding;
+  kernels::DeviceNorm embedding_norm;
+  std::vector<DeviceLayer> layers;
+  kernels::DeviceNorm final_norm;
+  DeviceProjection head_dense;
+  kernels::DeviceNorm head_norm;
+  DeviceProjection head;
+  DeviceProjection pooler;
+  DeviceProjection classifier;
+  const float* alibi_slopes = nullptr;  ///< [this rank's query heads], or null
+
+  /// Copies numbers to the device as float32 and keeps them.
+  const float* keep(const std::vector<float>& values);
+
+ private:
+  void* keep_tensor(at::Tensor tensor);
+  const void* keep_rounded(const std::vector<float>& values);
+  kernels::DeviceNorm norm(const ModelSpec& spec, const Norm& norm, kernels::NormKind kind);
+  DeviceProjection projection(const Linear& linear);
+  kernels::DeviceEmbeddingLookup table(const Table& table);
+
+  DType dtype_;
+  std::vector<at::Tensor> kept_;
+  std::int64_t bytes_ = 0;
+};
+
+}  // namespace moq::inference::cuda

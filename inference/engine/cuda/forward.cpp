@@ -1,0 +1,369 @@
+// The forward pass of a transformer on a GPU, and how a batch gets there.
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "inference/engine/cuda/on_device.h"
+#include "inference/engine/cuda/transformer.h"
+#include "kernels/attention.h"
+#include "kernels/embedding.h"
+#include "kernels/norm.h"
+
+namespace moq::inference::cuda {
+
+namespace gpu = kernels::cuda;
+
+// ---- a batch on its way to the device
+
+PagedKvCache* CudaTransformer::own_cache(KvCache* cache) const {
+  auto* const own = dynamic_cast<PagedKvCache*>(cache);
+  MOQ_CHECK((own == nullptr) == (cache == nullptr),
+            "engine: the KV cache must be one of this engine's make_cache, got one of another ",
+            "device");
+  return own;
+}
+
+StepInputs& CudaTransformer::eager_inputs(const TokenBatch& batch, std::int64_t num_rows) {
+  const auto num_sequences = static_cast<std::int64_t>(batch.sequences().size());
+  if (!eager_inputs_ || eager_inputs_->max_tokens() < batch.num_tokens() ||
+      eager_inputs_->max_sequences() < num_sequences || eager_inputs_->max_rows() < num_rows) {
+    const auto larger = [&](auto size, std::int64_t needed) {
+      return eager_inputs_ ? std::max((*eager_inputs_.*size)(), needed) : needed;
+    };
+    eager_inputs_ = std::make_unique<StepInputs>(
+        larger(&StepInputs::max_tokens, batch.num_tokens()),
+        larger(&StepInputs::max_sequences, num_sequences), larger(&StepInputs::max_rows, num_rows));
+  }
+  return *eager_inputs_;
+}
+
+/// Writes a checked batch to `inputs`, which may be sent when the rest of them is written too.
+CudaTransformer::Step CudaTransformer::begin_step(const TokenBatch& batch, PagedKvCache* cache,
+                                                  StepInputs& inputs) {
+  // What was sent last may still be on its way.
+  synchronize("a forward pass", num_tokens_);
+  Step step{.inputs = inputs,
+            .num_tokens = batch.num_tokens(),
+            .num_decoding = inputs.write(batch),
+            .num_longer = 0,
+            .max_tokens = 0,
+            .num_keys = 0,
+            .cache = cache};
+  step.num_longer = static_cast<std::int64_t>(batch.sequences().size()) - step.num_decoding;
+  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+    step.max_tokens = std::max(step.max_tokens, sequence.num_tokens);
+    step.num_keys += sequence.past_length + sequence.num_tokens;
+  }
+  if (cache != nullptr) {
+    reserve_positions(cache->capacity());
+    for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+      cache->make_room(sequence.slot, sequence.num_tokens,
+                       inputs.cache_rows().subspan(static_cast<std::size_t>(sequence.token_begin),
+                                                   static_cast<std::size_t>(sequence.num_tokens)),
+                       stream_);
+    }
+    cache->sync_page_table(stream_);
+  }
+  last_inputs_ = &inputs;
+  return step;
+}
+
+/// The graph of a batch's shape, for a batch without a cache; null for a shape that comes for the
+/// first time, which may well be the last.
+StepGraph* CudaTransformer::forward_graph(const TokenBatch& batch) {
+  constexpr std::size_t kMostShapes = 64;
+  StepGraph::Key key{.num_tokens = batch.num_tokens()};
+  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+    ++(sequence.num_tokens == 1 ? key.num_decoding : key.num_longer);
+    key.max_tokens = std::max(key.max_tokens, sequence.num_tokens);
+  }
+  if (const auto known = graphs_.find(key); known != graphs_.end()) {
+    return &known->second;
+  }
+  if (seen_once_.insert(key).second) {
+    return nullptr;
+  }
+  if (seen_once_.size() > kMostShapes) {
+    drop_graphs();
+    seen_once_.clear();
+  }
+  return &graphs_.try_emplace(key, key).first->second;
+}
+
+void CudaTransformer::forward(const TokenBatch& batch, KvCache* any_cache) {
+  check(batch, any_cache);
+  PagedKvCache* const cache = own_cache(any_cache);
+  reserve(batch.num_tokens());
+  const OnDevice on_device(*this);
+  // Room that would drop the graphs if it came later.
+  reserve_rows(spec_.has_pooler ? static_cast<std::int64_t>(batch.sequences().size()) : 0);
+  if (cache == nullptr) {
+    reserve_positions(batch.num_tokens());
+  }
+  StepGraph* const graph = cache == nullptr ? forward_graph(batch) : nullptr;
+  StepInputs& inputs = graph == nullptr ? eager_inputs(batch, 0) : graph->inputs();
+  const Step step = begin_step(batch, cache, inputs);
+  const auto run = [&] {
+    inputs.send(stream_);
+    run_layers(step);
+  };
+  if (graph != nullptr && graph->captured()) {
+    graph->launch(stream_);
+    num_tokens_ = step.num_tokens;
+    x_ = rows_of_x(num_tokens_);
+  } else {
+    run();  // the first time: it also loads the kernels, which a capture must not
+    if (graph != nullptr) {
+      graph->capture(stream_, run);
+    }
+  }
+  if (cache != nullptr) {
+    for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+      cache->advance(sequence.slot, sequence.num_tokens);
+    }
+  }
+}
+
+// ---- the forward pass
+
+at::Tensor CudaTransformer::rows_of_x(std::int64_t count) const {
+  return at::from_blob(workspace_.x, {count, spec_.hidden_size},
+                       at::TensorOptions(scalar_type(dtype_)).device(device_));
+}
+
+void CudaTransformer::run_layers(const Step& step) {
+  num_tokens_ = step.num_tokens;
+  const std::int64_t m = num_tokens_;
+  x_ = rows_of_x(m);
+  const void* x = workspace_.x;
+  embed(step);
+  for (std::size_t i = 0; i < device_weights_.layers.size(); ++i) {
+    const DeviceLayer& layer = device_weights_.layers[i];
+    const auto index = static_cast<std::int64_t>(i);
+    if (spec_.norm_place == NormPlace::kPost) {
+      // x = norm(x + attention(x)); x = norm(x + ffn(x))
+      attend(x, {}, layer, index, step);
+      add_attended(layer, m);
+      normalize(x, layer.attention_norm, workspace_.x, m);
+      feed_forward(x, {}, layer, m);
+      add_inner(layer, m);
+      normalize(x, layer.ffn_norm, workspace_.x, m);
+    } else if (spec_.parallel_residual) {
+      // x = x + attention(norm1(x)) + ffn(norm2(x))
+      attend(x, layer.attention_norm, layer, index, step);
+      feed_forward(x, layer.ffn_norm, layer, m);
+      add_attended(layer, m);
+      add_inner(layer, m);
+    } else {
+      // x = x + attention(norm(x)); x = x + ffn(norm(x))
+      attend(x, layer.attention_norm, layer, index, step);
+      add_attended(layer, m);
+      feed_forward(x, layer.ffn_norm, layer, m);
+      add_inner(layer, m);
+    }
+  }
+}
+
+/// x = token embedding + token type embedding + position embedding, and its norm if there is one.
+void CudaTransformer::embed(const Step& step) {
+  kernels::DeviceEmbeddingArgs args{.output = workspace_.x,
+                                    .num_tokens = step.num_tokens,
+                                    .hidden_size = spec_.hidden_size,
+                                    .dtype = dtype_};
+  const auto add = [&](kernels::DeviceEmbeddingLookup lookup, const std::int32_t* rows) {
+    lookup.rows = rows;
+    args.lookups[args.num_lookups++] = lookup;
+  };
+  add(device_weights_.token_embedding, step.inputs.tokens());
+  if (spec_.num_token_types > 0) {
+    add(device_weights_.token_type_embedding, step.inputs.token_types());
+  }
+  if (spec_.positions == PositionKind::kLearned) {
+    add(device_weights_.position_embedding, step.inputs.positions());
+  }
+  launch("embedding", step.num_tokens, spec_.hidden_size, 0,
+         [&] { gpu::embedding(args, stream_); });
+  if (spec_.embedding_norm) {
+    normalize(workspace_.x, device_weights_.embedding_norm, workspace_.x, step.num_tokens);
+  }
+}
+
+/// attended = softmax(q kᵀ / sqrt(head_dim)) v of q, k, v = norm(input) · Wqkvᵀ, for this rank's
+/// heads.
+void CudaTransformer::attend(const void* input, const kernels::DeviceNorm& norm,
+                             const DeviceLayer& layer, std::int64_t index, const Step& step) {
+  const std::int64_t dim = spec_.head_dim;
+  const std::int64_t m = step.num_tokens;
+  const auto element = static_cast<std::int64_t>(size_of(dtype_));
+  const bool rotary = spec_.positions == PositionKind::kRotary;
+  const bool rotated_by_projection = rotates_in_pairs(spec_);
+  const kernels::DevicePages pages =
+      step.cache == nullptr ? kernels::DevicePages{} : step.cache->pages(index);
+  const bool appended_by_projection = step.cache != nullptr && pages.dtype == dtype_ &&
+                                      (!rotary || rotated_by_projection) && !spec_.qk_norm &&
+                                      dim % 2 == 0;
+  kernels::DeviceRotary rotary_args{};
+  if (rotary) {
+    rotary_args = {.rotary_dim = static_cast<std::int32_t>(spec_.rotary_dim()),
+                   .positions = step.inputs.positions(),
+                   .cos = static_cast<const float*>(cos_.const_data_ptr()),
+                   .sin = static_cast<const float*>(sin_.const_data_ptr())};
+  }
+  const std::int64_t row_width = appended_by_projection ? q_heads() * dim : qkv_width();
+  kernels::DeviceLinearArgs projection{
+      .m = m, .output = workspace_.qkv, .output_stride = row_width};
+  if (rotated_by_projection || appended_by_projection) {
+    projection.qkv = {.head_dim = static_cast<std::int32_t>(dim),
+                      .num_heads = static_cast<std::int32_t>(q_heads()),
+                      .num_kv_heads = static_cast<std::int32_t>(kv_heads()),
+                      .rotary = rotated_by_projection ? rotary_args : kernels::DeviceRotary{},
+                      .pages = appended_by_projection ? pages : kernels::DevicePages{},
+                      .cache_rows = step.inputs.device_cache_rows()};
+  }
+  linear("QKV projection", input, norm, layer.qkv, projection);
+  const bool rotate_here = rotary && !rotated_by_projection;
+  if (rotate_here || spec_.qk_norm || (step.cache != nullptr && !appended_by_projection)) {
+    launch("append to the KV cache", m, qkv_width(), 0, [&] {
+      gpu::append_kv({.qkv = workspace_.qkv,
+                      .token_stride = row_width,
+                      .num_tokens = m,
+                      .num_heads = q_heads(),
+                      .num_kv_heads = kv_heads(),
+                      .head_dim = dim,
+                      .query_norm = layer.query_norm,
+                      .key_norm = layer.key_norm,
+                      .rotary = rotate_here ? rotary_args : kernels::DeviceRotary{},
+                      .pages = pages,
+                      .cache_rows = step.inputs.device_cache_rows(),
+                      .dtype = dtype_},
+                     stream_);
+    });
+  }
+  auto* const q = static_cast<const char*>(workspace_.qkv);
+  kernels::DeviceAttentionArgs attention{
+      .query = q,
+      .query_stride = row_width,
+      .pages = pages,
+      .packed_keys = q + q_heads() * dim * element,
+      .packed_values = q + (q_heads() + kv_heads()) * dim * element,
+      .packed_stride = row_width,
+      .sequences = step.inputs.sequences(),
+      .num_sequences = step.num_decoding,
+      .max_tokens = 1,
+      .num_heads = q_heads(),
+      .num_kv_heads = kv_heads(),
+      .head_dim = dim,
+      .causal = spec_.attention == AttentionKind::kCausal,
+      .scale = 1.0F / std::sqrt(static_cast<float>(dim)),
+      .alibi_slopes = device_weights_.alibi_slopes,
+      .output = workspace_.attended,
+      .output_stride = q_heads() * dim,
+      .dtype = dtype_};
+  if (step.cache != nullptr) {
+    attention.page_table = step.cache->page_table();
+    attention.page_table_stride = step.cache->page_table_stride();
+    attention.packed_keys = attention.packed_values = nullptr;
+  }
+  const std::int64_t key_bytes =
+      2 * step.num_keys * kv_heads() * dim *
+      static_cast<std::int64_t>(size_of(step.cache == nullptr ? dtype_ : pages.dtype));
+  if (step.num_decoding > 0) {
+    launch("attention", m, q_heads() * dim, key_bytes, [&] { gpu::attention(attention, stream_); });
+  }
+  if (step.num_longer > 0) {
+    attention.sequences += step.num_decoding;
+    attention.num_sequences = step.num_longer;
+    attention.max_tokens = step.max_tokens;
+    launch("attention", m, q_heads() * dim, key_bytes, [&] { gpu::attention(attention, stream_); });
+  }
+}
+
+/// inner = activation(up(norm(input))), or activation(gate(norm(input))) * up(norm(input)).
+void CudaTransformer::feed_forward(const void* input, const kernels::DeviceNorm& norm,
+                                   const DeviceLayer& layer, std::int64_t m) {
+  linear("up projection", input, norm, layer.up,
+         {.m = m,
+          .activation = spec_.activation,
+          .output = workspace_.inner,
+          .output_stride = weights_.ffn.size(),
+          .gated = spec_.gated});
+}
+
+void CudaTransformer::add_attended(const DeviceLayer& layer, std::int64_t m) {
+  project_and_add("attention output projection", workspace_.attended, layer.attention_out, m);
+}
+
+void CudaTransformer::add_inner(const DeviceLayer& layer, std::int64_t m) {
+  project_and_add("down projection", workspace_.inner, layer.down, m);
+}
+
+/// x += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the input.
+/// Rank 0 brings x itself and the bias into the sum.
+void CudaTransformer::project_and_add(const char* what, const void* input,
+                                      const DeviceProjection& projection, std::int64_t m) {
+  const bool root = communicator_->rank() == 0;
+  DeviceProjection own = projection;
+  own.bias = root ? projection.bias : nullptr;
+  linear(what, input, {}, own,
+         {.m = m,
+          .residual = root ? workspace_.x : nullptr,
+          .residual_stride = spec_.hidden_size,
+          .output = workspace_.x,
+          .output_stride = spec_.hidden_size});
+  if (group_) {
+    group_->all_reduce_sum(x_);
+  }
+}
+
+/// A projection of norm(input), whose rows lie one behind the other.
+void CudaTransformer::linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
+                             const DeviceProjection& projection, kernels::DeviceLinearArgs args) {
+  const kernels::LinearShape& shape = projection.weight.shape;
+  const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_takes_norm(args.m);
+  if (projection.int8_input || norm_apart) {
+    void* const output = projection.int8_input ? workspace_.codes : workspace_.normed;
+    launch("norm", args.m, shape.k, 0, [&] {
+      gpu::norm({.input = input,
+                 .input_stride = shape.k,
+                 .norm = norm,
+                 .output = output,
+                 .output_stride = shape.k,
+                 .row_scales = projection.int8_input ? workspace_.row_scales : nullptr,
+                 .num_tokens = args.m,
+                 .hidden_size = shape.k,
+                 .dtype = dtype_},
+                stream_);
+    });
+    input = output;
+    args.row_scales = projection.int8_input ? workspace_.row_scales : nullptr;
+  } else {
+    args.norm = norm;
+  }
+  args.input = input;
+  args.input_stride = shape.k;
+  args.weight = projection.weight;
+  args.bias = projection.bias;
+  args.dtype = dtype_;
+  args.weight_is_ready = true;
+  launch(what, args.m, shape.n, static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
+         [&] { gpu::linear(args, stream_); });
+}
+
+void CudaTransformer::normalize(const void* input, const kernels::DeviceNorm& norm, void* output,
+                                std::int64_t m, const std::int32_t* rows) {
+  launch("norm", m, spec_.hidden_size, 0, [&] {
+    gpu::norm({.input = input,
+               .input_stride = spec_.hidden_size,
+               .rows = rows,
+               .norm = norm,
+               .output = output,
+               .output_stride = spec_.hidden_size,
+               .num_tokens = m,
+               .hidden_size = spec_.hidden_size,
+               .dtype = dtype_},
+              stream_);
+  });
+}
+
+}  // namespace moq::inference::cuda

@@ -1,0 +1,177 @@
+// The steps of a generation on a GPU.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+
+#include "inference/engine/cuda/on_device.h"
+#include "inference/engine/cuda/transformer.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/sampling.h"
+
+namespace moq::inference::cuda {
+namespace {
+
+constexpr std::int64_t kWordBits = 32;
+
+bool is_greedy(const kernels::SamplingParams& params) {
+  return params.temperature == 0.0F && params.repetition_penalty == 1.0F;
+}
+
+}  // namespace
+
+std::int64_t bucket_of(std::int64_t num_rows) {
+  constexpr std::int64_t kStep = 16;
+  return num_rows <= kStep
+             ? static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(num_rows)))
+             : (num_rows + kStep - 1) / kStep * kStep;
+}
+
+std::span<const std::int64_t> CudaTransformer::next_tokens(
+    const TokenBatch& batch, KvCache& any_cache, std::span<const std::int64_t> rows,
+    std::span<const kernels::SamplingRow> sampling) {
+  check(batch, &any_cache);
+  PagedKvCache& cache = *own_cache(&any_cache);
+  for (const std::int64_t row : rows) {
+    check_row(row, batch.num_tokens());
+  }
+  const auto count = static_cast<std::int64_t>(rows.size());
+  const bool decoding = &cache == generation_cache_.get() && count == batch.num_tokens();
+  const std::int64_t bucket = decoding ? bucket_of(count) : batch.num_tokens();
+  reserve(bucket);
+  const OnDevice on_device(*this);
+  reserve_rows(decoding ? bucket : count);
+  if (decoding) {
+    decode(batch, cache, bucket, sampling);
+  } else {
+    StepInputs& inputs = eager_inputs(batch, count);
+    const Step step = begin_step(batch, &cache, inputs);
+    inputs.write_rows(rows);
+    const bool all_greedy = write_sampling(inputs, batch, rows, sampling);
+    run_step(step, inputs.rows(), count, all_greedy);
+  }
+  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
+    cache.advance(sequence.slot, sequence.num_tokens);
+  }
+  synchronize("a generation step", batch.num_tokens());
+  take_tokens(static_cast<std::size_t>(count));
+  return drawn_;
+}
+
+/// Everything that a step does on the device: what a graph captures.
+void CudaTransformer::run_step(const Step& step, const std::int32_t* rows, std::int64_t count,
+                               bool all_greedy) {
+  step.inputs.send(stream_);
+  run_layers(step);
+  if (count == 0) {
+    return;
+  }
+  run_head(workspace_.x, rows, count);
+  const at::Tensor drawn_from = joined_logits(count);
+  launch("sampling", count, spec_.vocab_size, count * spec_.vocab_size * 4, [&] {
+    kernels::cuda::sample(
+        {.logits = drawn_from.const_data_ptr<float>(),
+         .batch_size = count,
+         .vocab_size = spec_.vocab_size,
+         .logits_stride = drawn_from.stride(0),
+         .rows = step.inputs.sampling(),
+         .seen =
+             seen_.defined() ? reinterpret_cast<std::uint32_t*>(seen_.mutable_data_ptr()) : nullptr,
+         .tokens = tokens_.mutable_data_ptr<std::int32_t>(),
+         .all_greedy = all_greedy},
+        stream_);
+  });
+  MOQ_CUDA_CHECK(cudaMemcpyAsync(pinned_tokens_.mutable_data_ptr(), tokens_.const_data_ptr(),
+                                 static_cast<std::size_t>(count) * sizeof(std::int32_t),
+                                 cudaMemcpyDeviceToHost, stream_));
+}
+
+/// A step of one token a row, all of which are drawn from: by the graph of its bucket.
+void CudaTransformer::decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
+                             std::span<const kernels::SamplingRow> sampling) {
+  const bool all_greedy = std::all_of(sampling.begin(), sampling.end(),
+                                      [](const auto& row) { return is_greedy(row.params); });
+  reserve_positions(cache.capacity());  // (it may drop the graphs)
+  const StepGraph::Key key{.cache = cache.id(),
+                           .num_tokens = bucket,
+                           .num_decoding = bucket,
+                           .max_tokens = 1,
+                           .all_greedy = all_greedy};
+  StepGraph& graph = graphs_.try_emplace(key, key).first->second;
+  Step step = begin_step(batch, &cache, graph.inputs());
+  graph.inputs().pad(bucket, bucket);
+  std::vector<std::int64_t> rows(batch.sequences().size());
+  std::iota(rows.begin(), rows.end(), 0);
+  write_sampling(graph.inputs(), batch, rows, sampling);
+  step.num_tokens = step.num_decoding = bucket;
+  const auto run = [&] { run_step(step, /*rows=*/nullptr, bucket, all_greedy); };
+  if (graph.captured()) {
+    graph.launch(stream_);
+    num_tokens_ = bucket;
+    return;
+  }
+  decode_kernels_.clear();
+  recording_ = true;
+  run();  // the first time: it also loads the kernels, which a capture must not
+  recording_ = false;
+  graph.capture(stream_, run);
+}
+
+/// What is drawn from each row; true if all rows are greedy. A row that starts with a penalty
+/// brings the tokens of its prompt.
+bool CudaTransformer::write_sampling(StepInputs& inputs, const TokenBatch& batch,
+                                     std::span<const std::int64_t> rows,
+                                     std::span<const kernels::SamplingRow> sampling) {
+  std::vector<kernels::DeviceSamplingRow> device_rows(static_cast<std::size_t>(inputs.max_rows()));
+  const std::int64_t first_spare = seen_.defined() ? seen_.size(0) / 2 : 0;
+  for (std::size_t i = 0; i < device_rows.size(); ++i) {
+    device_rows[i].history_row =
+        static_cast<std::uint32_t>(first_spare) + static_cast<std::uint32_t>(i);
+  }
+  bool all_greedy = true;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const auto& sequences = batch.sequences();
+    const auto sequence =
+        std::find_if(sequences.begin(), sequences.end(), [&](const auto& candidate) {
+          return rows[i] < candidate.token_begin + candidate.num_tokens;
+        });
+    device_rows[i] = {.params = sampling[i].params,
+                      .step = sampling[i].step,
+                      .stream = sampling[i].stream,
+                      .history_row = static_cast<std::uint32_t>(sequence->slot)};
+    all_greedy = all_greedy && is_greedy(sampling[i].params);
+    if (sampling[i].step == 0 && sampling[i].params.repetition_penalty != 1.0F) {
+      write_history(sequence->slot,
+                    {sampling[i].history, static_cast<std::size_t>(sampling[i].history_length)});
+    }
+  }
+  inputs.write_sampling(device_rows);
+  return all_greedy;
+}
+
+/// Tells the device which tokens a slot's sequence has.
+void CudaTransformer::write_history(std::int64_t slot, std::span<const std::int64_t> tokens) {
+  std::vector<std::uint32_t> words(static_cast<std::size_t>(seen_.size(1)), 0);
+  for (const std::int64_t token : tokens) {
+    words[static_cast<std::size_t>(token / kWordBits)] |= 1U << token % kWordBits;
+  }
+  MOQ_CUDA_CHECK(cudaMemcpyAsync(seen_[slot].mutable_data_ptr(), words.data(),
+                                 words.size() * sizeof(std::uint32_t), cudaMemcpyHostToDevice,
+                                 stream_));
+}
+
+void CudaTransformer::take_tokens(std::size_t count) {
+  const auto* const tokens = pinned_tokens_.const_data_ptr<std::int32_t>();
+  drawn_.assign(tokens, tokens + count);
+  for (std::size_t i = 0; i < count; ++i) {
+    MOQ_CHECK(
+        drawn_[i] != kernels::DeviceSamplingArgs::kNoToken,
+        "generate: every logit must be a number below infinity, and one above -infinity, got ",
+        "a NaN or an infinity in row ", i, " of the step",
+        dtype_ == DType::kFloat16 ? ": float16 activations end at 65504, try compute_dtype=\"bf16\""
+                                  : "");
+  }
+}
+
+}  // namespace moq::inference::cuda

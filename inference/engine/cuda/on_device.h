@@ -1,0 +1,64 @@
+#pragma once
+
+#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "inference/engine/cuda/transformer.h"
+#include "kernels/common/check.h"
+
+/// What the member functions of CudaTransformer share; for its own source files.
+namespace moq::inference::cuda {
+
+/// Work on the model's device and stream, behind what the caller's stream holds and before what it
+/// will get.
+class CudaTransformer::OnDevice {
+ public:
+  explicit OnDevice(CudaTransformer& model)
+      : model_(model),
+        caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())),
+        guard_(model.stream_) {
+    MOQ_CHECK(model.failure_.empty(), "engine: a GPU engine must be made anew, in a new process, ",
+              "after an error of the GPU, got: ", model.failure_);
+    at::cuda::CUDAEvent before;
+    before.record(caller_);
+    before.block(model.stream_);
+  }
+  ~OnDevice() {
+    if (model_.failure_.empty()) {
+      at::cuda::CUDAEvent after;
+      after.record(model_.stream_);
+      after.block(caller_);
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  CudaTransformer& model_;
+  c10::cuda::CUDAStream caller_;
+  c10::cuda::CUDAStreamGuard guard_;
+};
+
+/// Runs launch(), the start of a kernel; an error names what was to be computed and where.
+template <typename Launch>
+void CudaTransformer::launch(const char* what, std::int64_t rows, std::int64_t columns,
+                             std::int64_t bytes, const Launch& launch) {
+  if (recording_) {
+    decode_kernels_.push_back({what, rows, columns, bytes});
+  }
+  try {
+    launch();
+  } catch (const Error& error) {
+    note_failure(error.what());
+    moq::detail::fail("engine: ", what, " of ", rows, " x ", columns, " on ", device_.str(), ": ",
+                      error.what());
+  }
+}
+
+inline at::ScalarType scalar_type(DType dtype) {
+  return dtype == DType::kFloat16    ? at::kHalf
+         : dtype == DType::kBFloat16 ? at::kBFloat16
+                                     : at::kFloat;
+}
+
+}  // namespace moq::inference::cuda

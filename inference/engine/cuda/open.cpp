@@ -1,0 +1,80 @@
+// How a checkpoint becomes a transformer on a GPU.
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <utility>
+
+#include "inference/engine/cuda/transformer.h"
+#include "kernels/common/check.h"
+#include "kernels/cuda/device.h"
+
+namespace moq::inference {
+namespace {
+
+DType parse_compute_dtype(const std::string& name) {
+  if (name == "fp16") {
+    return DType::kFloat16;
+  }
+  if (name == "fp32") {
+    return DType::kFloat32;
+  }
+  MOQ_CHECK(name == "bf16", "engine: compute_dtype must be fp32, fp16 or bf16, got ", name);
+  return DType::kBFloat16;
+}
+
+/// What activations are kept in if the caller does not say: as float weights, or beside integers
+/// as the checkpoint's floats, of which float32 becomes float16.
+DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
+  switch (dtype) {
+    case WeightDtype::kFloat32:
+      return DType::kFloat32;
+    case WeightDtype::kFloat16:
+      return DType::kFloat16;
+    case WeightDtype::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      break;
+  }
+  const WeightSource& layer = *parameters.at(Module::kDown, 0).matrix;
+  const WeightSource& table = *parameters.at(Module::kTokenEmbedding).matrix;
+  if (dtype == WeightDtype::kAsStored && !layer.quantized()) {
+    return layer.dtype();
+  }
+  return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+at::Device check_device(at::Device device) {
+  MOQ_CHECK(c10::cuda::device_count() > 0, "engine: device cuda needs a GPU and its driver, got ",
+            "none: `moq doctor` says what was found");
+  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
+  MOQ_CHECK(index < c10::cuda::device_count(), "engine: device must be one of the ",
+            static_cast<int>(c10::cuda::device_count()), " GPUs, got cuda:", index);
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(index)};
+}
+
+}  // namespace
+
+std::unique_ptr<Transformer> open_cuda_transformer(
+    const ParameterMap& parameters, std::shared_ptr<const checkpoint::Checkpoint> files,
+    LoadOptions load, const CudaOptions& options, std::shared_ptr<Communicator> communicator) {
+  const at::Device device = check_device(options.device);
+  const c10::cuda::CUDAGuard guard(device);
+  kernels::cuda::check_device();
+  const DType dtype = options.compute_dtype.has_value()
+                          ? parse_compute_dtype(*options.compute_dtype)
+                          : default_compute_dtype(parameters, load.dtype);
+  const std::string kv_dtype = options.kv_cache_dtype.value_or("int8");
+  MOQ_CHECK(kv_dtype == "int8", "engine: kv_cache_dtype must be None or int8, got ", kv_dtype);
+  MOQ_CHECK(communicator->size() == 1 || !options.group_name.empty(),
+            "engine: several ranks on GPUs need a process group with NCCL, got none");
+  load.pack = cuda::pack_for_cuda;
+  load.pair_rows = true;
+  Weights weights = load_weights(parameters, std::move(files), load);
+  const bool several = communicator->size() > 1;
+  return std::make_unique<cuda::CudaTransformer>(
+      parameters.spec(), std::move(weights), std::move(communicator),
+      several ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
+      options.kv_cache_dtype.has_value() ? DType::kInt8 : dtype);
+}
+
+}  // namespace moq::inference

@@ -1,0 +1,127 @@
+// What a forward pass on a GPU gives: hidden states, logits, pooled outputs.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+
+#include "inference/engine/cuda/device_memory.h"
+#include "inference/engine/cuda/on_device.h"
+#include "inference/engine/cuda/transformer.h"
+
+namespace moq::inference::cuda {
+
+at::Tensor CudaTransformer::hidden_state() {
+  const OnDevice on_device(*this);
+  if (spec_.norm_place == NormPlace::kPost) {
+    return x_.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  }
+  normalize(workspace_.x, device_weights_.final_norm, workspace_.normed, num_tokens_);
+  return at::from_blob(workspace_.normed, x_.sizes(), x_.options())
+      .to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+}
+
+/// logits_ (with several ranks joined_) of `count` rows of `input`, a part of x: of those that the
+/// device memory at `rows` names, or of the first ones if it is null.
+void CudaTransformer::run_head(const void* input, const std::int32_t* rows, std::int64_t count) {
+  const bool pre_norm = spec_.norm_place == NormPlace::kPre;
+  kernels::DeviceNorm norm = pre_norm ? device_weights_.final_norm : kernels::DeviceNorm{};
+  if (rows != nullptr) {
+    normalize(input, norm, head_in_.mutable_data_ptr(), count, rows);
+    input = head_in_.const_data_ptr();
+    norm = {};
+  }
+  if (spec_.head_transform) {
+    void* const transformed = head_in_[1].mutable_data_ptr();
+    linear("head transform", input, norm, device_weights_.head_dense,
+           {.m = count,
+            .activation = spec_.activation,
+            .output = transformed,
+            .output_stride = spec_.hidden_size});
+    input = transformed;
+    norm = device_weights_.head_norm;
+  }
+  linear("head", input, norm, device_weights_.head,
+         {.m = count,
+          .output = logits_.mutable_data_ptr(),
+          .output_stride = logits_.size(1),
+          .float32_output = true});
+  if (group_) {
+    join_logits(count);
+  }
+}
+
+/// Gathers every rank's share of the vocabulary, which may differ in width.
+void CudaTransformer::join_logits(std::int64_t count) {
+  const std::int64_t widest = logits_.size(1);
+  at::Tensor own = logits_.narrow(0, 0, count);
+  at::Tensor all = at::from_blob(all_logits_.mutable_data_ptr(),
+                                 {communicator_->size(), count, widest}, all_logits_.options());
+  at::Tensor parts = all.view({communicator_->size() * count, widest});
+  group_->all_gather(parts, own);
+  std::int64_t column = 0;
+  for (int rank = 0; rank < communicator_->size(); ++rank) {
+    const std::int64_t width = weights_.vocab_widths[static_cast<std::size_t>(rank)];
+    joined_.narrow(0, 0, count).narrow(1, column, width).copy_(all[rank].narrow(1, 0, width));
+    column += width;
+  }
+}
+
+at::Tensor CudaTransformer::joined_logits(std::int64_t count) const {
+  return (group_ ? joined_ : logits_).narrow(0, 0, count).narrow(1, 0, spec_.vocab_size);
+}
+
+at::Tensor CudaTransformer::logits(std::span<const std::int64_t> rows) {
+  const auto count = static_cast<std::int64_t>(rows.size());
+  for (const std::int64_t row : rows) {
+    check_row(row, num_tokens_);
+  }
+  const OnDevice on_device(*this);
+  reserve_rows(count);
+  const bool in_a_row = std::adjacent_find(rows.begin(), rows.end(), [](auto row, auto next) {
+                          return next != row + 1;
+                        }) == rows.end();
+  if (in_a_row && count > 0) {
+    run_head(x_[rows.front()].const_data_ptr(), nullptr, count);
+  } else {
+    run_head(workspace_.x, upload_rows(rows), count);
+  }
+  return joined_logits(count);
+}
+
+at::Tensor CudaTransformer::pooled(const TokenBatch& batch) {
+  const auto count = static_cast<std::int64_t>(batch.sequences().size());
+  const OnDevice on_device(*this);
+  reserve_rows(count);
+  normalize(workspace_.x, {}, head_in_.mutable_data_ptr(), count, last_inputs_->first_tokens());
+  at::Tensor output =
+      at::empty({count, spec_.hidden_size}, at::TensorOptions(at::kFloat).device(device_));
+  linear("pooler", head_in_.const_data_ptr(), {}, device_weights_.pooler,
+         {.m = count,
+          .activation = spec_.pooler_activation,
+          .output = output.mutable_data_ptr(),
+          .output_stride = spec_.hidden_size,
+          .float32_output = true});
+  return output;
+}
+
+at::Tensor CudaTransformer::classify(const at::Tensor& pooled) {
+  const std::int64_t count = pooled.size(0);
+  const OnDevice on_device(*this);
+  const at::Tensor input = pooled.to(scalar_type(dtype_));
+  at::Tensor output = at::empty({count, spec_.num_labels}, pooled.options());
+  linear("classifier", input.const_data_ptr(), {}, device_weights_.classifier,
+         {.m = count,
+          .output = output.mutable_data_ptr(),
+          .output_stride = spec_.num_labels,
+          .float32_output = true});
+  return output;
+}
+
+/// Row numbers on the device, until the next call.
+const std::int32_t* CudaTransformer::upload_rows(std::span<const std::int64_t> rows) {
+  const std::vector<std::int32_t> narrow(rows.begin(), rows.end());
+  uploaded_rows_ = upload(narrow, "the workspace");
+  return static_cast<const std::int32_t*>(uploaded_rows_.const_data_ptr());
+}
+
+}  // namespace moq::inference::cuda

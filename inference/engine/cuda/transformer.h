@@ -1,0 +1,171 @@
+#pragma once
+
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "inference/engine/cuda/device_group.h"
+#include "inference/engine/cuda/device_weights.h"
+#include "inference/engine/cuda/paged_kv_cache.h"
+#include "inference/engine/cuda/step_graph.h"
+#include "inference/engine/cuda/step_inputs.h"
+#include "inference/engine/cuda/workspace.h"
+#include "inference/engine/positions.h"
+#include "inference/engine/transformer.h"
+#include "inference/policies/parameter_map.h"
+
+namespace moq::inference {
+
+struct CudaOptions {
+  at::Device device = at::kCUDA;
+  std::optional<std::string> compute_dtype;   ///< "fp16", "bf16", "fp32"; nullopt: see below
+  std::optional<std::string> kv_cache_dtype;  ///< "int8"; nullopt: as the activations
+  std::string group_name;                     ///< of several ranks' process group on GPUs
+};
+
+/// Loads a rank's share onto a GPU. Activations are kept in compute_dtype, or in the dtype of float
+/// weights, or, with integer ones, in bfloat16 if the checkpoint's floats are, else in float16.
+/// @throws moq::Error as load_weights, for an unknown option, for a GPU that moq was not built for,
+///         or if the GPU's memory does not hold the weights
+std::unique_ptr<Transformer> open_cuda_transformer(
+    const ParameterMap& parameters, std::shared_ptr<const checkpoint::Checkpoint> files,
+    LoadOptions load, const CudaOptions& options, std::shared_ptr<Communicator> communicator);
+
+namespace cuda {
+
+/// Rows that a decode step of so many is computed with, so that few graphs serve all.
+std::int64_t bucket_of(std::int64_t num_rows);
+
+/// A transformer on a GPU. Kernels are launched on a stream of its own, which waits for the
+/// caller's current stream and is waited for by it.
+///
+/// After an error of the GPU itself nothing can be computed in this process: every call then says
+/// so.
+class CudaTransformer final : public Transformer {
+ public:
+  CudaTransformer(ModelSpec spec, Weights weights, std::shared_ptr<Communicator> communicator,
+                  std::unique_ptr<DeviceGroup> group, at::Device device, DType dtype,
+                  DType kv_dtype);
+  ~CudaTransformer() override;
+
+  at::Device device() const override { return device_; }
+  std::string compute_dtype() const override { return name_of(dtype_); }
+  MemoryReport memory() const override;
+  std::vector<KernelRecord> decode_kernels() const override { return decode_kernels_; }
+  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const override;
+  KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
+  void reserve(std::int64_t num_tokens) override;
+  void forward(const TokenBatch& batch, KvCache* cache) override;
+  at::Tensor hidden_state() override;
+  at::Tensor logits(std::span<const std::int64_t> rows) override;
+  at::Tensor pooled(const TokenBatch& batch) override;
+  at::Tensor classify(const at::Tensor& pooled) override;
+  std::span<const std::int64_t> next_tokens(
+      const TokenBatch& batch, KvCache& cache, std::span<const std::int64_t> rows,
+      std::span<const kernels::SamplingRow> sampling) override;
+
+ private:
+  class OnDevice;
+
+  /// What the kernels of a forward pass are told about the batch.
+  struct Step {
+    const StepInputs& inputs;
+    std::int64_t num_tokens;
+    std::int64_t num_decoding;  ///< sequences of one token, which come first
+    std::int64_t num_longer;    ///< the others
+    std::int64_t max_tokens;    ///< of those
+    std::int64_t num_keys;      ///< of all sequences together, new ones included
+    const PagedKvCache* cache;
+  };
+
+  PagedKvCache* own_cache(KvCache* cache) const;
+  Step begin_step(const TokenBatch& batch, PagedKvCache* cache, StepInputs& inputs);
+  StepInputs& eager_inputs(const TokenBatch& batch, std::int64_t num_rows);
+  void reserve_rows(std::int64_t num_rows);
+  void reserve_positions(std::int64_t num_positions);
+
+  void run_layers(const Step& step);
+  void embed(const Step& step);
+  void attend(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
+              std::int64_t index, const Step& step);
+  void feed_forward(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
+                    std::int64_t m);
+  void add_attended(const DeviceLayer& layer, std::int64_t m);
+  void add_inner(const DeviceLayer& layer, std::int64_t m);
+  void project_and_add(const char* what, const void* input, const DeviceProjection& projection,
+                       std::int64_t m);
+  void linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
+              const DeviceProjection& projection, kernels::DeviceLinearArgs args);
+  void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
+                 const std::int32_t* rows = nullptr);
+
+  void run_head(const void* input, const std::int32_t* rows, std::int64_t count);
+  at::Tensor rows_of_x(std::int64_t count) const;
+  void join_logits(std::int64_t count);
+  at::Tensor joined_logits(std::int64_t count) const;
+  const std::int32_t* upload_rows(std::span<const std::int64_t> rows);
+
+  void run_step(const Step& step, const std::int32_t* rows, std::int64_t count, bool all_greedy);
+  void decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
+              std::span<const kernels::SamplingRow> sampling);
+  bool write_sampling(StepInputs& inputs, const TokenBatch& batch,
+                      std::span<const std::int64_t> rows,
+                      std::span<const kernels::SamplingRow> sampling);
+  void write_history(std::int64_t slot, std::span<const std::int64_t> tokens);
+  void take_tokens(std::size_t count);
+  StepGraph* forward_graph(const TokenBatch& batch);
+  void drop_graphs() {
+    graphs_.clear();
+    last_inputs_ = nullptr;
+  }
+
+  template <typename Launch>
+  void launch(const char* what, std::int64_t rows, std::int64_t columns, std::int64_t bytes,
+              const Launch& launch);
+  void note_failure(const char* reason);
+  void synchronize(const char* what, std::int64_t num_tokens);
+
+  at::Device device_;
+  DType dtype_;
+  DType kv_dtype_;
+  c10::cuda::CUDAStream stream_;
+  std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
+  DeviceWeights device_weights_;
+
+  RotationTable rotation_;  ///< on the host, and what of it is on the device:
+  at::Tensor cos_;
+  at::Tensor sin_;
+
+  Workspace workspace_;
+  at::Tensor x_;  ///< a view of the workspace's x: the last batch's tokens
+  std::int64_t num_tokens_ = 0;
+  at::Tensor head_in_;        ///< [2, rows, hidden_size]
+  at::Tensor logits_;         ///< [rows, widest share of the vocabulary] float32
+  at::Tensor all_logits_;     ///< [ranks, rows, widest share] float32; several ranks
+  at::Tensor joined_;         ///< [rows, vocab_size] float32; several ranks
+  at::Tensor tokens_;         ///< [rows] int32, drawn
+  at::Tensor pinned_tokens_;  ///< the same, in host memory
+  at::Tensor uploaded_rows_;
+  std::unique_ptr<StepInputs> eager_inputs_;
+  const StepInputs* last_inputs_ = nullptr;  ///< of the last step
+
+  std::unique_ptr<PagedKvCache> generation_cache_;
+  at::Tensor
+      seen_;  ///< [at least its slots, words of the vocabulary] int32: tokens that a slot has
+  std::map<StepGraph::Key, StepGraph> graphs_;
+  std::set<StepGraph::Key> seen_once_;  ///< shapes of forward passes that are captured next time
+  std::vector<std::int64_t> drawn_;
+  std::vector<KernelRecord> decode_kernels_;
+  bool recording_ = false;  ///< whether launch() adds to them
+  std::string failure_;     ///< why the engine is unusable
+};
+
+}  // namespace cuda
+}  // namespace moq::inference

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "inference/engine/cuda/device_memory.h"
+
+namespace moq::inference::cuda {
+
+/// Sizes of a rank's activations, in elements of a token.
+struct ActivationSizes {
+  std::int64_t hidden;
+  std::int64_t qkv;    ///< q | k | v
+  std::int64_t query;  ///< heads * head_dim
+  std::int64_t inner;  ///< columns of the feed-forward block
+  std::int64_t element_bytes;
+};
+
+/// Activations of up to `max_tokens` tokens in one allocation, planned at once; rows are tokens.
+struct Workspace {
+  std::int64_t max_tokens = 0;
+  at::Tensor memory;
+  void* x = nullptr;            ///< [hidden], the residual stream
+  void* normed = nullptr;       ///< [hidden], where a norm is a kernel of its own
+  void* sum = nullptr;          ///< [hidden], before a norm that follows (post-norm models)
+  void* qkv = nullptr;          ///< [q | k | v], or [q]
+  void* attended = nullptr;     ///< [query]
+  void* inner = nullptr;        ///< [inner]
+  void* codes = nullptr;        ///< the widest input of a projection, rounded to 8 bits
+  float* row_scales = nullptr;  ///< [1], their step sizes
+
+  std::int64_t bytes() const { return memory.defined() ? memory.numel() : 0; }
+
+  void plan(std::int64_t num_tokens, const ActivationSizes& sizes) {
+    constexpr std::int64_t kAlignment = 256;
+    std::int64_t end = 0;
+    const auto place = [&](std::int64_t row_bytes) {
+      const std::int64_t begin = end;
+      end += (num_tokens * row_bytes + kAlignment - 1) / kAlignment * kAlignment;
+      return begin;
+    };
+    const std::int64_t element = sizes.element_bytes;
+    const std::int64_t widest = std::max({sizes.hidden, sizes.query, sizes.inner});
+    const std::int64_t begins[] = {place(sizes.hidden * element), place(sizes.hidden * element),
+                                   place(sizes.hidden * element), place(sizes.qkv * element),
+                                   place(sizes.query * element),  place(sizes.inner * element),
+                                   place(widest * element),       place(sizeof(float))};
+    memory = at::Tensor();  // the old one's memory first
+    memory = allocate(end, "the workspace");
+    max_tokens = num_tokens;
+    auto* const base = static_cast<char*>(memory.mutable_data_ptr());
+    void** const parts[] = {&x, &normed, &sum, &qkv, &attended, &inner, &codes};
+    for (std::size_t i = 0; i < std::size(parts); ++i) {
+      *parts[i] = base + begins[i];
+    }
+    row_scales = reinterpret_cast<float*>(base + begins[std::size(parts)]);
+  }
+};
+
+}  // namespace moq::inference::cuda

@@ -1,0 +1,58 @@
+"""Tensor parallelism on GPUs, over NCCL: two ranks draw the tokens of one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+from launch import WORKERS, one_thread_environment, torchrun_command
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+# Unequal shares of heads, columns and vocabulary; one head for two ranks is refused elsewhere.
+NAMES = ["llama", "nine_heads", "gpt2", "bloom", "qwen3", "gpt_neox"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        (directory / name).mkdir()
+        models.save(name, models.build(name), directory / name)
+    return directory
+
+
+def tokens_of(directory, num_ranks, dtype):
+    command = [WORKERS / "gpu_rank.py", directory, json.dumps(models.sequences(3, 20, 41)), dtype]
+    launcher = torchrun_command(num_ranks, *command)
+    if num_ranks == 1:
+        launcher = [sys.executable, *map(str, command)]
+    result = subprocess.run(
+        launcher,
+        env=one_thread_environment(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["tp_size"] == num_ranks
+    return answer["results"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_two_gpus_draw_the_tokens_of_one(dtype, directory):
+    one, two = (tokens_of(directory, ranks, dtype) for ranks in (1, 2))
+    assert set(one) == set(NAMES)
+    for name in NAMES:
+        assert one[name][0] == one[name][1]
+        assert two[name][0] == two[name][1]
+        if dtype == "fp32":  # in 16 bits the order of a sum may decide between near-equal logits
+            assert two[name] == one[name], name
