@@ -27,24 +27,27 @@ def logits_of(model, rows, device):
     return torch.cat(logits).double().cpu()
 
 
+def naive_logits(model, rows):
+    """The same in the model's own dtype on the GPU, with either way that transformers attends."""
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        yield logits_of(model, rows, "cuda")
+
+
 def check_against_naive(actual, naive, exact):
-    """Errors at most twice those of the naive computation, and equal decisions where it has one.
+    """Each error at most twice those of naive computations, and equal decisions beyond them.
 
     Returns:
-        The share of positions whose decision the bound guarantees.
+        The share of positions at which the margin between the two largest logits exceeds what both
+        sides may err.
     """
-    actual = actual.double().cpu()
-    rms, naive_rms = ((values - exact).square().mean().sqrt() for values in (actual, naive))
-    print(
-        f"rms error {rms:.2e}, naive {naive_rms:.2e}; largest {(actual - exact).abs().max():.2e}, "
-        f"naive {(naive - exact).abs().max():.2e}"
-    )
-    bound = 2 * (naive - exact).abs().max()
-    assert (actual - exact).abs().max() <= bound
-    assert (actual - exact).square().mean() <= 1.5 * (naive - exact).square().mean()
+    error = (actual.double().cpu() - exact).abs()
+    naive_error = torch.stack([(values - exact).abs() for values in naive]).amax(dim=0)
+    assert error.max() <= 2 * naive_error.max()
+    assert error.square().mean() <= 1.5 * naive_error.square().mean()
     top = exact.topk(2, dim=-1).values
-    decided = (top[..., 0] - top[..., 1]) > 2 * bound
-    assert torch.equal(actual.argmax(-1)[decided], exact.argmax(-1)[decided])
+    decided = (top[..., 0] - top[..., 1]) > 4 * naive_error.amax(dim=-1)
+    assert torch.equal(actual.cpu().argmax(-1)[decided], exact.argmax(-1)[decided])
     return decided.double().mean().item()
 
 
@@ -57,10 +60,9 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     )
     assert engine.core.compute_dtype == str(DTYPES[dtype]).removeprefix("torch.")
     half = models.build(name).to(DTYPES[dtype])
-    naive = logits_of(half, ROWS, gpu)
-    check_against_naive(
-        torch.cat(engine.forward(ROWS)), naive, logits_of(half.double(), ROWS, "cpu")
-    )
+    naive = list(naive_logits(half, ROWS))
+    exact = logits_of(half.double(), ROWS, "cpu")
+    check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +75,7 @@ def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
         actual = torch.cat(engine.forward(rows))
     else:
         actual = engine.encode(rows).logits
-    naive = logits_of(half, rows, gpu)
+    naive = list(naive_logits(half, rows))
     check_against_naive(actual, naive, logits_of(half.double(), rows, "cpu"))
 
 
@@ -85,7 +87,8 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
     half = copy.deepcopy(model).to(DTYPES.get(weights, torch.float32))
     if weights == "int8":
         half = models.simulate_int8(half)
-    naive = logits_of(copy.deepcopy(half).half() if weights == "int8" else half, [row], gpu)
+    naive = list(naive_logits(copy.deepcopy(half).half() if weights == "int8" else half, [row]))
     exact = logits_of(half.double(), [row], "cpu")
     decided = check_against_naive(engine.forward([row])[0], naive, exact)
     print(f"{weights}: decided positions {decided:.3f}")
+    assert decided >= (0.8 if weights == "bf16" else 0.95)

@@ -26,7 +26,7 @@ def test_logits_equal_transformers(smollm2, device):
 def test_int8_weights_keep_the_perplexity(smollm2, device):
     directory, model, tokenizer = smollm2
     row = tokenizer(PROMPT + " strong, because the people of this country are strong.")["input_ids"]
-    logits = open_fp32(directory, device, dtype="int8").forward([row])[0]
+    logits = open_fp32(directory, device, dtype="int8").forward([row])[0].cpu()
     targets = torch.tensor(row[1:])
     loss, expected = (
         torch.nn.functional.cross_entropy(values[:-1], targets)

@@ -162,6 +162,10 @@ void CudaTransformer::write_history(std::int64_t slot, std::span<const std::int6
 }
 
 void CudaTransformer::take_tokens(std::size_t count) {
+  drawn_.clear();
+  if (count == 0) {
+    return;
+  }
   const auto* const tokens = pinned_tokens_.const_data_ptr<std::int32_t>();
   drawn_.assign(tokens, tokens + count);
   for (std::size_t i = 0; i < count; ++i) {

@@ -14,11 +14,9 @@ namespace moq::inference::cuda {
 class CudaTransformer::OnDevice {
  public:
   explicit OnDevice(CudaTransformer& model)
-      : model_(model),
+      : model_(usable(model)),
         caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())),
         guard_(model.stream_) {
-    MOQ_CHECK(model.failure_.empty(), "engine: a GPU engine must be made anew, in a new process, ",
-              "after an error of the GPU, got: ", model.failure_);
     at::cuda::CUDAEvent before;
     before.record(caller_);
     before.block(model.stream_);
@@ -34,6 +32,14 @@ class CudaTransformer::OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
+  /// (Others of the process may have broken the GPU.)
+  static CudaTransformer& usable(CudaTransformer& model) {
+    model.note_failure();
+    MOQ_CHECK(model.failure_.empty(), "engine: a GPU engine must be made anew, in a new process, ",
+              "after an error of the GPU, got \"", model.failure_, "\" on ", model.device_.str());
+    return model;
+  }
+
   CudaTransformer& model_;
   c10::cuda::CUDAStream caller_;
   c10::cuda::CUDAStreamGuard guard_;
@@ -49,7 +55,7 @@ void CudaTransformer::launch(const char* what, std::int64_t rows, std::int64_t c
   try {
     launch();
   } catch (const Error& error) {
-    note_failure(error.what());
+    note_failure();
     moq::detail::fail("engine: ", what, " of ", rows, " x ", columns, " on ", device_.str(), ": ",
                       error.what());
   }

@@ -141,11 +141,11 @@ void CudaTransformer::reserve_positions(std::int64_t num_positions) {
 // ---- errors
 
 /// Remembers an error that the GPU does not recover from.
-void CudaTransformer::note_failure(const char* reason) {
+void CudaTransformer::note_failure() {
   const cudaError_t status = cudaStreamQuery(stream_);
   if (status != cudaSuccess && status != cudaErrorNotReady &&
       status != cudaErrorStreamCaptureUnsupported && status != cudaErrorStreamCaptureInvalidated) {
-    failure_ = reason;
+    failure_ = cudaGetErrorString(status);
   }
 }
 

@@ -129,7 +129,7 @@ class CudaTransformer final : public Transformer {
   template <typename Launch>
   void launch(const char* what, std::int64_t rows, std::int64_t columns, std::int64_t bytes,
               const Launch& launch);
-  void note_failure(const char* reason);
+  void note_failure();
   void synchronize(const char* what, std::int64_t num_tokens);
 
   at::Device device_;
