@@ -79,9 +79,15 @@ struct DeviceNormArgs {
   void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
   std::int64_t output_stride = 0;  ///< elements
   float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
-  std::int64_t num_tokens = 0;     ///< in [0, 2^31)
-  std::int64_t hidden_size = 0;    ///< in [1, 2^30]
-  DType dtype = DType::kFloat16;   ///< float16, bfloat16 or float32
+  /// [num_tokens]: the absmax that each row's grid is made for, where the rows are parts of longer
+  /// ones (row-parallel layers); null: the row's own. With row_scales only.
+  const float* given_absmax = nullptr;
+  /// [num_tokens]: receives the absmax of each result, and nothing else is written: neither output
+  /// nor row_scales is given.
+  float* row_absmax = nullptr;
+  std::int64_t num_tokens = 0;    ///< in [0, 2^31)
+  std::int64_t hidden_size = 0;   ///< in [1, 2^30]
+  DType dtype = DType::kFloat16;  ///< float16, bfloat16 or float32
 };
 
 namespace cuda {

@@ -169,13 +169,13 @@ __device__ Vector<Element, kWidth> normalised(const Vector<Element, kWidth>& vec
   return rounded<Element>(numbers);
 }
 
-/// Writes a row of `result` (of a vector, its column and its number) as codes of its own grid.
+/// The bits of a row's absmax: ordered as the numbers are, a NaN above all. A row that is held is
+/// then the result itself.
 template <typename Element, int kWidth, int kHeld, typename Result>
-__device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team, std::int32_t* slots,
-                            const Result& result, Element* output, float* scale) {
-  using Elements = Vector<Element, kWidth>;
-  std::int32_t magnitude = 0;  // bits, ordered as the numbers are, a NaN above all
-  row.for_each_vector([&](Elements& vector, int col, int i) {
+__device__ std::int32_t absmax_bits(Row<Element, kWidth, kHeld>& row, const Team& team,
+                                    std::int32_t* slots, const Result& result) {
+  std::int32_t magnitude = 0;
+  row.for_each_vector([&](Vector<Element, kWidth>& vector, int col, int i) {
     vector = result(vector, col, i);
     const Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
@@ -183,8 +183,16 @@ __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team, 
       magnitude = max(magnitude, __float_as_int(number) & kMagnitudeMask);
     }
   });
-  magnitude =
-      team.reduce(magnitude, slots, [](std::int32_t a, std::int32_t b) { return max(a, b); });
+  return team.reduce(magnitude, slots, [](std::int32_t a, std::int32_t b) { return max(a, b); });
+}
+
+/// Writes a row of `result` (of a vector, its column and its number) as codes of the grid for an
+/// absmax, after absmax_bits.
+template <typename Element, int kWidth, int kHeld, typename Result>
+__device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team,
+                            std::int32_t magnitude, const Result& result, Element* output,
+                            float* scale) {
+  using Elements = Vector<Element, kWidth>;
   const GridParams grid =
       make_grid(GroupStatistics{0, magnitude}, 8, QuantMode::kSymmetric, DType::kFloat32);
   if (team.thread == 0) {
@@ -266,13 +274,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     return normalised(vector, affine[kHoldsAffine ? i : 0], statistics);
   };
   Element* output = static_cast<Element*>(args.output) + token * args.output_stride;
-  if (args.row_scales == nullptr) {
+  if (args.row_scales == nullptr && args.row_absmax == nullptr) {
     row.for_each_vector([&](const Elements& vector, int col, int i) {
       store_vector(output + col, result(vector, col, i));
     });
-  } else {
-    write_codes(row, team, magnitudes, result, output, args.row_scales + token);
+    return;
   }
+  std::int32_t magnitude = absmax_bits(row, team, magnitudes, result);
+  if (args.row_absmax != nullptr) {
+    if (team.thread == 0) {
+      args.row_absmax[token] = __int_as_float(magnitude);
+    }
+    return;
+  }
+  if (args.given_absmax != nullptr) {
+    magnitude = __float_as_int(args.given_absmax[token]) & kMagnitudeMask;
+  }
+  write_codes(row, team, magnitude, result, output, args.row_scales + token);
 }
 
 // --------------------------------------------------------------------------------------- launchers
@@ -328,16 +346,21 @@ void check(const DeviceNormArgs& args) {
   if (args.num_tokens == 0) {
     return;
   }
-  MOQ_CHECK(args.input != nullptr && args.output != nullptr,
+  MOQ_CHECK(args.input != nullptr && (args.output != nullptr || args.row_absmax != nullptr),
             "norm: input and output must not be null");
+  MOQ_CHECK(args.row_absmax == nullptr || (args.output == nullptr && args.row_scales == nullptr),
+            "norm: row_absmax must be written alone, got output or row_scales too");
+  MOQ_CHECK(args.given_absmax == nullptr || args.row_scales != nullptr,
+            "norm: given_absmax needs row_scales");
   MOQ_CHECK(args.norm.kind == NormKind::kNone || args.norm.weight != nullptr,
             "norm: a norm's weight must not be null");
   MOQ_CHECK(args.num_tokens == 1 || args.rows != nullptr || args.input_stride >= args.hidden_size,
             "norm: input_stride must be >= hidden_size, got ", args.input_stride, " and ",
             args.hidden_size);
-  MOQ_CHECK(args.num_tokens == 1 || args.output_stride >= args.hidden_size,
-            "norm: output_stride must be >= hidden_size, got ", args.output_stride, " and ",
-            args.hidden_size);
+  MOQ_CHECK(
+      args.num_tokens == 1 || args.output == nullptr || args.output_stride >= args.hidden_size,
+      "norm: output_stride must be >= hidden_size, got ", args.output_stride, " and ",
+      args.hidden_size);
   MOQ_CHECK(args.input != args.output ||
                 (args.rows == nullptr &&
                  (args.num_tokens == 1 || args.input_stride == args.output_stride)),

@@ -19,6 +19,14 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROWS = sequences(1, 8, 9, 40, 95)
 
 
+def with_parameters_in(dtype, model):
+    """The model with its parameters in a dtype; frequencies of rotations stay as they are."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @torch.no_grad()
 def logits_of(model, rows, device):
     """transformers' logits of all rows, one below the other, float64."""
@@ -59,9 +67,9 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
         directory, device=gpu, dtype=dtype, policy=models.policy_in(directory)
     )
     assert engine.core.compute_dtype == str(DTYPES[dtype]).removeprefix("torch.")
-    half = models.build(name).to(DTYPES[dtype])
+    half = with_parameters_in(DTYPES[dtype], models.build(name))
     naive = list(naive_logits(half, ROWS))
-    exact = logits_of(half.double(), ROWS, "cpu")
+    exact = logits_of(with_parameters_in(torch.float64, half), ROWS, "cpu")
     check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
 
 
@@ -69,14 +77,16 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "bert_masked_lm"])
 def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu):
     engine = Engine.from_pretrained(model_directory(name), device=gpu, dtype=dtype)
-    half = models.build(name).to(DTYPES[dtype])
+    half = with_parameters_in(DTYPES[dtype], models.build(name))
     rows = sequences(*range(1, 95, 3))
     if name == "bert_masked_lm":
         actual = torch.cat(engine.forward(rows))
     else:
         actual = engine.encode(rows).logits
     naive = list(naive_logits(half, rows))
-    check_against_naive(actual, naive, logits_of(half.double(), rows, "cpu"))
+    check_against_naive(
+        actual, naive, logits_of(with_parameters_in(torch.float64, half), rows, "cpu")
+    )
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
@@ -84,11 +94,13 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
     directory, model, tokenizer = smollm2
     row = tokenizer(LICENSE.read_text())["input_ids"][:256]
     engine = Engine.from_pretrained(directory, device=gpu, dtype=weights)
-    half = copy.deepcopy(model).to(DTYPES.get(weights, torch.float32))
+    half = with_parameters_in(DTYPES.get(weights, torch.float32), model)
     if weights == "int8":
         half = models.simulate_int8(half)
-    naive = list(naive_logits(copy.deepcopy(half).half() if weights == "int8" else half, [row]))
-    exact = logits_of(half.double(), [row], "cpu")
+    naive = list(
+        naive_logits(with_parameters_in(torch.float16, half) if weights == "int8" else half, [row])
+    )
+    exact = logits_of(with_parameters_in(torch.float64, half), [row], "cpu")
     decided = check_against_naive(engine.forward([row])[0], naive, exact)
     print(f"{weights}: decided positions {decided:.3f}")
     assert decided >= (0.8 if weights == "bf16" else 0.95)

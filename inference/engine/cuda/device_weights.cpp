@@ -90,10 +90,10 @@ DeviceWeights::DeviceWeights(const ModelSpec& spec, const Weights& weights, DTyp
                       .qkv = projection(layer.qkv),
                       .query_norm = norm(spec, layer.query_norm, kernels::NormKind::kRmsNorm),
                       .key_norm = norm(spec, layer.key_norm, kernels::NormKind::kRmsNorm),
-                      .attention_out = projection(layer.attention_out),
+                      .attention_out = projection(layer.attention_out, /*splits_input=*/true),
                       .ffn_norm = norm_of(layer.ffn_norm),
                       .up = projection(layer.up),
-                      .down = projection(layer.down)});
+                      .down = projection(layer.down, /*splits_input=*/true)});
   }
   final_norm = norm_of(weights.final_norm);
   head_dense = projection(weights.head_dense);
@@ -129,10 +129,11 @@ kernels::DeviceNorm DeviceWeights::norm(const ModelSpec& spec, const Norm& norm,
           .epsilon = static_cast<float>(spec.norm_epsilon)};
 }
 
-DeviceProjection DeviceWeights::projection(const Linear& linear) {
+DeviceProjection DeviceWeights::projection(const Linear& linear, bool splits_input) {
   return {.weight = linear.weight(),
           .bias = keep_rounded(linear.bias),
-          .int8_input = linear.input_mode == kernels::InputMode::kDynamicInt8};
+          .int8_input = linear.input_mode == kernels::InputMode::kDynamicInt8,
+          .splits_input = splits_input};
 }
 
 kernels::DeviceEmbeddingLookup DeviceWeights::table(const Table& table) {

@@ -21,6 +21,7 @@ struct DeviceProjection {
   kernels::PackedLinear weight;
   const void* bias = nullptr;  ///< [n], of the activations' dtype; null: none
   bool int8_input = false;     ///< the input is rounded to 8 bits, a scale per token
+  bool splits_input = false;   ///< each rank has a part of the input (row-parallel)
 };
 
 struct DeviceLayer {
@@ -64,7 +65,7 @@ class DeviceWeights {
   void* keep_tensor(at::Tensor tensor);
   const void* keep_rounded(const std::vector<float>& values);
   kernels::DeviceNorm norm(const ModelSpec& spec, const Norm& norm, kernels::NormKind kind);
-  DeviceProjection projection(const Linear& linear);
+  DeviceProjection projection(const Linear& linear, bool splits_input = false);
   kernels::DeviceEmbeddingLookup table(const Table& table);
 
   DType dtype_;

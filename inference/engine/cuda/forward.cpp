@@ -322,21 +322,24 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
   const kernels::LinearShape& shape = projection.weight.shape;
   const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_takes_norm(args.m);
   if (projection.int8_input || norm_apart) {
-    void* const output = projection.int8_input ? workspace_.codes : workspace_.normed;
-    launch("norm", args.m, shape.k, 0, [&] {
-      gpu::norm({.input = input,
-                 .input_stride = shape.k,
-                 .norm = norm,
-                 .output = output,
-                 .output_stride = shape.k,
-                 .row_scales = projection.int8_input ? workspace_.row_scales : nullptr,
-                 .num_tokens = args.m,
-                 .hidden_size = shape.k,
-                 .dtype = dtype_},
-                stream_);
-    });
-    input = output;
-    args.row_scales = projection.int8_input ? workspace_.row_scales : nullptr;
+    kernels::DeviceNormArgs prepared{.input = input,
+                                     .input_stride = shape.k,
+                                     .norm = norm,
+                                     .output = workspace_.normed,
+                                     .output_stride = shape.k,
+                                     .num_tokens = args.m,
+                                     .hidden_size = shape.k,
+                                     .dtype = dtype_};
+    if (projection.int8_input) {
+      prepared.output = workspace_.codes;
+      prepared.row_scales = workspace_.row_scales;
+      args.row_scales = workspace_.row_scales;
+      if (projection.splits_input && group_) {
+        prepared.given_absmax = shared_absmax(prepared);
+      }
+    }
+    launch("norm", args.m, shape.k, 0, [&] { gpu::norm(prepared, stream_); });
+    input = prepared.output;
   } else {
     args.norm = norm;
   }
@@ -348,6 +351,18 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
   args.weight_is_ready = true;
   launch(what, args.m, shape.n, static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
          [&] { gpu::linear(args, stream_); });
+}
+
+/// Absmax of whole rows of which every rank has a part, so that all round them to one grid.
+float* CudaTransformer::shared_absmax(kernels::DeviceNormArgs args) {
+  args.output = nullptr;
+  args.row_scales = nullptr;
+  args.row_absmax = workspace_.row_absmax;
+  launch("absmax of rows", args.num_tokens, args.hidden_size, 0, [&] { gpu::norm(args, stream_); });
+  at::Tensor shared = at::from_blob(workspace_.row_absmax, {args.num_tokens},
+                                    at::TensorOptions(at::kFloat).device(device_));
+  group_->all_reduce_max(shared);
+  return workspace_.row_absmax;
 }
 
 void CudaTransformer::normalize(const void* input, const kernels::DeviceNorm& norm, void* output,

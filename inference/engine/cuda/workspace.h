@@ -30,6 +30,7 @@ struct Workspace {
   void* inner = nullptr;        ///< [inner]
   void* codes = nullptr;        ///< the widest input of a projection, rounded to 8 bits
   float* row_scales = nullptr;  ///< [1], their step sizes
+  float* row_absmax = nullptr;  ///< [1], what these are made for where ranks share a row
 
   std::int64_t bytes() const { return memory.defined() ? memory.numel() : 0; }
 
@@ -46,7 +47,7 @@ struct Workspace {
     const std::int64_t begins[] = {place(sizes.hidden * element), place(sizes.hidden * element),
                                    place(sizes.hidden * element), place(sizes.qkv * element),
                                    place(sizes.query * element),  place(sizes.inner * element),
-                                   place(widest * element),       place(sizeof(float))};
+                                   place(widest * element),       place(2 * sizeof(float))};
     memory = at::Tensor();  // the old one's memory first
     memory = allocate(end, "the workspace");
     max_tokens = num_tokens;
@@ -56,6 +57,7 @@ struct Workspace {
       *parts[i] = base + begins[i];
     }
     row_scales = reinterpret_cast<float*>(base + begins[std::size(parts)]);
+    row_absmax = row_scales + num_tokens;
   }
 };
 

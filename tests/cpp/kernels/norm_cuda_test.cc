@@ -281,6 +281,60 @@ TEST_F(NormCudaArgs, ARowGivesTheSameBitsAmongAFewRows) {
   }
 }
 
+TEST_F(NormCudaArgs, PartsOfARowShareItsGrid) {
+  constexpr std::int64_t kTokens = 5;
+  constexpr std::int64_t kCols = 768;
+  Problem problem{.shape = {kTokens, kCols}, .dtype = DType::kFloat32, .kind = NormKind::kNone};
+  problem.fill();
+  problem.to_8_bits = true;
+  const Result whole = run(problem);
+  const OnDevice<float> input(Device::kCuda, problem.input);
+  const OnDevice<float> codes(Device::kCuda, std::vector<float>(kTokens * kCols));
+  const OnDevice<float> scales(Device::kCuda, std::vector<float>(kTokens));
+  const OnDevice<float> absmax(Device::kCuda, std::vector<float>(kTokens));
+  const auto part = [&](std::int64_t first, std::int64_t cols) {
+    return DeviceNormArgs{.input = input.data() + first,
+                          .input_stride = kCols,
+                          .num_tokens = kTokens,
+                          .hidden_size = cols,
+                          .dtype = DType::kFloat32};
+  };
+  std::vector<float> largest(kTokens);
+  for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
+    DeviceNormArgs args = part(first, cols);
+    args.row_absmax = absmax.data();
+    cuda::norm(args, nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    const std::vector<float> own = absmax.read();
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      largest[t] = std::max(largest[t], own[t]);
+    }
+  }
+  const OnDevice<float> shared(Device::kCuda, largest);
+  for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
+    DeviceNormArgs args = part(first, cols);
+    args.output = codes.data() + first;
+    args.output_stride = kCols;
+    args.row_scales = scales.data();
+    args.given_absmax = shared.data();
+    cuda::norm(args, nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    EXPECT_EQ(scales.read(), whole.scales);
+  }
+  EXPECT_EQ(codes.read(), whole.output);
+}
+
+TEST_F(NormCudaArgs, RefusesAnAbsmaxBesideAnOutput) {
+  float number = 0.0F;
+  EXPECT_THROW(cuda::norm({.input = &number,
+                           .output = &number,
+                           .row_absmax = &number,
+                           .num_tokens = 1,
+                           .hidden_size = 1},
+                          nullptr),
+               Error);
+}
+
 TEST_F(NormCudaArgs, ManyRowsAreRight) {
   for (const auto& [num_tokens, hidden_size] :
        {std::pair{3001, 768}, {600, 5120}, {300, 12288}, {3000, 100}, {3000, 99}}) {

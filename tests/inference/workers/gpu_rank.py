@@ -1,6 +1,7 @@
 """One rank on a GPU: generates with every model of a folder; rank 0 prints what it got, as JSON.
 
-Arguments: the folder of models, the prompts as JSON, and what the weights are kept in.
+Arguments: the folder of models, the prompts as JSON, what the weights are kept in, and "dynamic"
+or "" for activations.
 """
 
 import json
@@ -12,14 +13,15 @@ import models
 from moq.inference import Engine
 
 directory, prompts, dtype = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-compute_dtype = "fp32" if dtype == "fp32" else None
+activations = sys.argv[4] or None
 results = {}
 for path in sorted(directory.iterdir()):
     engine = Engine.from_pretrained(
         path,
         device="cuda",
         dtype=dtype,
-        compute_dtype=compute_dtype,
+        compute_dtype="fp32",
+        activations=activations,
         policy=models.policy_in(path),
     )
     # Twice: the second time every step is a captured graph.
