@@ -20,7 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moq import _C
-from moq.inference.distributed import connect, device_group_name, rank_device
+from moq.inference.distributed import (
+    connect,
+    device_group_name,
+    rank_device,
+    release_before_the_group,
+)
 from moq.inference.results import Encoding, Generation, Timing
 from moq.inference.text_stream import TextStream
 from moq.inference.tokens import (
@@ -117,6 +122,7 @@ class Engine:
             communicator=communicator,
             device_group=device_group_name(communicator, group, place),
         )
+        release_before_the_group(core)
         return cls(core, directory, load_tokenizer(directory))
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
 import socket
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from moq import _C
 # What torchrun sets for every process that it starts, and init_process_group reads.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1
+
+_engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
 
 
 def connect(
@@ -111,7 +115,18 @@ def _group_for(
     return other
 
 
+def release_before_the_group(engine: _C.Engine) -> None:
+    """Lets a process group that ends with the process find the engine without captured steps.
+
+    NCCL waits for ever to end a communicator that a captured step holds.
+    """
+    _engines.add(engine)
+
+
 def _destroy_process_group() -> None:
+    for engine in _engines:
+        with contextlib.suppress(_C.Error):  # a broken GPU: the process ends anyway
+            engine.release_graphs()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -167,6 +167,8 @@ void bind_engine(py::module_& m) {
           },
           py::arg("token_ids"), py::arg("token_types") = Ids{},
           "Hidden states, pooled outputs and class logits of whole sequences.")
+      .def("release_graphs", &Engine::release_graphs, py::call_guard<py::gil_scoped_release>(),
+           "Frees captured steps, which hold the ranks' communicator.")
       .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"))
       .def_property_readonly("architecture", [](const Engine& e) { return e.spec().architecture; })
       .def_property_readonly("policy", &Engine::policy_name)

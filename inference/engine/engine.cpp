@@ -246,6 +246,11 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
   return logits;
 }
 
+void Engine::release_graphs() {
+  const Call call(*in_use_);
+  model_->release_graphs();
+}
+
 Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   const Call call(*in_use_);
   const std::int64_t hidden = spec().hidden_size;

@@ -74,6 +74,9 @@ class Engine {
   at::Tensor forward(std::span<const TokenSequence> sequences, KvCache* cache,
                      std::span<const std::int64_t> slots);
 
+  /// Transformer::release_graphs, between calls.
+  void release_graphs();
+
   Encoding encode(std::span<const TokenSequence> sequences);
 
   std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const;

@@ -54,6 +54,10 @@ class Transformer {
   /// Kernels of the last captured decode step, in their order; empty on the CPU.
   virtual std::vector<KernelRecord> decode_kernels() const { return {}; }
 
+  /// Frees captured steps, which are captured anew when they are needed. They hold the ranks'
+  /// communicator: NCCL does not end one before them.
+  virtual void release_graphs() {}
+
   /// A cache for this rank's heads.
   virtual std::unique_ptr<KvCache> make_cache(std::int64_t num_slots,
                                               std::int64_t capacity) const = 0;

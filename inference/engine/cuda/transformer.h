@@ -58,6 +58,7 @@ class CudaTransformer final : public Transformer {
   at::Device device() const override { return device_; }
   std::string compute_dtype() const override { return name_of(dtype_); }
   MemoryReport memory() const override;
+  void release_graphs() override { drop_graphs(); }
   std::vector<KernelRecord> decode_kernels() const override { return decode_kernels_; }
   std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const override;
   KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
