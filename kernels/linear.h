@@ -133,8 +133,8 @@ void linear(const LinearArgs& args);
 
 }  // namespace cpu
 
-/// The projection of q, k and v on a GPU: rotates q and k, and appends k and v to the cache. Rows of
-/// the weight are those of the heads of q, then of k, then of v.
+/// The projection of q, k and v on a GPU: rotates q and k, and appends k and v to the cache. Rows
+/// of the weight are those of the heads of q, then of k, then of v.
 struct DeviceQkvOutput {
   std::int32_t head_dim = 0;  ///< even; 0: not such a projection
   std::int32_t num_heads = 0;
@@ -194,21 +194,24 @@ constexpr bool linear_takes_norm(std::int64_t m) {
 ///         fails.
 void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 
-/// output = activation(input · weightᵀ + bias) + residual for any m >= 0, n >= 0, k >= 0.
+/// output = activation(norm(input) · weightᵀ * row_scales + bias) + residual for any m >= 0, n >=
+/// 0, k >= 0, or what `gated` or `qkv` make of it.
 ///
 /// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
 /// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
 /// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
 /// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for all m <= 8; not
-/// on the row's place.
+/// on the row's place. Statistics of a norm are float32, the mean first, then the variance of the
+/// differences.
 ///
-/// On compute capability 9.0 up to 16 tokens stream the weight through shared memory by bulk
-/// copies. More tokens, and older GPUs, multiply tiles on tensor cores where k and input_stride are
-/// multiples of 8 and the input is aligned to 16 bytes. Otherwise, and for what tensor cores do not
-/// multiply (float32; a float weight of another dtype than the activations; groups that are no
-/// multiple of 32 columns), a plain kernel computes in float32.
-/// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
-///         packed weight that is not aligned, or a launch that fails.
+/// On compute capability 9.0 up to 8 tokens stream the weight through shared memory by bulk copies,
+/// and normalise what they multiply. More tokens, and without a norm older GPUs, multiply tiles on
+/// tensor cores where k and input_stride are multiples of 8 and the input is aligned to 16 bytes.
+/// Otherwise, and for what tensor cores do not multiply (float32; a float weight of another dtype
+/// than the activations; groups that are no multiple of 32 columns), a plain kernel computes in
+/// float32.
+/// @throws moq::Error for inconsistent sizes, strides or combinations, a null pointer to something
+///         non-empty, a packed weight that is not aligned, or a launch that fails.
 void linear(const DeviceLinearArgs& args, CUstream_st* stream);
 
 }  // namespace cuda

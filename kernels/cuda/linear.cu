@@ -13,7 +13,6 @@
 namespace moq::kernels::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kWarps = 4;   // of a block; each takes a block of rows
 constexpr int kTokens = 4;  // that a warp multiplies at once, and lanes that share a row
 
@@ -46,16 +45,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
       static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   wait_for_previous_kernels();
   allow_next_kernel();
-  const NormReader<Element, kWarps> norm(args, static_cast<int>(layout.k));
-  __shared__ NormParts<kWarps> norm_parts;
   __shared__ NormStatistics statistics[kNormTokens];
+  const auto* input = static_cast<const Element*>(args.input);
   const bool normalises = args.norm.kind != NormKind::kNone;
   if (normalises) {
-    norm.reduce(static_cast<int>(threadIdx.x) / kWarpSize, lane, norm_parts);
-    __syncthreads();
-    if (threadIdx.x < args.m) {
-      const int token = static_cast<int>(threadIdx.x);
-      statistics[token] = norm.statistics(token, norm_parts);
+    const int k = static_cast<int>(layout.k);
+    for (int token = static_cast<int>(threadIdx.x) / kWarpSize; token < args.m; token += kWarps) {
+      const Element* row = input + token * args.input_stride;
+      const Moments moments =
+          warp_moments(args.norm.kind, k, lane, [&](int first, float(&x)[kChunk]) {
+            for (int i = 0; i < kChunk; ++i) {
+              x[i] = first + i < k ? to_float(row[first + i]) : 0.0F;
+            }
+          });
+      if (lane == 0) {
+        statistics[token] = statistics_of(args.norm, moments, k);
+      }
     }
     __syncthreads();
   }
@@ -69,7 +74,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const auto* scales = reinterpret_cast<const float*>(packed + layout.scales_offset) + grids;
   const auto* zero_points =
       reinterpret_cast<const float*>(packed + layout.zero_points_offset) + grids;
-  const auto* input = static_cast<const Element*>(args.input);
 
   for (std::int64_t token = static_cast<std::int64_t>(blockIdx.y) * kTokens; token < args.m;
        token += static_cast<std::int64_t>(gridDim.y) * kTokens) {
@@ -95,8 +99,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
             if (token + j < args.m) {
               float x = to_float(input[(token + j) * args.input_stride + col]);
               if (normalises) {
+                const NormStatistics& row = statistics[token + j];
+                x = (x - row.mean) * row.inverse * args.norm.weight[col];
                 Element rounded;
-                store_float(&rounded, normalise(args.norm, statistics[token + j], x, col));
+                store_float(&rounded, args.norm.bias == nullptr ? x : x + args.norm.bias[col]);
                 x = to_float(rounded);
               }
               sums[0][j] = fmaf(weight[0], x, sums[0][j]);
@@ -238,7 +244,7 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   if (args.m == 0 || layout.n == 0) {
     return;
   }
-  if (can_stream(args, layout) && args.norm.kind == NormKind::kNone) {
+  if (can_stream(args, layout)) {
     return stream_linear(args, layout, stream);
   }
   if (can_tile(args, layout) && args.norm.kind == NormKind::kNone) {

@@ -8,7 +8,7 @@
 namespace moq::kernels::cuda {
 
 /// Tokens that stream_linear takes (compute capability 9.0); tile_linear takes what is left.
-constexpr std::int64_t kStreamTokens = 16;
+constexpr std::int64_t kStreamTokens = 8;
 
 /// Tiles of tile_linear, by their rows and tokens.
 enum class TileSize : std::uint8_t { k64x32, k64x64, k128x32, k128x64, k128x128 };

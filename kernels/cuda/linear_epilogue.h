@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "kernels/common/half.h"
 #include "kernels/cuda/linear_layout.h"
+#include "kernels/cuda/vectors.h"
 #include "kernels/linear.h"
 
 /// What every linear kernel does with finished sums: those of one token and two neighbouring rows
@@ -42,7 +42,7 @@ struct alignas(2 * sizeof(Element)) ElementPair {
 
 /// The second element, where there is none, is 0.
 template <typename Element>
-__device__ void load_pair(const Element* from, bool both, float (&values)[2]) {
+__device__ ElementPair<Element> load_pair(const Element* from, bool both) {
   ElementPair<Element> pair{};
   if (both && ElementPair<Element>::fits(from)) {
     pair = *reinterpret_cast<const ElementPair<Element>*>(from);
@@ -52,15 +52,14 @@ __device__ void load_pair(const Element* from, bool both, float (&values)[2]) {
       pair.element[1] = from[1];
     }
   }
-  values[0] = to_float(pair.element[0]);
-  values[1] = to_float(pair.element[1]);
+  return pair;
 }
 
 template <typename Element>
 __device__ void store_pair(Element* to, bool both, const float (&values)[2]) {
   ElementPair<Element> pair;
-  store_float(&pair.element[0], values[0]);
-  store_float(&pair.element[1], values[1]);
+  round_to_element(values[0], pair.element[0]);
+  round_to_element(values[1], pair.element[1]);
   if (both && ElementPair<Element>::fits(to)) {
     *reinterpret_cast<ElementPair<Element>*>(to) = pair;
   } else {
@@ -71,97 +70,132 @@ __device__ void store_pair(Element* to, bool both, const float (&values)[2]) {
   }
 }
 
-/// Where a row of the projection of q, k and v belongs.
-struct QkvRow {
-  int head;  ///< of q, then of k, then of v
-  int row;   ///< of the head; even
-  bool rotated;
-
-  __device__ QkvRow(const DeviceQkvOutput& qkv, std::int64_t n_row)
-      : head(static_cast<int>(n_row) / qkv.head_dim),
-        row(static_cast<int>(n_row) - head * qkv.head_dim),
-        rotated(row < qkv.rotary.rotary_dim && head < qkv.num_heads + qkv.num_kv_heads) {}
-};
-
-/// What becomes of a pair of sums besides the sums. A kernel may load it while it multiplies.
-struct PairInputs {
+/// What the results of a token need besides its sums. Kernels ahead in the stream may have written
+/// it.
+struct TokenInputs {
   float row_scale = 1.0F;
-  float bias[2] = {0.0F, 0.0F};
-  float residual[2] = {0.0F, 0.0F};  ///< or cosine and sine of the rotation
+  std::int32_t position = 0;
   std::int32_t cache_row = 0;
 };
 
-/// For rows `row` (even) and row + 1, of which the second may lie behind the last of n.
-template <typename Element>
-__device__ PairInputs load_pair_inputs(const DeviceLinearArgs& args, std::int64_t n,
-                                       std::int64_t token, std::int64_t row) {
-  PairInputs inputs;
-  const bool both = row + 1 < n;
+__device__ inline TokenInputs load_token_inputs(const DeviceLinearArgs& args, std::int64_t token) {
+  TokenInputs inputs;
   if (args.row_scales != nullptr) {
     inputs.row_scale = args.row_scales[token];
   }
-  if (args.bias != nullptr) {
-    load_pair(static_cast<const Element*>(args.bias) + row, both, inputs.bias);
+  if (args.qkv.rotary.rotary_dim > 0) {
+    inputs.position = args.qkv.rotary.positions[token];
   }
-  if (args.residual != nullptr) {
-    load_pair(static_cast<const Element*>(args.residual) + token * args.residual_stride + row, both,
-              inputs.residual);
+  if (args.qkv.pages.keys != nullptr) {
+    inputs.cache_row = args.qkv.cache_rows[token];
   }
-  if (args.qkv.head_dim > 0) {
-    const DeviceRotary& rotary = args.qkv.rotary;
-    const QkvRow place(args.qkv, row);
-    if (place.rotated) {
+  return inputs;
+}
+
+/// What a pair of rows needs: `row` (even) and row + 1, of which the second may lie behind the last
+/// of n. A kernel may load it while it multiplies; nothing is converted before it is used.
+template <typename Element>
+struct RowInputs {
+  ElementPair<Element> bias{};
+  ElementPair<Element> residual{};
+  float cosine = 0.0F;
+  float sine = 0.0F;
+  // of the projection of q, k and v: where the row belongs
+  std::int32_t head = 0;
+  std::int32_t head_row = 0;
+  bool rotated = false;
+
+  /// The part that is as constant as the weight.
+  __device__ void load_constants(const DeviceLinearArgs& args, std::int64_t n, std::int64_t row) {
+    if (args.bias != nullptr) {
+      bias = load_pair(static_cast<const Element*>(args.bias) + row, row + 1 < n);
+    }
+    const DeviceQkvOutput& qkv = args.qkv;
+    if (qkv.head_dim > 0) {
+      head = static_cast<int>(row) / qkv.head_dim;
+      head_row = static_cast<int>(row) - head * qkv.head_dim;
+      rotated = head_row < qkv.rotary.rotary_dim && head < qkv.num_heads + qkv.num_kv_heads;
+    }
+  }
+
+  /// The rest.
+  __device__ void load_activations(const DeviceLinearArgs& args, std::int64_t n, std::int64_t token,
+                                   std::int64_t row, const TokenInputs& of_token) {
+    if (args.residual != nullptr) {
+      residual =
+          load_pair(static_cast<const Element*>(args.residual) + token * args.residual_stride + row,
+                    row + 1 < n);
+    }
+    if (rotated) {
+      const DeviceRotary& rotary = args.qkv.rotary;
       const std::int64_t angle =
-          static_cast<std::int64_t>(rotary.positions[token]) * (rotary.rotary_dim / 2) +
-          place.row / 2;
-      inputs.residual[0] = rotary.cos[angle];
-      inputs.residual[1] = rotary.sin[angle];
-    }
-    if (args.qkv.pages.keys != nullptr && place.head >= args.qkv.num_heads) {
-      inputs.cache_row = args.qkv.cache_rows[token];
+          static_cast<std::int64_t>(of_token.position) * (rotary.rotary_dim / 2) + head_row / 2;
+      cosine = rotary.cos[angle];
+      sine = rotary.sin[angle];
     }
   }
+};
+
+/// What becomes of a pair of sums besides the sums.
+template <typename Element>
+struct PairInputs {
+  TokenInputs of_token;
+  RowInputs<Element> of_row;
+};
+
+template <typename Element>
+__device__ PairInputs<Element> load_pair_inputs(const DeviceLinearArgs& args, std::int64_t n,
+                                                std::int64_t token, std::int64_t row) {
+  PairInputs<Element> inputs;
+  inputs.of_token = load_token_inputs(args, token);
+  inputs.of_row.load_constants(args, n, row);
+  inputs.of_row.load_activations(args, n, token, row, inputs.of_token);
   return inputs;
 }
 
 /// Rotates a pair of a head of q or k, and writes it to the output or to the cache.
 template <typename Element>
-__device__ void finish_qkv(const DeviceLinearArgs& args, std::int64_t token, std::int64_t row,
-                           float (&values)[2], const PairInputs& inputs) {
+__device__ void finish_qkv(const DeviceLinearArgs& args, std::int64_t token,
+                           const float (&values)[2], const PairInputs<Element>& inputs) {
   const DeviceQkvOutput& qkv = args.qkv;
-  const QkvRow place(qkv, row);
+  const auto& [of_token, of_row] = inputs;
   auto* head = static_cast<Element*>(args.output) + token * args.output_stride +
-               static_cast<std::int64_t>(place.head) * qkv.head_dim;
-  if (qkv.pages.keys != nullptr && place.head >= qkv.num_heads) {
-    if (inputs.cache_row < 0) {
+               static_cast<std::int64_t>(of_row.head) * qkv.head_dim;
+  if (qkv.pages.keys != nullptr && of_row.head >= qkv.num_heads) {
+    if (of_token.cache_row < 0) {
       return;
     }
-    const int own = place.head - qkv.num_heads;
+    const int own = of_row.head - qkv.num_heads;
     const bool is_key = own < qkv.num_kv_heads;
-    const std::int64_t page =
-        inputs.cache_row / kPageTokens * qkv.num_kv_heads + (is_key ? own : own - qkv.num_kv_heads);
+    const std::int64_t page = of_token.cache_row / kPageTokens * qkv.num_kv_heads +
+                              (is_key ? own : own - qkv.num_kv_heads);
     head = static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
-           (page * kPageTokens + inputs.cache_row % kPageTokens) * qkv.head_dim;
+           (page * kPageTokens + of_token.cache_row % kPageTokens) * qkv.head_dim;
   }
-  if (!place.rotated) {
-    store_pair(head + place.row, /*both=*/true, values);
+  if (!of_row.rotated) {
+    store_pair(head + of_row.head_row, /*both=*/true, values);
     return;
   }
-  const auto [cosine, sine] = inputs.residual;
-  store_float(head + place.row / 2, values[0] * cosine - values[1] * sine);
-  store_float(head + place.row / 2 + qkv.rotary.rotary_dim / 2,
-              values[1] * cosine + values[0] * sine);
+  head += of_row.head_row / 2;
+  round_to_element(values[0] * of_row.cosine - values[1] * of_row.sine, *head);
+  round_to_element(values[1] * of_row.cosine + values[0] * of_row.sine,
+                   head[qkv.rotary.rotary_dim / 2]);
 }
 
 /// The results of rows `row` (even) and row + 1 of a token, each rounded once.
 template <typename Element>
 __device__ void finish_pair(const DeviceLinearArgs& args, std::int64_t n, std::int64_t token,
-                            std::int64_t row, const float (&sums)[2], const PairInputs& inputs) {
+                            std::int64_t row, const float (&sums)[2],
+                            const PairInputs<Element>& inputs) {
+  const auto& [of_token, of_row] = inputs;
   const bool both = row + 1 < n;
-  float values[2] = {fmaf(sums[0], inputs.row_scale, inputs.bias[0]),
-                     fmaf(sums[1], inputs.row_scale, inputs.bias[1])};
+  float values[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    values[i] = fmaf(sums[i], of_token.row_scale, number_of(of_row.bias.element[i]));
+  }
   if (args.qkv.head_dim > 0) {
-    finish_qkv<Element>(args, token, row, values, inputs);
+    finish_qkv(args, token, values, inputs);
     return;
   }
   values[0] = activate(args.activation, values[0]);
@@ -171,12 +205,12 @@ __device__ void finish_pair(const DeviceLinearArgs& args, std::int64_t n, std::i
     if (args.float32_output) {
       static_cast<float*>(args.output)[output_row + row / 2] = value;
     } else {
-      store_float(static_cast<Element*>(args.output) + output_row + row / 2, value);
+      round_to_element(value, static_cast<Element*>(args.output)[output_row + row / 2]);
     }
     return;
   }
-  values[0] += inputs.residual[0];
-  values[1] = activate(args.activation, values[1]) + inputs.residual[1];
+  values[0] += number_of(of_row.residual.element[0]);
+  values[1] = activate(args.activation, values[1]) + number_of(of_row.residual.element[1]);
   if (args.float32_output) {
     store_pair(static_cast<float*>(args.output) + output_row + row, both, values);
   } else {

@@ -20,7 +20,6 @@
 namespace moq::kernels::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kMaxStages = 8;
 /// Bytes of shared memory with which two blocks share a multiprocessor.
 constexpr int kTwoBlocks = 112 << 10;
@@ -300,7 +299,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
     if (row >= layout.n) {
       continue;
     }
-    const auto inputs = load_pair_inputs<typename T::Element>(args, layout.n, token, row);
     const auto* own =
         reinterpret_cast<const float2*>(results + i / kPairs * T::kResultStride + i % kPairs * 2);
     float pair[2] = {};
@@ -314,7 +312,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
       pair[0] += theirs.x;
       pair[1] += theirs.y;
     }
-    finish_pair<typename T::Element>(args, layout.n, token, row, pair, inputs);
+    finish_pair<typename T::Element>(
+        args, layout.n, token, row, pair,
+        load_pair_inputs<typename T::Element>(args, layout.n, token, row));
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   synchronize_cluster();  // nobody leaves while others read

@@ -7,8 +7,40 @@
 /// Instructions that CUDA C++ has no function for. Device code only.
 namespace moq::kernels::cuda {
 
+/// Keeps the compiler from computing a value only where it is used: behind the wait for the kernels
+/// ahead every instruction takes time.
+__device__ inline void compute_now(int& value) {
+  asm volatile("" : "+r"(value));
+}
+__device__ inline void compute_now(std::uint32_t& value) {
+  asm volatile("" : "+r"(value));
+}
+template <typename Element>
+__device__ void compute_now(const Element*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
 __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// To and from an address in shared memory.
+__device__ inline void store_shared(std::uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+__device__ inline float load_shared(std::uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ inline uint4 load_shared_quad(std::uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
 }
 
 /// d += a * b, a [16, 16] row-major, b [16, 8] column-major, float32 sums.
@@ -86,11 +118,15 @@ __device__ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b
   return result;
 }
 
+/// Copies 16 bytes to shared memory in the background: the first `bytes` of the source, then zeros.
+__device__ inline void copy_bytes_async(std::uint32_t target, const void* source, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
+}
 /// Copies 16 bytes to shared memory in the background, or writes zeros there.
 __device__ inline void copy_async(std::uint32_t target, const void* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(exists ? 16 : 0)
-               : "memory");
+  copy_bytes_async(target, source, exists ? 16 : 0);
 }
 /// The same of four bytes.
 __device__ inline void copy_word_async(std::uint32_t target, const void* source, bool exists) {
@@ -171,10 +207,17 @@ __device__ inline std::uint32_t cluster_index() {
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
   return index;
 }
-/// Waits until all threads of a cluster are here; orders no writes but those of publish_barriers.
-__device__ inline void meet_cluster() {
+/// The two halves of waiting until all threads of a cluster are here; they order no writes but
+/// those of publish_barriers.
+__device__ inline void arrive_at_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ inline void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline void meet_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
 }
 /// A barrier of all threads of a cluster. What they wrote before is visible to them behind.
 __device__ inline void synchronize_cluster() {

@@ -155,6 +155,50 @@ INSTANTIATE_TEST_SUITE_P(
         ::testing::Values(DType::kFloat16, DType::kBFloat16, DType::kFloat32)),
     name_of);
 
+/// More rows than thread blocks finish at once, in one block each or in clusters.
+class LinearCudaTurns : public ::testing::TestWithParam<std::tuple<std::int64_t, std::int64_t>> {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_P(LinearCudaTurns, FinishEveryRow) {
+  const auto& [m, k] = GetParam();
+  const NormKind norm = cuda::linear_takes_norm(m) ? NormKind::kLayerNorm : NormKind::kNone;
+  const std::int64_t n = k > 1000 ? 4480 : 17920;
+  LinearProblem problem = LinearProblem::random(m, n, k);
+  for (float& scale : problem.scales) {
+    scale *= 0.05F;
+  }
+  expect_close(multiply(problem, {.activation = Activation::kGelu, .residual = true}));
+  expect_close(multiply(problem, {.activation = Activation::kSilu, .norm = norm, .gated = true}));
+  expect_close(multiply(problem, {.weight_is_ready = true,
+                                  .qkv = {.head_dim = 64,
+                                          .num_heads = static_cast<std::int32_t>(n / 64 - 20),
+                                          .num_kv_heads = 10,
+                                          .rotary = {.rotary_dim = 32}},
+                                  .cached = true}));
+}
+
+INSTANTIATE_TEST_SUITE_P(Every, LinearCudaTurns,
+                         ::testing::Combine(::testing::Values<std::int64_t>(1, 3, 8, 12, 16),
+                                            ::testing::Values<std::int64_t>(96, 6160)));
+
+TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const std::int64_t k : {320, 4256, 6160}) {
+    const LinearProblem many = LinearProblem::random(8, 75, k);
+    LinearProblem one = many;
+    one.m = 1;
+    const Call call{.norm = NormKind::kLayerNorm, .norm_bias = true};
+    const std::vector<float> all = multiply(many, call).output;
+    for (std::int64_t i = 0; i < many.m; ++i) {
+      one.input.assign(many.input.begin() + i * k, many.input.begin() + (i + 1) * k);
+      EXPECT_EQ(multiply(one, call).output,
+                std::vector<float>(all.begin() + i * 75, all.begin() + (i + 1) * 75));
+    }
+  }
+}
+
 TEST(LinearCudaRegionArgs, InconsistentOnesAreNamed) {
   MOQ_SKIP_WITHOUT_GPU();
   const Buffer memory(1 << 14);

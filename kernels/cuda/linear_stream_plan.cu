@@ -1,0 +1,122 @@
+#include "kernels/cuda/linear_stream_plan.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "kernels/cuda/linear_choice.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+constexpr int kThreads = kStreamWarps * 32;
+constexpr int kMaxTurnRows = 4;
+constexpr int kMaxPieceBlocks = 8;         // of a stage
+constexpr int kMaxSliceBytes = 128 << 10;  // of the input of kStreamTokens tokens, in a block
+/// A ring that holds all of a block's weights may take this much, so that the next kernel's blocks
+/// find room beside it; one that does not is filled again and again, and takes what there is.
+constexpr int kWholeBytes = 118 << 10;
+constexpr int kUsualBytes = 160 << 10;
+constexpr int kFewestRingBytes = 40 << 10;
+/// Requested by a block before the first of it has come. More would only wait in the memory's
+/// queues, and before what a kernel ahead reads there.
+constexpr int kEarlyBytes = 32 << 10;
+
+/// The same 16 bytes of eight tokens, which are loaded at once, meet all banks.
+int staged_stride(const DeviceLayout& layout, int split) {
+  const std::int64_t cols = pad_to(layout.col_blocks, split) / split * layout.block_cols;
+  return static_cast<int>(pad_to(cols, 16)) + 8;
+}
+
+/// Blocks of a stage when `blocks` come in so many pieces. Two-byte elements: an even number where
+/// a part has several; their blocks are added to two sums in turn, wherever a stage begins.
+int piece_blocks(const DeviceLayout& layout, int blocks, int pieces) {
+  const int exact = std::max(1, (blocks + pieces - 1) / pieces);
+  return pieces == 1 || layout.element_bytes == 1 ? exact : exact + exact % 2;
+}
+
+/// Parts of a block of the cluster that have one block of columns more than others, at most.
+int longer_parts(const DeviceLayout& layout, const StreamPlan& plan) {
+  int longer = 0;
+  for (int rank = 0; rank < plan.split; ++rank) {
+    longer = std::max(longer, part_begin(layout, plan.part_bits, (rank + 1) * kStreamWarps) -
+                                  part_begin(layout, plan.part_bits, rank * kStreamWarps) -
+                                  kStreamWarps * plan.part_blocks);
+  }
+  return longer;
+}
+
+/// Bytes for the scales (or the zero points) of the groups that so many blocks have parts of.
+int grid_bytes(const DeviceLayout& layout, int blocks) {
+  if (layout.element_bytes != 1 || (layout.groups == 1 && !layout.asymmetric)) {
+    return 0;
+  }
+  const auto group_blocks = static_cast<int>(layout.group_size / layout.block_cols);
+  return layout.groups == 1
+             ? kGridBytes
+             : std::min((blocks + group_blocks - 2) / group_blocks + 1, blocks) * kGridBytes;
+}
+
+/// The rings beside other_bytes, of clusters with at most `rows` blocks of rows: as few pieces as
+/// leave some stages, or hold all.
+void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPlan& plan) {
+  const int longer = longer_parts(layout, plan);
+  for (int pieces = 1;; ++pieces) {
+    for (int i = 0; i < 2; ++i) {
+      plan.piece[i] = piece_blocks(layout, plan.part_blocks + i, pieces);
+    }
+    plan.grid_bytes = grid_bytes(layout, plan.piece[1]);
+    for (int i = 0; i < 2; ++i) {
+      plan.stage_bytes[i] = plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes;
+    }
+    const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
+    const int all = rows * pieces;
+    const int most = std::max(kUsualBytes - other_bytes, kFewestRingBytes) / bytes;
+    plan.stages = all <= kMaxStages && all * bytes + other_bytes <= kWholeBytes
+                      ? all
+                      : std::min({kMaxStages, all, most});
+    plan.early = std::max(1, kEarlyBytes / bytes);
+    plan.ring_bytes = static_cast<int>(pad_to(plan.stages * bytes, 128));
+    if (plan.piece[1] <= 2 ||
+        (plan.piece[1] <= kMaxPieceBlocks && plan.stages >= std::min(3, all))) {
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+int stream_split(const DeviceLayout& layout) {
+  int split = 1;
+  while (split <= kMaxSplit && kStreamTokens * staged_stride(layout, split) * 2 > kMaxSliceBytes) {
+    split *= 2;
+  }
+  return split;
+}
+
+StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters) {
+  StreamPlan plan{};
+  plan.clusters = static_cast<int>(std::min(layout.row_blocks, clusters));
+  plan.cluster_rows = static_cast<int>(layout.row_blocks / plan.clusters);
+  plan.row_extra = static_cast<int>(layout.row_blocks % plan.clusters);
+  const int rows = plan.cluster_rows + (plan.row_extra > 0 ? 1 : 0);
+  plan.split = stream_split(layout);
+  plan.part_bits = std::countr_zero(static_cast<unsigned>(plan.split * kStreamWarps));
+  plan.part_blocks = part_begin(layout, plan.part_bits, 1);
+  plan.staged_stride = staged_stride(layout, plan.split);
+  plan.turn_rows = 1;
+  while (plan.turn_rows < std::min(kMaxTurnRows, rows) &&
+         2 * plan.turn_rows * m * kBlockRows <= kThreads) {
+    plan.turn_rows *= 2;
+  }
+  plan.turn_results = plan.turn_rows * m * kBlockRows;
+  plan.turn_bits = std::countr_zero(static_cast<unsigned>(plan.turn_rows * kBlockRows));
+  plan.share_bits = plan.turn_bits - std::countr_zero(static_cast<unsigned>(plan.split));
+  const int other_bytes = plan.turn_rows * kStreamWarps * m * kPartialStride * 4 +
+                          (plan.split == 1 ? 0 : kSlots * plan.turn_results * 4) +
+                          m * plan.staged_stride * 2;
+  plan_rings(layout, rows, other_bytes, plan);
+  plan.shared_bytes = plan.ring_bytes + other_bytes;
+  return plan;
+}
+
+}  // namespace moq::kernels::cuda

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/linear_layout.h"
+
+/// How linear_stream.cu shares a weight among clusters, thread blocks and warps.
+namespace moq::kernels::cuda {
+
+constexpr int kStreamWarps = 8;                 // of a thread block
+constexpr int kMaxStages = 8;                   // of a warp's ring
+constexpr int kMaxSplit = 8;                    // blocks of a cluster
+constexpr int kSlots = 4;                       // of sums that a block holds for its cluster
+constexpr int kGridBytes = kBlockRows * 4;      // scales, or zero points, of a block of rows
+constexpr int kPartialStride = kBlockRows + 4;  // floats: lanes that write together meet all banks
+constexpr int kMaxSharedBytes = 216 << 10;      // of a thread block
+
+/// Plain data, passed to the kernel by value.
+struct StreamPlan {
+  int clusters;
+  int split;         ///< blocks of a cluster, which share the columns; a power of two
+  int part_bits;     ///< of split * kStreamWarps, the parts of the columns
+  int cluster_rows;  ///< blocks of rows of a cluster; the first row_extra clusters have one more
+  int row_extra;
+  int turn_rows;       ///< blocks of rows whose results are finished together; a power of two
+  int turn_bits;       ///< of the rows of a turn
+  int share_bits;      ///< of those of them that a block of the cluster finishes
+  int turn_results;    ///< of all tokens; no more than threads
+  int stages;          ///< of a warp's ring
+  int early;           ///< stages that are filled at once in the beginning
+  int part_blocks;     ///< blocks of columns of a part; some have one more
+  int piece[2];        ///< blocks of a stage, of parts with part_blocks and with one more
+  int stage_bytes[2];  ///< the same
+  int grid_bytes;     ///< of a stage, for scales, behind the blocks; as many follow for zero points
+  int ring_bytes;     ///< of all warps
+  int staged_stride;  ///< elements from one token to the next in shared memory
+  int shared_bytes;
+};
+
+/// First block of columns of a part.
+constexpr int part_begin(const DeviceLayout& layout, int part_bits, int part) {
+  return static_cast<int>(part * layout.col_blocks >> part_bits);
+}
+
+/// Blocks of a cluster, the same for all m: sums are added up in the same order. More than
+/// kMaxSplit where the input is too large for any.
+int stream_split(const DeviceLayout& layout);
+
+/// For m <= kStreamTokens tokens and stream_split(layout) <= kMaxSplit on a GPU that runs so many
+/// clusters at once, one block on a multiprocessor.
+StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters);
+
+}  // namespace moq::kernels::cuda

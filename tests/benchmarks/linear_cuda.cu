@@ -1,0 +1,342 @@
+/// Times `linear` on a GPU with INT8 weights (one scale a row) that no cache holds, in CUDA graphs:
+/// single shapes as a share of the read bandwidth, measured in the same run, and the linear layers
+/// of whole models in their order, each waiting for the one before. Prints Markdown tables.
+///
+///   moq_linear_bench [shapes | layers]      one of the two, or both
+///
+/// Build with MOQ_BUILD_BENCHMARKS=ON and CUDA.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/linear.h"
+
+namespace moq::kernels {
+namespace {
+
+constexpr int kRepeats = 7;
+constexpr std::int64_t kColdBytes = 256 << 20;  // over four times the L2 cache
+
+/// Device memory, zeroed.
+class Memory {
+ public:
+  explicit Memory(std::int64_t bytes) {
+    MOQ_CUDA_CHECK(cudaMalloc(&data_, static_cast<std::size_t>(bytes)));
+    MOQ_CUDA_CHECK(cudaMemset(data_, 0, static_cast<std::size_t>(bytes)));
+  }
+  Memory(Memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  ~Memory() { cudaFree(data_); }
+
+  template <typename Element>
+  Element* as() const {
+    return static_cast<Element*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+/// Seconds of what `enqueue` puts into a stream, as one graph: the median of some launches.
+double time_graph(const std::function<void(cudaStream_t)>& enqueue) {
+  cudaStream_t stream = nullptr;
+  MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
+  MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  enqueue(stream);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t begin = nullptr;
+  cudaEvent_t end = nullptr;
+  MOQ_CUDA_CHECK(cudaEventCreate(&begin));
+  MOQ_CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<double> seconds;
+  for (int i = 0; i <= kRepeats; ++i) {
+    MOQ_CUDA_CHECK(cudaEventRecord(begin, stream));
+    MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
+    MOQ_CUDA_CHECK(cudaEventRecord(end, stream));
+    MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
+    float milliseconds = 0.0F;
+    MOQ_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (i > 0) {  // the first one warms up
+      seconds.push_back(milliseconds * 1e-3);
+    }
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
+  return seconds[kRepeats / 2];
+}
+
+__global__ void __launch_bounds__(512) read_all(const uint4* data, std::int64_t size, uint4* out) {
+  constexpr int kUnroll = 8;
+  uint4 sum{};
+  const std::int64_t threads = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i + (kUnroll - 1) * threads < size; i += kUnroll * threads) {
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      const uint4 value = __ldcs(data + i + j * threads);
+      sum.x ^= value.x ^ value.y ^ value.z ^ value.w;
+    }
+  }
+  if (sum.x == 0x12345678U) {
+    *out = sum;
+  }
+}
+
+/// Bytes a second of reading memory and doing nothing with it.
+double read_bandwidth() {
+  constexpr std::int64_t kBytes = std::int64_t{2} << 30;
+  const Memory memory(kBytes);
+  int multiprocessors = 0;
+  MOQ_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, /*device=*/0));
+  double best = 0.0;
+  for (const int blocks : {2, 4, 8}) {
+    const double seconds = time_graph([&](cudaStream_t stream) {
+      read_all<<<blocks * multiprocessors, 512, 0, stream>>>(memory.as<uint4>(), kBytes / 16,
+                                                             memory.as<uint4>());
+    });
+    best = std::max(best, kBytes / seconds);
+  }
+  return best;
+}
+
+/// INT8 weights, all the same, packed one after the other.
+class Weights {
+ public:
+  Weights(std::int64_t n, std::int64_t k, std::int64_t count)
+      : shape_{.n = n, .k = k, .group_size = k},
+        bytes_(static_cast<std::int64_t>(cuda::packed_linear_size(shape_)) + 127 & ~127LL),
+        packed_(bytes_ * count) {
+    const std::int64_t size = n * k;
+    const Memory codes(size);
+    std::mt19937 generator(1);
+    std::normal_distribution<float> normal(0.0F, 32.0F);
+    std::vector<std::int8_t> pattern(
+        static_cast<std::size_t>(std::min<std::int64_t>(size, 1 << 20)));
+    for (std::int8_t& code : pattern) {
+      code = static_cast<std::int8_t>(std::clamp(std::rint(normal(generator)), -127.0F, 127.0F));
+    }
+    for (std::int64_t i = 0; i < size; i += std::ssize(pattern)) {
+      MOQ_CUDA_CHECK(cudaMemcpy(codes.as<char>() + i, pattern.data(),
+                                static_cast<std::size_t>(std::min(size - i, std::ssize(pattern))),
+                                cudaMemcpyHostToDevice));
+    }
+    const std::vector<float> host_scales(static_cast<std::size_t>(n), 1.0F / 32768);
+    const Memory scales(n * 4);
+    MOQ_CUDA_CHECK(cudaMemcpy(scales.as<float>(), host_scales.data(), host_scales.size() * 4,
+                              cudaMemcpyHostToDevice));
+    for (std::int64_t i = 0; i < count; ++i) {
+      cuda::pack_linear({.shape = shape_,
+                         .weight = codes.as<void>(),
+                         .row_stride = k,
+                         .col_stride = 1,
+                         .scales = scales.as<float>(),
+                         .packed = packed_.as<char>() + i * bytes_},
+                        nullptr);
+    }
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
+  std::int64_t bytes() const { return bytes_; }
+  PackedLinear at(std::int64_t i) const {
+    return {.shape = shape_, .data = packed_.as<char>() + i * bytes_};
+  }
+
+ private:
+  LinearShape shape_;
+  std::int64_t bytes_;
+  Memory packed_;
+};
+
+// ------------------------------------------------------------------------------------ one shape
+
+constexpr std::int64_t kTokens[] = {1, 2, 8, 16, 32, 64};
+
+void time_shapes(double bandwidth) {
+  constexpr std::pair<std::int64_t, std::int64_t> kShapes[] = {
+      {49152, 12288}, {12768, 4256}, {4256, 4256},  {17024, 4256}, {4256, 17024}, {6144, 4096},
+      {4096, 4096},   {28672, 4096}, {4096, 14336}, {4800, 1600},  {1600, 1600},  {6400, 1600},
+      {1600, 6400},   {3072, 1024},  {1024, 1024},  {4096, 1024},  {1024, 4096}};
+  std::printf("\nTB/s of INT8 weights (share of the read bandwidth), by tokens\n\n| n x k |");
+  for (const std::int64_t m : kTokens) {
+    std::printf(" %ld |", static_cast<long>(m));
+  }
+  std::printf("\n|---|---|---|---|---|---|---|\n");
+  for (const auto& [n, k] : kShapes) {
+    const std::int64_t count = std::max<std::int64_t>(2, kColdBytes / (n * k) + 1);
+    const Weights weights(n, k, count);
+    const Memory input(kTokens[std::size(kTokens) - 1] * k * 2);
+    const Memory output(kTokens[std::size(kTokens) - 1] * n * 2);
+    std::printf("| %ldx%ld |", static_cast<long>(n), static_cast<long>(k));
+    for (const std::int64_t m : kTokens) {
+      const double seconds = time_graph([&](cudaStream_t stream) {
+        for (std::int64_t i = 0; i < count; ++i) {
+          cuda::linear({.input = input.as<void>(),
+                        .m = m,
+                        .input_stride = k,
+                        .weight = weights.at(i),
+                        .output = output.as<void>(),
+                        .output_stride = n,
+                        .weight_is_ready = true},
+                       stream);
+        }
+      });
+      const double rate = static_cast<double>(weights.bytes() * count) / seconds;
+      std::printf(" %.2f (%.0f %%) |", rate * 1e-12, 100 * rate / bandwidth);
+    }
+    std::printf("\n");
+  }
+}
+
+// -------------------------------------------------------------------------------- whole models
+
+struct Model {
+  const char* name;
+  std::int64_t hidden;
+  std::int64_t intermediate;
+  std::int64_t layers;
+  std::int32_t heads;
+  std::int32_t kv_heads;
+  std::int32_t head_dim;
+  bool gated;  ///< and rotated, with RMS norms, as in Llama; else as in GPT-2
+};
+
+constexpr Model kModels[] = {{"GPT-2 XL", 1600, 6400, 48, 25, 25, 64, false},
+                             {"17B", 4256, 17024, 12, 56, 56, 76, false},
+                             {"Llama-3 8B", 4096, 14336, 16, 32, 8, 128, true},
+                             {"BERT large", 1024, 4096, 24, 16, 16, 64, false}};
+
+/// The linear layers of a model for m tokens; attention passes its query on.
+void time_model(const Model& model, double bandwidth) {
+  const std::int64_t queries = model.heads * model.head_dim;
+  const std::int64_t qkv_rows = queries + 2 * model.kv_heads * model.head_dim;
+  const std::int64_t up_rows = model.intermediate * (model.gated ? 2 : 1);
+  const Weights qkv(qkv_rows, model.hidden, model.layers);
+  const Weights out(model.hidden, queries, model.layers);
+  const Weights up(up_rows, model.hidden, model.layers);
+  const Weights down(model.hidden, model.intermediate, model.layers);
+  const std::int64_t bytes = qkv.bytes() + out.bytes() + up.bytes() + down.bytes();
+  constexpr std::int64_t kMost = kTokens[std::size(kTokens) - 1];
+  const Memory states(kMost * model.hidden * 2);
+  const Memory projected(kMost * qkv_rows * 2);
+  const Memory between(kMost * up_rows * 2);
+  const Memory norm_weight(std::max(up_rows, model.hidden) * 4);
+  const Memory bias(std::max(up_rows, qkv_rows) * 2);
+  const Memory pages(2 * kPageTokens * model.kv_heads * model.head_dim * 2);
+  const Memory table(kMost * 4 + model.head_dim * 4);
+  const DeviceRotary rotary{.rotary_dim = model.head_dim,
+                            .positions = table.as<std::int32_t>(),
+                            .cos = table.as<float>() + kMost,
+                            .sin = table.as<float>() + kMost};
+  std::printf("| %s | %.1f |", model.name, static_cast<double>(bytes) / bandwidth * 1e6);
+  for (const std::int64_t m : kTokens) {
+    const DeviceNorm norm = {
+        .kind = !cuda::linear_takes_norm(m) ? NormKind::kNone
+                : model.gated               ? NormKind::kRmsNorm
+                                            : NormKind::kLayerNorm,
+        .weight = norm_weight.as<float>(),
+        .bias = cuda::linear_takes_norm(m) && !model.gated ? norm_weight.as<float>() : nullptr,
+        .epsilon = 1e-5F};
+    const void* own_bias = model.gated ? nullptr : bias.as<void>();
+    const double seconds = time_graph([&](cudaStream_t stream) {
+      for (std::int64_t i = 0; i < model.layers; ++i) {
+        cuda::linear({.input = states.as<void>(),
+                      .m = m,
+                      .input_stride = model.hidden,
+                      .weight = qkv.at(i),
+                      .bias = own_bias,
+                      .output = projected.as<void>(),
+                      .output_stride = qkv_rows,
+                      .norm = norm,
+                      .qkv = {.head_dim = model.head_dim,
+                              .num_heads = model.heads,
+                              .num_kv_heads = model.kv_heads,
+                              .rotary = model.gated ? rotary : DeviceRotary{},
+                              .pages = {.keys = pages.as<void>(),
+                                        .values = pages.as<char>() + kPageTokens * model.kv_heads *
+                                                                         model.head_dim * 2},
+                              .cache_rows = table.as<std::int32_t>()},
+                      .weight_is_ready = true},
+                     stream);
+        cuda::linear({.input = projected.as<void>(),
+                      .m = m,
+                      .input_stride = qkv_rows,
+                      .weight = out.at(i),
+                      .bias = own_bias,
+                      .residual = states.as<void>(),
+                      .residual_stride = model.hidden,
+                      .output = states.as<void>(),
+                      .output_stride = model.hidden,
+                      .weight_is_ready = true},
+                     stream);
+        cuda::linear({.input = states.as<void>(),
+                      .m = m,
+                      .input_stride = model.hidden,
+                      .weight = up.at(i),
+                      .bias = own_bias,
+                      .activation = model.gated ? Activation::kSilu : Activation::kGeluTanh,
+                      .output = between.as<void>(),
+                      .output_stride = up_rows,
+                      .norm = norm,
+                      .gated = model.gated,
+                      .weight_is_ready = true},
+                     stream);
+        cuda::linear({.input = between.as<void>(),
+                      .m = m,
+                      .input_stride = up_rows,
+                      .weight = down.at(i),
+                      .bias = own_bias,
+                      .residual = states.as<void>(),
+                      .residual_stride = model.hidden,
+                      .output = states.as<void>(),
+                      .output_stride = model.hidden,
+                      .weight_is_ready = true},
+                     stream);
+      }
+    });
+    std::printf(" %.2f |", seconds * 1e6 / static_cast<double>(model.layers));
+  }
+  std::printf("\n");
+}
+
+void run(std::string_view part) {
+  cudaDeviceProp device{};
+  MOQ_CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  const double bandwidth = read_bandwidth();
+  std::printf("%s, reading %.2f TB/s\n", device.name, bandwidth * 1e-12);
+  if (part != "layers") {
+    time_shapes(bandwidth);
+  }
+  if (part != "shapes") {
+    std::printf(
+        "\nMicroseconds a layer, by tokens; bound: reading the weights\n\n| model | bound |");
+    for (const std::int64_t m : kTokens) {
+      std::printf(" %ld |", static_cast<long>(m));
+    }
+    std::printf("\n|---|---|---|---|---|---|---|---|\n");
+    for (const Model& model : kModels) {
+      time_model(model, bandwidth);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moq::kernels
+
+int main(int argc, char** argv) {
+  moq::kernels::run(argc > 1 ? argv[1] : "");
+}

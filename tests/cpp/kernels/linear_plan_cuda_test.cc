@@ -1,0 +1,115 @@
+// How the streaming kernel of cuda::linear shares a weight: everything has its place, without a
+// GPU.
+#include <gtest/gtest.h>
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <algorithm>
+
+#include "kernels/cuda/linear_choice.h"
+#include "kernels/cuda/linear_stream_plan.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+struct Weight {
+  std::int64_t n;
+  std::int64_t k;
+  WeightFormat format = WeightFormat::kInt8;
+  std::int64_t group_size = 0;
+  bool asymmetric = false;
+};
+
+class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::int64_t>> {
+ protected:
+  DeviceLayout layout() const {
+    const Weight& weight = std::get<Weight>(GetParam());
+    return device_layout({.n = weight.n,
+                          .k = weight.k,
+                          .format = weight.format,
+                          .group_size = weight.group_size > 0 ? weight.group_size : weight.k,
+                          .asymmetric = weight.asymmetric});
+  }
+  StreamPlan plan(int m) const {
+    return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout()));
+  }
+};
+
+TEST_P(StreamPlanTest, SharesAllRowsAndResults) {
+  for (int m = 1; m <= kStreamTokens; ++m) {
+    const StreamPlan plan = this->plan(m);
+    EXPECT_EQ(static_cast<std::int64_t>(plan.clusters) * plan.cluster_rows + plan.row_extra,
+              layout().row_blocks);
+    EXPECT_LT(plan.row_extra, plan.clusters);
+    EXPECT_LE(plan.split, kMaxSplit);
+    EXPECT_EQ(plan.turn_rows * kBlockRows, 1 << plan.turn_bits);
+    EXPECT_EQ(plan.turn_rows * kBlockRows / plan.split, 1 << plan.share_bits);
+    EXPECT_GE(plan.share_bits, 1) << "a block finishes pairs of rows";
+    EXPECT_LE(plan.turn_results, kStreamWarps * 32);
+  }
+}
+
+TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
+  const DeviceLayout layout = this->layout();
+  for (int m = 1; m <= kStreamTokens; ++m) {
+    const StreamPlan plan = this->plan(m);
+    EXPECT_LE(plan.shared_bytes, kMaxSharedBytes);
+    EXPECT_GE(plan.stages, 1);
+    EXPECT_LE(plan.stages, kMaxStages);
+    EXPECT_GE(plan.early, 1);
+    for (int rank = 0; rank < plan.split; ++rank) {
+      int bytes = 0;
+      for (int part = rank * kStreamWarps; part < (rank + 1) * kStreamWarps; ++part) {
+        const int blocks =
+            part_begin(layout, plan.part_bits, part + 1) - part_begin(layout, plan.part_bits, part);
+        ASSERT_TRUE(blocks == plan.part_blocks || blocks == plan.part_blocks + 1);
+        bytes += plan.stages * plan.stage_bytes[blocks - plan.part_blocks];
+      }
+      EXPECT_LE(bytes, plan.ring_bytes);
+    }
+    for (int i = 0; i < 2; ++i) {
+      EXPECT_GE(plan.piece[i], 1);
+      EXPECT_GE(plan.stage_bytes[i], plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes);
+    }
+    if (layout.groups > 1) {
+      const std::int64_t group_blocks = layout.group_size / layout.block_cols;
+      for (std::int64_t first = 0; first + plan.piece[1] <= layout.col_blocks; ++first) {
+        const std::int64_t last = first + plan.piece[1] - 1;
+        EXPECT_LE((last / group_blocks - first / group_blocks + 1) * kGridBytes, plan.grid_bytes);
+      }
+    }
+  }
+}
+
+TEST_P(StreamPlanTest, AddsUpAlikeForEveryNumberOfTokens) {
+  const StreamPlan one = plan(1);
+  for (int m = 2; m <= kStreamTokens; ++m) {
+    EXPECT_EQ(plan(m).split, one.split);
+    EXPECT_EQ(plan(m).part_bits, one.part_bits);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, StreamPlanTest,
+    ::testing::Combine(::testing::Values(Weight{1, 1}, Weight{16, 32}, Weight{4800, 1600},
+                                         Weight{1600, 6400}, Weight{4256, 17024},
+                                         Weight{49152, 12288}, Weight{128256, 4096},
+                                         Weight{75, 65000},
+                                         Weight{4096, 14336, WeightFormat::kFloat16},
+                                         Weight{300, 52224, WeightFormat::kBFloat16},
+                                         Weight{40, 384, WeightFormat::kInt4, 32},
+                                         Weight{4096, 4096, WeightFormat::kInt4, 128, true},
+                                         Weight{4096, 14336, WeightFormat::kInt8, 0, true},
+                                         Weight{8192, 28672, WeightFormat::kInt2, 64, true}),
+                       ::testing::Values<std::int64_t>(8, 78, 132)));
+
+TEST(StreamSplit, IsMoreThanAClusterForInputsThatFitNowhere) {
+  EXPECT_EQ(stream_split(device_layout({.n = 16, .k = 1600, .group_size = 1600})), 1);
+  EXPECT_EQ(stream_split(device_layout({.n = 16, .k = 12288, .group_size = 12288})), 2);
+  EXPECT_GT(stream_split(device_layout({.n = 16, .k = 70000, .group_size = 70000})), kMaxSplit);
+}
+
+}  // namespace
+}  // namespace moq::kernels::cuda
+
+#endif
