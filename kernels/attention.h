@@ -168,6 +168,10 @@ struct DeviceAttentionArgs {
   void* output = nullptr;  ///< [num_tokens, num_heads, head_dim], dtype, rows output_stride apart
   std::int64_t output_stride = 0;
   DType dtype = DType::kFloat16;  ///< of query, packed rows and output
+  /// Reads sequences, page_table, and keys and values of past tokens before the kernels ahead in
+  /// the stream have ended. Only if none of those that may still run writes them: the step before
+  /// wrote them, and this one began when that had ended (a graph's launch does).
+  bool past_is_ready = false;
 };
 
 namespace cuda {

@@ -10,10 +10,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 #include <numbers>
 
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/attention_merge.h"
+#include "kernels/cuda/attention_softmax.h"
 #include "kernels/cuda/attention_tile.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/launch.h"
@@ -22,95 +24,43 @@ namespace moq::kernels::cuda {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kWarps = 4;
+constexpr int kWarps = kMergeWarps;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTileKeys = 16;   // that a warp multiplies at once
 constexpr int kLeastSpan = 32;  // keys that are worth a block
-constexpr int kMaxSplit = 16;   // blocks of a cluster
 constexpr int kUsualSplit = 8;  // largest that every GPU with clusters can place
-constexpr int kQuad = 4;        // dimensions that a thread merges at once
-/// The reference of sums of nothing: whatever they are merged with has a larger one.
-constexpr float kNoKeys = -std::numeric_limits<float>::max();
 
 /// How a warp's tiles lie in shared memory.
 template <bool kInt8, int kDim>
 struct Ring {
   static constexpr int kStageBytes = TileLayout<kInt8, kDim>::stage_bytes(kTileKeys);
-  static constexpr int kStages = std::clamp((18 << 10) / kStageBytes, 2, 4);
+  static constexpr int kStages = std::clamp((11 << 10) / kStageBytes, 2, 4);
   static constexpr int kPartialStride = kDim + kQuad;  // floats; the rows of a warp's sums
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static_assert(kRowsOfTile * kPartialStride * 4 <= kWarpBytes);
 };
 
-/// Quads of the output that there are room for in an inbox.
-constexpr int inbox_quads(int rows, int head_dim, int split) {
-  return rows * (head_dim / kQuad) + split;
-}
-
-template <typename Element>
-__device__ void store_quad(Element* target, const float4& value) {
-  struct alignas(kQuad * sizeof(Element)) Quad {
-    Element element[kQuad];
-  };
-  Quad quad;
-  store_float(&quad.element[0], value.x);
-  store_float(&quad.element[1], value.y);
-  store_float(&quad.element[2], value.z);
-  store_float(&quad.element[3], value.w);
-  *reinterpret_cast<Quad*>(target) = quad;
-}
-
-__device__ inline void add_scaled(float4& sum, const float4& value, float factor) {
-  sum.x = fmaf(value.x, factor, sum.x);
-  sum.y = fmaf(value.y, factor, sum.y);
-  sum.z = fmaf(value.z, factor, sum.z);
-  sum.w = fmaf(value.w, factor, sum.w);
-}
-
-__device__ inline float4 scaled(const float4& value, float factor) {
-  return {value.x * factor, value.y * factor, value.z * factor, value.w * factor};
-}
-
-/// A fragments of 16 rows that lie anywhere in device memory, in registers.
-template <bool kInt8, int kDim>
-__device__ void load_query(const DeviceAttentionArgs& args, const DeviceSequence& sequence,
-                           int first_head, int group, int first_row, int rows, int lane,
-                           std::uint32_t (&query)[kDim / 16][4]) {
-  const int t = lane % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const bool exists = row < rows;
-    const int r = first_row + (exists ? row : 0);
-    const std::int64_t token = sequence.token_begin + r / group;
-    const auto* source = static_cast<const std::uint16_t*>(args.query) + token * args.query_stride +
-                         (first_head + r % group) * args.head_dim;
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      // A lane's columns are 2t, 2t + 1 and the same 8 behind; of codes (key_fragments) 4t to 4t+3.
-      const int low = 16 * step + (kInt8 ? 4 * t : 2 * t);
-      const int high = low + (kInt8 ? 2 : 8);
-      const auto word = [&](int dim) {
-        return exists && dim < args.head_dim ? *reinterpret_cast<const std::uint32_t*>(source + dim)
-                                             : 0U;
-      };
-      query[step][half] = word(low);
-      query[step][half + 2] = word(high);
-    }
+/// Keys of each block of a cluster but the last that has some: a multiple of kTileKeys.
+__device__ inline int span_of(int keys, int split, float inverse_split) {
+  const int tiles = (keys + kTileKeys - 1) / kTileKeys;
+  int tiles_of_block = static_cast<int>(static_cast<float>(tiles) * inverse_split);
+  while (tiles_of_block * split < tiles) {  // once or never, but for rounding
+    ++tiles_of_block;
   }
+  return max(kLeastSpan, tiles_of_block * kTileKeys);
 }
 
 /// kDim: head_dim, rounded up to a compiled one.
 template <bool kBFloat16, bool kInt8, int kDim>
 __global__ void __launch_bounds__(kThreads)
-    split_kernel(DeviceAttentionArgs args, int row_tiles, int split) {
+    split_kernel(DeviceAttentionArgs args, int row_tiles, int split, int inbox_quads) {
   using Element = typename ElementOf<kBFloat16>::Type;
   using WarpRing = Ring<kInt8, kDim>;
   extern __shared__ __align__(128) std::uint8_t shared[];
-  __shared__ float references[kWarps][kRowsOfTile];
-  __shared__ float sums[kWarps][kRowsOfTile];
-  __shared__ float4 inbox_sums[kMaxSplit][kRowsOfTile / 2];  // (reference, sum) of rows
-  __shared__ std::uint64_t received;
+  __shared__ float4 references[kRowsOfTile];  // of the warps
+  __shared__ float4 sums[kRowsOfTile];
+  auto* inbox = reinterpret_cast<float4*>(shared + kWarps * WarpRing::kWarpBytes);
+  auto* inbox_sums = reinterpret_cast<float2*>(inbox + inbox_quads);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
@@ -118,6 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   const int t = lane % 4;
   const int rank = static_cast<int>(blockIdx.x) % split;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __shared__ std::uint64_t received;
   if (split > 1) {
     if (thread == 0) {
       init_barrier(shared_address(&received));
@@ -127,58 +78,98 @@ __global__ void __launch_bounds__(kThreads)
   }
 #endif
   allow_next_kernel();
-  wait_for_previous_kernels();
 
   // ---- what this block has to do
   const auto num_kv_heads = static_cast<int>(args.num_kv_heads);
   const auto head_dim = static_cast<int>(args.head_dim);
   const int group = static_cast<int>(args.num_heads) / num_kv_heads;
-  int work = static_cast<int>(blockIdx.x) / split;
-  const DeviceSequence sequence = args.sequences[work / (row_tiles * num_kv_heads)];
-  work %= row_tiles * num_kv_heads;
-  const int kv_head = work / row_tiles;
+  const int work = static_cast<int>(blockIdx.x) / split;
+  const int sequence_index = work / (row_tiles * num_kv_heads);
+  const int kv_head = work % (row_tiles * num_kv_heads) / row_tiles;
   const int first_row = work % row_tiles * kRowsOfTile;
+  const RowMap row_map(first_row, group);
+  const int quads = head_dim / kQuad;
+  const float inverse_quads = 1.0F / static_cast<float>(quads);
+  const float inverse_split = 1.0F / static_cast<float>(split);
+  if (!args.past_is_ready) {
+    wait_for_previous_kernels();
+  }
+  const DeviceSequence sequence = args.sequences[sequence_index];
   const int rows = min(sequence.num_tokens * group - first_row, kRowsOfTile);
   const int past = args.pages.keys == nullptr ? 0 : sequence.past_length;
   const int keys = past + sequence.num_tokens;
-  const int span =
-      max(kLeastSpan, (keys + split * kTileKeys - 1) / (split * kTileKeys) * kTileKeys);
+  const int span = span_of(keys, split, inverse_split);
   const int begin = rank * span;
   const int end = min(keys, begin + span);
   if (rows <= 0 || begin >= end) {
+    wait_for_previous_kernels();  // the next kernel relies on this one not to end before them
     return;
   }
-  const int active = (keys + span - 1) / span;  // blocks of the cluster that have keys
+
+  const auto element_of = [&](const RowMap::Place& place, std::int64_t stride) {
+    return (sequence.token_begin + static_cast<std::int64_t>(place.token)) * stride +
+           static_cast<std::int64_t>(kv_head * group + place.head) * head_dim;
+  };
 
   // ---- this warp's tiles, and the ring that brings them
   std::uint8_t* ring = shared + warp * WarpRing::kWarpBytes;
   const auto first_of = [&](int tile) { return begin + (warp + tile * kWarps) * kTileKeys; };
-  const auto page_of_tile = [&](int tile) {
-    const int first = first_of(tile);
+  const auto stage_of = [&](int tile) {
+    return shared_address(ring + tile % WarpRing::kStages * WarpRing::kStageBytes);
+  };
+  // A lane looks up the page of one tile, for the next 32 of them.
+  const auto pages_from = [&](int tile) {
+    const int first = first_of(tile + lane);
     return first < end ? page_of(args, sequence, first) : 0;
   };
-  const auto fill = [&](int tile, std::int32_t page) {
+  std::int32_t pages = pages_from(0);
+  const auto fill = [&](int tile) {
     const int first = first_of(tile);
+    const std::int32_t page = __shfl_sync(0xffffffffU, pages, tile % kWarpSize);
     if (first < end) {
-      copy_keys<kInt8, kDim, kTileKeys, kWarpSize>(
-          shared_address(ring + tile % WarpRing::kStages * WarpRing::kStageBytes),
-          keys_from<kInt8>(args, sequence, kv_head, page, first), end - first, head_dim, lane);
+      const KeySource source = keys_from<kInt8>(args, sequence, kv_head, page, first);
+#pragma unroll 1
+      for (int kind = 0; kind < 2; ++kind) {
+        copy_keys<kInt8, kDim, kTileKeys, kWarpSize>(stage_of(tile), source, kind, end - first,
+                                                     head_dim, lane);
+      }
     }
     close_async_group();
+    if (tile % kWarpSize == kWarpSize - 1) {
+      pages = pages_from(tile + 1);
+    }
   };
-  std::int32_t pages[WarpRing::kStages + 1];
-#pragma unroll
-  for (int tile = 0; tile <= WarpRing::kStages; ++tile) {
-    pages[tile] = page_of_tile(tile);
-  }
-#pragma unroll
+  // Past keys come first: what new tokens added may not be there yet, and neither are queries.
+  bool waits = args.past_is_ready;
+#pragma unroll 1
   for (int tile = 0; tile < WarpRing::kStages; ++tile) {
-    fill(tile, pages[tile]);
+    if (waits && first_of(tile) + kTileKeys > past) {
+      wait_for_previous_kernels();
+      waits = false;
+    }
+    fill(tile);
   }
-  std::int32_t next_page = pages[WarpRing::kStages];
-
+  if (waits) {
+    wait_for_previous_kernels();
+  }
+  auto* queries = reinterpret_cast<std::uint8_t*>(inbox_sums + inbox_quads);
+  each_piece<kRowsOfTile, kDim / 8, kThreads>(thread, [&](int row, int chunk) {
+    if (row < rows) {
+      uint4 piece{};
+      if (chunk < head_dim / 8) {
+        piece = *reinterpret_cast<const uint4*>(static_cast<const Element*>(args.query) +
+                                                element_of(row_map.at(row), args.query_stride) +
+                                                chunk * 8);
+      }
+      *reinterpret_cast<uint4*>(queries + row * kQueryRowBytes<kDim> + chunk * 16) = piece;
+    }
+  });
+  __syncthreads();
   std::uint32_t query[kDim / 16][4];
-  load_query<kInt8, kDim>(args, sequence, kv_head * group, group, first_row, rows, lane, query);
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    query_fragments<kInt8, kDim>(shared_address(queries), rows, step, lane, query[step]);
+  }
   const auto query_of = [&](int step, std::uint32_t(&a)[1][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -188,8 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   Sight sights[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sights[half] =
-        sight_of(args, kv_head, group, first_row + min(g + 8 * half, rows - 1), past, keys);
+    sights[half] = sight_of(args, kv_head, group, row_map.at(g + 8 * half), past, keys);
   }
   const auto sight = [&](int, int half) { return sights[half]; };
   const float scale = args.scale * std::numbers::log2e_v<float>;
@@ -199,12 +189,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int tile = 0; first_of(tile) < end; ++tile) {
     wait_async_groups<WarpRing::kStages - 1>();
     __syncwarp();
-    attend<kBFloat16, kInt8, kDim, kTileKeys, 1>(
-        shared_address(ring + tile % WarpRing::kStages * WarpRing::kStageBytes), query_of, sight,
-        first_of(tile), true, args.alibi_slopes != nullptr, scale, lane, softmax, output);
+    attend<kBFloat16, kInt8, kDim, kTileKeys, 1>(stage_of(tile), query_of, sight, first_of(tile),
+                                                 tile == 0, true, args.alibi_slopes != nullptr,
+                                                 scale, lane, softmax, output);
     __syncwarp();
-    fill(tile + WarpRing::kStages, next_page);
-    next_page = page_of_tile(tile + WarpRing::kStages + 1);
+    fill(tile + WarpRing::kStages);
   }
   wait_async_groups<0>();
   __syncwarp();
@@ -216,115 +205,49 @@ __global__ void __launch_bounds__(kThreads)
     const int row = g + 8 * half;
     const float sum = sum_of_row(softmax.sum[0][half]);
     if (row < rows) {
+      float* target = partial + row * WarpRing::kPartialStride;
+      if constexpr (kInt8) {  // tiles of a piece have neighbouring dimensions
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+        for (int n = 0; n < kDim / 8; n += 4) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          partial[row * WarpRing::kPartialStride + dim_of<kInt8>(n, t, e)] =
-              output[0][n][2 * half + e];
+          for (int e = 0; e < 2; ++e) {
+            const int i = 2 * half + e;
+            *reinterpret_cast<float4*>(target + dim_of<kInt8>(n, t, e)) = {
+                output[0][n][i], output[0][n + 1][i], output[0][n + 2][i], output[0][n + 3][i]};
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          *reinterpret_cast<float2*>(target + dim_of<kInt8>(n, t, 0)) = {
+              output[0][n][2 * half], output[0][n][2 * half + 1]};
         }
       }
       if (t == 0) {
-        references[warp][row] =
+        reinterpret_cast<float*>(&references[row])[warp] =
             sum == 0.0F ? kNoKeys : reference_of(softmax.largest[0][half], scale);
-        sums[warp][row] = sum;
+        reinterpret_cast<float*>(&sums[row])[warp] = sum;
       }
     }
   }
   __syncthreads();
 
-  // ---- merged by the block: (reference, sum) of a row, and a quad of its output
-  const auto merged_reference = [&](int row) {
-    float top = references[0][row];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-      top = fmaxf(top, references[w][row]);
-    }
-    return top;
+  const WarpParts parts{references, sums, shared, WarpRing::kWarpBytes, WarpRing::kPartialStride};
+  const QuadGrid grid{rows, quads, inverse_quads};
+  const auto store = [&](int row, int quad, const float4& products, float sum) {
+    store_quad(static_cast<Element*>(args.output) +
+                   element_of(row_map.at(row), args.output_stride) + quad * kQuad,
+               products, __fdividef(1.0F, sum));
   };
-  const auto merged_sum = [&](int row, float reference) {
-    float sum = 0.0F;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      sum = fmaf(sums[w][row], fast_exp2(references[w][row] - reference), sum);
-    }
-    return sum;
-  };
-  const auto merged_quad = [&](int row, int quad, float reference) {
-    float4 sum{};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const auto* own = reinterpret_cast<const float*>(shared + w * WarpRing::kWarpBytes) +
-                        row * WarpRing::kPartialStride + quad * kQuad;
-      add_scaled(sum, *reinterpret_cast<const float4*>(own),
-                 fast_exp2(references[w][row] - reference));
-    }
-    return sum;
-  };
-  const int quads = head_dim / kQuad;
-  const auto store = [&](int row, int quad, const float4& value) {
-    const int r = first_row + row;
-    const std::int64_t token = sequence.token_begin + r / group;
-    store_quad(static_cast<Element*>(args.output) + token * args.output_stride +
-                   (kv_head * group + r % group) * head_dim + quad * kQuad,
-               value);
-  };
-  if (active == 1) {
-    for (int i = thread; i < rows * quads; i += kThreads) {
-      const int row = i / quads;
-      const float reference = merged_reference(row);
-      store(row, i % quads,
-            scaled(merged_quad(row, i % quads, reference), 1.0F / merged_sum(row, reference)));
-    }
-    return;
+  if (span >= keys) {
+    return merge_block(parts, grid, store);
   }
-
-  // ---- and by the cluster
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const int share = (rows * quads + active - 1) / active;  // quads that a block finishes at most
-  const int own_first = rank * share;
-  const int own_quads = max(0, min(share, rows * quads - own_first));
-  auto* inbox = reinterpret_cast<float4*>(shared + kWarps * WarpRing::kWarpBytes);
-  const std::uint32_t barrier = shared_address(&received);
-  const int row_pairs = (rows + 1) / 2;
-  if (thread == 0) {
-    expect_bytes(barrier, active * (own_quads + row_pairs) * 16);
+  int active = 1;  // blocks that have keys
+  while (active * span < keys) {
+    ++active;
   }
-  for (int i = thread; i < rows * quads; i += kThreads) {
-    const int row = i / quads;
-    send_to_cluster(shared_address(&inbox[rank * share + i % share]),
-                    merged_quad(row, i % quads, merged_reference(row)), barrier, i / share);
-  }
-  for (int i = thread; i < row_pairs * active; i += kThreads) {
-    const int pair = i % row_pairs;
-    const int second = min(2 * pair + 1, rows - 1);
-    const float first_reference = merged_reference(2 * pair);
-    const float second_reference = merged_reference(second);
-    send_to_cluster(shared_address(&inbox_sums[rank][pair]),
-                    {first_reference, merged_sum(2 * pair, first_reference), second_reference,
-                     merged_sum(second, second_reference)},
-                    barrier, i / row_pairs);
-  }
-  wait_barrier(barrier, 0);
-  for (int i = thread; i < own_quads; i += kThreads) {
-    const int row = (own_first + i) / quads;
-    const auto sums_of = [&](int from) {
-      return reinterpret_cast<const float2*>(inbox_sums[from])[row];
-    };
-    float top = kNoKeys;
-    for (int from = 0; from < active; ++from) {
-      top = fmaxf(top, sums_of(from).x);
-    }
-    float total = 0.0F;
-    float4 sum{};
-    for (int from = 0; from < active; ++from) {
-      const float2 part = sums_of(from);
-      const float factor = fast_exp2(part.x - top);
-      total = fmaf(part.y, factor, total);
-      add_scaled(sum, inbox[from * share + i], factor);
-    }
-    store(row, (own_first + i) % quads, scaled(sum, 1.0F / total));
-  }
+  merge_cluster(parts, grid, {inbox, inbox_sums, shared_address(&received)}, rank, active, store);
 #endif
 }
 
@@ -335,22 +258,48 @@ std::int64_t most_rows(const DeviceAttentionArgs& args) {
   return args.max_tokens * (args.num_heads / args.num_kv_heads);
 }
 
-template <bool kInt8, int kDim>
-std::size_t shared_bytes(const DeviceAttentionArgs& args, int split) {
-  const auto rows = static_cast<int>(std::min<std::int64_t>(most_rows(args), kRowsOfTile));
-  const int inbox = split == 1 ? 0 : inbox_quads(rows, static_cast<int>(args.head_dim), split) * 16;
-  return static_cast<std::size_t>(kWarps * Ring<kInt8, kDim>::kWarpBytes + inbox);
+int rows_of_tile(const DeviceAttentionArgs& args) {
+  return static_cast<int>(std::min<std::int64_t>(most_rows(args), kRowsOfTile));
 }
 
-/// Blocks that share the keys of a (sequence, kv head, tile of rows), of which there are `works`:
-/// the fewest that give every multiprocessor a block and half of them a second.
-int split_of(std::int64_t works) {
-  const std::int64_t enough = device_limits().multiprocessors * 3 / 2;
-  int split = 1;
-  while (split < kMaxSplit && works * split < enough) {
-    split *= 2;
+/// Even, so that what lies behind the inbox is aligned as it is.
+int inbox_quads(const DeviceAttentionArgs& args, int split) {
+  const int quads = inbox_quads_of(rows_of_tile(args), static_cast<int>(args.head_dim), split);
+  return split == 1 ? 0 : (quads + 1) / 2 * 2;
+}
+
+template <bool kInt8, int kDim>
+std::size_t shared_bytes(const DeviceAttentionArgs& args, int split) {
+  return kWarps * Ring<kInt8, kDim>::kWarpBytes + rows_of_tile(args) * kQueryRowBytes<kDim> +
+         inbox_quads(args, split) * (sizeof(float4) + sizeof(float2));
+}
+
+/// Blocks that share the keys of a (sequence, kv head, tile of rows), of which there are `works`.
+///
+/// @param at_once   at_once(split): clusters of so many blocks that run at the same time
+/// @param capacity  keys of the longest sequence that the page table has room for
+template <typename AtOnce>
+int split_of(std::int64_t works, std::int64_t capacity, const AtOnce& at_once) {
+  constexpr double kFull = 0.8;  // of the room, what is left is for blocks of the next kernel
+  constexpr std::int64_t kLongSpan = 512;  // keys of a block of a long sequence
+  const auto turns = [&](int split) {
+    return static_cast<double>(works) / static_cast<double>(at_once(split));
+  };
+  int best = 1;
+  while (best < kUsualSplit && turns(best + 1) <= kFull) {
+    ++best;
   }
-  return split;
+  if (works * best < device_limits().multiprocessors) {
+    return kMaxSplit;
+  }
+  // Where sequences may be long it is more important to fill the GPU, be it in several turns.
+  const auto fill = [&](int split) { return turns(split) / std::ceil(turns(split)); };
+  for (int split = best + 1; split <= kUsualSplit && capacity / split >= kLongSpan; ++split) {
+    if (fill(split) > 1.1 * fill(best)) {
+      best = split;
+    }
+  }
+  return best;
 }
 
 template <bool kBFloat16, bool kInt8, int kDim>
@@ -376,18 +325,22 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
     config.dynamicSmemBytes = shared_bytes<kInt8, kDim>(args, split);
     config.numAttrs = 1;
   };
-  int split = clusters ? split_of(works) : 1;
+  const auto at_once = [&](int split) {
+    configure(split);
+    return active_clusters(kernel, config);
+  };
+  int split = clusters ? split_of(works, args.page_table_stride * kPageTokens, at_once) : 1;
   if (split > kUsualSplit) {
     MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    configure(split);
-    if (active_clusters(kernel, config) == 0) {
+    if (at_once(split) == 0) {
       split = kUsualSplit;
     }
   }
   configure(split);
   config.gridDim = dim3(static_cast<unsigned>(works * split));
   config.numAttrs = !clusters ? 0 : kernels_may_overlap() ? 2 : 1;
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, static_cast<int>(row_tiles), split));
+  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, static_cast<int>(row_tiles), split,
+                                    inbox_quads(args, split)));
 }
 
 template <bool kBFloat16, bool kInt8>
@@ -422,9 +375,11 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
 }  // namespace
 
 bool can_split(const DeviceAttentionArgs& args) {
+  constexpr std::size_t kFixedBytes = 4 << 10;
   const auto limit = static_cast<std::size_t>(device_limits().shared_bytes_per_multiprocessor);
+  const int split = architecture_of(split_kernel<false, false, 256>) >= 90 ? kMaxSplit : 1;
   return suits_tensor_cores(args) && (args.max_tokens == 1 || most_rows(args) <= kRowsOfTile) &&
-         (args.head_dim <= 128 || shared_bytes<false, 256>(args, kMaxSplit) + (4 << 10) <= limit);
+         (args.head_dim <= 128 || shared_bytes<false, 256>(args, split) + kFixedBytes <= limit);
 }
 
 void split_attention(const DeviceAttentionArgs& args, cudaStream_t stream) {

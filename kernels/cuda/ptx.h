@@ -239,6 +239,15 @@ __device__ inline void send_to_cluster(std::uint32_t own, float value, std::uint
       "r"(__float_as_uint(value)), "r"(address_in_cluster(barrier, rank))
       : "memory");
 }
+/// The same of 8 bytes, to an address that is a multiple of 8.
+__device__ inline void send_to_cluster(std::uint32_t own, const float2& value,
+                                       std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::
+          "r"(address_in_cluster(own, rank)),
+      "f"(value.x), "f"(value.y), "r"(address_in_cluster(barrier, rank))
+      : "memory");
+}
 /// The same of 16 bytes, to an address that is a multiple of 16.
 __device__ inline void send_to_cluster(std::uint32_t own, const float4& value,
                                        std::uint32_t barrier, std::uint32_t rank) {

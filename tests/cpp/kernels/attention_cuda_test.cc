@@ -13,9 +13,11 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
 #include "kernels/quant_grid.h"
 #include "tests/cpp/kernels/device_numbers.h"
 
@@ -118,8 +120,10 @@ class Batch {
     return args;
   }
 
-  std::vector<float> compute() const {
-    cuda::attention(args(), nullptr);
+  std::vector<float> compute(bool past_is_ready = false) const {
+    DeviceAttentionArgs args = this->args();
+    args.past_is_ready = past_is_ready;
+    cuda::attention(args, nullptr);
     return read();
   }
   std::vector<float> read() const {
@@ -137,14 +141,18 @@ class Batch {
     const std::int64_t width = setup_.heads.num_heads * setup_.head_dim;
     std::vector<float> expected(output.size(), kUntouched);
     std::vector<float> allowed(output.size(), 0.0F);
+    const ThreadScope threads(static_cast<int>(std::max(1U, std::thread::hardware_concurrency())));
     for (const DeviceSequence& sequence : sequences_) {
-      for (std::int32_t i = 0; i < sequence.num_tokens; ++i) {
-        for (std::int64_t h = 0; h < setup_.heads.num_heads; ++h) {
+      const std::int64_t num_heads = setup_.heads.num_heads;
+      parallel_for(sequence.num_tokens * num_heads, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t item = begin; item < end; ++item) {
+          const auto i = static_cast<std::int32_t>(item / num_heads);
+          const std::int64_t h = item % num_heads;
           const std::int64_t place =
               (sequence.token_begin + i) * output_stride_ + h * setup_.head_dim;
           define(sequence, i, h, &expected[place], &allowed[place]);
         }
-      }
+      });
     }
     for (std::size_t i = 0; i < output.size(); ++i) {
       ASSERT_LE(std::fabs(output[i] - expected[i]), allowed[i])
@@ -337,7 +345,9 @@ class AttentionCuda : public ::testing::TestWithParam<Axes> {
   void expect_exact(const std::vector<Lengths>& lengths, bool causal, bool alibi) const {
     const auto& [head_dim, heads, dtype, storage] = GetParam();
     const Batch batch({heads, head_dim, dtype, storage, lengths, causal, alibi});
-    batch.expect_exact(batch.compute());
+    const std::vector<float> output = batch.compute();
+    batch.expect_exact(output);
+    EXPECT_EQ(batch.compute(/*past_is_ready=*/true), output);
   }
 };
 
@@ -408,8 +418,10 @@ TEST_F(AttentionCudaTest, ACapturedLaunchServesAnyLength) {
   cudaGraphExec_t executable = nullptr;
   MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
   MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  cuda::attention(batch.args(), stream);
-  cuda::attention(batch.args(), stream);
+  DeviceAttentionArgs args = batch.args();
+  cuda::attention(args, stream);
+  args.past_is_ready = true;
+  cuda::attention(args, stream);
   MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
   MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
   for (const std::int32_t shorter : {0, 1, 400, 700}) {
