@@ -39,27 +39,77 @@ TORCH_LIBRARY(moq, m) {
   m.def("quantize_activation(Tensor input, Tensor? scale=None) -> (Tensor codes, Tensor scales)");
   m.def("fake_quantize_activation(Tensor input, Tensor? scale=None) -> Tensor");
 
-  // Linear layers on the CPU, for inference: a backward raises. A packed weight is an opaque byte
-  // tensor; whoever holds it also holds its out_features, format ("int8", "int4", "int2",
-  // "float32", "bfloat16", "float16"), group_size (None: one scale a row) and whether it has zero
-  // points.
+  // Linear layers, for inference: a backward raises. A packed weight is an opaque byte tensor in
+  // the order of the device that it was packed on, which refuses it on another; whoever holds it
+  // also holds its out_features, format ("int8", "int4", "int2", "float32", "bfloat16", "float16"),
+  // group_size (None: one scale a row) and whether it has zero points. Activations are float32 on
+  // the CPU; float16, bfloat16 or float32 on a GPU, where bias and residual have their dtype.
   m.def(
       "pack_linear(Tensor weight, Tensor? scales=None, Tensor? zero_points=None, *, str "
       "format=\"int8\") -> Tensor");
-  // activation(input @ weight.T + bias) + residual; input_mode "float32" (exact), "dynamic_int8",
-  // "static_int8".
+  // activation(input @ weight.T + bias) + residual; or, gated, activation(gate) * up, where rows 2j
+  // and 2j + 1 of the weight are gate and up of column j. input_mode "float32" (the input as it
+  // is), "dynamic_int8", or on the CPU "static_int8". dtype: the output's, the input's or float32.
+  // weight_is_ready: no kernel ahead in the stream writes weight, bias or norm: a GPU may read them
+  // before those have ended.
   m.def(
       "linear(Tensor input, Tensor packed, int out_features, *, str format=\"int8\", int? "
-      "group_size=None, "
-      "bool asymmetric=False, Tensor? bias=None, str activation=\"none\", Tensor? residual=None, "
-      "str input_mode=\"float32\", float? input_scale=None) -> Tensor");
-  // Bytes a second of one reading of the buffer: what benchmarks compare with.
+      "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
+      "gated=False, Tensor? residual=None, str input_mode=\"float32\", float? input_scale=None, "
+      "ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
+  // "layer_norm" or "rms_norm" of each row [num_tokens, hidden_size]; weight and bias are float32.
+  m.def(
+      "norm(Tensor input, Tensor weight, Tensor? bias=None, *, str norm=\"layer_norm\", float "
+      "epsilon=1e-5) -> Tensor");
+  // linear(norm(input)). One kernel for up to eight rows on a GPU.
+  m.def(
+      "norm_linear(Tensor input, Tensor norm_weight, Tensor? norm_bias, Tensor packed, int "
+      "out_features, *, str norm=\"layer_norm\", float epsilon=1e-5, str format=\"int8\", int? "
+      "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
+      "gated=False, Tensor? residual=None, str input_mode=\"float32\", ScalarType? dtype=None, "
+      "bool weight_is_ready=False) -> Tensor");
+  // The projection of q, k and v on a GPU: normalises (norm None: not), multiplies, adds the bias,
+  // rotates q and k (positions None: not) and writes k and v to the rows of a cache (cache_rows
+  // below 0: nowhere). Returns [m, q | k | v], or [m, q] with a cache. To be rotated, rows 2i and
+  // 2i + 1 of a head (i < rotary_dim / 2) must be its dimensions i and i + rotary_dim / 2. Pages
+  // are [pages, num_kv_heads, 64, head_dim]; cache row r is token r % 64 of page r / 64.
+  m.def(
+      "qkv_linear(Tensor input, Tensor packed, *, int num_heads, int num_kv_heads, int head_dim, "
+      "str format=\"int8\", int? group_size=None, bool asymmetric=False, Tensor? bias=None, str? "
+      "norm=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float epsilon=1e-5, Tensor? "
+      "positions=None, Tensor? cos=None, Tensor? sin=None, Tensor(a!)? key_pages=None, "
+      "Tensor(b!)? value_pages=None, Tensor? cache_rows=None, bool weight_is_ready=False) -> "
+      "Tensor");
+  // What qkv_linear does behind the product, for rows [num_tokens, q | k | v] that are there:
+  // RMS norms over each head of q and k and the rotation, in place, then k and v to the cache,
+  // whose pages may be int8 with scales [pages, num_kv_heads, 64].
+  m.def(
+      "append_kv(Tensor(a!) qkv, Tensor(b!) key_pages, Tensor(c!) value_pages, Tensor cache_rows, "
+      "*, int num_heads, Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None, Tensor? "
+      "query_norm=None, Tensor? key_norm=None, float epsilon=1e-6, Tensor? positions=None, Tensor? "
+      "cos=None, Tensor? sin=None) -> ()");
+  // Attention of a ragged batch whose rows [num_tokens, q | k | v] are packed. A sequence is an
+  // int32 row of `sequences`: its first token, its number of tokens (at most max_tokens), 0, 0.
+  // scale None: 1 / sqrt(head_dim). Returns [num_tokens, num_heads, head_dim].
+  m.def(
+      "attention(Tensor qkv, Tensor sequences, *, int num_heads, int num_kv_heads, int max_tokens, "
+      "bool causal=False, float? scale=None, Tensor? alibi_slopes=None) -> Tensor");
+  // The same for query [num_tokens, num_heads, head_dim] over a GPU's cache, which holds the new
+  // tokens' keys already. A sequence is: its first token among the new ones, its number of new
+  // tokens, how many keys it had before, and its row of page_table [slots, pages].
+  m.def(
+      "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
+      "Tensor sequences, *, int max_tokens, bool causal=True, float? scale=None, Tensor? "
+      "key_scales=None, Tensor? value_scales=None, Tensor? alibi_slopes=None) -> Tensor");
+  // Bytes a second of one reading of the buffer: what benchmarks compare with. prefetch: the other
+  // of two ways to read, of which a caller takes the faster.
   m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");
-  // One token per row of logits [batch, vocabulary], drawn from stream `row` of the seed, and the
-  // distribution it was drawn from; history [batch, length] is what the repetition penalty counts.
-  // temperature 0: greedy. A backward raises.
+  // One token per row of logits [batch, vocabulary], drawn from stream `row` of the seed; history
+  // [batch, length] is what the repetition penalty counts. temperature 0: greedy. With
+  // probabilities, on the CPU, also the distribution that was drawn from, else [0]. A row with a
+  // NaN or an infinity is an error, on a GPU token -1. A backward raises.
   m.def(
       "sample(Tensor logits, Tensor? history=None, *, float temperature=1.0, int top_k=0, "
-      "float top_p=1.0, float min_p=0.0, float repetition_penalty=1.0, int seed=0, int step=0) "
-      "-> (Tensor tokens, Tensor probabilities)");
+      "float top_p=1.0, float min_p=0.0, float repetition_penalty=1.0, int seed=0, int step=0, "
+      "bool probabilities=False) -> (Tensor tokens, Tensor probabilities)");
 }

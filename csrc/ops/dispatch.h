@@ -50,4 +50,15 @@ auto without_gradient(const char* name, const Arguments&... arguments) {
       .call(arguments...);
 }
 
+/// An operator whose arguments kDescribe checks and turns into a call: on a device kRun computes
+/// its result; without one, where only sizes are wanted, kEmpty makes one of the same sizes.
+template <auto* kDescribe, auto* kRun, auto* kEmpty,
+          typename = std::remove_pointer_t<decltype(kDescribe)>>
+struct Described;
+template <auto* kDescribe, auto* kRun, auto* kEmpty, typename Call, typename... Arguments>
+struct Described<kDescribe, kRun, kEmpty, Call(Arguments...)> {
+  static auto on_device(Arguments... arguments) { return kRun(kDescribe(arguments...)); }
+  static auto on_meta(Arguments... arguments) { return kEmpty(kDescribe(arguments...)); }
+};
+
 }  // namespace moq::ops

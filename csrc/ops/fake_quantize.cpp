@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "csrc/ops/in_place.h"
 #include "csrc/ops/quantizer.h"
 
 namespace moq::ops {
@@ -157,32 +158,16 @@ Tensor fake_quantize_autograd(const Tensor& weight, std::int64_t num_bits,
                              name_hash, transposed, blend_ratio, scale_dtype);
 }
 
-/// `out`, the last argument of foreach_fake_quantize.
-std::vector<Tensor> out_of(const torch::jit::Stack& arguments) {
-  return arguments.back().toTensorVector();
-}
-
 /// Without a gradient, so it must not write over a tensor that is to get one.
 void foreach_fake_quantize_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                                     torch::jit::Stack* arguments) {
-  const std::vector<Tensor> out = out_of(*arguments);
+  const std::vector<Tensor> out = written_arguments(op, *arguments);
   for (std::size_t i = 0; at::GradMode::is_enabled() && i < out.size(); ++i) {
     TORCH_CHECK_VALUE(!out[i].requires_grad(), kForeachName, ": out must not require a gradient, ",
                       "got tensor ", i, " that does; call under torch.no_grad()");
   }
   const at::AutoDispatchBelowAutograd below_autograd;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, arguments);
-}
-
-/// Autograd must see that values it may have saved are gone, as after any in-place operation.
-void foreach_fake_quantize_in_place(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                                    torch::jit::Stack* arguments) {
-  const std::vector<Tensor> out = out_of(*arguments);
-  const at::AutoDispatchBelowADInplaceOrView below_in_place;
-  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, arguments);
-  for (const Tensor& tensor : out) {
-    torch::autograd::impl::bump_version(tensor);
-  }
 }
 
 }  // namespace
@@ -210,7 +195,7 @@ TORCH_LIBRARY_IMPL(moq, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(moq, ADInplaceOrView, m) {
-  m.impl(kForeachName, torch::CppFunction::makeFromBoxedFunction<foreach_fake_quantize_in_place>());
+  m.impl(kForeachName, torch::CppFunction::makeFromBoxedFunction<bump_versions>());
 }
 
 }  // namespace moq::ops

@@ -2,37 +2,28 @@
 
 import pytest
 import torch
+from products import (
+    BITS,
+    assert_is_product,
+    dequantized,
+    random_codes,
+    random_input,
+    sum_error,
+)
+from torch.nn import functional as F
 
 import moq  # noqa: F401  (registers the operators)
 
 pack_linear = torch.ops.moq.pack_linear
 linear = torch.ops.moq.linear
 
-BITS = {"int8": 8, "int4": 4, "int2": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def random_codes(n, k, groups, bits, seed=0):
-    """Codes [n, k], scales [n, groups] and zero points [n, groups] of one weight."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    codes = torch.randint(low, high, (n, k), dtype=torch.int8, generator=generator)
-    scales = torch.rand(n, groups, generator=generator) * 0.01 + 0.001
-    zero_points = torch.randint(low, high, (n, groups), dtype=torch.int32, generator=generator)
-    return codes, scales, zero_points
-
-
-def dequantized(codes, scales, zero_points=None):
-    """The weight in float64."""
-    size = codes.shape[1] // scales.shape[1]
-    numbers = codes.double()
-    if zero_points is not None:
-        numbers = numbers - zero_points.double().repeat_interleave(size, dim=1)
-    return numbers * scales.double().repeat_interleave(size, dim=1)
-
-
-def random_input(m, k):
-    return torch.randn(m, k, generator=torch.Generator().manual_seed(1))
+def packed_int8(n, k, device="cpu"):
+    """An INT8 weight, packed, and the numbers that it stands for."""
+    codes, scales, _ = random_codes(n, k, 1, 8)
+    return pack_linear(codes.to(device), scales.to(device)), dequantized(codes, scales)
 
 
 def dynamic_int8(x):
@@ -44,27 +35,33 @@ def dynamic_int8(x):
 @pytest.mark.parametrize("format", BITS)
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(
-    ("m", "n", "k", "groups"), [(1, 1, 1, 1), (3, 37, 105, 3), (13, 96, 576, 1), (2, 65, 512, 16)]
+    ("m", "n", "k", "groups"),
+    [(1, 1, 1, 1), (3, 37, 105, 3), (13, 96, 576, 1), (2, 65, 512, 16), (40, 130, 256, 2)],
 )
-def test_float32_input_is_multiplied_exactly(format, asymmetric, m, n, k, groups):
+def test_the_input_is_multiplied_as_it_is(place, format, asymmetric, m, n, k, groups):
+    device = place[0]
     codes, scales, zero_points = random_codes(n, k, groups, BITS[format])
     zero_points = zero_points if asymmetric else None
-    x = random_input(m, k)
-    packed = pack_linear(codes, scales, zero_points, format=format)
+    x = random_input(m, k, place)
+    packed = pack_linear(
+        codes.to(device),
+        scales.to(device),
+        zero_points.to(device) if asymmetric else None,
+        format=format,
+    )
     output = linear(x, packed, n, format=format, group_size=k // groups, asymmetric=asymmetric)
-    expected = (x.double() @ dequantized(codes, scales, zero_points).T).float()
-    torch.testing.assert_close(output, expected, rtol=2e-7, atol=1e-8 * k)
+    assert output.dtype == x.dtype and output.device == x.device
+    assert_is_product(output, x, dequantized(codes, scales, zero_points))
 
 
 @pytest.mark.parametrize("format", BITS)
-def test_dynamic_int8_input_is_multiplied_as_its_codes(format):
+def test_dynamic_int8_input_is_multiplied_as_its_codes(device, format):
     codes, scales, _ = random_codes(37, 105, 1, BITS[format])
     x = random_input(3, 105)
-    output = linear(
-        x, pack_linear(codes, scales, format=format), 37, format=format, input_mode="dynamic_int8"
-    )
+    packed = pack_linear(codes.to(device), scales.to(device), format=format)
+    output = linear(x.to(device), packed, 37, format=format, input_mode="dynamic_int8")
     expected = (dynamic_int8(x) @ dequantized(codes, scales).T).float()
-    torch.testing.assert_close(output, expected, rtol=2e-7, atol=1e-9)
+    torch.testing.assert_close(output.cpu(), expected, rtol=2e-6, atol=1e-6)
 
 
 def test_static_int8_input_uses_the_given_scale():
@@ -80,48 +77,90 @@ def test_static_int8_input_uses_the_given_scale():
 
 @pytest.mark.parametrize("format", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (5, 37, 105), (29, 96, 576)])
-def test_float_weights_are_multiplied_in_float32(format, m, n, k):
-    weight = random_input(n, k).to(DTYPES[format])
-    x = random_input(m, k)
-    exact = x.double() @ weight.double().T
+def test_float_weights_are_multiplied_in_float32(place, format, m, n, k):
+    weight = random_input(n, k).to(place[0], DTYPES[format])
+    x = random_input(m, k, place)
     output = linear(x, pack_linear(weight, format=format), n, format=format)
+    exact = x.double().cpu() @ weight.double().cpu().T
     # The plain float32 sum, one product after the other, sets the size of the error.
     plain = torch.zeros(m, n)
     for column in range(k):
-        plain += x[:, column : column + 1] * weight[:, column].float()
-    assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-7
+        plain += x[:, column : column + 1].float().cpu() * weight[:, column].float().cpu()
+    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs().max()
+    error = (output.double().cpu() - exact).abs().max()
+    assert error <= 2 * (plain - exact).abs().max() + rounding + 1e-7
 
 
-def test_bias_activation_and_residual_come_in_this_order():
-    codes, scales, _ = random_codes(37, 64, 1, 8)
-    x, residual = random_input(3, 64), random_input(3, 37)
-    bias = torch.linspace(-1, 1, 37)
-    packed = pack_linear(codes, scales)
-    plain = linear(x, packed, 37, bias=bias)
+def test_bias_activation_and_residual_come_in_this_order(place):
+    x, residual = random_input(3, 64, place), random_input(3, 37, place, seed=2)
+    packed, weight = packed_int8(37, 64, place[0])
+    bias = torch.linspace(-1, 1, 37).to(x)
+    sums = x.double().cpu() @ weight.T + bias.double().cpu()
     output = linear(x, packed, 37, bias=bias, activation="gelu", residual=residual)
-    expected = torch.nn.functional.gelu(plain.double()) + residual.double()
-    torch.testing.assert_close(output, expected.float(), rtol=1e-6, atol=1e-6)
+    expected = F.gelu(sums) + residual.double().cpu()
+    unit = torch.finfo(x.dtype).eps
+    off = 2 * sum_error(x, weight, bias).max().item()
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=unit, atol=1e-6 + off)
 
 
-def test_a_transposed_weight_packs_to_the_same_bytes():
-    codes, scales, _ = random_codes(37, 64, 1, 8)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("m", [1, 3, 21])
+def test_gated_multiplies_the_activated_gate_by_up(place, m, activation):
+    x = random_input(m, 64, place)
+    packed, weight = packed_int8(74, 64, place[0])
+    bias = torch.linspace(-1, 1, 74).to(x)
+    sums = x.double().cpu() @ weight.T + bias.double().cpu()
+    gate, up = sums[:, 0::2], sums[:, 1::2]
+    expected = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    output = linear(x, packed, 74, bias=bias, activation=activation, gated=True)
+    unit = torch.finfo(x.dtype).eps
+    off = 2 * sum_error(x, weight, bias).max().item() * sums.abs().max().item()
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=unit, atol=2e-6 + off)
+
+
+def test_the_output_may_be_float32(place):
+    x = random_input(3, 64, place)
+    packed, weight = packed_int8(37, 64, place[0])
+    output = linear(x, packed, 37, dtype=torch.float32)
+    assert output.dtype == torch.float32
+    assert_is_product(output, x, weight)
+
+
+def test_a_transposed_weight_packs_to_the_same_bytes(device):
+    codes, scales, _ = (t.to(device) for t in random_codes(37, 64, 1, 8))
     assert torch.equal(pack_linear(codes.T.contiguous().T, scales), pack_linear(codes, scales))
 
 
-def test_a_strided_input_is_read_right():
-    codes, scales, _ = random_codes(37, 64, 1, 8)
-    x = random_input(64, 6)
-    packed = pack_linear(codes, scales)
+def test_a_strided_input_is_read_right(place):
+    packed, _ = packed_int8(37, 64, place[0])
+    x = random_input(64, 6, place)
     assert torch.equal(linear(x.T, packed, 37), linear(x.T.contiguous(), packed, 37))
+    wide = random_input(5, 100, place)
+    part = wide[:, 20:84]
+    unit = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(
+        linear(part, packed, 37), linear(part.contiguous(), packed, 37), rtol=unit, atol=1e-5
+    )
 
 
 def test_a_row_of_a_batch_equals_the_row_alone_bit_for_bit():
-    codes, scales, _ = random_codes(97, 300, 1, 8)
+    packed, _ = packed_int8(97, 300)
     x = random_input(50, 300)
-    packed = pack_linear(codes, scales)
     together = linear(x, packed, 97)
     for i in (0, 1, 2, 3, 48, 49):
         assert torch.equal(linear(x[i : i + 1], packed, 97)[0], together[i])
+
+
+def test_one_graph_serves_other_numbers(gpu):
+    packed, weight = packed_int8(96, 64, gpu)
+    x = torch.zeros(2, 64, dtype=torch.float16, device=gpu)
+    linear(x, packed, 96)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = linear(x, packed, 96, weight_is_ready=True)
+    x.copy_(random_input(2, 64))
+    graph.replay()
+    assert_is_product(output, x, weight)
 
 
 class ProductDataset(torch.utils.data.Dataset):
@@ -139,8 +178,8 @@ class ProductDataset(torch.utils.data.Dataset):
 
 
 def test_forked_data_loader_workers_can_multiply():
-    codes, scales, _ = random_codes(300, 1000, 1, 8)
-    packed, x = pack_linear(codes, scales), random_input(4, 1000)
+    packed, _ = packed_int8(300, 1000)
+    x = random_input(4, 1000)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     expected = linear(x, packed, 300)  # the parent's pool exists before the fork
@@ -156,35 +195,58 @@ def test_forked_data_loader_workers_can_multiply():
         assert torch.equal(product, expected)
 
 
-def test_says_that_it_has_no_gradient():
-    codes, scales, _ = random_codes(37, 64, 1, 8)
-    x = random_input(3, 64).requires_grad_()
+def test_says_that_it_has_no_gradient(place):
+    packed, _ = packed_int8(37, 64, place[0])
+    x = random_input(3, 64, place).requires_grad_()
     with pytest.raises(RuntimeError, match="moq::linear.* not implemented"):
-        linear(x, pack_linear(codes, scales), 37).sum().backward()
+        linear(x, packed, 37).sum().backward()
 
 
-def test_opcheck():
-    codes, scales, zero_points = random_codes(37, 64, 4, 8)
-    torch.library.opcheck(pack_linear.default, (codes, scales, zero_points))
-    packed = pack_linear(codes, scales, zero_points)
-    arguments = {
-        "group_size": 16,
-        "asymmetric": True,
-        "bias": torch.zeros(37),
-        "activation": "relu",
-        "residual": torch.zeros(3, 37),
-    }
-    torch.library.opcheck(linear.default, (random_input(3, 64), packed, 37), arguments)
+class TestWrongOrder:
+    """A weight that was packed on another device is refused, wherever it lies now."""
+
+    def test_packed_on_the_cpu(self, gpu):
+        packed, _ = packed_int8(37, 64)
+        x = random_input(3, 64, (gpu, torch.float16))
+        with pytest.raises(ValueError, match="packed on cuda, got a weight packed on the CPU; .*"):
+            linear(x, packed.to(gpu), 37)
+
+    def test_packed_on_a_gpu(self, gpu):
+        packed, _ = packed_int8(37, 64, gpu)
+        with pytest.raises(ValueError, match="packed on cpu, got a weight packed on a GPU; .*"):
+            linear(random_input(3, 64), packed.cpu(), 37)
+
+    def test_lies_elsewhere(self, gpu):
+        packed, _ = packed_int8(37, 64)
+        x = random_input(3, 64, (gpu, torch.float16))
+        with pytest.raises(ValueError, match="linear: packed must be on cuda:0 .*, got cpu"):
+            linear(x, packed, 37)
+
+    def test_is_known_while_tracing(self):
+        """A traced tensor's packed size is that of the device it stands for."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        packed, _ = packed_int8(37, 64)
+        with FakeTensorMode():
+            codes = torch.empty(37, 64, dtype=torch.int8)
+            assert pack_linear(codes, torch.empty(37, 1)).shape == packed.shape
+            if moq._C.build_info()["cuda_architectures"] is not None:
+                on_gpu = torch.empty(37, 64, dtype=torch.int8, device="cuda")
+                lines = pack_linear(on_gpu, torch.empty(37, 1, device="cuda"))
+                assert lines.dim() == 2 and lines.device.type == "cuda"
+                x = torch.empty(3, 64, dtype=torch.float16, device="cuda")
+                assert linear(x, lines, 37).dtype == torch.float16
+                assert linear(x, lines, 37, dtype=torch.float32).dtype == torch.float32
 
 
 class TestRefusals:
     """Every documented error, with what it names."""
 
-    def test_pack_linear(self):
-        codes, scales, zero_points = random_codes(4, 8, 2, 8)
+    def test_pack_linear(self, device):
+        codes, scales, zero_points = (t.to(device) for t in random_codes(4, 8, 2, 8))
         with pytest.raises(ValueError, match="format must be one of int8, int4"):
             pack_linear(codes, scales, format="int3")
-        with pytest.raises(TypeError, match="weight must be Char for format int8"):
+        with pytest.raises(TypeError, match="weight must be int8 for format int8, got float32"):
             pack_linear(codes.float(), scales)
         with pytest.raises(ValueError, match="integer formats need scales"):
             pack_linear(codes)
@@ -195,36 +257,64 @@ class TestRefusals:
         with pytest.raises(ValueError, match="scales must be \\[4, groups\\]"):
             pack_linear(codes, scales[:3])
         with pytest.raises(ValueError, match="must divide the columns, got 3 and 8"):
-            pack_linear(codes, torch.ones(4, 3))
-        with pytest.raises(TypeError, match="scales must be float32"):
+            pack_linear(codes, torch.ones(4, 3, device=device))
+        with pytest.raises(TypeError, match="scales must be float32, got float64"):
             pack_linear(codes, scales.double())
         with pytest.raises(ValueError, match="zero_points must have the shape of scales"):
             pack_linear(codes, scales, zero_points[:, :1])
+
+    def test_pack_linear_looks_at_codes_on_the_cpu(self):
+        codes, scales, _ = random_codes(4, 8, 2, 8)
         with pytest.raises(RuntimeError, match="codes must be in \\[-8, 7\\] for int4"):
             pack_linear(torch.full_like(codes, 8), scales, format="int4")
 
-    def test_linear(self):
-        codes, scales, _ = random_codes(4, 8, 1, 8)
-        packed, x = pack_linear(codes, scales), random_input(2, 8)
-        with pytest.raises(TypeError, match="input must be float32, got Double"):
+    def test_linear(self, place):
+        packed, _ = packed_int8(4, 8, place[0])
+        x = random_input(2, 8, place)
+        with pytest.raises(TypeError, match="input must be float32.*, got"):
             linear(x.double(), packed, 4)
         with pytest.raises(ValueError, match="input must be \\[m, k\\]"):
             linear(x[0], packed, 4)
         with pytest.raises(ValueError, match="a packed weight of 400 x 8 in int8 has"):
             linear(x, packed, 400)
         with pytest.raises(TypeError, match="packed must be what pack_linear returned"):
-            linear(x, codes, 4)
-        with pytest.raises(ValueError, match="packed must be contiguous, .* got strides \\[0\\]"):
+            linear(x, packed.to(torch.int8), 4)
+        with pytest.raises(ValueError, match="packed must be contiguous, got strides"):
             linear(x, packed[:1].expand(packed.shape), 4)
         with pytest.raises(ValueError, match="bias must be \\[4\\]"):
-            linear(x, packed, 4, bias=torch.zeros(5))
+            linear(x, packed, 4, bias=torch.zeros(5).to(x))
+        with pytest.raises(TypeError, match="bias must be .*, got float64"):
+            linear(x, packed, 4, bias=torch.zeros(4).to(x).double())
         with pytest.raises(ValueError, match="residual must be \\[2, 4\\]"):
-            linear(x, packed, 4, residual=torch.zeros(1, 4))
+            linear(x, packed, 4, residual=torch.zeros(1, 4).to(x))
         with pytest.raises(ValueError, match="activation must be one of none, relu"):
             linear(x, packed, 4, activation="swish")
         with pytest.raises(ValueError, match="input_mode must be one of float32, dynamic_int8"):
             linear(x, packed, 4, input_mode="int8")
-        with pytest.raises(
-            RuntimeError, match="input_scale must be finite and >= 1.17549e-38, got 0"
-        ):
+        with pytest.raises(ValueError, match="residual must not come with gated"):
+            linear(x, packed, 4, gated=True, residual=torch.zeros(2, 4).to(x))
+        with pytest.raises(TypeError, match="dtype must be float32 or the input's .*, got float64"):
+            linear(x, packed, 4, dtype=torch.float64)
+        with pytest.raises(ValueError, match="input_mode must be float32 with a float weight"):
+            floats = pack_linear(torch.zeros(4, 8).to(place[0]), format="float32")
+            linear(x, floats, 4, format="float32", input_mode="dynamic_int8")
+
+    def test_linear_gated(self, device):
+        packed, _ = packed_int8(3, 8, device)
+        with pytest.raises(ValueError, match="out_features must be even to be gated, got 3"):
+            linear(random_input(2, 8).to(device), packed, 3, gated=True)
+
+    def test_static_grids(self, device):
+        packed, _ = packed_int8(4, 8, device)
+        x = random_input(2, 8).to(device)
+        if device == "cpu":
+            message = "input_scale must be finite and >= 1.17549e-38, got 0"
+        else:
+            message = "input_mode must be float32 or dynamic_int8 on a GPU, got static_int8"
+        with pytest.raises((RuntimeError, ValueError), match=message):
             linear(x, packed, 4, input_mode="static_int8")
+
+    def test_float16_on_the_cpu(self):
+        packed, _ = packed_int8(4, 8)
+        with pytest.raises(TypeError, match="input must be float32 on the CPU, got float16"):
+            linear(random_input(2, 8).half(), packed, 4)

@@ -1,9 +1,10 @@
-"""Every operator of the quantizers passes torch's own checks of its registration."""
+"""Every operator passes torch's own checks of its registration, on each device that has it."""
 
 import pytest
 import torch
 from test_fake_quantize import random_weight
 from torch.library import opcheck
+from torch.utils._pytree import tree_map_only
 
 import moq  # noqa: F401  (registers the operators)
 
@@ -67,11 +68,121 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
-def test_opcheck(sample):
-    operator, arguments, keywords = SAMPLES[sample]()
+def codes_of_weight(groups=1):
+    codes = torch.randint(-127, 128, (40, 64), dtype=torch.int8)
+    return codes, torch.rand(40, groups) * 0.01 + 0.001
+
+
+def heads(num_tokens, num_heads):
+    return torch.randn(num_tokens, num_heads, 8)
+
+
+PAGES = (3, 1, 64, 8)  # pages, kv heads, tokens of a page, head size
+ROTATION = {
+    "positions": torch.tensor([3, 4], dtype=torch.int32),
+    "cos": torch.rand(9, 4),
+    "sin": torch.rand(9, 4),
+}
+ROWS = torch.tensor([70, -1], dtype=torch.int32)
+SEQUENCES = torch.tensor([[0, 2, 0, 0]], dtype=torch.int32)
+
+# The operators of inference; "weight" is packed on the device.
+INFERENCE = {
+    "pack_linear": lambda: (ops.pack_linear, codes_of_weight(4), dict()),
+    "pack_linear_float": lambda: (
+        ops.pack_linear,
+        (torch.randn(5, 9),),
+        dict(format="float32"),
+    ),
+    "linear": lambda: (
+        ops.linear,
+        (torch.randn(3, 64), "weight", 40),
+        dict(bias=torch.zeros(40), activation="relu", residual=torch.zeros(3, 40)),
+    ),
+    "linear_gated": lambda: (ops.linear, (torch.randn(3, 64), "weight", 40), dict(gated=True)),
+    "linear_dynamic": lambda: (
+        ops.linear,
+        (torch.randn(3, 64), "weight", 40),
+        dict(input_mode="dynamic_int8", dtype=torch.float32),
+    ),
+    "norm": lambda: (ops.norm, (torch.randn(3, 8), torch.ones(8), torch.zeros(8)), dict()),
+    "norm_linear": lambda: (
+        ops.norm_linear,
+        (torch.randn(3, 64), torch.ones(64), None, "weight", 40),
+        dict(norm="rms_norm", activation="silu", gated=True),
+    ),
+    "attention": lambda: (
+        ops.attention,
+        (heads(2, 4).flatten(1), SEQUENCES),
+        dict(num_heads=2, num_kv_heads=1, max_tokens=2),
+    ),
+    "sample": lambda: (
+        ops.sample,
+        (torch.randn(3, 31), torch.randint(31, (3, 5))),
+        dict(top_k=5, seed=1, repetition_penalty=1.5),
+    ),
+}
+# Those that only a GPU has.
+PAGED = {
+    "qkv_linear": lambda: (
+        ops.qkv_linear,
+        (torch.randn(2, 64), "weight"),
+        dict(num_heads=3, num_kv_heads=1, head_dim=8, norm="rms_norm", norm_weight=torch.ones(64)),
+    ),
+    "qkv_linear_cache": lambda: (
+        ops.qkv_linear,
+        (torch.randn(2, 64), "weight"),
+        dict(
+            num_heads=3,
+            num_kv_heads=1,
+            head_dim=8,
+            key_pages=torch.zeros(PAGES),
+            value_pages=torch.zeros(PAGES),
+            cache_rows=ROWS,
+            **ROTATION,
+        ),
+    ),
+    "append_kv": lambda: (
+        ops.append_kv,
+        (heads(2, 6).flatten(1), torch.zeros(PAGES), torch.zeros(PAGES), ROWS),
+        dict(num_heads=4, query_norm=torch.ones(8), **ROTATION),
+    ),
+    "paged_attention": lambda: (
+        ops.paged_attention,
+        (
+            heads(2, 4),
+            torch.zeros(PAGES),
+            torch.zeros(PAGES),
+            torch.tensor([[2, 1]], dtype=torch.int32),
+            SEQUENCES,
+        ),
+        dict(max_tokens=2),
+    ),
+}
+
+
+def check_registration(sample, device):
+    """opcheck of a sample whose tensors are moved to the device."""
+
+    def move(tensor):
+        moved = tensor.detach().to(device)
+        return moved.requires_grad_(tensor.requires_grad)
+
+    operator, arguments, keywords = tree_map_only(torch.Tensor, move, sample())
+    packed = ops.pack_linear(*(tensor.to(device) for tensor in codes_of_weight()))
+    arguments = tuple(packed if isinstance(argument, str) else argument for argument in arguments)
     results = opcheck(operator.default, arguments, keywords)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("sample", SAMPLES | INFERENCE)
+def test_opcheck(sample, device):
+    check_registration((SAMPLES | INFERENCE)[sample], device)
+
+
+@pytest.mark.parametrize("sample", PAGED)
+def test_opcheck_of_pages(sample, gpu):
+    check_registration(PAGED[sample], gpu)
 
 
 def test_fake_quantize_compiles_without_a_graph_break():

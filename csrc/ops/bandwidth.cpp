@@ -1,0 +1,59 @@
+// moq::read_bandwidth: what the benchmarks hold weight streaming against.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/dispatch.h"
+#include "kernels/cpu/bandwidth.h"
+
+#if defined(MOQ_WITH_CUDA)
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/ops/zeros.h>
+
+#include "kernels/cuda/bandwidth.h"
+#endif
+
+namespace moq::ops {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kName = "read_bandwidth";
+
+double read_bandwidth_cpu(const Tensor& buffer, bool prefetch) {
+  check_contiguous(kName, "buffer", buffer);
+  const kernels::ThreadScope scope(at::get_num_threads());
+  const std::span bytes(static_cast<const std::byte*>(buffer.const_data_ptr()), buffer.nbytes());
+  return kernels::cpu::measure_read(bytes, prefetch).bytes_per_second;
+}
+
+#if defined(MOQ_WITH_CUDA)
+double read_bandwidth_cuda(const Tensor& buffer, bool prefetch) {
+  check_contiguous(kName, "buffer", buffer);
+  const c10::cuda::CUDAGuard guard(buffer.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor found = at::zeros({1}, buffer.options().dtype(at::kLong));
+  at::cuda::CUDAEvent begin(cudaEventDefault);
+  at::cuda::CUDAEvent end(cudaEventDefault);
+  begin.record(stream);
+  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch,
+                      static_cast<std::uint64_t*>(found.mutable_data_ptr()), stream.stream());
+  end.record(stream);
+  end.synchronize();
+  return static_cast<double>(buffer.nbytes()) / (begin.elapsed_time(end) * 1e-3);
+}
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moq, CPU, m) {
+  m.impl(kName, read_bandwidth_cpu);
+}
+
+#if defined(MOQ_WITH_CUDA)
+TORCH_LIBRARY_IMPL(moq, CUDA, m) {
+  m.impl(kName, read_bandwidth_cuda);
+}
+#endif
+
+}  // namespace moq::ops

@@ -1,0 +1,51 @@
+#include "tests/cpp/kernels/device.h"
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <random>
+
+#include "kernels/cuda/bandwidth.h"
+
+namespace moq::kernels::cuda {
+namespace {
+
+using testing::Buffer;
+
+class ReadSizeCuda : public ::testing::TestWithParam<std::int64_t> {};
+
+TEST_P(ReadSizeCuda, ReadsEveryWord) {
+  MOQ_SKIP_WITHOUT_GPU();
+  std::vector<std::uint64_t> words(static_cast<std::size_t>(GetParam()));
+  std::mt19937_64 generator(1);
+  std::uint64_t expected = 0;
+  for (std::uint64_t& word : words) {
+    word = generator();
+    expected ^= word;
+  }
+  const Buffer buffer(words);
+  for (const bool bulk : {false, true}) {
+    std::vector<std::uint64_t> found(1);
+    const Buffer sum(found);
+    read(buffer.data(), words.size() * sizeof(words[0]), bulk, sum.as<std::uint64_t>(), nullptr);
+    sum.copy_to(found);
+    EXPECT_EQ(found[0], expected) << (bulk ? "bulk copies" : "plain loads");
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Words, ReadSizeCuda,
+                         ::testing::Values(2, 62, 2048, 2050, 4094, 1'000'002, 20'000'000));
+
+TEST(BandwidthCuda, RefusesPartialPairsAndNothing) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Buffer buffer(32);
+  auto* sum = buffer.as<std::uint64_t>();
+  EXPECT_THROW(read(buffer.data(), 0, false, sum, nullptr), Error);
+  EXPECT_THROW(read(buffer.data(), 24, false, sum, nullptr), Error);
+  EXPECT_THROW(read(buffer.as<char>() + 8, 16, true, sum, nullptr), Error);
+  EXPECT_THROW(read(buffer.data(), 16, true, nullptr, nullptr), Error);
+}
+
+}  // namespace
+}  // namespace moq::kernels::cuda
+
+#endif
