@@ -2,11 +2,9 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 
 def machine() -> str:
@@ -36,19 +34,54 @@ class Row:
         return self.moq / self.peer if higher_is_better else self.peer / self.moq
 
 
-def print_rows(title: str, peer: str, rows: list[Row], as_json: bool) -> None:
-    """Prints the rows; `peer` names what moq is compared with."""
+def print_rows(
+    title: str, peer: str, rows: list[Row], as_json: bool, facts: dict[str, str] | None = None
+) -> None:
+    """Prints the rows.
+
+    Args:
+        title: what was measured.
+        peer: what moq is compared with.
+        rows: at least one.
+        as_json: one object a line instead of a table.
+        facts: where and when it was measured; None: this machine's processor.
+    """
+    facts = {"machine": machine()} if facts is None else facts
     if as_json:
         for row in rows:
             fields = {"case": row.case, "moq": row.moq, "peer": row.peer, "ratio": row.ratio}
-            fields |= {"unit": row.unit, "machine": machine(), "peer_name": peer}
-            print(json.dumps(fields | ({"note": row.note} if row.note else {})))
+            fields |= {"unit": row.unit, **facts, "peer_name": peer}
+            print(json.dumps(fields | ({"note": row.note} if row.note else {})), flush=True)
         return
-    table = Table(title=title, caption=machine())
-    for column in ("case", f"moq [{rows[0].unit}]", f"{peer} [{rows[0].unit}]", "ratio"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for row in rows:
-        peer_text = "" if row.peer is None else f"{row.peer:.2f}"
-        ratio_text = "" if row.ratio is None else f"{row.ratio:.2f}x"
-        table.add_row(f"{row.case} {row.note}".strip(), f"{row.moq:.2f}", peer_text, ratio_text)
-    Console().print(table)
+    header = ["case", f"moq [{rows[0].unit}]", f"{peer} [{rows[0].unit}]", "ratio"]
+    cells = [
+        [
+            f"{row.case} {row.note}".strip(),
+            f"{row.moq:.3g}" if row.moq < 10 else f"{row.moq:.1f}",
+            "" if row.peer is None else f"{row.peer:.3g}" if row.peer < 10 else f"{row.peer:.1f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}x",
+        ]
+        for row in rows
+    ]
+    _print_table(title, "; ".join(facts.values()), header, cells)
+
+
+def _print_table(title: str, caption: str, header: list[str], cells: list[list[str]]) -> None:
+    """A table with rich, or without it where it is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+        print(title)
+        for row in [header, *cells]:
+            first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+            print("  ".join([first.strip().ljust(widths[0]), *others]))
+        print(caption, flush=True)
+        return
+    table = Table(title=title, caption=caption)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

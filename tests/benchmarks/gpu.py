@@ -1,0 +1,165 @@
+"""What the GPU benchmarks share: where they ran, cold weights, graphs and their medians.
+
+Every figure is device time of a captured CUDA graph unless its script says otherwise. Weights
+rotate through more than four times the L2 cache, so that each is read from memory as in a model
+that does not fit there. Competitors take turns, and the median of the turns counts.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+READ_BYTES = 4 << 30
+STARTED = time.monotonic()
+Call = Callable[[int], object]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every GPU benchmark."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--turns", type=int, default=21, help="timings, their median counts (21)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def require() -> None:
+    """Ends the program, with the remedy, where nothing can be measured."""
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device here: run this on a machine with a GPU (tests/gpu.sh)")
+    import moq
+
+    if moq._C.build_info()["cuda_architectures"] is None:
+        sys.exit("moq was built without CUDA: build it with MOQ_CUDA=on (tests/gpu.sh --build)")
+
+
+def progress(text: str) -> None:
+    """Says on standard error what is done, and when: some of these scripts take minutes."""
+    print(f"[{time.monotonic() - STARTED:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
+        return f"no {distribution}"
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip().partition("\n")[0]
+
+
+def facts() -> dict[str, str]:
+    """Machine, versions and date: what a row must be read with."""
+    properties = torch.cuda.get_device_properties(0)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    commit = os.environ.get("MOQ_COMMIT") or _output("git", "describe", "--always", "--dirty")
+    versions = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda}"]
+    versions += [_version("triton"), _version("transformers"), f"moq {commit or 'unknown'}"]
+    return {
+        "machine": f"{properties.name}, driver {driver or 'unknown'}",
+        "versions": ", ".join(versions),
+        "date": date.today().isoformat(),
+    }
+
+
+def copies_of(num_bytes: int) -> int:
+    """Copies of a weight that together exceed four times the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(math.ceil(4 * cache / num_bytes) + 1, 2)
+
+
+def capture(call: Call, times: int) -> torch.cuda.CUDAGraph:
+    """One graph of call(0), call(1), … so many times, each having run once before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(times):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(times):
+            call(i)
+    return graph
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
+    """Device seconds of one replay, the mean of so many in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(400_000)  # the device waits while the host queues what is timed
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
+def median_of_turns(graphs: dict[str, torch.cuda.CUDAGraph], turns: int) -> dict[str, float]:
+    """Median seconds of each graph; in every turn each is replayed once, the first uncounted."""
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(turns + 2):
+        for name, graph in graphs.items():
+            elapsed = replay_seconds(graph)
+            if turn > 1:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def median_of_calls(calls: dict[str, Call], copies: int, turns: int) -> dict[str, float]:
+    """Median seconds of one call of each competitor, inside a graph of one call for each copy."""
+    graphs = {name: capture(call, copies) for name, call in calls.items()}
+    return {name: time / copies for name, time in median_of_turns(graphs, turns).items()}
+
+
+def read_bandwidth(turns: int = 9) -> float:
+    """Bytes a second that reading takes place at: the better of plain loads and bulk copies."""
+    buffer = torch.zeros(READ_BYTES, dtype=torch.uint8, device="cuda")
+    rates = [
+        statistics.median(
+            torch.ops.moq.read_bandwidth(buffer, prefetch=prefetch) for _ in range(turns)
+        )
+        for prefetch in (False, True)
+    ]
+    return max(rates)
+
+
+def random_weight(n: int, k: int, seed: int) -> Tensor:
+    """A float16 weight [n, k] of the size that trained ones have."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return (0.02 * torch.randn(n, k, device="cuda", generator=generator)).half()
+
+
+def pack(weight: Tensor, format: str) -> Tensor:
+    """A float16 weight as moq packs it: "float16", or "int8" with a scale per row."""
+    if format == "float16":
+        return torch.ops.moq.pack_linear(weight, format=format)
+    codes, scales, _ = torch.ops.moq.quantize(weight.float(), 8)
+    return torch.ops.moq.pack_linear(codes, scales)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected magnitude."""
+    difference = (actual.float() - expected.float()).abs().max()
+    return (difference / expected.float().abs().max()).item()
+
+
+def chosen(names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The wanted names in their order, or all."""
+    return [name for name in names if not wanted or name in wanted]
