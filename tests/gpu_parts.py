@@ -1,0 +1,187 @@
+"""Runs the parts of tests/gpu.sh: a list of steps each, whose results are appended to one file."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "gpu"
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+LIMIT = 480  # seconds of a part
+KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
+CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
+# Of linear's tests one for each case: under racecheck the whole of them takes too long.
+SANITIZED = f"{CUDA_TESTS}:-*Huge*:*LinearCuda.Reads*:*LinearCuda.Gives*"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and where its results belong."""
+
+    part: str
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What --step names it by."""
+        return f"{self.part}/{self.name}"
+
+
+def pytest(*arguments: str) -> list[str]:
+    """A test run that says what it skipped, and why."""
+    return [sys.executable, "-P", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *arguments]
+
+
+def benchmark(script: str, *arguments: str) -> list[str]:
+    """A benchmark that prints JSON."""
+    return [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments, "--json"]
+
+
+def steps() -> list[Step]:
+    """Every step in the order in which they run."""
+    found = [
+        Step("tests", "kernels", [KERNELS, "--gtest_brief=1", f"--gtest_filter={CUDA_TESTS}"]),
+        Step("tests", "operators", pytest("tests/ops", "-m", "gpu")),
+        Step("tests", "training", pytest("tests/training/test_optimizer_cuda.py")),
+        Step("tests", "engine", pytest("tests/inference", "-m", "gpu")),
+    ]
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command = [*sanitizer, KERNELS, "--gtest_brief=1", f"--gtest_filter={SANITIZED}"]
+        found.append(Step("sanitizer", tool, command))
+    for region in ("1", "2", "3", "4a", "4b"):
+        found.append(Step("regions", region, benchmark("gpu_regions", "--regions", region)))
+    for shape in ("49152x12288", "17024x4256", "4096x14336"):
+        found.append(Step("gemm", shape, benchmark("gpu_gemm", "--shapes", shape)))
+    for model in ("gpt2-xl", "17b-x12", "llama-3.1-8b"):
+        found.append(Step("decode", model, benchmark("gpu_decode", "--models", model)))
+    for model in ("bert-base", "bert-large"):
+        found.append(Step("encoder", model, benchmark("gpu_encoder", "--models", model)))
+    command = benchmark("fake_quantize", "--device", "cuda")
+    found.append(Step("fake_quantize", "models", command))
+    return found
+
+
+def commit() -> str:
+    """The commit of the build: git's word, or that of the file that came with it."""
+    file = BUILD / "commit"
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if git.returncode == 0:
+        return git.stdout.strip()
+    return file.read_text().strip() if file.exists() else "unknown"
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of the results file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def counts(output: str) -> dict[str, int]:
+    """Numbers of tests that a GoogleTest or a pytest run reports."""
+    found: dict[str, int] = {}
+    last_line = output.rstrip().rpartition("\n")[2]
+    for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last_line):
+        found[what] = int(number)
+    for what, number in re.findall(r"\[\s*(PASSED|FAILED|SKIPPED)\s*\] (\d+) test", output):
+        found[what.lower()] = int(number)
+    return found
+
+
+def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
+    """Runs one step, shows its output and appends its results; returns whether it succeeded."""
+    print(f"== {step.key}", flush=True)
+    start = time.monotonic()
+    lines: list[str] = []
+    process = subprocess.Popen(
+        ["timeout", "--kill-after=10", f"{max(limit, 1):.0f}", *step.command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    with results.open("a") as file:
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", flush=True)
+            if line.startswith("{"):
+                row = {"part": step.part, "step": step.name} | json.loads(line) | facts
+                file.write(json.dumps(row) + "\n")
+        status = process.wait()
+        outcome = {0: "done", 124: f"out of time after {limit:.0f} s"}
+        summary = {
+            "part": step.part,
+            "step": step.name,
+            "status": outcome.get(status, f"failed with exit status {status}"),
+            "seconds": round(time.monotonic() - start, 1),
+            **counts("".join(lines)),
+            **facts,
+        }
+        file.write(json.dumps(summary) + "\n")
+    print(f"-- {step.key}: {summary['status']}, {summary['seconds']} s", flush=True)
+    return status == 0
+
+
+def main() -> int:
+    """Runs what is not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    every = steps()
+    parts = list(dict.fromkeys(step.part for step in every))
+    parser.add_argument("--part", choices=parts, help="one part; default: all")
+    parser.add_argument("--step", help="one step, as --list names it")
+    parser.add_argument("--again", action="store_true", help="also what is in the results already")
+    parser.add_argument("--results", type=Path, default=BUILD / "results.jsonl")
+    parser.add_argument("--list", action="store_true", help="print the steps' names and stop")
+    args = parser.parse_args()
+    chosen = [
+        s for s in every if args.part in (None, s.part) and args.step in (None, s.key, s.name)
+    ]
+    if args.list or not chosen:
+        print("\n".join(step.key for step in (chosen or every)))
+        return 0 if args.list else 2
+    sys.path.insert(0, str(BENCHMARKS))
+    import gpu
+
+    gpu.require()
+    os.environ["MOQ_COMMIT"] = commit()
+    facts = gpu.facts() | {"commit": commit()}
+    done = {
+        (line["part"], line["step"])
+        for line in read_results(args.results)
+        if line.get("status") == "done"
+        and (line["commit"], line["machine"]) == (facts["commit"], facts["machine"])
+    }
+    failed, ends = [], {}
+    for step in chosen:
+        if (step.part, step.name) in done and not args.again:
+            print(f"== {step.key}: done before, see {args.results}")
+            continue
+        end = ends.setdefault(step.part, time.monotonic() + LIMIT)
+        if not run(step, end - time.monotonic(), facts, args.results):
+            failed.append(step.key)
+    print("all done" if not failed else f"not done: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
