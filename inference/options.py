@@ -29,7 +29,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compute-dtype",
         choices=["fp32", "fp16", "bf16"],
-        help="what activations are kept in (default: fp32 on the CPU, as the weights on a GPU)",
+        help="what activations are kept in (default: fp32 on the CPU; on a GPU as float weights, "
+        "beside integers bf16 if the directory's floats are, else fp16)",
     )
     group.add_argument(
         "--kv-cache-dtype",
@@ -75,15 +76,17 @@ def open_engine(args: argparse.Namespace) -> Engine:
 def describe(engine: Engine) -> dict[str, object]:
     """How the engine computes: what a speed figure must be read with."""
     core = engine.core
+    on_gpus = core.device.startswith("cuda") and core.tp_size > 1
     return {
         "architecture": core.architecture,
         "device": core.device,
         "compute_dtype": core.compute_dtype,
+        "kv_cache_dtype": core.kv_cache_dtype,
         "weights": core.weight_format,
         "head": core.head_format,
         "activations": core.activations,
         "tp_size": core.tp_size,
-        "transport": core.transport,
+        "transport": "nccl" if on_gpus else core.transport,
         "threads": torch.get_num_threads(),
         "weight_bytes": core.weight_bytes,
     }

@@ -203,6 +203,7 @@ class Engine:
     weight_bytes: int
     device: str
     compute_dtype: str
+    kv_cache_dtype: str
     rank: int
     tp_size: int
     transport: str

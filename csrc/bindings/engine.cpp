@@ -20,6 +20,13 @@ using inference::KvCache;
 
 using Ids = std::vector<std::vector<std::int64_t>>;
 
+/// What waits for another thread's call must let that thread have the interpreter.
+template <typename Call>
+auto without_gil(const Call& call) {
+  const py::gil_scoped_release release;
+  return call();
+}
+
 std::vector<inference::TokenSequence> sequences(Ids token_ids, Ids token_types) {
   MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
             "engine: token_types must be empty or one list per sequence, got ", token_types.size(),
@@ -169,7 +176,8 @@ void bind_engine(py::module_& m) {
           "Hidden states, pooled outputs and class logits of whole sequences.")
       .def("release_graphs", &Engine::release_graphs, py::call_guard<py::gil_scoped_release>(),
            "Frees captured steps, which hold the ranks' communicator.")
-      .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"))
+      .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"),
+           py::call_guard<py::gil_scoped_release>(), "A cache for sequences of forward.")
       .def_property_readonly("architecture", [](const Engine& e) { return e.spec().architecture; })
       .def_property_readonly("policy", &Engine::policy_name)
       .def_property_readonly("vocab_size", [](const Engine& e) { return e.spec().vocab_size; })
@@ -190,7 +198,8 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("head_format", &Engine::head_format,
                              "What the language-model head is stored in; empty without one.")
       .def_property_readonly(
-          "weight_bytes", [](const Engine& e) { return e.model().memory().weights; },
+          "weight_bytes",
+          [](const Engine& e) { return without_gil([&] { return e.memory(); }).weights; },
           "Bytes of this rank's weights.")
       .def_property_readonly(
           "device", [](const Engine& e) { return e.model().device().str(); },
@@ -198,11 +207,15 @@ void bind_engine(py::module_& m) {
       .def_property_readonly(
           "compute_dtype", [](const Engine& e) { return e.model().compute_dtype(); },
           "What activations are kept in.")
+      .def_property_readonly(
+          "kv_cache_dtype", [](const Engine& e) { return e.model().kv_cache_dtype(); },
+          "What keys and values are kept in.")
       .def(
           "decode_kernels",
           [](const Engine& e) {
             py::list kernels;
-            for (const inference::KernelRecord& kernel : e.model().decode_kernels()) {
+            for (const inference::KernelRecord& kernel :
+                 without_gil([&] { return e.decode_kernels(); })) {
               kernels.append(
                   py::make_tuple(kernel.what, kernel.rows, kernel.columns, kernel.bytes));
             }
@@ -213,7 +226,7 @@ void bind_engine(py::module_& m) {
       .def(
           "memory_report",
           [](const Engine& e) {
-            const inference::MemoryReport report = e.model().memory();
+            const inference::MemoryReport report = without_gil([&] { return e.memory(); });
             py::dict sizes;
             sizes["weights"] = report.weights;
             sizes["kv_cache"] = report.kv_cache;

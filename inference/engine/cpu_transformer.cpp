@@ -70,8 +70,7 @@ MemoryReport CpuTransformer::memory() const {
   return report;
 }
 
-std::unique_ptr<KvCache> CpuTransformer::make_cache(std::int64_t num_slots,
-                                                    std::int64_t capacity) const {
+std::unique_ptr<KvCache> CpuTransformer::make_cache(std::int64_t num_slots, std::int64_t capacity) {
   return std::make_unique<HostKvCache>(spec_.num_layers, kv_heads(), spec_.head_dim, num_slots,
                                        capacity);
 }
@@ -82,11 +81,14 @@ KvCache& CpuTransformer::generation_cache(std::int64_t num_slots, std::int64_t c
   return *generation_cache_;
 }
 
+at::Tensor CpuTransformer::new_result(at::IntArrayRef sizes) const {
+  return at::empty(sizes, at::kFloat);
+}
+
 void CpuTransformer::reserve(std::int64_t num_tokens) {
   if (num_tokens <= max_tokens_) {
     return;
   }
-  max_tokens_ = num_tokens;
   const std::int64_t ffn = weights_.ffn.size();
   reserve_floats(x_, num_tokens * spec_.hidden_size);
   reserve_floats(normed_, num_tokens * spec_.hidden_size);
@@ -95,16 +97,14 @@ void CpuTransformer::reserve(std::int64_t num_tokens) {
   reserve_floats(attended_, num_tokens * q_heads() * spec_.head_dim);
   reserve_floats(up_, num_tokens * ffn * (spec_.gated ? 2 : 1));
   reserve_floats(gated_, spec_.gated ? num_tokens * ffn : 0);
+  max_tokens_ = num_tokens;
 }
 
 void CpuTransformer::forward(const TokenBatch& batch, KvCache* any_cache) {
   check(batch, any_cache);
-  auto* const cache = dynamic_cast<HostKvCache*>(any_cache);
-  MOQ_CHECK((cache == nullptr) == (any_cache == nullptr),
-            "engine: the KV cache must be one of this engine's make_cache, got one of another ",
-            "device");
+  auto* const cache = own_cache<HostKvCache>(any_cache);
+  reserve(batch.num_tokens());
   num_tokens_ = batch.num_tokens();
-  reserve(num_tokens_);
   prepare_positions(batch);
   float* x = x_.as<float>();
   float* normed = normed_.as<float>();
@@ -342,18 +342,23 @@ const float* CpuTransformer::shared_absmax(const float* input, const Linear& lin
   return absmax_.data();
 }
 
-at::Tensor CpuTransformer::hidden_state() {
-  return at::from_blob(x_.data(), {num_tokens_, spec_.hidden_size}, at::kFloat);
+void CpuTransformer::hidden_state(const at::Tensor& out) {
+  out.copy_(at::from_blob(x_.data(), {num_tokens_, spec_.hidden_size}, at::kFloat));
 }
 
-at::Tensor CpuTransformer::logits(std::span<const std::int64_t> rows) {
+void CpuTransformer::logits(std::span<const std::int64_t> rows, const at::Tensor& out) {
+  out.copy_(run_head(rows));
+}
+
+/// Logits of the given rows, valid until the next call.
+at::Tensor CpuTransformer::run_head(std::span<const std::int64_t> rows) {
   const auto count = static_cast<std::int64_t>(rows.size());
   const std::int64_t hidden = spec_.hidden_size;
   const std::int64_t width = weights_.head.shape().n;
   if (count > max_logit_rows_) {
-    max_logit_rows_ = count;
     reserve_floats(head_in_, count * hidden * (spec_.head_transform ? 2 : 1));
     reserve_floats(logits_, count * width);
+    max_logit_rows_ = count;
   }
   float* input = head_in_.as<float>();
   for (std::int64_t i = 0; i < count; ++i) {
@@ -376,7 +381,7 @@ at::Tensor CpuTransformer::logits(std::span<const std::int64_t> rows) {
   return gathered_;
 }
 
-at::Tensor CpuTransformer::pooled(const TokenBatch& batch) {
+void CpuTransformer::pooled(const TokenBatch& batch, const at::Tensor& out) {
   const std::int64_t hidden = spec_.hidden_size;
   const auto count = static_cast<std::int64_t>(batch.sequences().size());
   std::vector<float> first(static_cast<std::size_t>(count * hidden));
@@ -385,17 +390,13 @@ at::Tensor CpuTransformer::pooled(const TokenBatch& batch) {
     std::memcpy(first.data() + i * hidden, x_.as<float>() + row * hidden,
                 sizeof(float) * static_cast<std::size_t>(hidden));
   }
-  at::Tensor output = at::empty({count, hidden}, at::kFloat);
-  project(first.data(), weights_.pooler, output.mutable_data_ptr<float>(), count,
+  project(first.data(), weights_.pooler, out.mutable_data_ptr<float>(), count,
           spec_.pooler_activation);
-  return output;
 }
 
-at::Tensor CpuTransformer::classify(const at::Tensor& pooled) {
-  at::Tensor output = at::empty({pooled.size(0), spec_.num_labels}, at::kFloat);
-  project(pooled.const_data_ptr<float>(), weights_.classifier, output.mutable_data_ptr<float>(),
+void CpuTransformer::classify(const at::Tensor& pooled, const at::Tensor& out) {
+  project(pooled.const_data_ptr<float>(), weights_.classifier, out.mutable_data_ptr<float>(),
           pooled.size(0));
-  return output;
 }
 
 std::span<const std::int64_t> CpuTransformer::next_tokens(
@@ -404,7 +405,7 @@ std::span<const std::int64_t> CpuTransformer::next_tokens(
   forward(batch, &cache);
   drawn_.resize(rows.size());
   if (!rows.empty()) {
-    const at::Tensor drawn_from = logits(rows);
+    const at::Tensor drawn_from = run_head(rows);
     cpu::sample({.logits = drawn_from.const_data_ptr<float>(),
                  .batch_size = drawn_from.size(0),
                  .vocab_size = spec_.vocab_size,

@@ -22,15 +22,17 @@ class CpuTransformer final : public Transformer {
 
   at::Device device() const override { return at::kCPU; }
   std::string compute_dtype() const override { return "float32"; }
+  std::string kv_cache_dtype() const override { return "float32"; }
   MemoryReport memory() const override;
-  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const override;
+  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) override;
   KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
+  at::Tensor new_result(at::IntArrayRef sizes) const override;
   void reserve(std::int64_t num_tokens) override;
   void forward(const TokenBatch& batch, KvCache* any_cache) override;
-  at::Tensor hidden_state() override;
-  at::Tensor logits(std::span<const std::int64_t> rows) override;
-  at::Tensor pooled(const TokenBatch& batch) override;
-  at::Tensor classify(const at::Tensor& pooled) override;
+  void hidden_state(const at::Tensor& out) override;
+  void logits(std::span<const std::int64_t> rows, const at::Tensor& out) override;
+  void pooled(const TokenBatch& batch, const at::Tensor& out) override;
+  void classify(const at::Tensor& pooled, const at::Tensor& out) override;
   std::span<const std::int64_t> next_tokens(
       const TokenBatch& batch, KvCache& cache, std::span<const std::int64_t> rows,
       std::span<const kernels::SamplingRow> sampling) override;
@@ -46,6 +48,7 @@ class CpuTransformer final : public Transformer {
                kernels::Activation activation = kernels::Activation::kNone) const;
   void project_and_add(const float* input, const Linear& linear);
   const float* shared_absmax(const float* input, const Linear& linear);
+  at::Tensor run_head(std::span<const std::int64_t> rows);
   void prepare_positions(const TokenBatch& batch);
 
   RotationTable rotation_;

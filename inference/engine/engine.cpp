@@ -1,8 +1,6 @@
 #include "inference/engine/engine.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
@@ -151,11 +149,22 @@ std::string Engine::head_format() const {
   return spec().has_head ? kernels::name_of(model_->weights().head.shape().format) : "";
 }
 
-std::unique_ptr<KvCache> Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) const {
+MemoryReport Engine::memory() const {
+  const Call call(*in_use_);
+  return model_->memory();
+}
+
+std::vector<KernelRecord> Engine::decode_kernels() const {
+  const Call call(*in_use_);
+  return model_->decode_kernels();
+}
+
+std::unique_ptr<KvCache> Engine::make_cache(std::int64_t num_slots, std::int64_t capacity) {
   MOQ_CHECK(spec().attention == AttentionKind::kCausal,
             "engine: a KV cache needs a causal model, got ", spec().architecture);
   MOQ_CHECK(capacity <= spec().max_positions, "engine: a KV cache must hold at most the model's ",
             spec().max_positions, " positions, got ", capacity);
+  const Call call(*in_use_);
   return model_->make_cache(num_slots, capacity);
 }
 
@@ -179,8 +188,16 @@ GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> pro
   return inference::generate(*model_, prompts, options, on_token);
 }
 
+at::Tensor Engine::new_result(at::IntArrayRef sizes) const {
+  at::Tensor result;
+  on_all_ranks(model_->communicator(), "memory for the result",
+               [&] { result = model_->new_result(sizes); });
+  return result;
+}
+
 /// Runs the model on all sequences, piece by piece, each of whole sequences; calls on_piece() after
-/// each. A sequence's result does not depend on the piece it is in.
+/// each. A sequence's result does not depend on the piece it is in. After an error the cache holds
+/// what it held before.
 template <typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
                  std::span<const std::int64_t> slots, const OnPiece& on_piece) {
@@ -209,18 +226,41 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
     all.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
   }
   model_->check(all, cache);
+  std::vector<std::size_t> ends;  // of the pieces, in sequences
+  std::int64_t in_piece = 0;
+  std::int64_t largest = 0;
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const std::int64_t count = all.sequences()[i].num_tokens;
+    if (in_piece > 0 && in_piece + count > kTokensAtOnce) {
+      ends.push_back(i);
+      in_piece = 0;
+    }
+    in_piece += count;
+    largest = std::max(largest, in_piece);
+  }
+  ends.push_back(sequences.size());
+  model_->reserve(largest);
   std::size_t next = 0;
-  while (next < sequences.size()) {
-    batch_.clear();
-    do {
-      const auto& [token_ids, token_types] = sequences[next];
-      const kernels::AttentionSequence& place = all.sequences()[next];
-      batch_.append(token_ids, place.slot, place.past_length, token_types);
-      ++next;
-    } while (next < sequences.size() &&
-             batch_.num_tokens() + all.sequences()[next].num_tokens <= kTokensAtOnce);
-    model_->forward(batch_, cache);
-    on_piece();
+  try {
+    for (const std::size_t end : ends) {
+      batch_.clear();
+      for (; next < end; ++next) {
+        const auto& [token_ids, token_types] = sequences[next];
+        const kernels::AttentionSequence& place = all.sequences()[next];
+        batch_.append(token_ids, place.slot, place.past_length, token_types);
+      }
+      if (batch_.num_tokens() > 0) {
+        model_->forward(batch_, cache);
+        on_piece();
+      }
+    }
+  } catch (...) {
+    for (const kernels::AttentionSequence& place : all.sequences()) {
+      if (cache != nullptr) {
+        cache->truncate(place.slot, place.past_length);
+      }
+    }
+    throw;
   }
 }
 
@@ -229,9 +269,7 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
   MOQ_CHECK(spec().has_head, "engine: forward needs a model with a language-model head, got ",
             spec().architecture, ": use encode");
   const Call call(*in_use_);
-  const std::int64_t vocab_size = spec().vocab_size;
-  at::Tensor logits = at::empty({total_tokens(sequences), vocab_size},
-                                at::TensorOptions(at::kFloat).device(model_->device()));
+  at::Tensor logits = new_result({total_tokens(sequences), spec().vocab_size});
   std::int64_t done = 0;
   std::vector<std::int64_t> rows;
   run(sequences, cache, slots, [&] {
@@ -239,7 +277,7 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
       const std::int64_t count = std::min(kLogitRowsAtOnce, batch_.num_tokens() - begin);
       rows.resize(static_cast<std::size_t>(count));
       std::iota(rows.begin(), rows.end(), begin);
-      logits.narrow(0, done, count).copy_(model_->logits(rows));
+      model_->logits(rows, logits.narrow(0, done, count));
       done += count;
     }
   });
@@ -253,26 +291,31 @@ void Engine::release_graphs() {
 
 Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   const Call call(*in_use_);
-  const std::int64_t hidden = spec().hidden_size;
+  const auto num_sequences = static_cast<std::int64_t>(sequences.size());
   Encoding encoding;
-  encoding.last_hidden_state = at::empty({total_tokens(sequences), hidden},
-                                         at::TensorOptions(at::kFloat).device(model_->device()));
-  std::int64_t done = 0;
-  std::vector<at::Tensor> pooled;
-  run(sequences, nullptr, {}, [&] {
-    encoding.last_hidden_state.narrow(0, done, batch_.num_tokens()).copy_(model_->hidden_state());
-    done += batch_.num_tokens();
-    if (spec().has_pooler) {
-      pooled.push_back(model_->pooled(batch_));
-    }
-  });
+  encoding.last_hidden_state = new_result({total_tokens(sequences), spec().hidden_size});
   if (spec().has_pooler) {
-    encoding.pooled =
-        pooled.empty() ? encoding.last_hidden_state.new_empty({0, hidden}) : at::cat(pooled);
+    encoding.pooled = new_result({num_sequences, spec().hidden_size});
     if (spec().has_classifier) {
-      encoding.logits = model_->classify(encoding.pooled);
+      encoding.logits = new_result({num_sequences, spec().num_labels});
     }
   }
+  std::int64_t token = 0;
+  std::int64_t sequence = 0;
+  run(sequences, nullptr, {}, [&] {
+    const std::int64_t num_tokens = batch_.num_tokens();
+    const auto count = static_cast<std::int64_t>(batch_.sequences().size());
+    model_->hidden_state(encoding.last_hidden_state.narrow(0, token, num_tokens));
+    if (spec().has_pooler) {
+      const at::Tensor pooled = encoding.pooled.narrow(0, sequence, count);
+      model_->pooled(batch_, pooled);
+      if (spec().has_classifier) {
+        model_->classify(pooled, encoding.logits.narrow(0, sequence, count));
+      }
+    }
+    token += num_tokens;
+    sequence += count;
+  });
   return encoding;
 }
 

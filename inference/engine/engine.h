@@ -58,6 +58,9 @@ class Engine {
 
   const ModelSpec& spec() const { return model_->spec(); }
   const Transformer& model() const { return *model_; }
+  /// Transformer::memory and decode_kernels, between calls.
+  MemoryReport memory() const;
+  std::vector<KernelRecord> decode_kernels() const;
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
   const std::string& policy_name() const { return policy_name_; }
   std::string activations() const;    ///< "dynamic" if any layer reads INT8, or "weight_only"
@@ -79,7 +82,8 @@ class Engine {
 
   Encoding encode(std::span<const TokenSequence> sequences);
 
-  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const;
+  /// All ranks make one together.
+  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity);
 
  private:
   /// Who calls; on the heap, because an engine moves.
@@ -94,6 +98,7 @@ class Engine {
       : model_(std::move(model)),
         policy_name_(std::move(policy_name)),
         communicator_(std::move(communicator)) {}
+  at::Tensor new_result(at::IntArrayRef sizes) const;
   template <typename OnPiece>
   void run(std::span<const TokenSequence> sequences, KvCache* cache,
            std::span<const std::int64_t> slots, const OnPiece& on_piece);

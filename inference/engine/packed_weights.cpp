@@ -18,17 +18,6 @@ using Slices = std::vector<RowSlice>;
 // Rows read and converted at once; bounds what loading needs beside the packed weights.
 constexpr std::int64_t kRowsAtOnce = 512;
 
-WeightFormat format_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return WeightFormat::kFloat16;
-    case DType::kBFloat16:
-      return WeightFormat::kBFloat16;
-    default:
-      return WeightFormat::kFloat32;
-  }
-}
-
 WeightFormat integer_format(int num_bits) {
   return num_bits > 4   ? WeightFormat::kInt8
          : num_bits > 2 ? WeightFormat::kInt4
@@ -67,18 +56,6 @@ CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
                 block.codes.begin() + r * cols.size());
   }
   return block;
-}
-
-/// Values in the storage of a float format.
-void store(std::span<const float> values, WeightFormat format, std::byte* out) {
-  if (format == WeightFormat::kFloat32) {
-    std::copy(values.begin(), values.end(), reinterpret_cast<float*>(out));
-    return;
-  }
-  auto* half = reinterpret_cast<std::uint16_t*>(out);
-  for (const float value : values) {
-    *half++ = format == WeightFormat::kFloat16 ? float_to_float16(value) : float_to_bfloat16(value);
-  }
 }
 
 /// Form of the packed weight: siblings that differ meet in the wider form, which holds both
@@ -148,6 +125,28 @@ void reorder_rows(std::vector<T>& rows, std::size_t width, std::span<const std::
 }
 
 }  // namespace
+
+WeightFormat format_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return WeightFormat::kFloat16;
+    case DType::kBFloat16:
+      return WeightFormat::kBFloat16;
+    default:
+      return WeightFormat::kFloat32;
+  }
+}
+
+void store(std::span<const float> values, WeightFormat format, std::byte* out) {
+  if (format == WeightFormat::kFloat32) {
+    std::copy(values.begin(), values.end(), reinterpret_cast<float*>(out));
+    return;
+  }
+  auto* half = reinterpret_cast<std::uint16_t*>(out);
+  for (const float value : values) {
+    *half++ = format == WeightFormat::kFloat16 ? float_to_float16(value) : float_to_bfloat16(value);
+  }
+}
 
 kernels::PackLinearArgs UnpackedWeight::view(void* packed) const {
   return {.shape = shape,

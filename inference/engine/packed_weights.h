@@ -39,6 +39,11 @@ using Packer = std::function<StoredWeight(const UnpackedWeight& weight)>;
 /// The packer for CPU kernels.
 StoredWeight pack_for_cpu(const UnpackedWeight& weight);
 
+/// The format of floats of a dtype.
+kernels::WeightFormat format_of(DType dtype);
+/// Writes values in the storage of a float format.
+void store(std::span<const float> values, kernels::WeightFormat format, std::byte* out);
+
 /// A packed projection of this rank.
 struct Linear {
   StoredWeight stored;

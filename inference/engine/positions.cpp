@@ -33,14 +33,15 @@ void RotationTable::reserve(const ModelSpec& spec, std::span<const std::int64_t>
   if (last == positions.end() || *last < num_positions_) {
     return;
   }
-  num_positions_ = std::min(std::max(2 * (*last + 1), kFewestPositions), spec.max_positions);
-  const auto size = static_cast<std::size_t>(num_positions_ * spec.rotary_dim() / 2);
+  const std::int64_t num_positions =
+      std::min(std::max(2 * (*last + 1), kFewestPositions), spec.max_positions);
+  const auto size = static_cast<std::size_t>(num_positions * spec.rotary_dim() / 2);
   cos_.resize(size);
   sin_.resize(size);
   kernels::cpu::rotary_table(
       {.theta = static_cast<float>(spec.rope_theta),
        .rotary_dim = spec.rotary_dim(),
-       .num_positions = num_positions_,
+       .num_positions = num_positions,
        .scaling = spec.rope_scaling,
        .factor = static_cast<float>(spec.rope_factor),
        .low_frequency_factor = static_cast<float>(spec.rope_low_freq_factor),
@@ -48,6 +49,7 @@ void RotationTable::reserve(const ModelSpec& spec, std::span<const std::int64_t>
        .original_max_position = static_cast<float>(spec.rope_original_positions),
        .cos = cos_.data(),
        .sin = sin_.data()});
+  num_positions_ = num_positions;
 }
 
 }  // namespace moq::inference

@@ -14,6 +14,7 @@
 #include "inference/engine/token_batch.h"
 #include "inference/engine/weights.h"
 #include "inference/parallel/communicator.h"
+#include "kernels/common/check.h"
 #include "kernels/sampling.h"
 
 namespace moq::inference {
@@ -50,6 +51,8 @@ class Transformer {
   virtual at::Device device() const = 0;
   /// What activations are kept in: "float32", "float16" or "bfloat16".
   virtual std::string compute_dtype() const = 0;
+  /// What keys and values are kept in: the same, or "int8".
+  virtual std::string kv_cache_dtype() const = 0;
   virtual MemoryReport memory() const = 0;
   /// Kernels of the last captured decode step, in their order; empty on the CPU.
   virtual std::vector<KernelRecord> decode_kernels() const { return {}; }
@@ -59,8 +62,7 @@ class Transformer {
   virtual void release_graphs() {}
 
   /// A cache for this rank's heads.
-  virtual std::unique_ptr<KvCache> make_cache(std::int64_t num_slots,
-                                              std::int64_t capacity) const = 0;
+  virtual std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) = 0;
   /// A cache for one generation, with no slot in use and at least the sizes asked for. The model
   /// keeps it, for the next generation too.
   virtual KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) = 0;
@@ -70,29 +72,32 @@ class Transformer {
   ///         model or the cache does not have, or slot that is not the sequence's own
   void check(const TokenBatch& batch, const KvCache* cache) const;
 
+  /// float32 memory on the model's device, for what is read on the caller's current stream.
+  /// @throws moq::Error if there is not enough
+  virtual at::Tensor new_result(at::IntArrayRef sizes) const = 0;
+
   /// Makes the workspace hold batches of `num_tokens` tokens; it never shrinks.
   virtual void reserve(std::int64_t num_tokens) = 0;
 
-  /// Runs the layers on a batch; hidden_state(), logits() and pooled() then give its results, on
-  /// the model's device.
+  /// Runs the layers on a batch; hidden_state(), logits() and pooled() then write its results to
+  /// contiguous float32 memory on the model's device.
   /// @param cache  of a causal model; its slots receive the new tokens. Null for a bidirectional
   ///               model, or if the batch holds whole sequences that nothing is appended to
   /// @throws moq::Error as check()
   virtual void forward(const TokenBatch& batch, KvCache* cache) = 0;
 
-  /// The last layer's output after the final norm: [num_tokens, hidden_size] float32, valid until
-  /// the next forward.
-  virtual at::Tensor hidden_state() = 0;
+  /// The last layer's output after the final norm: [num_tokens, hidden_size].
+  virtual void hidden_state(const at::Tensor& out) = 0;
 
-  /// Logits of the given rows of the last forward: [rows.size(), vocab_size] float32, valid until
-  /// the next call.
-  virtual at::Tensor logits(std::span<const std::int64_t> rows) = 0;
+  /// Logits of the given rows of the last forward: [rows.size(), vocab_size].
+  virtual void logits(std::span<const std::int64_t> rows, const at::Tensor& out) = 0;
 
   /// activation(dense(first token)) of each sequence of the last forward's batch:
-  /// [num_sequences, hidden_size] float32.
-  virtual at::Tensor pooled(const TokenBatch& batch) = 0;
-  /// Classifier's logits of pooled outputs: [num_sequences, num_labels] float32.
-  virtual at::Tensor classify(const at::Tensor& pooled) = 0;
+  /// [num_sequences, hidden_size].
+  virtual void pooled(const TokenBatch& batch, const at::Tensor& out) = 0;
+  /// Classifier's logits of the pooled outputs of the last forward's batch:
+  /// [num_sequences, num_labels].
+  virtual void classify(const at::Tensor& pooled, const at::Tensor& out) = 0;
 
   /// One step of a generation: forward(), and the next token of some sequences.
   /// @param rows      tokens of the batch whose logits are drawn from, each the last of a sequence
@@ -115,6 +120,15 @@ class Transformer {
   /// Slopes of this rank's query heads; empty without ALiBi.
   std::vector<float> own_alibi_slopes() const;
   void check_row(std::int64_t row, std::int64_t num_tokens) const;
+  /// The cache as one of this kind of device; null stays null.
+  template <typename Cache>
+  static Cache* own_cache(KvCache* cache) {
+    auto* const own = dynamic_cast<Cache*>(cache);
+    MOQ_CHECK((own == nullptr) == (cache == nullptr),
+              "engine: the KV cache must be one of this engine's make_cache, got one of another ",
+              "device");
+    return own;
+  }
 
   ModelSpec spec_;
   Weights weights_;

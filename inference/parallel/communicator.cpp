@@ -1,7 +1,9 @@
 #include "inference/parallel/communicator.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
+#include <exception>
 #include <utility>
 
 #include "inference/parallel/communicator_checks.h"
@@ -103,6 +105,25 @@ void check_agreement(Communicator& communicator, const char* what,
   for (int i = 0; i < 3; ++i) {
     MOQ_CHECK(piece[i] == -piece[i + 3], what, " must be the same on all ", communicator.size(),
               " ranks, got different ones: rank 0 can send its own with Communicator.broadcast");
+  }
+}
+
+void on_all_ranks(Communicator& communicator, const char* what,
+                  const std::function<void()>& action) {
+  std::exception_ptr error;
+  try {
+    action();
+  } catch (const std::exception&) {
+    error = std::current_exception();
+  }
+  if (communicator.size() > 1) {
+    at::Tensor failed = at::full({1}, error ? 1.0F : 0.0F, at::kFloat);
+    communicator.all_reduce_max(failed);
+    MOQ_CHECK(error || failed.item<float>() == 0.0F, "engine: ", what,
+              " must be made on all ranks, got an error on another one");
+  }
+  if (error) {
+    std::rethrow_exception(error);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -67,6 +68,12 @@ std::shared_ptr<Communicator> single_process();
 /// @throws moq::Error on every rank if any rank's numbers differ.
 void check_agreement(Communicator& communicator, const char* what,
                      std::span<const std::int64_t> numbers);
+
+/// Runs action(), which may run out of memory on one rank alone, on every rank.
+/// @param what  names what action() makes in the message of the others: "the KV cache"
+/// @throws  what action() throws; moq::Error where it threw on another rank only
+void on_all_ranks(Communicator& communicator, const char* what,
+                  const std::function<void()>& action);
 
 /// Which way a communicator takes.
 enum class Transport {

@@ -55,6 +55,21 @@ def tokens_of(directory, num_ranks):
     return answer["results"]
 
 
+def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory):
+    result = subprocess.run(
+        torchrun_command(2, WORKERS / "gpu_rank_out_of_memory.py", directory / "llama"),
+        env=one_thread_environment(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("rank 0: engine: the KV cache must be made on all ranks") == 2
+    assert result.stdout.count("rank 1: engine: the KV cache must fit into the memory") == 2
+    assert result.stdout.count("went on") == 2
+
+
 def test_two_gpus_draw_the_tokens_of_one(directory):
     one, two = (tokens_of(directory, ranks) for ranks in (1, 2))
     assert len(one) == len(NAMES) * len(VARIANTS)

@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/accumulate.h>
 #include <cuda_runtime_api.h>
 
 #include <array>
@@ -11,7 +12,6 @@
 #include <iomanip>
 #include <sstream>
 
-#include "kernels/common/check.h"
 #include "kernels/cuda/cuda_check.h"
 
 namespace moq::inference::cuda {
@@ -38,26 +38,38 @@ std::int64_t free_bytes() {
          stats.allocated_bytes[all].current;
 }
 
-at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint) {
+at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what,
+                    const std::string& hint) {
   const auto device = c10::cuda::current_device();
   try {
-    return at::empty({bytes}, at::TensorOptions(at::kByte).device(at::kCUDA, device));
+    return at::empty(sizes, at::TensorOptions(type).device(at::kCUDA, device));
   } catch (const c10::OutOfMemoryError&) {
-    moq::detail::fail("engine: ", what,
-                      " must fit into the memory of cuda:", static_cast<int>(device), ", got ",
-                      in_units(bytes), " to allocate with ", in_units(free_bytes()), " free",
-                      hint.empty() ? "" : ": ", hint);
+    const auto elements = c10::multiply_integers(sizes);
+    const auto bytes = elements * static_cast<std::int64_t>(c10::elementSize(type));
+    std::ostringstream message;
+    message << "engine: " << what
+            << " must fit into the memory of cuda:" << static_cast<int>(device) << ", got "
+            << in_units(bytes) << " to allocate with " << in_units(free_bytes()) << " free"
+            << (hint.empty() ? "" : ": ") << hint;
+    throw OutOfMemory(message.str());
+  }
+}
+
+at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint) {
+  return allocate({bytes}, at::kByte, what, hint);
+}
+
+void copy_to_device(std::span<const std::byte> bytes, void* to) {
+  if (!bytes.empty()) {
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    MOQ_CUDA_CHECK(cudaMemcpyAsync(to, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream));
+    MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
   }
 }
 
 at::Tensor upload(std::span<const std::byte> bytes, const char* what) {
   at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  if (!bytes.empty()) {
-    MOQ_CUDA_CHECK(cudaMemcpyAsync(copy.mutable_data_ptr(), bytes.data(), bytes.size(),
-                                   cudaMemcpyHostToDevice, stream));
-    MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
-  }
+  copy_to_device(bytes, copy.mutable_data_ptr());
   return copy;
 }
 

@@ -5,13 +5,23 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
+
+#include "kernels/common/check.h"
 
 namespace moq::inference::cuda {
 
-/// Bytes of memory of the current device, from torch's allocator.
+struct OutOfMemory : Error {
+  using Error::Error;
+};
+
+/// Memory of the current device, from torch's allocator, for its current stream.
 /// @param what  names the memory in the message: "the KV cache"
 /// @param hint  ends the message: what would fit
-/// @throws moq::Error if there is not enough, saying how much was asked for and how much is free
+/// @throws OutOfMemory if there is not enough, saying how much was asked for and how much is free
+at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what,
+                    const std::string& hint = {});
+/// The same, of bytes.
 at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint = {});
 
 /// Bytes that can still be allocated on the current device, those that torch keeps cached included.
@@ -20,7 +30,10 @@ std::int64_t free_bytes();
 /// "1.5 GiB"
 std::string in_units(std::int64_t bytes);
 
-/// A copy of host memory on the current device. Returns when the copy is complete.
+/// Copies host memory to the current device, on its current stream; returns when that is done.
+void copy_to_device(std::span<const std::byte> bytes, void* to);
+
+/// A copy of host memory on the current device.
 at::Tensor upload(std::span<const std::byte> bytes, const char* what);
 
 template <typename T>

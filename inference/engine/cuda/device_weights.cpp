@@ -19,15 +19,7 @@ constexpr std::int64_t kRowsAtOnce = 4096;
 /// float32 numbers in the storage of a dtype.
 std::vector<std::byte> rounded(std::span<const float> values, DType dtype) {
   std::vector<std::byte> bytes(values.size() * size_of(dtype));
-  if (dtype == DType::kFloat32) {
-    const auto source = std::as_bytes(values);
-    std::copy(source.begin(), source.end(), bytes.begin());
-    return bytes;
-  }
-  auto* half = reinterpret_cast<std::uint16_t*>(bytes.data());
-  for (const float value : values) {
-    *half++ = dtype == DType::kFloat16 ? float_to_float16(value) : float_to_bfloat16(value);
-  }
+  store(values, format_of(dtype), bytes.data());
   return bytes;
 }
 
@@ -147,9 +139,7 @@ kernels::DeviceEmbeddingLookup DeviceWeights::table(const Table& table) {
   auto* const out = static_cast<char*>(copy.mutable_data_ptr());
   for (std::int64_t first = 0; first < rows; first += kRowsAtOnce) {
     const std::int64_t count = std::min(kRowsAtOnce, rows - first);
-    const auto bytes = rounded(read_rows(table, first, count, cols), dtype_);
-    MOQ_CUDA_CHECK(
-        cudaMemcpy(out + first * row_bytes, bytes.data(), bytes.size(), cudaMemcpyHostToDevice));
+    copy_to_device(rounded(read_rows(table, first, count, cols), dtype_), out + first * row_bytes);
   }
   return {.data = keep_tensor(std::move(copy)), .dtype = dtype_};
 }

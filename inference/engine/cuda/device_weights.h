@@ -44,6 +44,8 @@ class DeviceWeights {
 
   /// Bytes of the copies.
   std::int64_t bytes() const { return bytes_; }
+  /// Copies numbers to the device as float32 and keeps them.
+  const float* keep(const std::vector<float>& values);
 
   kernels::DeviceEmbeddingLookup token_embedding;
   kernels::DeviceEmbeddingLookup position_embedding;
@@ -57,9 +59,6 @@ class DeviceWeights {
   DeviceProjection pooler;
   DeviceProjection classifier;
   const float* alibi_slopes = nullptr;  ///< [this rank's query heads], or null
-
-  /// Copies numbers to the device as float32 and keeps them.
-  const float* keep(const std::vector<float>& values);
 
  private:
   void* keep_tensor(at::Tensor tensor);

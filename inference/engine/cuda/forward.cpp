@@ -1,131 +1,19 @@
-// The forward pass of a transformer on a GPU, and how a batch gets there.
+// The forward pass of a transformer on a GPU.
 #include <ATen/ops/from_blob.h>
+#include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "inference/engine/cuda/on_device.h"
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/attention.h"
+#include "kernels/cuda/cuda_check.h"
 #include "kernels/embedding.h"
 #include "kernels/norm.h"
 
 namespace moq::inference::cuda {
 
 namespace gpu = kernels::cuda;
-
-// ---- a batch on its way to the device
-
-PagedKvCache* CudaTransformer::own_cache(KvCache* cache) const {
-  auto* const own = dynamic_cast<PagedKvCache*>(cache);
-  MOQ_CHECK((own == nullptr) == (cache == nullptr),
-            "engine: the KV cache must be one of this engine's make_cache, got one of another ",
-            "device");
-  return own;
-}
-
-StepInputs& CudaTransformer::eager_inputs(const TokenBatch& batch, std::int64_t num_rows) {
-  const auto num_sequences = static_cast<std::int64_t>(batch.sequences().size());
-  if (!eager_inputs_ || eager_inputs_->max_tokens() < batch.num_tokens() ||
-      eager_inputs_->max_sequences() < num_sequences || eager_inputs_->max_rows() < num_rows) {
-    const auto larger = [&](auto size, std::int64_t needed) {
-      return eager_inputs_ ? std::max((*eager_inputs_.*size)(), needed) : needed;
-    };
-    eager_inputs_ = std::make_unique<StepInputs>(
-        larger(&StepInputs::max_tokens, batch.num_tokens()),
-        larger(&StepInputs::max_sequences, num_sequences), larger(&StepInputs::max_rows, num_rows));
-  }
-  return *eager_inputs_;
-}
-
-/// Writes a checked batch to `inputs`, which may be sent when the rest of them is written too.
-CudaTransformer::Step CudaTransformer::begin_step(const TokenBatch& batch, PagedKvCache* cache,
-                                                  StepInputs& inputs) {
-  // What was sent last may still be on its way.
-  synchronize("a forward pass", num_tokens_);
-  Step step{.inputs = inputs,
-            .num_tokens = batch.num_tokens(),
-            .num_decoding = inputs.write(batch),
-            .num_longer = 0,
-            .max_tokens = 0,
-            .num_keys = 0,
-            .cache = cache};
-  step.num_longer = static_cast<std::int64_t>(batch.sequences().size()) - step.num_decoding;
-  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
-    step.max_tokens = std::max(step.max_tokens, sequence.num_tokens);
-    step.num_keys += sequence.past_length + sequence.num_tokens;
-  }
-  if (cache != nullptr) {
-    reserve_positions(cache->capacity());
-    for (const kernels::AttentionSequence& sequence : batch.sequences()) {
-      cache->make_room(sequence.slot, sequence.num_tokens,
-                       inputs.cache_rows().subspan(static_cast<std::size_t>(sequence.token_begin),
-                                                   static_cast<std::size_t>(sequence.num_tokens)),
-                       stream_);
-    }
-    cache->sync_page_table(stream_);
-  }
-  last_inputs_ = &inputs;
-  return step;
-}
-
-/// The graph of a batch's shape, for a batch without a cache; null for a shape that comes for the
-/// first time, which may well be the last.
-StepGraph* CudaTransformer::forward_graph(const TokenBatch& batch) {
-  constexpr std::size_t kMostShapes = 64;
-  StepGraph::Key key{.num_tokens = batch.num_tokens()};
-  for (const kernels::AttentionSequence& sequence : batch.sequences()) {
-    ++(sequence.num_tokens == 1 ? key.num_decoding : key.num_longer);
-    key.max_tokens = std::max(key.max_tokens, sequence.num_tokens);
-  }
-  if (const auto known = graphs_.find(key); known != graphs_.end()) {
-    return &known->second;
-  }
-  if (seen_once_.insert(key).second) {
-    return nullptr;
-  }
-  if (seen_once_.size() > kMostShapes) {
-    drop_graphs();
-    seen_once_.clear();
-  }
-  return &graphs_.try_emplace(key, key).first->second;
-}
-
-void CudaTransformer::forward(const TokenBatch& batch, KvCache* any_cache) {
-  check(batch, any_cache);
-  PagedKvCache* const cache = own_cache(any_cache);
-  reserve(batch.num_tokens());
-  const OnDevice on_device(*this);
-  // Room that would drop the graphs if it came later.
-  reserve_rows(spec_.has_pooler ? static_cast<std::int64_t>(batch.sequences().size()) : 0);
-  if (cache == nullptr) {
-    reserve_positions(batch.num_tokens());
-  }
-  StepGraph* const graph = cache == nullptr ? forward_graph(batch) : nullptr;
-  StepInputs& inputs = graph == nullptr ? eager_inputs(batch, 0) : graph->inputs();
-  const Step step = begin_step(batch, cache, inputs);
-  const auto run = [&] {
-    inputs.send(stream_);
-    run_layers(step);
-  };
-  if (graph != nullptr && graph->captured()) {
-    graph->launch(stream_);
-    num_tokens_ = step.num_tokens;
-    x_ = rows_of_x(num_tokens_);
-  } else {
-    run();  // the first time: it also loads the kernels, which a capture must not
-    if (graph != nullptr) {
-      graph->capture(stream_, run);
-    }
-  }
-  if (cache != nullptr) {
-    for (const kernels::AttentionSequence& sequence : batch.sequences()) {
-      cache->advance(sequence.slot, sequence.num_tokens);
-    }
-  }
-}
-
-// ---- the forward pass
 
 at::Tensor CudaTransformer::rows_of_x(std::int64_t count) const {
   return at::from_blob(workspace_.x, {count, spec_.hidden_size},
@@ -333,12 +221,14 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
     if (projection.int8_input) {
       prepared.output = workspace_.codes;
       prepared.row_scales = workspace_.row_scales;
-      args.row_scales = workspace_.row_scales;
       if (projection.splits_input && group_) {
         prepared.given_absmax = shared_absmax(prepared);
       }
     }
-    launch("norm", args.m, shape.k, 0, [&] { gpu::norm(prepared, stream_); });
+    if (shape.k > 0) {  // a rank may have no part of the input
+      launch("norm", args.m, shape.k, 0, [&] { gpu::norm(prepared, stream_); });
+      args.row_scales = prepared.row_scales;
+    }
     input = prepared.output;
   } else {
     args.norm = norm;
@@ -358,7 +248,15 @@ float* CudaTransformer::shared_absmax(kernels::DeviceNormArgs args) {
   args.output = nullptr;
   args.row_scales = nullptr;
   args.row_absmax = workspace_.row_absmax;
-  launch("absmax of rows", args.num_tokens, args.hidden_size, 0, [&] { gpu::norm(args, stream_); });
+  launch("absmax of rows", args.num_tokens, args.hidden_size, 0, [&] {
+    if (args.hidden_size > 0) {
+      gpu::norm(args, stream_);
+    } else {
+      MOQ_CUDA_CHECK(cudaMemsetAsync(workspace_.row_absmax, 0,
+                                     static_cast<std::size_t>(args.num_tokens) * sizeof(float),
+                                     stream_));
+    }
+  });
   at::Tensor shared = at::from_blob(workspace_.row_absmax, {args.num_tokens},
                                     at::TensorOptions(at::kFloat).device(device_));
   group_->all_reduce_max(shared);

@@ -1,8 +1,10 @@
 // The steps of a generation on a GPU.
+#include <c10/util/ScopeExit.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <numeric>
 
 #include "inference/engine/cuda/on_device.h"
@@ -13,13 +15,19 @@
 namespace moq::inference::cuda {
 namespace {
 
-constexpr std::int64_t kWordBits = 32;
-
-bool is_greedy(const kernels::SamplingParams& params) {
-  return params.temperature == 0.0F && params.repetition_penalty == 1.0F;
+/// Whether no row is drawn at random or has a penalty.
+bool all_greedy(std::span<const kernels::SamplingRow> sampling) {
+  return std::all_of(sampling.begin(), sampling.end(), [](const kernels::SamplingRow& row) {
+    return row.params.temperature == 0.0F && row.params.repetition_penalty == 1.0F;
+  });
 }
 
 }  // namespace
+
+bool uses_graphs() {
+  static const char* const forbidden = std::getenv("MOQ_GPU_GRAPHS");
+  return forbidden == nullptr || std::atoi(forbidden) != 0;
+}
 
 std::int64_t bucket_of(std::int64_t num_rows) {
   constexpr std::int64_t kStep = 16;
@@ -32,7 +40,7 @@ std::span<const std::int64_t> CudaTransformer::next_tokens(
     const TokenBatch& batch, KvCache& any_cache, std::span<const std::int64_t> rows,
     std::span<const kernels::SamplingRow> sampling) {
   check(batch, &any_cache);
-  PagedKvCache& cache = *own_cache(&any_cache);
+  PagedKvCache& cache = *checked(&any_cache);
   for (const std::int64_t row : rows) {
     check_row(row, batch.num_tokens());
   }
@@ -42,14 +50,15 @@ std::span<const std::int64_t> CudaTransformer::next_tokens(
   reserve(bucket);
   const OnDevice on_device(*this);
   reserve_rows(decoding ? bucket : count);
+  reserve_positions(cache.capacity());
   if (decoding) {
     decode(batch, cache, bucket, sampling);
   } else {
-    StepInputs& inputs = eager_inputs(batch, count);
-    const Step step = begin_step(batch, &cache, inputs);
+    StepInputs& inputs = *eager_inputs(batch, count);
+    const Step step = begin_step(batch, &cache, eager_inputs_);
     inputs.write_rows(rows);
-    const bool all_greedy = write_sampling(inputs, batch, rows, sampling);
-    run_step(step, inputs.rows(), count, all_greedy);
+    write_sampling(inputs, batch, rows, sampling);
+    run_step(step, inputs.rows(), count, all_greedy(sampling));
   }
   for (const kernels::AttentionSequence& sequence : batch.sequences()) {
     cache.advance(sequence.slot, sequence.num_tokens);
@@ -90,22 +99,20 @@ void CudaTransformer::run_step(const Step& step, const std::int32_t* rows, std::
 /// A step of one token a row, all of which are drawn from: by the graph of its bucket.
 void CudaTransformer::decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
                              std::span<const kernels::SamplingRow> sampling) {
-  const bool all_greedy = std::all_of(sampling.begin(), sampling.end(),
-                                      [](const auto& row) { return is_greedy(row.params); });
-  reserve_positions(cache.capacity());  // (it may drop the graphs)
   const StepGraph::Key key{.cache = cache.id(),
                            .num_tokens = bucket,
                            .num_decoding = bucket,
                            .max_tokens = 1,
-                           .all_greedy = all_greedy};
-  StepGraph& graph = graphs_.try_emplace(key, key).first->second;
+                           .all_greedy = all_greedy(sampling)};
+  StepGraph& graph = graph_of(key);
+  StepInputs& inputs = *graph.inputs();
   Step step = begin_step(batch, &cache, graph.inputs());
-  graph.inputs().pad(bucket, bucket);
+  inputs.pad(bucket, bucket);
   std::vector<std::int64_t> rows(batch.sequences().size());
   std::iota(rows.begin(), rows.end(), 0);
-  write_sampling(graph.inputs(), batch, rows, sampling);
+  write_sampling(inputs, batch, rows, sampling);
   step.num_tokens = step.num_decoding = bucket;
-  const auto run = [&] { run_step(step, /*rows=*/nullptr, bucket, all_greedy); };
+  const auto run = [&] { run_step(step, /*rows=*/nullptr, bucket, key.all_greedy); };
   if (graph.captured()) {
     graph.launch(stream_);
     num_tokens_ = bucket;
@@ -113,14 +120,17 @@ void CudaTransformer::decode(const TokenBatch& batch, PagedKvCache& cache, std::
   }
   decode_kernels_.clear();
   recording_ = true;
-  run();  // the first time: it also loads the kernels, which a capture must not
-  recording_ = false;
-  graph.capture(stream_, run);
+  {
+    const auto stop = c10::make_scope_exit([&] { recording_ = false; });
+    run();  // the first time: it also loads the kernels, which a capture must not
+  }
+  if (uses_graphs()) {
+    capture(graph, run);
+  }
 }
 
-/// What is drawn from each row; true if all rows are greedy. A row that starts with a penalty
-/// brings the tokens of its prompt.
-bool CudaTransformer::write_sampling(StepInputs& inputs, const TokenBatch& batch,
+/// What is drawn from each row. A row that starts with a penalty brings the tokens of its prompt.
+void CudaTransformer::write_sampling(StepInputs& inputs, const TokenBatch& batch,
                                      std::span<const std::int64_t> rows,
                                      std::span<const kernels::SamplingRow> sampling) {
   std::vector<kernels::DeviceSamplingRow> device_rows(static_cast<std::size_t>(inputs.max_rows()));
@@ -129,7 +139,6 @@ bool CudaTransformer::write_sampling(StepInputs& inputs, const TokenBatch& batch
     device_rows[i].history_row =
         static_cast<std::uint32_t>(first_spare) + static_cast<std::uint32_t>(i);
   }
-  bool all_greedy = true;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const auto& sequences = batch.sequences();
     const auto sequence =
@@ -140,21 +149,19 @@ bool CudaTransformer::write_sampling(StepInputs& inputs, const TokenBatch& batch
                       .step = sampling[i].step,
                       .stream = sampling[i].stream,
                       .history_row = static_cast<std::uint32_t>(sequence->slot)};
-    all_greedy = all_greedy && is_greedy(sampling[i].params);
     if (sampling[i].step == 0 && sampling[i].params.repetition_penalty != 1.0F) {
       write_history(sequence->slot,
                     {sampling[i].history, static_cast<std::size_t>(sampling[i].history_length)});
     }
   }
   inputs.write_sampling(device_rows);
-  return all_greedy;
 }
 
 /// Tells the device which tokens a slot's sequence has.
 void CudaTransformer::write_history(std::int64_t slot, std::span<const std::int64_t> tokens) {
   std::vector<std::uint32_t> words(static_cast<std::size_t>(seen_.size(1)), 0);
   for (const std::int64_t token : tokens) {
-    words[static_cast<std::size_t>(token / kWordBits)] |= 1U << token % kWordBits;
+    words[static_cast<std::size_t>(token / kHistoryWordBits)] |= 1U << token % kHistoryWordBits;
   }
   MOQ_CUDA_CHECK(cudaMemcpyAsync(seen_[slot].mutable_data_ptr(), words.data(),
                                  words.size() * sizeof(std::uint32_t), cudaMemcpyHostToDevice,

@@ -22,10 +22,16 @@ class CudaTransformer::OnDevice {
     before.block(model.stream_);
   }
   ~OnDevice() {
-    if (model_.failure_.empty()) {
+    model_.note_failure();
+    if (!model_.failure_.empty()) {
+      return;
+    }
+    try {
       at::cuda::CUDAEvent after;
       after.record(model_.stream_);
       after.block(caller_);
+    } catch (const std::exception& error) {  // it may break while this runs
+      model_.failure_ = error.what();
     }
   }
   OnDevice(const OnDevice&) = delete;
@@ -60,6 +66,20 @@ void CudaTransformer::launch(const char* what, std::int64_t rows, std::int64_t c
                       error.what());
   }
 }
+
+/// Captures a step that has run once, on all ranks or on none.
+template <typename Run>
+void CudaTransformer::capture(StepGraph& graph, const Run& run) {
+  try {
+    on_all_ranks(*communicator_, "the graph of a step", [&] { graph.capture(stream_, run); });
+  } catch (...) {
+    drop_graphs();
+    throw;
+  }
+}
+
+/// Bits of a word of DeviceSamplingArgs::seen.
+constexpr std::int64_t kHistoryWordBits = 32;
 
 inline at::ScalarType scalar_type(DType dtype) {
   return dtype == DType::kFloat16    ? at::kHalf

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
@@ -43,6 +44,14 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
+std::int64_t stored_bytes(const checkpoint::Checkpoint& files) {
+  std::int64_t bytes = 0;
+  for (const std::string& name : files.names()) {
+    bytes += static_cast<std::int64_t>(files.bytes(name).size());
+  }
+  return bytes;
+}
+
 at::Device check_device(at::Device device) {
   MOQ_CHECK(c10::cuda::device_count() > 0, "engine: device cuda needs a GPU and its driver, got ",
             "none: `moq doctor` says what was found");
@@ -69,12 +78,19 @@ std::unique_ptr<Transformer> open_cuda_transformer(
             "engine: several ranks on GPUs need a process group with NCCL, got none");
   load.pack = cuda::pack_for_cuda;
   load.pair_rows = true;
-  Weights weights = load_weights(parameters, std::move(files), load);
-  const bool several = communicator->size() > 1;
-  return std::make_unique<cuda::CudaTransformer>(
-      parameters.spec(), std::move(weights), std::move(communicator),
-      several ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
-      options.kv_cache_dtype.has_value() ? DType::kInt8 : dtype);
+  const int ranks = communicator->size();
+  const std::int64_t free = cuda::free_bytes();
+  try {
+    Weights weights = load_weights(parameters, files, load);
+    return std::make_unique<cuda::CudaTransformer>(
+        parameters.spec(), std::move(weights), communicator,
+        ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
+        options.kv_cache_dtype.has_value() ? DType::kInt8 : dtype);
+  } catch (const cuda::OutOfMemory& error) {
+    moq::detail::fail(error.what(), ": the model takes ", cuda::in_units(stored_bytes(*files)),
+                      " as it is stored, for ", ranks, " GPUs together, and ", cuda::in_units(free),
+                      " of this one were free at first");
+  }
 }
 
 }  // namespace moq::inference

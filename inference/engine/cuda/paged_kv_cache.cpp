@@ -1,12 +1,13 @@
 #include "inference/engine/cuda/paged_kv_cache.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <numeric>
+#include <string>
 
 #include "inference/engine/cuda/device_memory.h"
 #include "kernels/common/check.h"
@@ -35,24 +36,29 @@ PagedKvCache::PagedKvCache(std::int64_t num_layers, std::int64_t num_kv_heads,
       dtype_(dtype),
       pages_per_slot_(pages_for(capacity)),
       num_pages_(num_slots * pages_per_slot_),
-      id_(next_id()),
-      owners_(static_cast<std::size_t>(num_pages_), 0),
-      free_pages_(static_cast<std::size_t>(num_pages_)) {
+      id_(next_id()) {
+  MOQ_CHECK(num_pages_ <= std::numeric_limits<std::int32_t>::max() / kPageTokens,
+            "kv cache: slots * capacity must be below 2^31, got ", num_slots, " and ", capacity);
   const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
   const std::int64_t fitting = free_bytes() / a_page;
-  const std::string hint = in_units(a_page * pages_per_slot_) + " for each of " +
-                           std::to_string(num_slots) + " sequences of " + std::to_string(capacity) +
-                           " tokens; " + std::to_string(fitting / pages_per_slot_) +
-                           " such sequences would fit, or " + std::to_string(num_slots) + " of " +
-                           std::to_string(fitting / num_slots * kPageTokens) + " tokens";
+  const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
+  std::string hint = in_units(a_page * pages_per_slot_) + " for each of " +
+                     std::to_string(num_slots) + " sequences of " + std::to_string(capacity) +
+                     " tokens; " + std::to_string(fitting / pages_per_slot_) +
+                     " such sequences would fit";
+  if (fitting_tokens > 0) {
+    hint +=
+        ", or " + std::to_string(num_slots) + " of " + std::to_string(fitting_tokens) + " tokens";
+  }
   data_ = cuda::allocate(num_layers * 2 * num_pages_ * page_bytes(), "the KV cache", hint);
   scales_ = cuda::allocate(num_layers * 2 * num_pages_ * page_scale_bytes(), "the KV cache", hint);
+  device_table_ = cuda::allocate({num_slots, pages_per_slot_}, at::kInt, "the KV cache", hint);
+  pinned_table_ =
+      at::empty({num_slots, pages_per_slot_}, at::TensorOptions(at::kInt).pinned_memory(true));
+  table_.assign(static_cast<std::size_t>(num_pages_), kNoPage);
+  owners_.assign(static_cast<std::size_t>(num_pages_), 0);
+  free_pages_.resize(static_cast<std::size_t>(num_pages_));
   std::iota(free_pages_.rbegin(), free_pages_.rend(), 0);
-  host_table_ = at::full({num_slots, pages_per_slot_}, kNoPage,
-                         at::TensorOptions(at::kInt).pinned_memory(true));
-  table_ = host_table_.mutable_data_ptr<std::int32_t>();
-  device_table_ =
-      at::empty({num_slots, pages_per_slot_}, at::TensorOptions(at::kInt).device(data_.device()));
 }
 
 std::int64_t PagedKvCache::page_bytes() const {
@@ -119,11 +125,11 @@ void PagedKvCache::make_room(std::int64_t slot, std::int64_t num_tokens,
   }
 }
 
-void PagedKvCache::sync_page_table(CUstream_st* stream) {
+void PagedKvCache::sync_page_table() {
   if (table_changed_) {
-    MOQ_CUDA_CHECK(cudaMemcpyAsync(device_table_.mutable_data_ptr(), table_,
-                                   static_cast<std::size_t>(host_table_.nbytes()),
-                                   cudaMemcpyHostToDevice, stream));
+    std::copy(table_.begin(), table_.end(), pinned_table_.mutable_data_ptr<std::int32_t>());
+    // (torch's own copy keeps the pinned memory until it is done, even if this cache ends first.)
+    device_table_.copy_(pinned_table_, /*non_blocking=*/true);
     table_changed_ = false;
   }
 }

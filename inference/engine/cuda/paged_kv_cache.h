@@ -27,6 +27,8 @@ class PagedKvCache final : public KvCache {
                std::int64_t num_slots, std::int64_t capacity, DType dtype);
 
   std::int64_t bytes() const override;
+  at::Device device() const { return data_.device(); }
+  DType dtype() const { return dtype_; }
   /// Tells this cache from every other one of the process.
   std::uint64_t id() const { return id_; }
 
@@ -34,8 +36,9 @@ class PagedKvCache final : public KvCache {
   /// @param rows  receives the row in the cache of each of these tokens (DevicePages)
   void make_room(std::int64_t slot, std::int64_t num_tokens, std::span<std::int32_t> rows,
                  CUstream_st* stream);
-  /// Brings the device's page table up to date with what make_room has changed.
-  void sync_page_table(CUstream_st* stream);
+  /// Brings the device's page table up to date with what make_room has changed, on the current
+  /// stream, which has done what it was given before the last call.
+  void sync_page_table();
 
   kernels::DevicePages pages(std::int64_t layer) const;
   const std::int32_t* page_table() const { return device_table_.const_data_ptr<std::int32_t>(); }
@@ -47,7 +50,7 @@ class PagedKvCache final : public KvCache {
   void copy(std::int64_t from, std::int64_t to) override;
   void forget(std::int64_t slot, std::int64_t length) override;
   std::int32_t& page_of(std::int64_t slot, std::int64_t index) {
-    return table_[slot * pages_per_slot_ + index];
+    return table_[static_cast<std::size_t>(slot * pages_per_slot_ + index)];
   }
   std::int32_t take_page();
   void release_page(std::int32_t page);
@@ -61,9 +64,9 @@ class PagedKvCache final : public KvCache {
   std::uint64_t id_;
   std::vector<std::int32_t> owners_;  ///< of each page, slots that name it
   std::vector<std::int32_t> free_pages_;
-  at::Tensor host_table_;    ///< [slots, pages_per_slot], pinned
-  std::int32_t* table_;      ///< its elements
-  at::Tensor device_table_;  ///< the same, as kernels see it
+  std::vector<std::int32_t> table_;  ///< [slots, pages_per_slot]
+  at::Tensor pinned_table_;          ///< the same, on its way to the device
+  at::Tensor device_table_;          ///< the same, as kernels see it
   bool table_changed_ = true;
   at::Tensor data_;    ///< [layers, {keys, values}, pages, kv heads, page tokens, head_dim]
   at::Tensor scales_;  ///< [layers, {keys, values}, pages, kv heads, page tokens] float32; INT8

@@ -1,5 +1,4 @@
 // What a forward pass on a GPU gives: hidden states, logits, pooled outputs.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
@@ -10,14 +9,14 @@
 
 namespace moq::inference::cuda {
 
-at::Tensor CudaTransformer::hidden_state() {
+void CudaTransformer::hidden_state(const at::Tensor& out) {
   const OnDevice on_device(*this);
   if (spec_.norm_place == NormPlace::kPost) {
-    return x_.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+    out.copy_(x_);
+    return;
   }
   normalize(workspace_.x, device_weights_.final_norm, workspace_.normed, num_tokens_);
-  return at::from_blob(workspace_.normed, x_.sizes(), x_.options())
-      .to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
+  out.copy_(at::from_blob(workspace_.normed, x_.sizes(), x_.options()));
 }
 
 /// logits_ (with several ranks joined_) of `count` rows of `input`, a part of x: of those that the
@@ -70,7 +69,7 @@ at::Tensor CudaTransformer::joined_logits(std::int64_t count) const {
   return (group_ ? joined_ : logits_).narrow(0, 0, count).narrow(1, 0, spec_.vocab_size);
 }
 
-at::Tensor CudaTransformer::logits(std::span<const std::int64_t> rows) {
+void CudaTransformer::logits(std::span<const std::int64_t> rows, const at::Tensor& out) {
   const auto count = static_cast<std::int64_t>(rows.size());
   for (const std::int64_t row : rows) {
     check_row(row, num_tokens_);
@@ -85,36 +84,30 @@ at::Tensor CudaTransformer::logits(std::span<const std::int64_t> rows) {
   } else {
     run_head(workspace_.x, upload_rows(rows), count);
   }
-  return joined_logits(count);
+  out.copy_(joined_logits(count));
 }
 
-at::Tensor CudaTransformer::pooled(const TokenBatch& batch) {
+void CudaTransformer::pooled(const TokenBatch& batch, const at::Tensor& out) {
   const auto count = static_cast<std::int64_t>(batch.sequences().size());
   const OnDevice on_device(*this);
   reserve_rows(count);
   normalize(workspace_.x, {}, head_in_.mutable_data_ptr(), count, last_inputs_->first_tokens());
-  at::Tensor output =
-      at::empty({count, spec_.hidden_size}, at::TensorOptions(at::kFloat).device(device_));
   linear("pooler", head_in_.const_data_ptr(), {}, device_weights_.pooler,
          {.m = count,
           .activation = spec_.pooler_activation,
-          .output = output.mutable_data_ptr(),
+          .output = out.mutable_data_ptr(),
           .output_stride = spec_.hidden_size,
           .float32_output = true});
-  return output;
 }
 
-at::Tensor CudaTransformer::classify(const at::Tensor& pooled) {
-  const std::int64_t count = pooled.size(0);
+void CudaTransformer::classify(const at::Tensor& pooled, const at::Tensor& out) {
   const OnDevice on_device(*this);
   const at::Tensor input = pooled.to(scalar_type(dtype_));
-  at::Tensor output = at::empty({count, spec_.num_labels}, pooled.options());
   linear("classifier", input.const_data_ptr(), {}, device_weights_.classifier,
-         {.m = count,
-          .output = output.mutable_data_ptr(),
+         {.m = pooled.size(0),
+          .output = out.mutable_data_ptr(),
           .output_stride = spec_.num_labels,
           .float32_output = true});
-  return output;
 }
 
 /// Row numbers on the device, until the next call.

@@ -29,11 +29,10 @@ class StepGraph {
   };
 
   explicit StepGraph(const Key& key)
-      : inputs_(std::make_unique<StepInputs>(key.num_tokens, key.num_decoding + key.num_longer,
-                                             key.num_tokens)) {}
+      : inputs_(std::make_shared<StepInputs>(key.num_tokens, key.num_decoding + key.num_longer,
+                                             key.cache == 0 ? 0 : key.num_tokens)) {}
 
-  StepInputs& inputs() { return *inputs_; }
-  const StepInputs& inputs() const { return *inputs_; }
+  const std::shared_ptr<StepInputs>& inputs() const { return inputs_; }
   bool captured() const { return executable_ != nullptr; }
 
   /// Captures what step() launches on the stream; nothing is executed.
@@ -46,7 +45,10 @@ class StepGraph {
       step();
     } catch (...) {
       cudaStreamEndCapture(stream, &graph);
-      cudaGraphDestroy(graph);
+      if (graph != nullptr) {
+        cudaGraphDestroy(graph);
+      }
+      (void)cudaGetLastError();  // the capture's, which is over
       throw;
     }
     MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
@@ -66,7 +68,7 @@ class StepGraph {
     void operator()(CUgraphExec_st* executable) const noexcept { cudaGraphExecDestroy(executable); }
   };
 
-  std::unique_ptr<StepInputs> inputs_;
+  std::shared_ptr<StepInputs> inputs_;
   std::unique_ptr<CUgraphExec_st, Destroy> executable_;
 };
 

@@ -9,18 +9,17 @@
 
 #include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/on_device.h"
+#include "inference/engine/positions.h"
 #include "kernels/common/check.h"
-#include "kernels/sampling.h"
 
 namespace moq::inference::cuda {
 namespace {
 
 constexpr std::int64_t kFewestRows = 16;     // whose logits there is room for
 constexpr std::int64_t kCapacityStep = 256;  // tokens; capacities of kept caches are multiples
-constexpr std::int64_t kWordBits = 32;
 
-std::int64_t round_up(std::int64_t value, std::int64_t unit) {
-  return (value + unit - 1) / unit * unit;
+std::int64_t divide_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit;
 }
 
 }  // namespace
@@ -55,16 +54,38 @@ MemoryReport CudaTransformer::memory() const {
   }
   report.workspace += eager_inputs_ ? eager_inputs_->bytes() : 0;
   for (const auto& [key, graph] : graphs_) {
-    report.workspace += graph.inputs().bytes();
+    report.workspace += graph.inputs()->bytes();
   }
   return report;
 }
 
-std::unique_ptr<KvCache> CudaTransformer::make_cache(std::int64_t num_slots,
-                                                     std::int64_t capacity) const {
-  const c10::cuda::CUDAStreamGuard guard(stream_);
+std::unique_ptr<PagedKvCache> CudaTransformer::new_cache(std::int64_t num_slots,
+                                                         std::int64_t capacity) const {
   return std::make_unique<PagedKvCache>(spec_.num_layers, kv_heads(), spec_.head_dim, num_slots,
                                         capacity, kv_dtype_);
+}
+
+std::unique_ptr<KvCache> CudaTransformer::make_cache(std::int64_t num_slots,
+                                                     std::int64_t capacity) {
+  const OnDevice on_device(*this);
+  std::unique_ptr<KvCache> cache;
+  on_all_ranks(*communicator_, "a KV cache", [&] { cache = new_cache(num_slots, capacity); });
+  return cache;
+}
+
+/// Makes the cache that generations use.
+KvCache& CudaTransformer::keep_cache(std::int64_t num_slots, std::int64_t capacity) {
+  std::unique_ptr<PagedKvCache> cache;
+  at::Tensor seen;
+  on_all_ranks(*communicator_, "the KV cache", [&] {
+    cache = new_cache(num_slots, capacity);
+    // Twice as many rows: those that fill up a batch have one of their own each.
+    seen = allocate({2 * bucket_of(num_slots), divide_up(spec_.vocab_size, kHistoryWordBits)},
+                    at::kInt, "the KV cache");
+  });
+  generation_cache_ = std::move(cache);
+  seen_ = std::move(seen);
+  return *generation_cache_;
 }
 
 KvCache& CudaTransformer::generation_cache(std::int64_t num_slots, std::int64_t capacity) {
@@ -73,22 +94,31 @@ KvCache& CudaTransformer::generation_cache(std::int64_t num_slots, std::int64_t 
     return *generation_cache_;
   }
   const OnDevice on_device(*this);
-  if (generation_cache_) {  // never two of them, nor again a smaller one
-    num_slots = std::max(num_slots, generation_cache_->num_slots());
-    capacity = std::max(capacity, generation_cache_->capacity());
-    drop_graphs();
-    generation_cache_.reset();
+  capacity = std::min(divide_up(capacity, kCapacityStep) * kCapacityStep, spec_.max_positions);
+  const std::int64_t held_slots = generation_cache_ ? generation_cache_->num_slots() : 0;
+  const std::int64_t held_capacity = generation_cache_ ? generation_cache_->capacity() : 0;
+  drop_graphs();
+  generation_cache_.reset();  // never two of them
+  // One that serves both this request and the last one spares the next one the wait, unless the
+  // two are too different for that: long sequences, then many.
+  const std::int64_t most_slots = std::max(num_slots, held_slots);
+  const std::int64_t longest = std::max(capacity, held_capacity);
+  if (held_slots > 0 &&
+      most_slots * longest <= 2 * std::max(num_slots * capacity, held_slots * held_capacity)) {
+    try {
+      return keep_cache(most_slots, longest);
+    } catch (const Error&) {  // what is asked for may fit by itself
+    }
   }
-  capacity = std::min(round_up(capacity, kCapacityStep), spec_.max_positions);
-  generation_cache_ = std::make_unique<PagedKvCache>(spec_.num_layers, kv_heads(), spec_.head_dim,
-                                                     num_slots, capacity, kv_dtype_);
-  // Twice as many rows: those that fill up a batch have one of their own each.
-  seen_ = at::empty({2 * bucket_of(num_slots), round_up(spec_.vocab_size, kWordBits) / kWordBits},
-                    at::TensorOptions(at::kInt).device(device_));
-  return *generation_cache_;
+  return keep_cache(num_slots, capacity);
 }
 
-// ---- room
+// ---- room. What does not fit on one rank leaves all of them without.
+
+at::Tensor CudaTransformer::new_result(at::IntArrayRef sizes) const {
+  const c10::cuda::CUDAGuard guard(device_);
+  return allocate(sizes, at::kFloat, "the result", "fewer tokens at once take less");
+}
 
 void CudaTransformer::reserve(std::int64_t num_tokens) {
   if (num_tokens <= workspace_.max_tokens) {
@@ -96,46 +126,61 @@ void CudaTransformer::reserve(std::int64_t num_tokens) {
   }
   const OnDevice on_device(*this);
   drop_graphs();
-  workspace_.plan(num_tokens, {.hidden = spec_.hidden_size,
-                               .qkv = qkv_width(),
-                               .query = q_heads() * spec_.head_dim,
-                               .inner = weights_.ffn.size(),
-                               .element_bytes = static_cast<std::int64_t>(size_of(dtype_))});
+  num_tokens_ = 0;
+  x_ = at::Tensor();
+  workspace_ = {};  // its memory first
+  Workspace larger;
+  on_all_ranks(*communicator_, "the workspace", [&] {
+    larger.plan(num_tokens, {.hidden = spec_.hidden_size,
+                             .qkv = qkv_width(),
+                             .query = q_heads() * spec_.head_dim,
+                             .inner = weights_.ffn.size(),
+                             .element_bytes = static_cast<std::int64_t>(size_of(dtype_))});
+  });
+  workspace_ = std::move(larger);
 }
 
 void CudaTransformer::reserve_rows(std::int64_t num_rows) {
-  const std::int64_t room = head_in_.defined() ? head_in_.size(1) : 0;
-  if (num_rows <= room) {
+  if (num_rows <= max_rows_) {
     return;
   }
-  num_rows = std::max({num_rows, kFewestRows, room});
+  num_rows = std::max(num_rows, kFewestRows);
   drop_graphs();
-  const auto options = at::TensorOptions(at::kFloat).device(device_);
-  const auto& widths = weights_.vocab_widths;
-  head_in_ = at::empty({2, num_rows, spec_.hidden_size}, options.dtype(scalar_type(dtype_)));
-  tokens_ = at::empty({num_rows}, options.dtype(at::kInt));
-  pinned_tokens_ = at::empty({num_rows}, at::TensorOptions(at::kInt).pinned_memory(true));
-  if (!spec_.has_head) {
-    return;
-  }
-  const std::int64_t widest = *std::max_element(widths.begin(), widths.end());
-  logits_ = at::empty({num_rows, widest}, options);
-  if (group_) {
-    all_logits_ = at::empty({communicator_->size(), num_rows, widest}, options);
-    joined_ = at::empty({num_rows, spec_.vocab_size}, options);
-  }
+  max_rows_ = 0;
+  const auto room = [](at::IntArrayRef sizes, at::ScalarType type) {
+    return allocate(sizes, type, "the workspace", "fewer sequences at once take less");
+  };
+  on_all_ranks(*communicator_, "room for logits", [&] {
+    head_in_ = room({2, num_rows, spec_.hidden_size}, scalar_type(dtype_));
+    tokens_ = room({num_rows}, at::kInt);
+    pinned_tokens_ = at::empty({num_rows}, at::TensorOptions(at::kInt).pinned_memory(true));
+    if (spec_.has_head) {
+      const std::int64_t widest = std::ranges::max(weights_.vocab_widths);
+      logits_ = room({num_rows, widest}, at::kFloat);
+      if (group_) {
+        all_logits_ = room({communicator_->size(), num_rows, widest}, at::kFloat);
+        joined_ = room({num_rows, spec_.vocab_size}, at::kFloat);
+      }
+    }
+  });
+  max_rows_ = num_rows;
 }
 
 void CudaTransformer::reserve_positions(std::int64_t num_positions) {
-  if (spec_.positions != PositionKind::kRotary || num_positions <= rotation_.num_positions()) {
+  if (spec_.positions != PositionKind::kRotary || num_positions <= num_positions_) {
     return;
   }
+  RotationTable table;
   const std::int64_t last = num_positions - 1;
-  rotation_.reserve(spec_, {&last, 1});
+  table.reserve(spec_, {&last, 1});
+  const auto size = static_cast<std::size_t>(table.num_positions() * spec_.rotary_dim() / 2);
   drop_graphs();
-  const auto size = static_cast<std::size_t>(rotation_.num_positions() * spec_.rotary_dim() / 2);
-  cos_ = upload(std::as_bytes(std::span(rotation_.cos(), size)), "the workspace");
-  sin_ = upload(std::as_bytes(std::span(rotation_.sin(), size)), "the workspace");
+  num_positions_ = 0;
+  on_all_ranks(*communicator_, "the table of rotations", [&] {
+    cos_ = upload(std::as_bytes(std::span(table.cos(), size)), "the workspace");
+    sin_ = upload(std::as_bytes(std::span(table.sin(), size)), "the workspace");
+  });
+  num_positions_ = table.num_positions();
 }
 
 // ---- errors
@@ -147,6 +192,9 @@ void CudaTransformer::note_failure() {
       status != cudaErrorStreamCaptureUnsupported && status != cudaErrorStreamCaptureInvalidated) {
     failure_ = cudaGetErrorString(status);
   }
+  if (status != cudaSuccess) {
+    (void)cudaGetLastError();  // for others, a stream that is not ready is no error
+  }
 }
 
 void CudaTransformer::synchronize(const char* what, std::int64_t num_tokens) {
@@ -155,8 +203,8 @@ void CudaTransformer::synchronize(const char* what, std::int64_t num_tokens) {
     failure_ = cudaGetErrorString(status);
     moq::detail::fail("engine: ", what, " of ", num_tokens, " tokens must succeed on ",
                       device_.str(), ", got \"", failure_,
-                      "\" from one of its kernels: CUDA_LAUNCH_BLOCKING=1 tells which. The engine ",
-                      "is unusable now");
+                      "\" from one of its kernels: MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells ",
+                      "which. The engine is unusable now");
   }
 }
 

@@ -17,7 +17,6 @@
 #include "inference/engine/cuda/step_graph.h"
 #include "inference/engine/cuda/step_inputs.h"
 #include "inference/engine/cuda/workspace.h"
-#include "inference/engine/positions.h"
 #include "inference/engine/transformer.h"
 #include "inference/policies/parameter_map.h"
 
@@ -43,6 +42,9 @@ namespace cuda {
 /// Rows that a decode step of so many is computed with, so that few graphs serve all.
 std::int64_t bucket_of(std::int64_t num_rows);
 
+/// Whether steps are captured in CUDA graphs. MOQ_GPU_GRAPHS=0 forbids it.
+bool uses_graphs();
+
 /// A transformer on a GPU. Kernels are launched on a stream of its own, which waits for the
 /// caller's current stream and is waited for by it.
 ///
@@ -57,17 +59,19 @@ class CudaTransformer final : public Transformer {
 
   at::Device device() const override { return device_; }
   std::string compute_dtype() const override { return name_of(dtype_); }
+  std::string kv_cache_dtype() const override { return name_of(kv_dtype_); }
   MemoryReport memory() const override;
   void release_graphs() override { drop_graphs(); }
   std::vector<KernelRecord> decode_kernels() const override { return decode_kernels_; }
-  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) const override;
+  std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) override;
   KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
+  at::Tensor new_result(at::IntArrayRef sizes) const override;
   void reserve(std::int64_t num_tokens) override;
   void forward(const TokenBatch& batch, KvCache* cache) override;
-  at::Tensor hidden_state() override;
-  at::Tensor logits(std::span<const std::int64_t> rows) override;
-  at::Tensor pooled(const TokenBatch& batch) override;
-  at::Tensor classify(const at::Tensor& pooled) override;
+  void hidden_state(const at::Tensor& out) override;
+  void logits(std::span<const std::int64_t> rows, const at::Tensor& out) override;
+  void pooled(const TokenBatch& batch, const at::Tensor& out) override;
+  void classify(const at::Tensor& pooled, const at::Tensor& out) override;
   std::span<const std::int64_t> next_tokens(
       const TokenBatch& batch, KvCache& cache, std::span<const std::int64_t> rows,
       std::span<const kernels::SamplingRow> sampling) override;
@@ -86,9 +90,12 @@ class CudaTransformer final : public Transformer {
     const PagedKvCache* cache;
   };
 
-  PagedKvCache* own_cache(KvCache* cache) const;
-  Step begin_step(const TokenBatch& batch, PagedKvCache* cache, StepInputs& inputs);
-  StepInputs& eager_inputs(const TokenBatch& batch, std::int64_t num_rows);
+  PagedKvCache* checked(KvCache* cache) const;
+  std::unique_ptr<PagedKvCache> new_cache(std::int64_t num_slots, std::int64_t capacity) const;
+  KvCache& keep_cache(std::int64_t num_slots, std::int64_t capacity);
+  Step begin_step(const TokenBatch& batch, PagedKvCache* cache,
+                  const std::shared_ptr<StepInputs>& inputs);
+  const std::shared_ptr<StepInputs>& eager_inputs(const TokenBatch& batch, std::int64_t num_rows);
   void reserve_rows(std::int64_t num_rows);
   void reserve_positions(std::int64_t num_positions);
 
@@ -117,16 +124,17 @@ class CudaTransformer final : public Transformer {
   void run_step(const Step& step, const std::int32_t* rows, std::int64_t count, bool all_greedy);
   void decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
               std::span<const kernels::SamplingRow> sampling);
-  bool write_sampling(StepInputs& inputs, const TokenBatch& batch,
+  void write_sampling(StepInputs& inputs, const TokenBatch& batch,
                       std::span<const std::int64_t> rows,
                       std::span<const kernels::SamplingRow> sampling);
   void write_history(std::int64_t slot, std::span<const std::int64_t> tokens);
   void take_tokens(std::size_t count);
+  StepGraph& graph_of(const StepGraph::Key& key);
   StepGraph* forward_graph(const TokenBatch& batch);
-  void drop_graphs() {
-    graphs_.clear();
-    last_inputs_ = nullptr;
-  }
+  template <typename Run>
+  void capture(StepGraph& graph, const Run& run);
+  /// (A graph in flight ends first, and last_inputs_ holds what it reads.)
+  void drop_graphs() { graphs_.clear(); }
 
   template <typename Launch>
   void launch(const char* what, std::int64_t rows, std::int64_t columns, std::int64_t bytes,
@@ -141,22 +149,24 @@ class CudaTransformer final : public Transformer {
   std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
   DeviceWeights device_weights_;
 
-  RotationTable rotation_;  ///< on the host, and what of it is on the device:
+  std::int64_t num_positions_ = 0;  ///< of the rotation's tables: a RotationTable's
   at::Tensor cos_;
   at::Tensor sin_;
 
   Workspace workspace_;
   at::Tensor x_;  ///< a view of the workspace's x: the last batch's tokens
   std::int64_t num_tokens_ = 0;
-  at::Tensor head_in_;        ///< [2, rows, hidden_size]
-  at::Tensor logits_;         ///< [rows, widest share of the vocabulary] float32
-  at::Tensor all_logits_;     ///< [ranks, rows, widest share] float32; several ranks
-  at::Tensor joined_;         ///< [rows, vocab_size] float32; several ranks
-  at::Tensor tokens_;         ///< [rows] int32, drawn
-  at::Tensor pinned_tokens_;  ///< the same, in host memory
+  std::int64_t max_rows_ = 0;  ///< whose logits there is room for:
+  at::Tensor head_in_;         ///< [2, rows, hidden_size]
+  at::Tensor logits_;          ///< [rows, widest share of the vocabulary] float32
+  at::Tensor all_logits_;      ///< [ranks, rows, widest share] float32; several ranks
+  at::Tensor joined_;          ///< [rows, vocab_size] float32; several ranks
+  at::Tensor tokens_;          ///< [rows] int32, drawn
+  at::Tensor pinned_tokens_;   ///< the same, in host memory
   at::Tensor uploaded_rows_;
-  std::unique_ptr<StepInputs> eager_inputs_;
-  const StepInputs* last_inputs_ = nullptr;  ///< of the last step
+  std::shared_ptr<StepInputs> eager_inputs_;
+  /// Of the last step, kept until the stream is known to have read them.
+  std::shared_ptr<const StepInputs> last_inputs_;
 
   std::unique_ptr<PagedKvCache> generation_cache_;
   at::Tensor

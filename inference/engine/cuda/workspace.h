@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <string>
 
 #include "inference/engine/cuda/device_memory.h"
 
@@ -24,7 +26,6 @@ struct Workspace {
   at::Tensor memory;
   void* x = nullptr;            ///< [hidden], the residual stream
   void* normed = nullptr;       ///< [hidden], where a norm is a kernel of its own
-  void* sum = nullptr;          ///< [hidden], before a norm that follows (post-norm models)
   void* qkv = nullptr;          ///< [q | k | v], or [q]
   void* attended = nullptr;     ///< [query]
   void* inner = nullptr;        ///< [inner]
@@ -34,6 +35,8 @@ struct Workspace {
 
   std::int64_t bytes() const { return memory.defined() ? memory.numel() : 0; }
 
+  /// Of an empty one.
+  /// @throws OutOfMemory, leaving it empty
   void plan(std::int64_t num_tokens, const ActivationSizes& sizes) {
     constexpr std::int64_t kAlignment = 256;
     std::int64_t end = 0;
@@ -45,14 +48,16 @@ struct Workspace {
     const std::int64_t element = sizes.element_bytes;
     const std::int64_t widest = std::max({sizes.hidden, sizes.query, sizes.inner});
     const std::int64_t begins[] = {place(sizes.hidden * element), place(sizes.hidden * element),
-                                   place(sizes.hidden * element), place(sizes.qkv * element),
-                                   place(sizes.query * element),  place(sizes.inner * element),
-                                   place(widest * element),       place(2 * sizeof(float))};
-    memory = at::Tensor();  // the old one's memory first
-    memory = allocate(end, "the workspace");
+                                   place(sizes.qkv * element),    place(sizes.query * element),
+                                   place(sizes.inner * element),  place(widest * element),
+                                   place(2 * sizeof(float))};
+    const std::int64_t fitting = free_bytes() / std::max<std::int64_t>(end / num_tokens, 1);
+    memory = allocate(end, "the workspace",
+                      "about " + std::to_string(fitting) + " tokens at once would fit, got " +
+                          std::to_string(num_tokens));
     max_tokens = num_tokens;
     auto* const base = static_cast<char*>(memory.mutable_data_ptr());
-    void** const parts[] = {&x, &normed, &sum, &qkv, &attended, &inner, &codes};
+    void** const parts[] = {&x, &normed, &qkv, &attended, &inner, &codes};
     for (std::size_t i = 0; i < std::size(parts); ++i) {
       *parts[i] = base + begins[i];
     }
