@@ -47,10 +47,17 @@ def _profile(engine: Engine, args: argparse.Namespace) -> int:
 
     prompts = random_prompts(engine, args.batch, args.context)
     kernels, step_time = profile_decode(engine, prompts, args.new_tokens)
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(engine.core.device)
     if is_first_rank() and args.json:
+        shared = {
+            "step_microseconds": step_time,
+            "context": args.context,
+            "batch": args.batch,
+            "read_bandwidth": bandwidth,
+            **describe(engine),
+        }
         for kernel in kernels:
-            print(json.dumps(asdict(kernel) | {"read_bandwidth": bandwidth, **describe(engine)}))
+            print(json.dumps(asdict(kernel) | shared))
     elif is_first_rank():
         print(table(kernels, step_time, bandwidth))
     return 0

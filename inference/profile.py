@@ -27,17 +27,18 @@ class KernelTime:
         return self.bytes / self.microseconds / 1e6 if self.microseconds else 0.0
 
 
-def read_bandwidth(size: int = 1 << 30) -> float:
-    """Measured read bandwidth of the current GPU, TB/s: a reduction over 1 GiB, median of 20."""
-    data = torch.ones(size // 4, device="cuda")
+def read_bandwidth(device: str, size: int = 1 << 30) -> float:
+    """Measured read bandwidth of a GPU, TB/s: a reduction over 1 GiB, median of 20."""
+    data = torch.ones(size // 4, device=device)
     times = []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        data.sum()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    with torch.cuda.device(data.device):
+        for _ in range(20):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            data.sum()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
     return size / statistics.median(times) / 1e9
 
 
@@ -47,34 +48,38 @@ def profile_decode(
     """Kernel times of a decode step of the prompts' batch, and the whole step's microseconds.
 
     Raises:
-        ValueError: on the CPU, or if the profiler saw other kernels than the engine launched.
+        ValueError: on the CPU, for several ranks or too few steps, or if the profiler saw other
+            kernels than the engine launched.
     """
     if not engine.core.device.startswith("cuda"):
         raise ValueError(f"--profile needs --device cuda, got {engine.core.device}")
+    if engine.core.tp_size > 1:
+        raise ValueError(f"--profile needs one process, got {engine.core.tp_size} ranks")
+    if new_tokens < 3:  # one from the prompt, and two steps to take the time between
+        raise ValueError(f"--profile needs --new-tokens >= 3, got {new_tokens}")
     options = {"stop_token_ids": [], "max_batch": len(prompts)}
     engine.generate(prompts, 4, **options)  # captures the graph
     kernels = engine.core.decode_kernels()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         engine.generate(prompts, new_tokens, **options)
     events = sorted(
-        (
-            (event.time_range.start, event.time_range.end)
-            for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-            and not event.name.startswith(("Memcpy", "Memset"))
-        ),
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
     )
-    steps = (len(events) - 1) // len(kernels)  # what is left over belongs to the prompt
-    if steps < new_tokens - 1:
+    steps = new_tokens - 1  # what lies before them belongs to the prompt
+    last = [(start, end) for start, end, _ in events[-steps * len(kernels) :]]
+    names = [name for _, _, name in events[-steps * len(kernels) :]]
+    if not kernels or len(last) < steps * len(kernels) or names != names[: len(kernels)] * steps:
         raise ValueError(
-            f"the profiler must see the {len(kernels)} kernels of each of {new_tokens - 1} steps, "
-            f"got {len(events)} in all"
+            f"the profiler must see the same {len(kernels)} kernels in each of {steps} steps, got "
+            f"{len(events)} kernels in all, others or in another order"
         )
-    last = events[-(new_tokens - 1) * len(kernels) :]
     sums: dict[str, KernelTime] = {}
     for i, (what, _, _, size) in enumerate(kernels):
-        own = [last[step * len(kernels) + i] for step in range(1, new_tokens - 1)]
-        before = [last[step * len(kernels) + i - 1] for step in range(1, new_tokens - 1)]
+        own = [last[step * len(kernels) + i] for step in range(1, steps)]
+        before = [last[step * len(kernels) + i - 1] for step in range(1, steps)]
         added = statistics.median(
             end - max(previous, start) if i == 0 else end - previous
             for (start, end), (_, previous) in zip(own, before, strict=True)
@@ -85,7 +90,7 @@ def profile_decode(
         kind.microseconds += added
         kind.busy += busy
         kind.bytes += size
-    ends = [last[(step + 1) * len(kernels) - 1][1] for step in range(new_tokens - 1)]
+    ends = [last[(step + 1) * len(kernels) - 1][1] for step in range(steps)]
     step_time = statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
     return list(sums.values()), step_time
 
