@@ -1,6 +1,7 @@
 """FP16 and BF16 on a GPU: the errors of logits against those of transformers in the same dtype."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import models
@@ -15,6 +16,9 @@ pytestmark = pytest.mark.gpu
 LICENSE = Path(__file__).parents[2] / "LICENSE"  # a long English text
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
+
+# Positions that must be decided beyond all doubt, so that comparing decisions says something.
+FEWEST_DECIDED = {"fp16": 0.7, "int8": 0.6, "bf16": 0.3}
 
 ROWS = sequences(1, 8, 9, 40, 95)
 
@@ -70,7 +74,50 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     half = with_parameters_in(DTYPES[dtype], models.build(name))
     naive = list(naive_logits(half, ROWS))
     exact = logits_of(with_parameters_in(torch.float64, half), ROWS, "cpu")
-    check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
+    decided = check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
+    print(f"{name} {dtype}: decided positions {decided:.3f}")
+    assert decided >= FEWEST_DECIDED[dtype]
+
+
+def cached_logits(engine, pieces):
+    """Logits of one sequence that comes piece by piece."""
+    cache = engine.core.make_cache(1, sum(map(len, pieces)))
+    slot = cache.allocate()
+    return torch.cat([engine.core.forward([piece], [], cache, [slot]) for piece in pieces])
+
+
+def in_pieces(row, *sizes):
+    """The row in pieces of these sizes, over and over."""
+    pieces, sizes = [], itertools.cycle(sizes)
+    while row:
+        size = next(sizes)
+        pieces.append(row[:size])
+        row = row[size:]
+    return pieces
+
+
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu):
+    directory = model_directory(name)
+    engine = Engine.from_pretrained(
+        directory, device=gpu, dtype=weights, policy=models.policy_in(directory)
+    )
+    model = models.build(name)
+    half = with_parameters_in(
+        DTYPES.get(weights, torch.float32),
+        models.simulate_int8(model) if weights == "int8" else model,
+    )
+    naive = list(
+        naive_logits(with_parameters_in(DTYPES.get(weights, torch.float16), half), [ROWS[-1]])
+    )
+    exact = logits_of(with_parameters_in(torch.float64, half), [ROWS[-1]], "cpu")
+    for sizes in ([1], [7, 1, 8, 2, 17]):
+        decided = check_against_naive(
+            cached_logits(engine, in_pieces(ROWS[-1], *sizes)), naive, exact
+        )
+        print(f"{name} {weights} {sizes}: decided positions {decided:.3f}")
+        assert decided >= FEWEST_DECIDED[weights]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,6 +148,8 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
         naive_logits(with_parameters_in(torch.float16, half) if weights == "int8" else half, [row])
     )
     exact = logits_of(with_parameters_in(torch.float64, half), [row], "cpu")
-    decided = check_against_naive(engine.forward([row])[0], naive, exact)
-    print(f"{weights}: decided positions {decided:.3f}")
-    assert decided >= (0.8 if weights == "bf16" else 0.95)
+    pieces = [row[:190], *in_pieces(row[190:], 1, 1, 1, 5)]
+    for logits in (engine.forward([row])[0], cached_logits(engine, pieces)):
+        decided = check_against_naive(logits, naive, exact)
+        print(f"{weights}: decided positions {decided:.3f}")
+        assert decided >= (0.8 if weights == "bf16" else 0.95)
