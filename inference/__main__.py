@@ -17,7 +17,7 @@ def main() -> int:
     """Runs one command; returns 0, or 1 with the error on standard error."""
     parser = argparse.ArgumentParser(
         prog="python -m moq.inference",
-        description="Serves an exported moq directory or a plain Hugging Face one on the CPU.",
+        description="Serves an exported moq directory or a plain Hugging Face one.",
         epilog="COMMAND --help teaches one command.",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

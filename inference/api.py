@@ -369,7 +369,10 @@ def _check_arguments(
     quantize_head: bool | None,
     kv_cache_dtype: str | None,
 ) -> None:
-    kind = "cpu" if device is None else torch.device(device).type
+    try:
+        kind = "cpu" if device is None else torch.device(device).type
+    except RuntimeError:  # no device of torch
+        kind = ""
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device must be None, 'cpu' or 'cuda', got {str(device)!r}")
     if dtype is not None and dtype not in DTYPES:

@@ -47,7 +47,8 @@ def connect(
 
     Raises:
         ValueError: if tp_size is neither 1 nor the number of ranks.
-        moq._C.Error: if the transport asked for can't be had, or a rank failed on the way.
+        moq._C.Error: if the transport or the GPU asked for can't be had, or a rank failed on the
+            way.
     """
     launched = all(variable in os.environ for variable in _LAUNCHER_VARIABLES)
     if dist.is_initialized():
@@ -64,6 +65,7 @@ def connect(
     if not dist.is_initialized():
         _end_with_the_launcher()
         if device is not None and device.type == "cuda":
+            _check_gpu(device)
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
@@ -87,6 +89,20 @@ def device_group_name(
     if communicator.size == 1 or device.type != "cuda":
         return ""
     return _group_for(device, group, "nccl").group_name
+
+
+def _check_gpu(device: torch.device) -> None:
+    """What the engine would check later: NCCL's own message says less.
+
+    Raises:
+        moq._C.Error: if the GPU does not exist.
+    """
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise _C.Error(
+            f"engine: device {device} must be one of the GPUs here, a rank on each, got {count}: "
+            "`moq doctor` says what was found"
+        )
 
 
 def broadcast_text(communicator: _C.Communicator, text: str) -> str:

@@ -41,6 +41,7 @@ def change_tensors(directory, change):
     ("options", "message"),
     [
         ({"device": "meta"}, "device must be None, 'cpu' or 'cuda', got 'meta'"),
+        ({"device": "gpu"}, "device must be None, 'cpu' or 'cuda', got 'gpu'"),
         ({"compute_dtype": "int8"}, "compute_dtype must be None or 'fp32' on the CPU"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be None, or 'int8' on a GPU"),
         ({"device": "cuda", "kv_cache_dtype": "fp8"}, "or 'int8' on a GPU, got 'fp8' on cuda"),
