@@ -165,6 +165,17 @@ def test_more_sequences_than_are_computed_at_once_are_classified(model_directory
         assert relative_error(encoding.logits[i], alone.logits[0]) < 2e-2
 
 
+def test_a_cache_serves_in_inference_mode_and_out_of_it(pair):
+    _, engine = pair
+    row = sequences(12)[0]
+    with torch.inference_mode():
+        cache = engine.core.make_cache(1, 96)
+        slot = cache.allocate()
+        first = engine.core.forward([row[:5]], [], cache, [slot])
+    rest = engine.core.forward([row[5:]], [], cache, [slot])
+    assert relative_error(torch.cat([first, rest]), engine.forward([row])[0]) < 5e-6
+
+
 def test_results_are_safe_from_the_call_of_another_stream(pair):
     _, engine = pair
     row, other = sequences(90, 80)

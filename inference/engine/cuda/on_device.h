@@ -1,7 +1,10 @@
 #pragma once
 
 #include <ATen/cuda/CUDAEvent.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/cuda/CUDAGuard.h>
+
+#include <exception>
 
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/common/check.h"
@@ -49,6 +52,8 @@ class CudaTransformer::OnDevice {
   CudaTransformer& model_;
   c10::cuda::CUDAStream caller_;
   c10::cuda::CUDAStreamGuard guard_;
+  /// Tensors that are kept may have been made in either mode, and are written in any.
+  c10::InferenceMode inference_mode_;
 };
 
 /// Runs launch(), the start of a kernel; an error names what was to be computed and where.
