@@ -63,10 +63,12 @@ def connect(
     if tp_size == 1 or num_ranks == 1:
         return _C.single_process()
     if not dist.is_initialized():
+        gpu = device if device is not None and device.type == "cuda" else None
+        if gpu is not None:
+            _check_gpu(gpu)
         _end_with_the_launcher()
-        if device is not None and device.type == "cuda":
-            _check_gpu(device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        if gpu is not None:
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu)
         else:
             dist.init_process_group("gloo")
         atexit.register(_destroy_process_group)

@@ -58,6 +58,14 @@ def test_unsuitable_option(options, message, model_directory):
         Engine.from_pretrained(model_directory("llama"), **options)
 
 
+def test_a_rank_without_a_gpu_is_told_before_the_ranks_meet(model_directory, monkeypatch):
+    launcher = {"RANK": "0", "LOCAL_RANK": "99", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (launcher | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(_C.Error, match="device cuda:99 must be one of the GPUs here"):
+        Engine.from_pretrained(model_directory("llama"), device="cuda")
+
+
 def test_missing_directory(tmp_path):
     with pytest.raises(_C.Error, match="the model must be a directory, got .*nothing"):
         Engine.from_pretrained(tmp_path / "nothing")
