@@ -116,7 +116,7 @@ def test_int8_weights_take_a_byte_each(smollm2, gpu):
 def test_a_cache_that_does_not_fit_says_what_would(model_directory, gpu):
     engine = Engine.from_pretrained(model_directory("llama"), device=gpu)
     with pytest.raises(_C.Error, match=r"the KV cache must fit .* got .* free: .* would fit"):
-        engine.core.make_cache(1 << 27, 96)
+        engine.core.make_cache(1 << 23, 96)
     engine.generate(sequences(5), 3)
 
 

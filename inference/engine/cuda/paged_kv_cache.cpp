@@ -38,7 +38,8 @@ PagedKvCache::PagedKvCache(std::int64_t num_layers, std::int64_t num_kv_heads,
       num_pages_(num_slots * pages_per_slot_),
       id_(next_id()) {
   MOQ_CHECK(num_pages_ <= std::numeric_limits<std::int32_t>::max() / kPageTokens,
-            "kv cache: slots * capacity must be below 2^31, got ", num_slots, " and ", capacity);
+            "kv cache: slots * capacity, in whole pages, must be below 2^31, got ", num_slots,
+            " and ", capacity);
   const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
   const std::int64_t fitting = free_bytes() / a_page;
   const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
