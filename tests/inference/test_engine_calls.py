@@ -27,13 +27,43 @@ def test_calls_from_several_threads_give_what_each_gives_alone(model_directory):
     assert got == {i: [tokens] * 10 for i, tokens in enumerate(alone)}
 
 
-@pytest.mark.parametrize("call", ["generate", "forward", "encode"])
-def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory):
+def test_questions_of_other_threads_wait_for_a_generation_to_end(model_directory):
     core = Engine.from_pretrained(model_directory("llama")).core
-    options = {"max_new_tokens": 4} if call == "generate" else {}
+    answers = []
+
+    def ask():
+        answers.append((core.memory_report(), core.decode_kernels(), core.make_cache(1, 8)))
+
+    thread = Thread(target=ask)
+    unanswered = []
 
     def on_token(row, token):
-        getattr(core, call)([[3, 4]], **options)
+        if thread.ident is None:
+            thread.start()
+        unanswered.append(not answers)
+        return True
+
+    core.generate([[3, 4]], max_new_tokens=20, on_token=on_token)
+    thread.join()
+    assert all(unanswered) and len(unanswered) == 20
+    assert answers[0][0]["kv_cache"] > 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda core: core.generate([[3, 4]], max_new_tokens=4),
+        lambda core: core.forward([[3, 4]]),
+        lambda core: core.encode([[3, 4]]),
+        lambda core: core.make_cache(1, 8),
+        lambda core: core.memory_report(),
+    ],
+)
+def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory):
+    core = Engine.from_pretrained(model_directory("llama")).core
+
+    def on_token(row, token):
+        call(core)
         return True
 
     with pytest.raises(_C.Error, match="must not call the engine that runs it"):
