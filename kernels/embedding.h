@@ -57,11 +57,11 @@ struct DeviceEmbeddingLookup {
 struct DeviceEmbeddingArgs {
   static constexpr int kMaxLookups = 3;
   DeviceEmbeddingLookup lookups[kMaxLookups] = {};
-  std::int32_t num_lookups = 0;    ///< in [1, kMaxLookups]
-  void* output = nullptr;          ///< [num_tokens, hidden_size], row-major, dtype
-  std::int64_t num_tokens = 0;     ///< >= 0
-  std::int64_t hidden_size = 0;    ///< >= 1
-  DType dtype = DType::kFloat16;   ///< float16, bfloat16 or float32
+  std::int32_t num_lookups = 0;   ///< in [1, kMaxLookups]
+  void* output = nullptr;         ///< [num_tokens, hidden_size], row-major, dtype
+  std::int64_t num_tokens = 0;    ///< >= 0
+  std::int64_t hidden_size = 0;   ///< >= 1
+  DType dtype = DType::kFloat16;  ///< float16, bfloat16 or float32
 };
 
 namespace cuda {

@@ -34,7 +34,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = kernels_may_overlap() && architecture_of(kernel) >= 90 ? 1 : 0;
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+  MOQ_CUDA_CHECK(
+      cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
 }
 
 }  // namespace moq::kernels::cuda
