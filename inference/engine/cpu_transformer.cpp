@@ -373,7 +373,7 @@ at::Tensor CpuTransformer::run_head(std::span<const std::int64_t> rows) {
     normalize(transformed, weights_.head_norm, input, count);
   }
   project(input, weights_.head, logits_.as<float>(), count);
-  const at::Tensor own = at::from_blob(logits_.data(), {count, width}, at::kFloat);
+  at::Tensor own = at::from_blob(logits_.data(), {count, width}, at::kFloat);
   if (communicator_->size() == 1) {
     return own;
   }

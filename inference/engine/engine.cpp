@@ -71,7 +71,7 @@ std::unique_ptr<Transformer> open_transformer(const ParameterMap& parameters,
   MOQ_CHECK(options.device.is_cuda(), "engine: device must be cpu or cuda, got ",
             options.device.str());
 #if defined(MOQ_WITH_CUDA)
-  return open_cuda_transformer(parameters, std::move(files), load,
+  return open_cuda_transformer(parameters, files, load,
                                {.device = options.device,
                                 .compute_dtype = options.compute_dtype,
                                 .kv_cache_dtype = options.kv_cache_dtype,

@@ -61,7 +61,7 @@ at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hin
 
 void copy_to_device(std::span<const std::byte> bytes, void* to) {
   if (!bytes.empty()) {
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     MOQ_CUDA_CHECK(cudaMemcpyAsync(to, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream));
     MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
   }

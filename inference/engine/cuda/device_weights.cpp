@@ -52,7 +52,7 @@ std::vector<float> read_rows(const Table& table, std::int64_t first, std::int64_
 StoredWeight pack_for_cuda(const UnpackedWeight& weight) {
   const auto size = static_cast<std::int64_t>(kernels::cuda::packed_linear_size(weight.shape));
   auto packed = std::make_shared<at::Tensor>(allocate(size, "the weights"));
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor rows = upload(weight.rows, "the weights");
   const at::Tensor scales = upload(weight.scales, "the weights");
   const at::Tensor zero_points = upload(weight.zero_points, "the weights");

@@ -2,6 +2,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <string>
 #include <utility>
 
 #include "inference/engine/cuda/device_memory.h"
@@ -55,17 +56,19 @@ std::int64_t stored_bytes(const checkpoint::Checkpoint& files) {
 at::Device check_device(at::Device device) {
   MOQ_CHECK(c10::cuda::device_count() > 0, "engine: device cuda needs a GPU and its driver, got ",
             "none: `moq doctor` says what was found");
-  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
+  const c10::DeviceIndex index = device.has_index() ? device.index() : c10::cuda::current_device();
+  const at::Device found(at::kCUDA, index);
   MOQ_CHECK(index < c10::cuda::device_count(), "engine: device must be one of the ",
-            static_cast<int>(c10::cuda::device_count()), " GPUs, got cuda:", index);
-  return {at::kCUDA, static_cast<c10::DeviceIndex>(index)};
+            std::to_string(c10::cuda::device_count()), " GPUs, got ", found.str());
+  return found;
 }
 
 }  // namespace
 
 std::unique_ptr<Transformer> open_cuda_transformer(
-    const ParameterMap& parameters, std::shared_ptr<const checkpoint::Checkpoint> files,
-    LoadOptions load, const CudaOptions& options, std::shared_ptr<Communicator> communicator) {
+    const ParameterMap& parameters, const std::shared_ptr<const checkpoint::Checkpoint>& files,
+    LoadOptions load, const CudaOptions& options,
+    const std::shared_ptr<Communicator>& communicator) {
   const at::Device device = check_device(options.device);
   const c10::cuda::CUDAGuard guard(device);
   kernels::cuda::check_device();

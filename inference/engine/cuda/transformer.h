@@ -34,8 +34,9 @@ struct CudaOptions {
 /// @throws moq::Error as load_weights, for an unknown option, for a GPU that moq was not built for,
 ///         or if the GPU's memory does not hold the weights
 std::unique_ptr<Transformer> open_cuda_transformer(
-    const ParameterMap& parameters, std::shared_ptr<const checkpoint::Checkpoint> files,
-    LoadOptions load, const CudaOptions& options, std::shared_ptr<Communicator> communicator);
+    const ParameterMap& parameters, const std::shared_ptr<const checkpoint::Checkpoint>& files,
+    LoadOptions load, const CudaOptions& options,
+    const std::shared_ptr<Communicator>& communicator);
 
 namespace cuda {
 
