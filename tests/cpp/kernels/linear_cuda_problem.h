@@ -13,31 +13,11 @@
 #include "kernels/linear.h"
 #include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_problem.h"
+#include "tests/cpp/kernels/typed_bytes.h"
 
 /// cuda::linear on random layers, and its definition in float64 with a bound for the error of its
 /// arithmetic: exact products, float32 sums, one rounding of the result.
 namespace moq::kernels::testing {
-
-/// Numbers as the bits of a dtype, and back.
-inline std::vector<std::byte> to_bytes(const std::vector<float>& values, DType dtype) {
-  std::vector<std::byte> bytes(values.size() * size_of(dtype));
-  visit_float(dtype, [&]<typename Element>(Element) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      store_float(reinterpret_cast<Element*>(bytes.data()) + i, values[i]);
-    }
-  });
-  return bytes;
-}
-
-inline std::vector<float> from_bytes(const std::vector<std::byte>& bytes, DType dtype) {
-  std::vector<float> values(bytes.size() / size_of(dtype));
-  visit_float(dtype, [&]<typename Element>(Element) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      values[i] = to_float(reinterpret_cast<const Element*>(bytes.data())[i]);
-    }
-  });
-  return values;
-}
 
 inline double activate(Activation activation, double x) {
   switch (activation) {
@@ -95,17 +75,6 @@ inline void expect_close(const Outcome& outcome) {
     ASSERT_LE(std::fabs(outcome.output[i] - value), error)
         << "element " << i << ": " << outcome.output[i] << ", expected " << value;
   }
-}
-
-/// Rows of a matrix with `padding` elements, all -7, behind each, and `offset` before the first.
-inline std::vector<float> spread(const std::vector<float>& values, std::int64_t rows,
-                                 std::int64_t cols, std::int64_t padding, std::int64_t offset) {
-  std::vector<float> wide(static_cast<std::size_t>(offset + rows * (cols + padding)), -7.0F);
-  for (std::int64_t i = 0; i < rows * cols; ++i) {
-    wide[static_cast<std::size_t>(offset + i / cols * (cols + padding) + i % cols)] =
-        values[static_cast<std::size_t>(i)];
-  }
-  return wide;
 }
 
 /// Rounded once to dtype: float16 below its normal numbers has an absolute error.
