@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace moq::inference {
@@ -35,5 +36,13 @@ class AlignedBuffer {
   std::unique_ptr<std::byte, Free> data_;
   std::size_t size_ = 0;
 };
+
+/// Makes a buffer hold `count` floats; it never shrinks, and loses what it held if it grows.
+inline void reserve_floats(AlignedBuffer& buffer, std::int64_t count) {
+  const auto size = static_cast<std::size_t>(count) * sizeof(float);
+  if (buffer.size() < size) {
+    buffer = AlignedBuffer(size);
+  }
+}
 
 }  // namespace moq::inference
