@@ -27,8 +27,6 @@ constexpr int kClusterBlocks = 8;
 /// Up to here a row is one block's work.
 constexpr std::int64_t kOneBlockVocabulary = 4096;
 constexpr std::int64_t kMaxVocabulary = (std::int64_t{1} << 19) - 1;  // sums of Fixed
-/// Candidates that are asked for: top-k may be as many.
-constexpr int kWantedCandidates = 512;
 
 // -------------------------------------------------------------------------------- device functions
 
@@ -208,9 +206,10 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(DeviceSamplingAr
   weights.temperature = params.temperature;
   const std::int64_t top_k = params.top_k < args.vocab_size ? params.top_k : 0;
   int turn = 0;
-  if (top_k > 0 ? top_k <= kWantedCandidates : params.top_p < 1.0F) {
+  constexpr int kWanted = kWantedCandidates<Team>;
+  if (top_k > 0 ? top_k <= kWanted : params.top_p < 1.0F) {
     CandidateSlots& candidates = slots.candidates;
-    const auto wanted = static_cast<std::uint32_t>(top_k > 0 ? top_k : kWantedCandidates);
+    const auto wanted = static_cast<std::uint32_t>(top_k > 0 ? top_k : kWanted);
     const std::uint32_t least_key = candidate_key<Team>(slots.select, turn, best, peak, wanted);
     collect_candidates(candidates, weights, least_key, top_k == 0);
     Team::synchronize();
@@ -221,11 +220,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(DeviceSamplingAr
       if (top_k == 0) {
         // What top-p keeps must be among them, and above the others even if these are rounded up.
         const float others = weights.weight_of(float_of_key(least_key)) * (1.0F + 0x1p-20F);
-        const float weight = static_cast<int>(threadIdx.x) < size
-                                 ? weights.weight_of(candidates.scores[threadIdx.x])
-                                 : 0.0F;
-        const Amount above =
-            sum_threads(candidates.sums, amount_of(fixed_point(weight > others ? weight : 0.0F)));
+        Amount own = 0;
+        for (int i = static_cast<int>(threadIdx.x); i < size; i += kSampleThreads) {
+          const float weight = weights.weight_of(candidates.scores[i]);
+          own += amount_of(fixed_point(weight > others ? weight : 0.0F));
+        }
+        const Amount above = sum_threads(candidates.sums, own);
         size = above >= share_of(params.top_p, total) ? size : 0;
       }
       if (threadIdx.x < Team::kBlocks) {

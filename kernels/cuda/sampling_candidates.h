@@ -8,8 +8,12 @@
 /// and top-p remove need not be looked at again. Device code only.
 namespace moq::kernels::cuda {
 
-constexpr int kCandidates = kSampleThreads;  // at most, one for each thread
-constexpr int kWarpCandidates = 64;          // of a warp's share of the tokens, at most
+constexpr int kCandidates = 1024;     // at most
+constexpr int kWarpCandidates = 128;  // of a warp's share of the tokens, at most
+/// That are asked for: half of the threads' largest scores at most, as others would be far below.
+template <typename Team>
+constexpr int kWantedCandidates =
+    Team::kBlocks* kSampleThreads / 2 < 512 ? Team::kBlocks* kSampleThreads / 2 : 512;
 
 struct Candidate {
   float score;
@@ -53,8 +57,8 @@ __device__ void collect_candidates(CandidateSlots& slots, const Weights<kCached>
   const int lane = lane_index();
   const TokenRange own = weights.range.share(warp_index(), kSampleWarps);
   std::uint32_t count = 0;
-  Fixed sum;
-#pragma unroll 2
+  Amount sum = 0;
+#pragma unroll 4
   for (int first = own.begin; first < own.end; first += kWarpSize) {
     const int token = first + lane;
     const float score = token < own.end ? weights.score(token) : __uint_as_float(0xff800000U);
@@ -66,10 +70,10 @@ __device__ void collect_candidates(CandidateSlots& slots, const Weights<kCached>
     }
     count += __popc(lanes);
     if (with_total) {
-      sum += fixed_point(weights.weight_of(score));
+      sum += amount_of(fixed_point(weights.weight_of(score)));
     }
   }
-  const Amount total = with_total ? sum_lanes(amount_of(sum)) : 0;
+  const Amount total = with_total ? sum_lanes(sum) : 0;
   if (lane == 0) {
     slots.counts[warp_index()] = count;
     slots.totals[warp_index()] = total;
@@ -84,10 +88,11 @@ __device__ int gather_candidates(CandidateSlots& slots, Amount& total) {
   const int warp = warp_index();
   std::uint32_t behind = 0;
   if (warp < Team::kBlocks) {  // a warp for each block, a lane for each of its warps
-    const std::uint32_t count = Team::in_block(slots.counts, warp)[lane];
+    const bool is_warp = lane < kSampleWarps;
+    const std::uint32_t count = is_warp ? Team::in_block(slots.counts, warp)[lane] : 0;
     const bool too_many = __any_sync(kAllLanes, count > kWarpCandidates) != 0;
     behind = static_cast<std::uint32_t>(sum_to_lane(count));
-    const Amount block_total = sum_lanes(Team::in_block(slots.totals, warp)[lane]);
+    const Amount block_total = sum_lanes(is_warp ? Team::in_block(slots.totals, warp)[lane] : 0);
     if (lane == kWarpSize - 1) {
       slots.block_counts[warp] = too_many ? kCandidates + 1 : behind;
       slots.block_totals[warp] = block_total;
@@ -101,15 +106,14 @@ __device__ int gather_candidates(CandidateSlots& slots, Amount& total) {
     size += slots.block_counts[rank];
     total += slots.block_totals[rank];
   }
-  if (warp < Team::kBlocks) {
-    slots.offsets[threadIdx.x] = behind;
+  if (warp < Team::kBlocks && lane < kSampleWarps) {
+    slots.offsets[warp * kSampleWarps + lane] = behind;
   }
   __syncthreads();
   if (size > kCandidates) {
     return 0;
   }
-  const std::uint32_t place = threadIdx.x;
-  if (place < size) {
+  for (std::uint32_t place = threadIdx.x; place < size; place += kSampleThreads) {
     int from = 0;  // warps whose candidates are all in front of this place
 #pragma unroll
     for (int step = Team::kBlocks * kSampleWarps / 2; step > 0; step /= 2) {
@@ -131,7 +135,7 @@ __device__ inline Amount sum_threads(Amount* slots, Amount value) {
     slots[warp_index()] = value;
   }
   __syncthreads();
-  return sum_lanes(slots[lane_index()]);
+  return sum_lanes(of_warp(slots));
 }
 
 }  // namespace moq::kernels::cuda

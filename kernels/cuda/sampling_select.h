@@ -15,15 +15,15 @@ constexpr int kCoarse = kBuckets / kFine;
 static_assert(kCoarse == 2 * kWarpSize, "a lane looks at two");
 
 /// What the tokens of a block have in each bucket. Shared memory has no 64-bit additions.
-struct Histogram {
+struct alignas(16) Histogram {
   std::uint32_t low[kBuckets];
   std::uint32_t high[kBuckets];
   ulonglong2 coarse[kCoarse / 2];
 
   __device__ void clear() {
-    for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kSampleThreads) {
-      low[i] = 0;
-      high[i] = 0;
+    auto* words = reinterpret_cast<uint4*>(low);  // and high
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * kBuckets / 4; i += kSampleThreads) {
+      words[i] = {};
     }
   }
   __device__ void add(std::uint32_t bucket, std::uint32_t count) { atomicAdd(&low[bucket], count); }
@@ -45,12 +45,25 @@ struct Histogram {
   }
   /// To be called by all threads between two barriers.
   __device__ void add_up() {
+    constexpr int kOwn = kBuckets / kSampleThreads;  // neighbouring buckets of a thread
+    constexpr int kThreads = kFine / kOwn;           // neighbouring threads that add up one sum
+    static_assert(kOwn % 4 == 0 && kOwn <= kFine);
+    const int thread = static_cast<int>(threadIdx.x);
+    Amount sum = 0;
 #pragma unroll
-    for (int i = warp_index(); i < kCoarse; i += kSampleWarps) {
-      const Amount sum = sum_lanes(amount(i * kFine + lane_index()));
-      if (lane_index() == 0) {
-        (i % 2 == 0 ? coarse[i / 2].x : coarse[i / 2].y) = sum;
-      }
+    for (int i = 0; i < kOwn; i += 4) {
+      const uint4 lows = *reinterpret_cast<const uint4*>(low + thread * kOwn + i);
+      const uint4 highs = *reinterpret_cast<const uint4*>(high + thread * kOwn + i);
+      sum += static_cast<Amount>(lows.x) + lows.y + lows.z + lows.w;
+      sum += (static_cast<Amount>(highs.x) + highs.y + highs.z + highs.w) << 32;
+    }
+#pragma unroll
+    for (int distance = 1; distance < kThreads; distance *= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    }
+    if (thread % kThreads == 0) {
+      const int i = thread / kThreads;
+      (i % 2 == 0 ? coarse[i / 2].x : coarse[i / 2].y) = sum;
     }
   }
 };
@@ -166,12 +179,12 @@ __device__ int locate(LocateSlots& slots, TokenRange range, const Value& value_o
   const int lane = lane_index();
   const int warp = warp_index();
   const auto sum_of = [&](int begin, int end, int step) {
-    decltype(value_of(0)) sum{};
+    Amount sum = 0;
 #pragma unroll 4
     for (int token = begin; token < end; token += step) {
-      sum += value_of(token);
+      sum += amount_of(value_of(token));
     }
-    return amount_of(sum);
+    return sum;
   };
   const TokenRange own = range.share(warp, kSampleWarps);
   const Amount warp_sum = sum_lanes(sum_of(own.begin + lane, own.end, kWarpSize));
@@ -179,7 +192,8 @@ __device__ int locate(LocateSlots& slots, TokenRange range, const Value& value_o
     slots.warps[0][warp] = warp_sum;
   }
   __syncthreads();
-  const Amount to_warp = sum_to_lane(slots.warps[0][lane]);
+  const Amount in_warp = of_warp(slots.warps[0]);
+  const Amount to_warp = sum_to_lane(in_warp);
   const Amount block_sum = __shfl_sync(kAllLanes, to_warp, kWarpSize - 1);
   Team::publish(slots.blocks, block_sum);
   Team::synchronize();
@@ -196,7 +210,7 @@ __device__ int locate(LocateSlots& slots, TokenRange range, const Value& value_o
   // In this block: a warp's share, dealt to all threads.
   Amount rest = target - before;
   const int chosen = __ffs(static_cast<int>(__ballot_sync(kAllLanes, to_warp > rest))) - 1;
-  rest -= __shfl_sync(kAllLanes, to_warp - slots.warps[0][lane], chosen);
+  rest -= __shfl_sync(kAllLanes, to_warp - in_warp, chosen);
   const TokenRange part =
       range.share(chosen, kSampleWarps).share(static_cast<int>(threadIdx.x), kSampleThreads);
   const Amount sum = sum_of(part.begin, part.end, 1);
@@ -205,7 +219,8 @@ __device__ int locate(LocateSlots& slots, TokenRange range, const Value& value_o
     slots.warps[1][warp] = to_thread;
   }
   __syncthreads();
-  const Amount before_warp = sum_to_lane(slots.warps[1][lane]) - slots.warps[1][lane];
+  const Amount in_other = of_warp(slots.warps[1]);
+  const Amount before_warp = sum_to_lane(in_other) - in_other;
   const Amount before_thread = __shfl_sync(kAllLanes, before_warp, warp) + to_thread - sum;
   if (rest < before_thread || rest - before_thread >= sum) {
     return -1;

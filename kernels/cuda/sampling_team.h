@@ -12,10 +12,13 @@ namespace moq::kernels::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffU;
-constexpr int kSampleThreads = 1024;  // of a block
+/// Of a block. What each thread does once, or once for each search, costs as much as several
+/// tokens: few threads, each with many loads under way.
+constexpr int kSampleThreads = 256;
 constexpr int kSampleWarps = kSampleThreads / kWarpSize;
-static_assert(kSampleWarps == kWarpSize, "a warp looks at all warps of a block");
+static_assert(kSampleWarps <= kWarpSize, "a warp looks at all warps of a block");
 constexpr int kMaxBlocks = 8;  // of a team
+static_assert(kMaxBlocks <= kSampleWarps, "a warp looks at each block");
 
 __device__ inline int lane_index() {
   return static_cast<int>(threadIdx.x) % kWarpSize;
@@ -80,9 +83,10 @@ struct TokenRange {
   }
 };
 
-template <typename Body>
+/// @tparam kUnroll  tokens of a thread whose loads are under way at once
+template <int kUnroll = 4, typename Body>
 __device__ void for_each_token(TokenRange range, const Body& body) {
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int token = range.begin + static_cast<int>(threadIdx.x); token < range.end;
        token += kSampleThreads) {
     body(token);
@@ -117,6 +121,11 @@ __device__ inline Amount sum_from_lane(Amount value) {
     value += lane_index() + distance < kWarpSize ? other : 0;
   }
   return value;
+}
+
+/// What a warp of the block, the one of this lane's number, has left in shared memory.
+__device__ inline Amount of_warp(const Amount* slots) {
+  return lane_index() < kSampleWarps ? slots[lane_index()] : 0;
 }
 
 // ------------------------------------------------------------------------------- the largest score
@@ -157,10 +166,11 @@ struct BestSlots {
 template <typename Team, typename Score>
 __device__ Best find_best(BestSlots& slots, TokenRange range, const Score& score_of,
                           std::uint32_t& peak) {
+  constexpr Best kNone{0, 0xffffffffU};
   float largest = __uint_as_float(0xff800000U);  // -infinity
   int token_of_largest = 0;
   bool has_nan = false;
-  for_each_token(range, [&](int token) {
+  for_each_token<16>(range, [&](int token) {
     const float score = score_of(token);
     has_nan = has_nan || score != score;
     if (score > largest) {
@@ -175,11 +185,11 @@ __device__ Best find_best(BestSlots& slots, TokenRange range, const Score& score
   }
   __syncthreads();
   if (warp_index() == 0) {
-    Team::publish(slots.blocks, best_of_lanes(slots.warps[lane_index()]));
+    Team::publish(slots.blocks,
+                  best_of_lanes(lane_index() < kSampleWarps ? slots.warps[lane_index()] : kNone));
   }
   Team::synchronize();
-  return best_of_lanes(lane_index() < Team::kBlocks ? slots.blocks[lane_index()]
-                                                    : Best{0, 0xffffffffU});
+  return best_of_lanes(lane_index() < Team::kBlocks ? slots.blocks[lane_index()] : kNone);
 }
 
 }  // namespace moq::kernels::cuda

@@ -45,17 +45,11 @@ __device__ inline float exponential(float x) {
 }
 
 /// A token's weight, its probability relative to the most probable one's, in units of 2^-44:
-/// high * 2^22 + low. 2^19 tokens do not overflow, nor 2^9 either part. Weights from 2^-20 on are
-/// exact, as floats have 24 bits.
+/// high * 2^22 + low. Amounts of 2^19 tokens do not overflow. Weights from 2^-20 on are exact, as
+/// floats have 24 bits.
 struct Fixed {
-  std::uint32_t high = 0;
-  std::int32_t low = 0;
-
-  __device__ Fixed& operator+=(Fixed other) {
-    high += other.high;
-    low += other.low;
-    return *this;
-  }
+  std::uint32_t high;
+  std::int32_t low;
 };
 
 __device__ inline Amount amount_of(Fixed fixed) {
