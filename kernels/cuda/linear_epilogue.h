@@ -182,6 +182,20 @@ __device__ PairInputs<Element> load_pair_inputs(const DeviceLinearArgs& args, st
   return inputs;
 }
 
+/// Where a token's head of k or v lies in the cache; null if it is not written.
+template <typename Element>
+__device__ Element* cache_head(const DeviceQkvOutput& qkv, int head, std::int32_t cache_row) {
+  if (cache_row < 0) {
+    return nullptr;
+  }
+  const int own = head - qkv.num_heads;
+  const bool is_key = own < qkv.num_kv_heads;
+  const std::int64_t page =
+      cache_row / kPageTokens * qkv.num_kv_heads + (is_key ? own : own - qkv.num_kv_heads);
+  return static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
+         (page * kPageTokens + cache_row % kPageTokens) * qkv.head_dim;
+}
+
 /// Rotates a pair of a head of q or k, and writes it to the output or to the cache.
 template <typename Element>
 __device__ void finish_qkv(const DeviceLinearArgs& args, std::int64_t token,
@@ -191,15 +205,10 @@ __device__ void finish_qkv(const DeviceLinearArgs& args, std::int64_t token,
   auto* head = static_cast<Element*>(args.output) + token * args.output_stride +
                static_cast<std::int64_t>(of_row.head) * qkv.head_dim;
   if (qkv.pages.keys != nullptr && of_row.head >= qkv.num_heads) {
-    if (of_token.cache_row < 0) {
+    head = cache_head<Element>(qkv, of_row.head, of_token.cache_row);
+    if (head == nullptr) {
       return;
     }
-    const int own = of_row.head - qkv.num_heads;
-    const bool is_key = own < qkv.num_kv_heads;
-    const std::int64_t page = of_token.cache_row / kPageTokens * qkv.num_kv_heads +
-                              (is_key ? own : own - qkv.num_kv_heads);
-    head = static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
-           (page * kPageTokens + of_token.cache_row % kPageTokens) * qkv.head_dim;
   }
   if (!of_row.rotated) {
     store_pair(head + of_row.head_row, /*both=*/true, values);

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_layout.h"
+#include "kernels/cuda/linear_wgmma.h"
 
 /// What linear.cu chooses from.
 namespace moq::kernels::cuda {

@@ -120,7 +120,9 @@ class LinearCudaProblem {
     }
   }
 
-  Outcome run() const {
+  /// Multiplies by `launch`, cuda::linear or one of its kernels.
+  template <typename Launch>
+  Outcome run(const Launch& launch) const {
     const OnDevice<std::byte> weight(Device::kCuda, problem_.weight_data());
     const OnDevice<float> scales(Device::kCuda, problem_.scales);
     const OnDevice<std::int32_t> zero_points(Device::kCuda, problem_.zero_points);
@@ -189,7 +191,7 @@ class LinearCudaProblem {
       args.qkv.pages = {.keys = keys.data(), .values = values.data(), .dtype = call_.dtype};
       args.qkv.cache_rows = cache_rows.data();
     }
-    cuda::linear(args, nullptr);
+    launch(args);
     MOQ_CUDA_CHECK(cudaDeviceSynchronize());
 
     Outcome outcome;
@@ -208,7 +210,10 @@ class LinearCudaProblem {
       const std::vector<float> held = from_bytes(cache->read(), call_.dtype);
       outcome.output.insert(outcome.output.end(), held.begin(), held.end());
     }
-    outcome.expected = expected();
+    if (expected_.empty()) {
+      expected_ = expected();
+    }
+    outcome.expected = expected_;
     return outcome;
   }
 
@@ -388,10 +393,13 @@ class LinearCudaProblem {
   std::vector<std::int32_t> cache_rows_;
   std::vector<float> cos_;
   std::vector<float> sin_;
+  mutable std::vector<Bounded> expected_;  // once it was asked for
 };
 
 inline Outcome multiply(const LinearProblem& problem, const Call& call) {
-  return LinearCudaProblem(problem, call).run();
+  return LinearCudaProblem(problem, call).run([](const DeviceLinearArgs& args) {
+    cuda::linear(args, nullptr);
+  });
 }
 
 }  // namespace moq::kernels::testing

@@ -1,0 +1,186 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/ptx.h"
+
+/// Instructions of compute capability 9.0 alone (sm_90a): products of a warpgroup (four warps from
+/// a multiple of four on) that run in the background, and copies of tiles by tensor maps. Device
+/// code only.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+namespace moq::kernels::cuda {
+
+/// Orders the registers that this warpgroup has written before the products that read them.
+__device__ inline void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+/// Closes the group of products begun since the last.
+__device__ inline void close_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most kPending of the closed groups are under way.
+template <int kPending>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define MOQ_F8(d, i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOQ_F32(d, i) MOQ_F8(d, i), MOQ_F8(d, i + 8), MOQ_F8(d, i + 16), MOQ_F8(d, i + 24)
+#define MOQ_P0_31                                                                     \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22" \
+  ",%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MOQ_P32_47 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define MOQ_P48_63 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define MOQ_P64_79 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define MOQ_P80_95 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define MOQ_P96_127                                                                   \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112" \
+  ",%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define MOQ_WGMMA_OF(n, type, sums, a0, a1, a2, a3, tokens, keep)                          \
+  "{ .reg .pred p; setp.ne.b32 p, %" #keep ", 0; wgmma.mma_async.sync.aligned.m64n" #n     \
+  "k16.f32." type "." type " {" sums "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #tokens \
+  ", p, 1, 1, 0; }"
+#define MOQ_WGMMA(n, sums, a0, a1, a2, a3, tokens, keep, ...)                                   \
+  template <bool kBFloat16>                                                                     \
+  __device__ __forceinline__ void multiply_tokens(float(&d)[n / 2], const std::uint32_t(&a)[4], \
+                                                  std::uint64_t b, int keeps) {                 \
+    if constexpr (kBFloat16) {                                                                  \
+      asm volatile(MOQ_WGMMA_OF(n, "bf16", sums, a0, a1, a2, a3, tokens, keep)                  \
+                   : __VA_ARGS__                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keeps));           \
+    } else {                                                                                    \
+      asm volatile(MOQ_WGMMA_OF(n, "f16", sums, a0, a1, a2, a3, tokens, keep)                   \
+                   : __VA_ARGS__                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keeps));           \
+    }                                                                                           \
+  }
+
+/// d = (keeps ? d : 0) + a * b: the four warps' rows, 16 each, times 64, 96, 128, 160, 192 or 256
+/// tokens of 16 columns. Lanes hold a as of mma.m16n8k16, and d as of as many of them, eight tokens
+/// each.
+MOQ_WGMMA(64, MOQ_P0_31, 32, 33, 34, 35, 36, 37, MOQ_F32(d, 0))
+MOQ_WGMMA(96, MOQ_P0_31 MOQ_P32_47, 48, 49, 50, 51, 52, 53, MOQ_F32(d, 0), MOQ_F8(d, 32),
+          MOQ_F8(d, 40))
+MOQ_WGMMA(128, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, 67, 68, 69, MOQ_F32(d, 0),
+          MOQ_F32(d, 32))
+MOQ_WGMMA(160, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79, 80, 81, 82, 83, 84, 85, MOQ_F32(d, 0),
+          MOQ_F32(d, 32), MOQ_F8(d, 64), MOQ_F8(d, 72))
+MOQ_WGMMA(192, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95, 96, 97, 98, 99, 100, 101,
+          MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64))
+MOQ_WGMMA(256, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95 MOQ_P96_127, 128, 129, 130,
+          131, 132, 133, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64), MOQ_F32(d, 96))
+
+#undef MOQ_WGMMA
+#undef MOQ_WGMMA_OF
+#undef MOQ_P96_127
+#undef MOQ_P80_95
+#undef MOQ_P64_79
+#undef MOQ_P48_63
+#undef MOQ_P32_47
+#undef MOQ_P0_31
+#undef MOQ_F32
+#undef MOQ_F8
+
+/// What multiply_tokens reads as b: rows of 128 bytes in shared memory, one a token, as a tensor
+/// map with 128-byte swizzle lays them out from an address that is a multiple of 1024. Adding 2
+/// moves on by 16 columns.
+__device__ inline std::uint64_t token_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+  constexpr std::uint64_t kEightRows = std::uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | std::uint64_t{1} << 16 | (address & 0x3ffffU) >> 4;
+}
+
+/// Copies the box of a map whose first element is at (x, y), zeros where nothing is, and tells the
+/// barrier.
+__device__ inline void copy_box(std::uint32_t target, const CUtensorMap& map, int x, int y,
+                                std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3}], [%4];" ::"r"(target),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+/// Copies it to the same place in every block of the cluster that has its bit in `ranks`, and tells
+/// their barriers.
+__device__ inline void copy_box_to(std::uint16_t ranks, std::uint32_t target,
+                                   const CUtensorMap& map, int x, int y, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(ranks)
+      : "memory");
+}
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/// Tells a barrier of block `rank` of the cluster that what this thread has read may be
+/// overwritten.
+__device__ inline void release_to(std::uint32_t barrier, std::uint32_t rank) {
+  asm volatile(
+      "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(barrier, rank))
+      : "memory");
+}
+/// Four numbers of block `rank` of the cluster, where this block has `own`.
+__device__ inline float4 load_from_cluster(const float4* own, std::uint32_t rank) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address_in_cluster(shared_address(own), rank))
+               : "memory");
+  return value;
+}
+/// Four matrices of 8 rows of 8 two-byte elements in shared memory, transposed: lane 8 i + r has
+/// the address of row r of matrix i; lane 4 c + t holds elements 2t and 2t + 1 of column c of each.
+__device__ inline void store_transposed(std::uint32_t address, const std::uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+__device__ inline void load_transposed(std::uint32_t address, std::uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline uint4 load_lane(std::uint32_t address) {
+  uint4 bytes;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
+               : "r"(address)
+               : "memory");
+  return bytes;
+}
+__device__ inline void store_lane(std::uint32_t address, const uint4& bytes) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(bytes.x), "r"(bytes.y),
+               "r"(bytes.z), "r"(bytes.w)
+               : "memory");
+}
+
+/// A barrier of kThreads threads by its number, 1 to 15; `pass` counts this thread without waiting.
+template <int kThreads>
+__device__ inline void meet(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ inline void pass(int number) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+
+/// Gives registers of this warpgroup back, or takes some until each thread has so many. They come
+/// from the four parts of a multiprocessor, so every warpgroup of a block has to call one of them.
+template <int kRegisters>
+__device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace moq::kernels::cuda
+#endif

@@ -1,0 +1,169 @@
+// Every tile of wgmma_linear against the definition of linear in float64, in every region of a
+// transformer that it computes.
+#include <gtest/gtest.h>
+
+#include "kernels/linear.h"
+#include "tests/cpp/kernels/device.h"
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cuda/linear_kernels.h"
+#include "tests/cpp/kernels/linear_cuda_problem.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+using cuda::WgmmaChoice;
+using cuda::WgmmaTile;
+
+constexpr WgmmaChoice kChoices[] = {
+    {WgmmaTile::k128x256, 2, 1}, {WgmmaTile::k128x192, 1, 1}, {WgmmaTile::k128x128, 4, 1},
+    {WgmmaTile::k64x128, 2, 1},  {WgmmaTile::k64x96, 4, 1},   {WgmmaTile::k64x64, 1, 1},
+    {WgmmaTile::k64x64, 2, 2},   {WgmmaTile::k64x64, 1, 4},   {WgmmaTile::k64x64, 1, 8}};
+
+void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) {
+  const auto layout = cuda::device_layout(problem.shape);
+  const LinearCudaProblem own(problem, call);
+  for (const WgmmaChoice& choice : kChoices) {
+    for (const bool ready : {false, true}) {
+      SCOPED_TRACE("tile " + std::to_string(static_cast<int>(choice.tile)) + ", split " +
+                   std::to_string(choice.split) + ", sharing " + std::to_string(choice.sharing));
+      bool taken = false;
+      const Outcome outcome = own.run([&](DeviceLinearArgs args) {
+        args.weight_is_ready = ready;
+        taken = cuda::can_wgmma(args, layout);
+        if (taken) {
+          cuda::wgmma_linear(args, layout, choice, nullptr);
+        }
+      });
+      if (!taken) {
+        GTEST_SKIP() << "wgmma_linear does not take these, or not on this GPU";
+      }
+      expect_close(outcome);
+      if (::testing::Test::HasFatalFailure()) {
+        return;
+      }
+    }
+  }
+}
+
+struct Shape {
+  std::int64_t m;
+  std::int64_t n;
+  std::int64_t k;
+  std::int64_t group_size = 0;
+};
+
+class LinearWgmmaCuda
+    : public ::testing::TestWithParam<std::tuple<Shape, WeightFormat, DType, bool>> {
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_P(LinearWgmmaCuda, IsTheDefinitionInEveryTile) {
+  const auto& [shape, format, dtype, asymmetric] = GetParam();
+  expect_close_in_every_tile(
+      LinearProblem::random(shape.m, shape.n, shape.k, format, shape.group_size, asymmetric),
+      {.dtype = dtype, .padding = shape.k % 8 == 0 ? 8 : 16 - shape.k % 8});
+}
+
+const auto kShapes =
+    ::testing::Values(Shape{65, 24, 40}, Shape{127, 200, 72}, Shape{128, 264, 520},
+                      Shape{129, 136, 776}, Shape{255, 88, 200}, Shape{300, 77, 91});
+const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16);
+
+INSTANTIATE_TEST_SUITE_P(Rows, LinearWgmmaCuda,
+                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kInt8),
+                                            kDTypes, ::testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(
+    Groups, LinearWgmmaCuda,
+    ::testing::Combine(::testing::Values(Shape{65, 24, 96, 32}, Shape{130, 200, 576, 64},
+                                         Shape{257, 136, 640, 128}, Shape{128, 88, 480, 96}),
+                       ::testing::Values(WeightFormat::kInt8, WeightFormat::kInt4), kDTypes,
+                       ::testing::Bool()));
+INSTANTIATE_TEST_SUITE_P(Float16, LinearWgmmaCuda,
+                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kFloat16),
+                                            ::testing::Values(DType::kFloat16),
+                                            ::testing::Values(false)));
+INSTANTIATE_TEST_SUITE_P(BFloat16, LinearWgmmaCuda,
+                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kBFloat16),
+                                            ::testing::Values(DType::kBFloat16),
+                                            ::testing::Values(false)));
+// More tiles than a GPU has multiprocessors: blocks take several.
+INSTANTIATE_TEST_SUITE_P(Huge, LinearWgmmaCuda,
+                         ::testing::Combine(::testing::Values(Shape{1000, 4600, 16}),
+                                            ::testing::Values(WeightFormat::kInt8),
+                                            ::testing::Values(DType::kFloat16),
+                                            ::testing::Values(false)));
+
+class LinearWgmmaCudaRegions : public ::testing::TestWithParam<std::tuple<DType, std::int64_t>> {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+  /// Weights small enough that activations bend.
+  static LinearProblem problem(std::int64_t m, std::int64_t n, std::int64_t k) {
+    const std::int64_t group_size = std::get<std::int64_t>(GetParam());
+    LinearProblem problem =
+        LinearProblem::random(m, n, k, WeightFormat::kInt8, group_size, /*asymmetric=*/true);
+    for (float& scale : problem.scales) {
+      scale *= 0.05F;
+    }
+    return problem;
+  }
+  static DType dtype() { return std::get<DType>(GetParam()); }
+};
+
+TEST_P(LinearWgmmaCudaRegions, AddTheResidualToEveryActivation) {
+  for (const Activation activation :
+       {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh,
+        Activation::kQuickGelu, Activation::kSilu, Activation::kTanh}) {
+    expect_close_in_every_tile(problem(131, 148, 96), {.dtype = dtype(),
+                                                       .activation = activation,
+                                                       .bias = activation != Activation::kRelu,
+                                                       .residual = true,
+                                                       .padding = 8,
+                                                       .row_scales = true});
+  }
+}
+
+TEST_P(LinearWgmmaCudaRegions, MultiplyGateAndUp) {
+  for (const std::int64_t n : {152, 90}) {
+    expect_close_in_every_tile(
+        problem(131, n, 96),
+        {.dtype = dtype(), .activation = Activation::kSilu, .padding = 8, .gated = true});
+  }
+}
+
+TEST_P(LinearWgmmaCudaRegions, WriteFloat32) {
+  expect_close_in_every_tile(problem(66, 101, 96), {.dtype = dtype(), .float32_output = true});
+}
+
+TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
+  for (const auto& [head_dim, rotary_dim, num_heads, num_kv_heads] :
+       {std::tuple<int, int, int, int>{64, 64, 3, 1},
+        {80, 32, 2, 2},
+        {128, 0, 2, 1},
+        {6, 2, 5, 5}}) {
+    for (const bool cached : {false, true}) {
+      // Rows of the cache are distinct up to 192 tokens.
+      expect_close_in_every_tile(
+          problem(131, static_cast<std::int64_t>(num_heads + 2 * num_kv_heads) * head_dim, 96),
+          {.dtype = dtype(),
+           .qkv = {.head_dim = head_dim,
+                   .num_heads = num_heads,
+                   .num_kv_heads = num_kv_heads,
+                   .rotary = {.rotary_dim = rotary_dim}},
+           .cached = cached});
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
+                         ::testing::Combine(kDTypes, ::testing::Values<std::int64_t>(0, 32)));
+
+}  // namespace
+}  // namespace moq::kernels::testing
+
+#endif
