@@ -1,5 +1,6 @@
 #include "inference/engine/cuda/device_memory.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -32,6 +33,7 @@ std::int64_t free_bytes() {
   std::size_t free = 0;
   std::size_t total = 0;
   MOQ_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  at::globalContext().lazyInitDevice(at::kCUDA);  // else the allocator knows of no device
   const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
   const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
   return static_cast<std::int64_t>(free) + stats.reserved_bytes[all].current -
