@@ -147,7 +147,8 @@ void CudaTransformer::attend(const void* input, const kernels::DeviceNorm& norm,
       .alibi_slopes = device_weights_.alibi_slopes,
       .output = workspace_.attended,
       .output_stride = q_heads() * dim,
-      .dtype = dtype_};
+      .dtype = dtype_,
+      .past_is_ready = true};  // the step before has ended: begin_step waits for it
   if (step.cache != nullptr) {
     attention.page_table = step.cache->page_table();
     attention.page_table_stride = step.cache->page_table_stride();
