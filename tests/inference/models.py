@@ -1,6 +1,7 @@
 """Small random models of every architecture, and directories of them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def simulate_int8(model: PreTrainedModel, head: bool = True) -> PreTrainedModel:
         weight = getattr(module, "weight", None)
         if type(module).__name__ == "Conv1D":
             weight.copy_(_quantized_rows(weight.T).T)
-        elif isinstance(module, nn.Linear) and "layer" in name:
+        elif isinstance(module, nn.Linear) and re.search(r"\.(h|layer|layers)\.\d", name):
             weight.copy_(_quantized_rows(weight))
     return model
 
