@@ -34,6 +34,7 @@ from moq.config import (  # noqa: E402
     Rule,
     ScheduleConfig,
     SensitivityConfig,
+    Timing,
 )
 
 if _TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "Rule",
     "ScheduleConfig",
     "SensitivityConfig",
+    "Timing",
 ]
 
 

@@ -8,22 +8,37 @@ from dataclasses import dataclass
 import torch
 
 from moq._C import Schedule, ScheduledBlock
-from moq.config import MoQConfig, ScheduleConfig
+from moq.config import MoQConfig, ScheduleConfig, Timing
 from moq.rules import MatchedParameter
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What the parameters of one block have in common.
+
+    Attributes:
+        start_bits: First width.
+        target_bits: Last width.
+        timing: When the width falls, if a rule says so; None follows the configuration.
+    """
+
+    start_bits: int
+    target_bits: int
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
 class Blocks:
-    """Parameters grouped by layer and by the widths they pass through.
+    """Parameters grouped by layer, by the widths they pass through, and when.
 
     Attributes:
         names: Name of each block, unique.
-        widths: (start_bits, target_bits) of each block.
+        paces: Widths and timing of each block.
         numbers: Block of each parameter, in the order of the parameters.
     """
 
     names: list[str]
-    widths: list[tuple[int, int]]
+    paces: list[Pace]
     numbers: list[int]
 
     def parameters(self, matched: Sequence[MatchedParameter]) -> dict[str, list[torch.Tensor]]:
@@ -35,15 +50,33 @@ class Blocks:
 
 
 def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:
-    """Groups parameters; a layer whose rules give several widths becomes several blocks."""
-    keys = [(m.block, (m.spec.start_bits, m.spec.target_bits)) for m in matched]
-    unique = list(dict.fromkeys(keys))
-    layers = [layer for layer, _ in unique]
+    """Groups parameters; a layer whose rules give several paces becomes several blocks."""
+    keys = [(m.block, Pace(m.spec.start_bits, m.spec.target_bits, m.timing)) for m in matched]
+    unique: list[tuple[str, Pace]] = []
+    rules: list[str] = []
+    for key, m in zip(keys, matched, strict=True):
+        if key not in unique:
+            unique.append(key)
+            rules.append(m.rule)
     names = [
-        layer if layers.count(layer) == 1 else f"{layer} ({start} to {target} bits)"
-        for layer, (start, target) in unique
+        layer + _suffix([pace for other, pace in unique if other == layer], pace, rule)
+        for (layer, pace), rule in zip(unique, rules, strict=True)
     ]
-    return Blocks(names, [widths for _, widths in unique], [unique.index(key) for key in keys])
+    for index, name in enumerate(names):
+        if same := names[:index].count(name):
+            names[index] = f"{name} #{same + 1}"
+    return Blocks(names, [pace for _, pace in unique], [unique.index(key) for key in keys])
+
+
+def _suffix(paces: Sequence[Pace], pace: Pace, rule: str) -> str:
+    """Tells one of several blocks of a layer from the others."""
+    if len(paces) == 1:
+        return ""
+    widths = f"{pace.start_bits} to {pace.target_bits} bits"
+    alike = [
+        p for p in paces if (p.start_bits, p.target_bits) == (pace.start_bits, pace.target_bits)
+    ]
+    return f" ({widths})" if len(alike) == 1 else f" ({widths}, rule {rule!r})"
 
 
 def make_schedule(blocks: Blocks, config: MoQConfig, total_steps: int) -> Schedule:
@@ -55,14 +88,18 @@ def make_schedule(blocks: Blocks, config: MoQConfig, total_steps: int) -> Schedu
     section = config.schedule
     return Schedule(
         [
-            _scheduled(name, widths, section)
-            for name, widths in zip(blocks.names, blocks.widths, strict=True)
+            _scheduled(name, pace, section)
+            for name, pace in zip(blocks.names, blocks.paces, strict=True)
         ],
         total_steps,
-        finish_at=section.finish_at,
         on_unfinished=section.on_unfinished,
-        stretch_rule="none" if section.table is not None else config.sensitivity.rule,
+        stretch_rule=config.sensitivity.rule if follows_sensitivities(blocks, config) else "none",
     )
+
+
+def follows_sensitivities(blocks: Blocks, config: MoQConfig) -> bool:
+    """Says whether a measurement could move any drop: tables stand as they are."""
+    return any((pace.timing or config.schedule).table is None for pace in blocks.paces)
 
 
 def extend_schedule(schedule: Schedule, previous: Schedule, steps: int) -> Schedule:
@@ -123,11 +160,12 @@ def require_blends_end(
             )
 
 
-def _scheduled(name: str, widths: tuple[int, int], section: ScheduleConfig) -> ScheduledBlock:
-    start, target = widths
-    if section.table is not None:
+def _scheduled(name: str, pace: Pace, section: ScheduleConfig) -> ScheduledBlock:
+    start, target = pace.start_bits, pace.target_bits
+    timing = pace.timing or section
+    if timing.table is not None:
         clipped: dict[int, int] = {}
-        for step, bits in sorted(section.table.items()):
+        for step, bits in sorted(timing.table.items()):
             bits = max(target, min(start, bits))
             if bits not in clipped.values():
                 clipped[step] = bits
@@ -136,7 +174,8 @@ def _scheduled(name: str, widths: tuple[int, int], section: ScheduleConfig) -> S
         name,
         start_bits=start,
         target_bits=target,
-        period=section.period or 1,
-        offset=section.offset,
-        growth=section.growth,
+        period=timing.period or 1,
+        offset=timing.offset,
+        growth=timing.growth,
+        finish_at=timing.finish_at,
     )

@@ -17,6 +17,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 2, 16
+MAX_STEPS = 2**40
 #: Finds the transformer layer in the name of a module or parameter, as ``model.layers.3`` or
 #: ``bert.encoder.layer.0``: the shortest prefix that ends with the number of an entry of a list.
 BLOCK_PATTERN = r"^(?:.*?\.)?\d+(?=\.|$)"
@@ -80,71 +81,19 @@ class QuantSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(Strict):
-    """Which modules deviate from the configuration's own values, and how.
+class Timing(Strict):
+    """When widths fall; time is completed optimizer steps and nothing else.
 
-    Attributes:
-        match: Exact module name (``model.layers.0.mlp.up_proj``; with ``.weight`` it means the
-            same), glob (``*.mlp.*``) or ``re:`` and a regular expression that the whole name must
-            match. Names are those of ``model.named_modules()``.
-        modules: Kinds of modules that a glob or regular expression reaches: ``linear``,
-            ``conv1d`` (transformers' Conv1D), ``embedding``, ``head`` (the last linear layer). An
-            exact name reaches any of them.
-        exclude: True keeps the modules in full precision.
-        start_bits, target_bits, mode, granularity, group_size, rounding, blend_steps: As in
-            QuantSpec; None takes the configuration's own value.
-    """
-
-    match: str = field(kw_only=False)
-    modules: tuple[ModuleKind, ...] = ("linear", "conv1d")
-    exclude: bool = False
-    start_bits: int | None = None
-    target_bits: int | None = None
-    mode: Mode | None = None
-    granularity: Granularity | None = None
-    group_size: int | None = None
-    rounding: Rounding | None = None
-    blend_steps: int | None = None
-
-    def validate(self) -> None:
-        """Refuses an empty pattern and values beside `exclude`.
-
-        Raises:
-            ValueError: naming the field.
-        """
-        require(bool(self.match), "match must name a module or hold a pattern", self.match)
-        if self.match.startswith("re:"):
-            try:
-                re.compile(self.match.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(f"match must be a regular expression: {error}") from None
-        require(bool(self.modules), "modules must name at least one kind", self.modules)
-        given = [name for name in QuantSpec.keys() if getattr(self, name) is not None]
-        require(
-            not (self.exclude and given),
-            "exclude must be false when the rule sets other values",
-            given,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(Strict):
-    """When the widths fall; time is completed optimizer steps and nothing else.
-
-    Three shapes: `finish_at` alone (the default), `period` with `offset`, or `table`. Residence
+    Three shapes, of which one is given: `finish_at`, `period` with `offset`, or `table`. Residence
     times grow by the factor `growth` from width to width in the first two.
 
     Attributes:
-        finish_at: Share of total_steps, in (0, 1], at which the slowest layer arrives exactly.
+        finish_at: Share of total_steps, in (0, 1], at which the slowest layer arrives exactly: of
+            all layers with the same finish_at.
         period: Steps at start_bits.
         offset: Steps at start_bits before the first period begins.
         growth: Factor between the residence times of two consecutive widths, in [1, 16].
-        table: {step: bits} for every layer, first entry at step 0 with start_bits, last one with
-            target_bits. A rule with narrower bounds of its own stays within them; one with wider
-            bounds is refused.
-        on_unfinished: What to do about a layer that would not reach its target by total_steps:
-            ``error`` (before training, with the smallest change that helps), ``clamp`` or
-            ``allow``.
+        table: {step: bits}, first entry at step 0 with start_bits, last one with target_bits.
     """
 
     finish_at: float | None = None
@@ -152,13 +101,6 @@ class ScheduleConfig(Strict):
     offset: int = 0
     growth: float = 2.0
     table: dict[int, int] | None = None
-    on_unfinished: Literal["error", "clamp", "allow"] = "error"
-
-    def __post_init__(self) -> None:
-        """Fills in the default shape, then checks."""
-        if self.finish_at is None and self.period is None and self.table is None:
-            object.__setattr__(self, "finish_at", 0.6)
-        super().__post_init__()
 
     def validate(self) -> None:
         """Refuses mixed shapes and values out of range.
@@ -175,8 +117,10 @@ class ScheduleConfig(Strict):
         if self.finish_at is not None:
             require(0 < self.finish_at <= 1, "finish_at must lie in (0, 1]", self.finish_at)
         if self.period is not None:
-            require(self.period >= 1, "period must be at least 1 step", self.period)
-        require(self.offset >= 0, "offset must be at least 0 steps", self.offset)
+            require(
+                1 <= self.period <= MAX_STEPS, "period must lie in [1, 2^40] steps", self.period
+            )
+        require(0 <= self.offset <= MAX_STEPS, "offset must lie in [0, 2^40] steps", self.offset)
         require(
             self.offset == 0 or self.period is not None,
             "offset must be 0 unless period is given",
@@ -201,6 +145,98 @@ class ScheduleConfig(Strict):
             "table must fall strictly from step to step",
             widths,
         )
+
+    def require_ends(self, spec: QuantSpec) -> None:
+        """Refuses a table that begins or ends at other widths than the layers that follow it.
+
+        Raises:
+            ValueError: naming the field of the spec.
+        """
+        if self.table is not None:
+            steps = sorted(self.table)
+            for name, bits in (
+                ("start_bits", self.table[steps[0]]),
+                ("target_bits", self.table[steps[-1]]),
+            ):
+                require(
+                    getattr(spec, name) == bits,
+                    f"{name} must be the {bits} bits of schedule.table",
+                    getattr(spec, name),
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Strict):
+    """Which modules deviate from the configuration's own values, and how.
+
+    Attributes:
+        match: Exact module name (``model.layers.0.mlp.up_proj``; with ``.weight`` it means the
+            same), glob (``*.mlp.*``) or ``re:`` and a regular expression that the whole name must
+            match. Names are those of ``model.named_modules()``.
+        modules: Kinds of modules that a glob or regular expression reaches: ``linear``,
+            ``conv1d`` (transformers' Conv1D), ``embedding``, ``head`` (the last linear layer). An
+            exact name reaches any of them.
+        exclude: True keeps the modules in full precision.
+        start_bits, target_bits, mode, granularity, group_size, rounding, blend_steps: As in
+            QuantSpec; None takes the configuration's own value.
+        schedule: When these modules' widths fall, instead of the configuration's own schedule.
+    """
+
+    match: str = field(kw_only=False)
+    modules: tuple[ModuleKind, ...] = ("linear", "conv1d")
+    exclude: bool = False
+    start_bits: int | None = None
+    target_bits: int | None = None
+    mode: Mode | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+    rounding: Rounding | None = None
+    blend_steps: int | None = None
+    schedule: Timing | None = None
+
+    def validate(self) -> None:
+        """Refuses an empty pattern and values beside `exclude`.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        require(bool(self.match), "match must name a module or hold a pattern", self.match)
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"match must be a regular expression: {error}") from None
+        require(bool(self.modules), "modules must name at least one kind", self.modules)
+        given = [
+            name for name in (*QuantSpec.keys(), "schedule") if getattr(self, name) is not None
+        ]
+        require(
+            not (self.exclude and given),
+            "exclude must be false when the rule sets other values",
+            given,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Timing):
+    """When the widths of all layers fall for which no rule says otherwise; Timing has the shapes.
+
+    Without a shape it is `finish_at` 0.6. A rule with narrower bounds of its own keeps to the part
+    of `table` within them; one with wider bounds is refused unless it has a schedule of its own.
+
+    Attributes:
+        on_unfinished: What to do about a layer that would not reach its target by total_steps:
+            ``error`` (before training, with the smallest change that helps), ``clamp`` or
+            ``allow``. It holds for the schedules of rules too.
+    """
+
+    on_unfinished: Literal["error", "clamp", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        """Fills in the default shape, then checks."""
+        if self.finish_at is None and self.period is None and self.table is None:
+            object.__setattr__(self, "finish_at", 0.6)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,36 +309,35 @@ class MoQConfig(QuantSpec):
         """
         super().validate()
         require(0 <= self.seed < 2**63, "seed must lie in [0, 2^63)", self.seed)
-        if self.schedule.table is not None:
-            table = sorted(self.schedule.table.items())
-            for name, bits in (("start_bits", table[0][1]), ("target_bits", table[-1][1])):
-                require(
-                    getattr(self, name) == bits,
-                    f"{name} must be the {bits} bits of schedule.table",
-                    getattr(self, name),
-                )
+        self.schedule.require_ends(self)
         try:
             re.compile(self.block_pattern)
         except re.error as error:
             raise ValueError(f"block_pattern must be a regular expression: {error}") from None
         for index, rule in enumerate(self.rules):
             try:
-                spec = self.spec(rule)
-                require(
-                    spec.start_bits <= self.start_bits or self.schedule.table is None,
-                    f"start_bits must be at most the {self.start_bits} bits that schedule.table "
-                    "begins with",
-                    spec.start_bits,
-                )
-                require(
-                    spec.target_bits >= self.target_bits or self.schedule.table is None,
-                    f"target_bits must be at least the {self.target_bits} bits that schedule.table "
-                    "ends with (give the table more steps, and the other layers rules that keep "
-                    "them above)",
-                    spec.target_bits,
-                )
+                self._validate_rule(rule)
             except ValueError as error:
                 raise ValueError(f"rules[{index}] ({rule.match!r}).{error}") from None
+
+    def _validate_rule(self, rule: Rule) -> None:
+        spec = self.spec(rule)
+        if rule.schedule is not None:
+            rule.schedule.require_ends(spec)
+        elif self.schedule.table is not None:
+            require(
+                spec.start_bits <= self.start_bits,
+                f"start_bits must be at most the {self.start_bits} bits that schedule.table begins "
+                "with",
+                spec.start_bits,
+            )
+            require(
+                spec.target_bits >= self.target_bits,
+                f"target_bits must be at least the {self.target_bits} bits that schedule.table "
+                "ends with (give the table more steps, and the other layers rules that keep them "
+                "above; or give the rule a schedule of its own)",
+                spec.target_bits,
+            )
 
     def spec(self, rule: Rule | None = None) -> QuantSpec:
         """Returns the configuration's own QuantSpec, or the one of a rule.

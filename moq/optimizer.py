@@ -254,7 +254,11 @@ class MoQOptimizer(OptimizerWrapper):
         }
 
     def schedule(self) -> Schedule:
-        """Returns a copy of the schedule, measurements included."""
+        """Returns a copy of the schedule, measurements included.
+
+        Printed, it is a table: for every layer the step from which it has each width. Its `plot`
+        draws that to a .png or .svg file.
+        """
         schedule: Schedule = self._masters.trainer.schedule
         return schedule
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moq.blocks import follows_sensitivities
 from moq.config import MoQConfig
 from moq.masters import Masters
 
@@ -24,7 +25,7 @@ def require_plannable(config: MoQConfig, masters: Masters, where: str) -> None:
     remedy = "; moq.sensitivity.measure measures without planning"
     if not masters.matched:
         raise ValueError(f"{where}: at least one parameter must be quantized, got 0")
-    if config.schedule.table is not None:
+    if not follows_sensitivities(masters.blocks, config):
         raise ValueError(
             f"{where}: the schedule must be finish_at or period, which sensitivities stretch, got "
             f"schedule.table, which fixes the steps of every layer{remedy}"

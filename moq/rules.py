@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moq.config import MoQConfig, QuantSpec, Rule
+from moq.config import MoQConfig, QuantSpec, Rule, Timing
 from moq.strict import suggestion
 
 DEFAULT_RULE = "default"
@@ -44,6 +44,7 @@ class MatchedParameter:
         rule: Pattern of the rule that decided, or ``default``.
         block: Name of the block that it falls with.
         transposed: True for the storage [input features, output features] of Conv1D.
+        timing: When its width falls, if the rule says so; None follows the configuration.
     """
 
     name: str
@@ -52,6 +53,7 @@ class MatchedParameter:
     rule: str
     block: str
     transposed: bool
+    timing: Timing | None = None
 
     @property
     def in_features(self) -> int:
@@ -196,18 +198,23 @@ def _require_match(index: int, rule: Rule, candidates: list[_Candidate], model: 
     raise ValueError(f"{where}{suggestion(stem, names) or suggestion(last, sorted(parts))}")
 
 
-def _decide(names: list[_Candidate], config: MoQConfig) -> tuple[QuantSpec, str] | None:
-    """Returns the spec of a parameter and the rule behind it, or None if it is not quantized."""
+def _decide(
+    names: list[_Candidate], config: MoQConfig
+) -> tuple[QuantSpec, str, Timing | None] | None:
+    """Returns the spec of a parameter, the rule behind it and that rule's schedule.
+
+    None: it is not quantized.
+    """
     for rule in reversed(config.rules):
         if any(_applies(rule, candidate) for candidate in names):
-            return None if rule.exclude else (config.spec(rule), rule.match)
+            return None if rule.exclude else (config.spec(rule), rule.match, rule.schedule)
     if all(candidate.kind in ("linear", "conv1d") for candidate in names):
-        return config.spec(), DEFAULT_RULE
+        return config.spec(), DEFAULT_RULE, None
     return None
 
 
 def _checked(
-    candidate: _Candidate, spec: QuantSpec, rule: str, config: MoQConfig
+    candidate: _Candidate, spec: QuantSpec, rule: str, timing: Timing | None, config: MoQConfig
 ) -> MatchedParameter:
     """Builds the result, refusing a weight that has no grid.
 
@@ -223,6 +230,7 @@ def _checked(
         rule=rule,
         block=found.group() if found else candidate.name,
         transposed=not isinstance(candidate.module, nn.Linear | nn.Embedding),
+        timing=timing,
     )
 
     def require(condition: bool, what: str, got: object) -> None:
@@ -264,16 +272,21 @@ def _require_equal_siblings(candidates: list[_Candidate], matched: list[MatchedP
         prefix = f"{parent}." if parent else ""
         for family in SIBLINGS:
             present = {part: by_name[prefix + part] for part in family if prefix + part in by_name}
-            if len({(m.spec, m.block) if m else None for m in present.values()}) <= 1:
+            # A schedule may hold a table, which cannot be hashed.
+            if len({repr((m.spec, m.block, m.timing)) if m else "" for m in present.values()}) <= 1:
                 continue
             how = ", ".join(
-                f"{part}: {f'rule {m.rule!r}, {m.spec}, block {m.block}' if m else 'not quantized'}"
-                for part, m in present.items()
+                f"{part}: {_described(m) if m else 'not quantized'}" for part, m in present.items()
             )
             raise ValueError(
                 f"{parent}: {', '.join(present)} are one matrix at inference and must share one "
                 f"spec, got {how}; write one rule that matches all of them"
             )
+
+
+def _described(m: MatchedParameter) -> str:
+    timing = f", {m.timing}" if m.timing else ""
+    return f"rule {m.rule!r}, {m.spec}, block {m.block}{timing}"
 
 
 def _require_distinct_storage(matched: list[MatchedParameter]) -> None:

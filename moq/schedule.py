@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from moq._C import Schedule
-from moq.blocks import Blocks, assign_blocks, make_schedule
+from moq.blocks import Blocks, Pace, assign_blocks, make_schedule
 from moq.config import MoQConfig
 from moq.reporting import compact_names
 from moq.rules import DEFAULT_RULE, match_parameters
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_as_json(outlook, config, options.steps)))
     else:
-        _print_table(outlook, config, options.steps)
+        _print_table(Console(), outlook, _extent(config, options.steps))
     return 0
 
 
@@ -94,7 +94,7 @@ def outlook_of(schedule: Schedule) -> list[BlockOutlook]:
     Before a measurement these are bounds; drops beyond the end of the training have no step.
     """
     total_steps = schedule.total_steps
-    earliest, latest = schedule.bounds()
+    earliest, latest = (schedule.plan(),) * 2 if schedule.measured else schedule.bounds()
 
     def within(step: int) -> int | None:
         return step if step <= total_steps else None
@@ -135,11 +135,27 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
     Raises:
         moq._C.Error: as model_outlook.
     """
-    specs = {DEFAULT_RULE: config.spec()}
-    specs |= {rule.match: config.spec(rule) for rule in config.rules if not rule.exclude}
-    widths = [(spec.start_bits, spec.target_bits) for spec in specs.values()]
-    blocks = Blocks(list(specs) * 2, widths * 2, [])
-    return outlook_of(make_schedule(blocks, config, total_steps))[: len(specs)]
+    spec = config.spec()
+    paces = {DEFAULT_RULE: Pace(spec.start_bits, spec.target_bits)}
+    for rule in config.rules:
+        if not rule.exclude:
+            spec = config.spec(rule)
+            paces[rule.match] = Pace(spec.start_bits, spec.target_bits, rule.schedule)
+    blocks = Blocks(list(paces) * 2, list(paces.values()) * 2, [])
+    return outlook_of(make_schedule(blocks, config, total_steps))[: len(paces)]
+
+
+def table_of(schedule: Schedule) -> str:
+    """Renders a schedule: for every block the step from which it has each width."""
+    console = _wide_console()
+    with console.capture() as capture:
+        _print_table(console, outlook_of(schedule), f"of {schedule.total_steps} steps")
+    return capture.get().rstrip()
+
+
+def plot_schedule(schedule: Schedule, path: str | Path) -> None:
+    """Draws a schedule, as `plot` does."""
+    plot(outlook_of(schedule), schedule.total_steps, path)
 
 
 def _empty_model(directory: str) -> PreTrainedModel:
@@ -179,13 +195,20 @@ def _grouped(outlook: Sequence[BlockOutlook]) -> list[tuple[str, tuple[Width, ..
     ]
 
 
-def _title(config: MoQConfig, total_steps: int) -> str:
+def _extent(config: MoQConfig, total_steps: int) -> str:
     finish_at = config.schedule.finish_at
-    end = "" if finish_at is None else f", all at their target by {100 * finish_at:g} %"
-    return f"First step at each bit width, of {total_steps} steps{end}"
+    all_alike = finish_at is not None and all(rule.schedule is None for rule in config.rules)
+    return f"of {total_steps} steps" + (
+        f", all at their target by {100 * finish_at:g} %" if all_alike else ""
+    )
 
 
-def _print_table(outlook: Sequence[BlockOutlook], config: MoQConfig, total_steps: int) -> None:
+def _wide_console() -> Console:
+    """A console for text that is not for a terminal: no colours, and lines as long as they are."""
+    return Console(width=10_000, no_color=True, force_terminal=False)
+
+
+def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str) -> None:
     all_bits = sorted({width.bits for block in outlook for width in block.widths}, reverse=True)
     table = Table(box=SIMPLE_HEAD)
     table.add_column("bits", no_wrap=True)
@@ -194,17 +217,14 @@ def _print_table(outlook: Sequence[BlockOutlook], config: MoQConfig, total_steps
     for name, widths in _grouped(outlook):
         steps = {width.bits: str(width) for width in widths}
         table.add_row(name, *(steps.get(bits, "") for bits in all_bits))
-    console = Console()
     # A terminal wraps a line that is too long; a table whose cells are cut is of no use.
     unbounded = console.options.update(width=10_000)
     console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
-    console.print(_title(config, total_steps), highlight=False, soft_wrap=True)
+    console.print(f"First step at each bit width, {extent}", highlight=False, soft_wrap=True)
     console.print(table)
     if any(width.earliest != width.latest for block in outlook for width in block.widths):
         console.print(
-            f"Ranges: the step follows the measured sensitivities ({config.sensitivity.rule}).",
-            highlight=False,
-            soft_wrap=True,
+            "Ranges: the step follows the measured sensitivities.", highlight=False, soft_wrap=True
         )
 
 

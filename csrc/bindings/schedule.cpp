@@ -62,15 +62,16 @@ void bind_schedule(py::module_& m) {
       m, "ScheduledBlock",
       "One block of a Schedule: a name for messages and the rule its width follows.")
       .def(py::init([](std::string name, int start_bits, int target_bits, std::int64_t period,
-                       std::int64_t offset, double growth) {
-             return ScheduledBlock{std::move(name),
-                                   Geometric{start_bits, target_bits, period, offset, growth}};
+                       std::int64_t offset, double growth, std::optional<double> finish_at) {
+             return ScheduledBlock{std::move(name), Geometric{start_bits, target_bits, period,
+                                                              offset, growth, finish_at}};
            }),
            py::arg("name"), py::kw_only(), py::arg("start_bits") = 16, py::arg("target_bits") = 8,
            py::arg("period") = 1, py::arg("offset") = 0, py::arg("growth") = 2.0,
+           py::arg("finish_at") = py::none(),
            "One bit less at a time: `offset` steps, then `period` steps at start_bits, then "
-           "`growth` times as "
-           "long at each following width. With finish_at only the ratio of the blocks' periods "
+           "`growth` times as long at each following width. The slowest of the blocks with the "
+           "same finish_at arrives at that share of the training: only the ratio of their periods "
            "counts.")
       .def_static(
           "from_table",
@@ -86,21 +87,17 @@ void bind_schedule(py::module_& m) {
       "The bit width of every block after every optimizer step: a pure function of the "
       "configuration and of the sensitivities given so far (csrc/schedule/schedule.h).")
       .def(py::init([](std::vector<ScheduledBlock> blocks, std::int64_t total_steps,
-                       std::optional<double> finish_at, const std::string& on_unfinished,
-                       std::string stretch_rule) {
+                       const std::string& on_unfinished, std::string stretch_rule) {
              return Schedule(
                  ScheduleConfig{.blocks = std::move(blocks),
                                 .total_steps = total_steps,
-                                .finish_at = finish_at,
                                 .on_unfinished = schedule::parse_on_unfinished(on_unfinished),
                                 .stretch_rule = std::move(stretch_rule)});
            }),
            py::arg("blocks"), py::arg("total_steps"), py::kw_only(),
-           py::arg("finish_at") = py::none(), py::arg("on_unfinished") = "error",
-           py::arg("stretch_rule") = "none",
+           py::arg("on_unfinished") = "error", py::arg("stretch_rule") = "none",
            "Raises moq._C.Error if a value is out of range, or if a block might not reach its "
-           "target by "
-           "total_steps and on_unfinished is 'error'.")
+           "target by total_steps and on_unfinished is 'error'.")
       .def("bits_at", &Schedule::bits_at, py::arg("block"), py::arg("step"),
            "Width of block number `block` after `step` completed optimizer steps.")
       .def("finished", &Schedule::finished, py::arg("step"),
@@ -119,6 +116,9 @@ void bind_schedule(py::module_& m) {
           },
           "(earliest, latest): two plans between which each drop lies, whatever is measured; with "
           "finish_at to within a step, whatever one measurement says.")
+      .def_property_readonly(
+          "measured", [](const Schedule& self) { return !self.measurements().empty(); },
+          "True if the plan follows sensitivities that were measured.")
       .def("unfinished", &unfinished_of,
            "Blocks that might miss total_steps: dicts of block, arrival, bits, largest_period.")
       .def_property_readonly("num_blocks", &Schedule::num_blocks)
@@ -136,7 +136,19 @@ void bind_schedule(py::module_& m) {
            "A plain dict (numbers, strings, lists) from which from_state_dict makes an equal "
            "schedule.")
       .def_static("from_state_dict", &from_state_dict, py::arg("state"),
-                  "Raises moq._C.Error naming the key that is missing or out of range.");
+                  "Raises moq._C.Error naming the key that is missing or out of range.")
+      .def(
+          "__str__",
+          [](const py::object& self) {
+            return py::module_::import("moq.schedule").attr("table_of")(self);
+          },
+          "A table: for every block the step from which it has each width.")
+      .def(
+          "plot",
+          [](const py::object& self, const py::object& path) {
+            py::module_::import("moq.schedule").attr("plot_schedule")(self, path);
+          },
+          py::arg("path"), "Draws bits over steps to a .png or .svg file; needs matplotlib.");
 
   m.def("stretch_rules", &schedule::stretch_rules,
         "Names of the rules by which a sensitivity stretches residence times.");

@@ -34,11 +34,8 @@ const StretchRule& find_stretch_rule(const std::string& name) {
   return *rule;
 }
 
-/// floor(fraction * steps) for decimal fractions too: 0.29 * 100 is 28.999999999999996 in binary.
+/// floor(fraction * steps) is meant for decimal fractions too: 0.29 * 100 is 28.999999999999996.
 constexpr double kAlmost = 1e-6;
-std::int64_t share_of(double fraction, std::int64_t steps) {
-  return static_cast<std::int64_t>(std::floor(fraction * static_cast<double>(steps) + kAlmost));
-}
 
 /// The smallest number of steps of which `fraction` is at least `share`, unless it exceeds
 /// kMaxSteps.
@@ -47,9 +44,9 @@ std::optional<std::int64_t> steps_for_share(double fraction, std::int64_t share)
   if (estimate > static_cast<double>(kMaxSteps)) {
     return std::nullopt;
   }
-  // share_of rounds too: the answer is the estimate or one of its neighbours.
+  // deadline rounds too: the answer is the estimate or one of its neighbours.
   auto steps = std::max<std::int64_t>(1, static_cast<std::int64_t>(estimate) - 1);
-  while (share_of(fraction, steps) < share) {
+  while (deadline(fraction, steps) < share) {
     ++steps;
   }
   return steps;
@@ -93,42 +90,28 @@ void check_rule(const std::string& name, const Table& table) {
   }
 }
 
-/// The step that must lie before the deadline for the block to be able to meet it exactly.
-std::int64_t last_fixed_step(const ScheduledBlock& block) {
-  if (const auto* table = std::get_if<Table>(&block.rule)) {
-    return table->rbegin()->first - 1;
-  }
-  const auto& rule = std::get<Geometric>(block.rule);
-  return rule.start_bits == rule.target_bits ? -1 : rule.offset;
-}
-
 /// finish_at is hard, so a block that cannot meet it is an error whatever on_unfinished says.
-void check_finish_at(const ScheduleConfig& config) {
-  const double finish_at = config.finish_at.value();
-  MOQ_CHECK(finish_at > 0.0 && finish_at <= 1.0, "schedule: finish_at must be in (0, 1], got ",
-            finish_at);
-  const std::int64_t last = deadline(config);
-  for (const ScheduledBlock& block : config.blocks) {
-    const std::int64_t needed = last_fixed_step(block) + 1;
-    const bool is_table = std::holds_alternative<Table>(block.rule);
-    if (needed <= last) {
-      continue;
-    }
-    std::ostringstream text;
-    text << "schedule: " << (is_table ? "the last entry of the table of '" : "the offset of '")
-         << block.name << (is_table ? "' must not lie after" : "' must lie before")
-         << " step floor(finish_at * total_steps) = " << last << ", got "
-         << (is_table ? needed : needed - 1)
-         << ". Smallest change: " << (is_table ? "last entry <= " : "offset <= ")
-         << (is_table ? last : last - 1) << (last == 0 ? " (impossible)" : "");
-    if (const auto steps = steps_for_share(finish_at, needed)) {
-      text << ", or total_steps >= " << *steps;
-    }
-    if (needed <= config.total_steps) {
-      text << ", or finish_at >= " << fraction_for_share(needed, config.total_steps);
-    }
-    detail::fail(text.str());
+void check_finish_at(const std::string& name, const Geometric& rule, std::int64_t total_steps) {
+  const double finish_at = rule.finish_at.value();
+  MOQ_CHECK(finish_at > 0.0 && finish_at <= 1.0, "schedule: finish_at of '", name,
+            "' must be in (0, 1], got ", finish_at);
+  const std::int64_t last = deadline(finish_at, total_steps);
+  const std::int64_t needed = rule.offset + 1;
+  if (rule.start_bits == rule.target_bits || needed <= last) {
+    return;
   }
+  std::ostringstream text;
+  text << "schedule: the offset of '" << name
+       << "' must lie before step floor(finish_at * total_steps) = " << last << ", got "
+       << rule.offset << ". Smallest change: offset <= " << last - 1
+       << (last == 0 ? " (impossible)" : "");
+  if (const auto steps = steps_for_share(finish_at, needed)) {
+    text << ", or total_steps >= " << *steps;
+  }
+  if (needed <= total_steps) {
+    text << ", or finish_at >= " << fraction_for_share(needed, total_steps);
+  }
+  detail::fail(text.str());
 }
 
 }  // namespace
@@ -169,8 +152,9 @@ std::int64_t stretch(const std::string& rule, double sensitivity) {
   return static_cast<std::int64_t>(std::clamp(factor, 1.0, kLargestFactor) * kOne);
 }
 
-std::int64_t deadline(const ScheduleConfig& config) {
-  return config.finish_at ? share_of(*config.finish_at, config.total_steps) : config.total_steps;
+std::int64_t deadline(double finish_at, std::int64_t total_steps) {
+  return static_cast<std::int64_t>(
+      std::floor(finish_at * static_cast<double>(total_steps) + kAlmost));
 }
 
 std::vector<std::int64_t> residence_times(const Geometric& rule) {
@@ -196,9 +180,10 @@ void check_config(const ScheduleConfig& config) {
   find_stretch_rule(config.stretch_rule);
   for (const ScheduledBlock& block : config.blocks) {
     std::visit([&](const auto& rule) { check_rule(block.name, rule); }, block.rule);
-  }
-  if (config.finish_at) {
-    check_finish_at(config);
+    const auto* rule = std::get_if<Geometric>(&block.rule);
+    if (rule != nullptr && rule->finish_at) {
+      check_finish_at(block.name, *rule, config.total_steps);
+    }
   }
 }
 

@@ -15,9 +15,8 @@ void check_config(const ScheduleConfig& config);
 void check_measurement(const ScheduleConfig& config, const Measurement& measurement,
                        std::int64_t previous_step);
 
-/// The step by which all blocks must have arrived: floor(finish_at * total_steps), else
-/// total_steps.
-std::int64_t deadline(const ScheduleConfig& config);
+/// The step at which the slowest block with `finish_at` arrives: floor(finish_at * total_steps).
+std::int64_t deadline(double finish_at, std::int64_t total_steps);
 
 /// Durations are integers in units of 2^-16 steps, stretch factors in units of 2^-16.
 inline constexpr int kFractionBits = 16;

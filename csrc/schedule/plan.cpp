@@ -2,17 +2,18 @@
 //
 // Ahead of a block lies a length for each of its drops: its unstretched residence times up to
 // there, added up. It covers them at a pace, which its sensitivity slows down and which with
-// finish_at is scaled by the factor common to all blocks that brings the slowest one to the
-// deadline:
+// finish_at is scaled by the factor common to all blocks with that finish_at, which brings the
+// slowest of them to the deadline:
 //
 //   drop_j = start + ceil(pace * length_j)
 //   pace   = scale * stretch
-//   scale  = min over blocks of (deadline - start) / (stretch * its last length)
+//   scale  = min over these blocks of (deadline - start) / (stretch * its last length)
 //
 // A measurement subtracts what has been covered since `start`, which then moves to its step. All of
 // it is integer arithmetic, and what has been covered is the only number that is rounded and kept:
 // up, so that a block is never later than its paces say, however often it is measured.
 #include <algorithm>
+#include <map>
 
 #include "csrc/schedule/config.h"
 #include "kernels/common/check.h"
@@ -52,6 +53,7 @@ struct Progress {
   std::int64_t start = 0;     ///< step from which it moves at `pace`
   std::vector<Wide> lengths;  ///< from `start` to each drop that is yet to be made, > 0
   Pace pace = kUnscaled;
+  std::optional<double> finish_at;
 };
 
 Progress begin(const ScheduledBlock& block, const ScheduleConfig& config) {
@@ -66,6 +68,7 @@ Progress begin(const ScheduledBlock& block, const ScheduleConfig& config) {
   const auto& rule = std::get<Geometric>(block.rule);
   progress.made = {{0, rule.start_bits}};
   progress.start = clamp ? std::min(rule.offset, config.total_steps - 1) : rule.offset;
+  progress.finish_at = rule.finish_at;
   Wide length = 0;
   for (const std::int64_t time : residence_times(rule)) {
     progress.lengths.push_back(length += time);
@@ -81,25 +84,30 @@ std::vector<Progress> begin(const ScheduleConfig& config) {
   return blocks;
 }
 
-/// The scale that finish_at asks for, if any block has a drop ahead.
-std::optional<Pace> common_scale(const ScheduleConfig& config, const std::vector<Progress>& blocks,
-                                 const std::vector<std::int64_t>& stretches) {
-  std::optional<Pace> common;
-  for (std::size_t i = 0; config.finish_at && i < blocks.size(); ++i) {
-    if (!blocks[i].lengths.empty()) {
-      const Pace own{deadline(config) - blocks[i].start, blocks[i].lengths.back() * stretches[i]};
-      common = common ? std::min(*common, own) : own;
+/// The scale of each finish_at whose blocks have a drop ahead.
+std::map<double, Pace> common_scales(const ScheduleConfig& config,
+                                     const std::vector<Progress>& blocks,
+                                     const std::vector<std::int64_t>& stretches) {
+  std::map<double, Pace> scales;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const Progress& block = blocks[i];
+    if (block.finish_at && !block.lengths.empty()) {
+      const Pace own{deadline(*block.finish_at, config.total_steps) - block.start,
+                     block.lengths.back() * stretches[i]};
+      const auto [common, first] = scales.emplace(*block.finish_at, own);
+      common->second = std::min(common->second, own);
     }
   }
-  return common;
+  return scales;
 }
 
 void set_paces(const ScheduleConfig& config, const std::vector<std::int64_t>& stretches,
                std::vector<Progress>& blocks) {
-  const Pace scale = common_scale(config, blocks, stretches).value_or(kUnscaled);
+  const std::map<double, Pace> scales = common_scales(config, blocks, stretches);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     Progress& block = blocks[i];
-    block.pace = scale.stretched(stretches[i]);
+    const auto scale = block.finish_at ? scales.find(*block.finish_at) : scales.end();
+    block.pace = (scale == scales.end() ? kUnscaled : scale->second).stretched(stretches[i]);
     if (config.on_unfinished == OnUnfinished::kClamp && !block.lengths.empty()) {
       const Pace fitted{config.total_steps - block.start, block.lengths.back()};
       block.pace = std::min(block.pace, fitted);
@@ -216,20 +224,19 @@ int bits_at(const BlockPlan& plan, std::int64_t step) {
 std::vector<Unfinished> unfinished(const ScheduleConfig& config) {
   check_config(config);
   std::vector<Unfinished> late;
-  if (config.finish_at) {
-    return late;
-  }
   ScheduleConfig unclamped = config;
   unclamped.on_unfinished = OnUnfinished::kAllow;
   const Plan latest = bounds(unclamped).latest;
   for (std::size_t i = 0; i < latest.size(); ++i) {
-    if (latest[i].back().step <= config.total_steps || latest[i].size() == 1) {
+    const auto* rule = std::get_if<Geometric>(&config.blocks[i].rule);
+    const bool has_deadline = rule != nullptr && rule->finish_at;
+    if (latest[i].back().step <= config.total_steps || latest[i].size() == 1 || has_deadline) {
       continue;
     }
     Unfinished block{.block = config.blocks[i].name,
                      .arrival = latest[i].back().step,
                      .bits = bits_at(latest[i], config.total_steps)};
-    if (const auto* rule = std::get_if<Geometric>(&config.blocks[i].rule)) {
+    if (rule != nullptr) {
       block.largest_period =
           largest_period(*rule, stretch(config.stretch_rule, 1.0), config.total_steps);
     }

@@ -20,13 +20,19 @@ namespace moq::schedule {
 
 /// Widths fall by one bit at a time: the block stays `period` steps at start_bits after `offset`
 /// steps, then growth times as long at each following width. 16 -> 8 bits with growth 2 takes
-/// 255 periods. With ScheduleConfig::finish_at only the ratio of the periods of the blocks counts.
+/// 255 periods.
+///
+/// With finish_at only the ratio of the periods counts: the residence times of all blocks that have
+/// the same finish_at are scaled by one common factor, anew after each measurement, so that the
+/// slowest of them arrives exactly at floor(finish_at * total_steps). Several widths may then fall
+/// in one step. (A product within 1e-6 below an integer counts as that integer.)
 struct Geometric {
   int start_bits = 16;      ///< in [1, 32], >= target_bits
   int target_bits = 8;      ///< >= 1
   std::int64_t period = 1;  ///< steps, >= 1
   std::int64_t offset = 0;  ///< steps at start_bits before the first period begins, >= 0
   double growth = 2.0;      ///< in [1, 16]; taken to the nearest 2^-16
+  std::optional<double> finish_at = std::nullopt;  ///< in (0, 1]
 };
 
 /// {step: bits}, fixed whatever is measured. The first entry is at step 0 (the start width); bits
@@ -57,10 +63,6 @@ const char* name_of(OnUnfinished policy);
 struct ScheduleConfig {
   std::vector<ScheduledBlock> blocks = {};
   std::int64_t total_steps = 0;  ///< optimizer steps of the whole training, in [1, 2^40]
-  /// In (0, 1]: all residence times are scaled by one common factor, anew after each measurement,
-  /// so that the slowest block arrives exactly at floor(finish_at * total_steps). Several widths
-  /// may then fall in one step. (A product within 1e-6 below an integer counts as that integer.)
-  std::optional<double> finish_at = std::nullopt;
   OnUnfinished on_unfinished = OnUnfinished::kError;
   std::string stretch_rule = "none";
 };
@@ -112,7 +114,7 @@ struct Unfinished {
   std::optional<std::int64_t> largest_period = std::nullopt;
 };
 
-/// All unfinished blocks of a configuration without finish_at, whatever on_unfinished says.
+/// All unfinished blocks of a configuration, whatever on_unfinished says; finish_at is always met.
 std::vector<Unfinished> unfinished(const ScheduleConfig& config);
 
 /// A configuration with the measurements made so far, and the plan that follows from both.

@@ -23,9 +23,13 @@ Json describe(const ScheduledBlock& block) {
     return Json::Object{{"name", block.name}, {"table", std::move(entries)}};
   }
   const auto& rule = std::get<Geometric>(block.rule);
-  return Json::Object{
-      {"name", block.name},    {"start_bits", rule.start_bits}, {"target_bits", rule.target_bits},
-      {"period", rule.period}, {"offset", rule.offset},         {"growth", rule.growth}};
+  return Json::Object{{"name", block.name},
+                      {"start_bits", rule.start_bits},
+                      {"target_bits", rule.target_bits},
+                      {"period", rule.period},
+                      {"offset", rule.offset},
+                      {"growth", rule.growth},
+                      {"finish_at", rule.finish_at ? Json(*rule.finish_at) : Json()}};
 }
 
 Json describe(const Measurement& measurement) {
@@ -81,12 +85,15 @@ ScheduledBlock block_from(const Members& members) {
     }
     block.rule = std::move(table);
   } else {
-    block.rule =
-        Geometric{.start_bits = as_bits(members["start_bits"], members.where("start_bits")),
-                  .target_bits = as_bits(members["target_bits"], members.where("target_bits")),
-                  .period = members.integer("period"),
-                  .offset = members.integer("offset"),
-                  .growth = members.number("growth")};
+    Geometric rule{.start_bits = as_bits(members["start_bits"], members.where("start_bits")),
+                   .target_bits = as_bits(members["target_bits"], members.where("target_bits")),
+                   .period = members.integer("period"),
+                   .offset = members.integer("offset"),
+                   .growth = members.number("growth")};
+    if (!members["finish_at"].is_null()) {
+      rule.finish_at = members.number("finish_at");
+    }
+    block.rule = rule;
   }
   return block;
 }
@@ -106,7 +113,6 @@ std::string to_json(const Schedule& schedule) {
   return Json(Json::Object{{"version", kStateVersion},
                            {"blocks", describe(config.blocks)},
                            {"total_steps", config.total_steps},
-                           {"finish_at", config.finish_at ? Json(*config.finish_at) : Json()},
                            {"on_unfinished", name_of(config.on_unfinished)},
                            {"stretch_rule", config.stretch_rule},
                            {"measurements", describe(schedule.measurements())}})
@@ -121,12 +127,8 @@ Schedule from_json(std::string_view state) {
             version, ": continue with the version of moq that saved it");
   ScheduleConfig config{.blocks = {},
                         .total_steps = members.integer("total_steps"),
-                        .finish_at = std::nullopt,
                         .on_unfinished = parse_on_unfinished(members.string("on_unfinished")),
                         .stretch_rule = members.string("stretch_rule")};
-  if (!members["finish_at"].is_null()) {
-    config.finish_at = members.number("finish_at");
-  }
   const auto entry_name = [](const char* key, std::size_t index) {
     return std::string(kWhere) + ": " + key + "[" + std::to_string(index) + "]";
   };

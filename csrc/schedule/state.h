@@ -9,12 +9,12 @@
 namespace moq::schedule {
 
 /// The version goes up when the keys change, or when the same keys would give another plan.
-inline constexpr int kStateVersion = 2;
+inline constexpr int kStateVersion = 3;
 
 /// Configuration and measurements as one JSON object:
 ///
-///   version, total_steps, finish_at (or null), on_unfinished, stretch_rule,
-///   blocks        [{name, start_bits, target_bits, period, offset, growth} or
+///   version, total_steps, on_unfinished, stretch_rule,
+///   blocks        [{name, start_bits, target_bits, period, offset, growth, finish_at (or null)} or
 ///                  {name, table: [[step, bits], …]}, …]
 ///   measurements  [{step, sensitivities: [number, …]}, …]
 std::string to_json(const Schedule& schedule);

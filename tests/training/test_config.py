@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moq.config import MoQConfig, QuantSpec, Rule, ScheduleConfig, SensitivityConfig
+from moq.config import MoQConfig, QuantSpec, Rule, ScheduleConfig, SensitivityConfig, Timing
 
 FULL = {
     "start_bits": 12,
@@ -17,6 +17,7 @@ FULL = {
     "rules": [
         {"match": "lm_head", "exclude": True},
         {"match": "re:.*mlp.*", "target_bits": 8, "modules": ["linear", "head"]},
+        {"match": "*.o", "schedule": {"period": 3}},
     ],
     "schedule": {"table": {"0": 12, "30": 9, "50": 6}, "on_unfinished": "clamp"},
     "sensitivity": {"measure": "eigenvalue", "tolerance": 0.1},
@@ -45,6 +46,7 @@ def test_dict_json_yaml_and_python_make_equal_configurations(tmp_path):
         rules=(
             Rule("lm_head", exclude=True),
             Rule("re:.*mlp.*", target_bits=8, modules=("linear", "head")),
+            Rule("*.o", schedule=Timing(period=3)),
         ),
         schedule=ScheduleConfig(table={0: 12, 30: 9, 50: 6}, on_unfinished="clamp"),
         sensitivity=SensitivityConfig(measure="eigenvalue", tolerance=0.1),
@@ -91,7 +93,11 @@ def test_a_rule_inherits_what_it_does_not_say():
         ({"master_dtype": "float16"}, ValueError, r"config\.master_dtype must be one of"),
         ({"schedule": {"finish_at": 0.0}}, ValueError, r"config\.schedule\.finish_at .*\(0, 1\]"),
         ({"schedule": {"finish_at": 1.5}}, ValueError, r"config\.schedule\.finish_at .*\(0, 1\]"),
-        ({"schedule": {"period": 0}}, ValueError, r"config\.schedule\.period must be at least 1"),
+        (
+            {"schedule": {"period": 0}},
+            ValueError,
+            r"config\.schedule\.period must lie in \[1, 2\^40",
+        ),
         ({"schedule": {"offset": 9}}, ValueError, r"config\.schedule\.offset must be 0 unless"),
         ({"schedule": {"period": 9, "offset": -1}}, ValueError, r"config\.schedule\.offset"),
         ({"schedule": {"period": 9, "growth": 0.5}}, ValueError, r"config\.schedule\.growth"),
@@ -133,6 +139,27 @@ def test_a_rule_inherits_what_it_does_not_say():
             ValueError,
             r"config\.rules\[0\] \('\*'\)\.start_bits must be at most the 12 bits that schedule",
         ),
+        (
+            {"rules": [{"match": "*", "schedule": {"offset": 3}}]},
+            ValueError,
+            r"config\.rules\[0\]\.schedule\.finish_at, period and table exclude .*got \[\]",
+        ),
+        (
+            {"rules": [{"match": "*", "schedule": {"on_unfinished": "allow", "period": 3}}]},
+            ValueError,
+            r"config\.rules\[0\]\.schedule\.on_unfinished is not a known key",
+        ),
+        (
+            {"rules": [{"match": "*", "schedule": {"table": {0: 16, 9: 4}}}]},
+            ValueError,
+            r"config\.rules\[0\] \('\*'\)\.target_bits must be the 4 bits of schedule.table, got 8",
+        ),
+        (
+            {"rules": [{"match": "*", "exclude": True, "schedule": {"period": 3}}]},
+            ValueError,
+            r"config\.rules\[0\]\.exclude must be false .*got \['schedule'\]",
+        ),
+        ({"schedule": {"period": 2**41}}, ValueError, r"period must lie in \[1, 2\^40\]"),
         (3, TypeError, r"config must be a MoQConfig, a mapping, a path or None, got 3"),
     ],
 )

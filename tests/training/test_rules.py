@@ -5,7 +5,7 @@ import torch
 from conftest import wrap
 from torch import nn
 
-from moq import MoQConfig, Rule
+from moq import MoQConfig, Rule, Timing
 from moq.rules import match_parameters
 
 
@@ -159,6 +159,7 @@ def test_a_rule_that_matches_nothing_is_an_error_that_says_what_is_near(decoder,
         (Rule("*.v_proj", exclude=True), "q_proj, k_proj, v_proj"),
         (Rule("*.up_proj", granularity="per_tensor"), "gate_proj, up_proj"),
         (Rule("layers.1.gate_proj", rounding="stochastic"), "gate_proj, up_proj"),
+        (Rule("layers.1.up_proj", schedule=Timing(period=1)), "gate_proj, up_proj"),
     ],
 )
 def test_siblings_that_inference_fuses_must_share_one_spec(decoder, rule, parts):
@@ -218,3 +219,33 @@ def test_layers_with_several_widths_become_several_blocks(decoder):
     config = {"rules": [{"match": "layers.0.down_proj", "target_bits": 4}]}
     names = wrap(decoder(), config).schedule().block_names
     assert names == ["layers.0 (16 to 8 bits)", "layers.0 (16 to 4 bits)", "layers.1"]
+
+
+def test_layers_with_several_schedules_become_several_blocks(decoder):
+    config = {
+        "start_bits": 9,
+        "sensitivity": {"rule": "none"},
+        "rules": [
+            {"match": "*.down_proj", "schedule": {"period": 3}},
+            {"match": "layers.1.down_proj", "schedule": {"table": {0: 9, 4: 8}}},
+        ],
+    }
+    optimizer = wrap(decoder(), config, total_steps=10)
+    plan = dict(zip(optimizer.schedule().block_names, optimizer.schedule().plan(), strict=True))
+    assert plan == {
+        "layers.0 (9 to 8 bits, rule 'default')": [(0, 9), (6, 8)],
+        "layers.0 (9 to 8 bits, rule '*.down_proj')": [(0, 9), (3, 8)],
+        "layers.1 (9 to 8 bits, rule 'default')": [(0, 9), (6, 8)],
+        "layers.1 (9 to 8 bits, rule 'layers.1.down_proj')": [(0, 9), (4, 8)],
+    }
+
+
+def test_two_rules_of_one_pattern_are_told_apart():
+    model = nn.ModuleDict({"0": nn.ModuleDict({"head": nn.Linear(4, 4), "score": nn.Linear(4, 4)})})
+    rules = [
+        {"match": "0.*", "modules": ["head"], "schedule": {"period": 2}},
+        {"match": "0.*", "modules": ["linear"], "schedule": {"period": 1}},
+    ]
+    config = {"start_bits": 9, "sensitivity": {"rule": "none"}, "rules": rules}
+    names = wrap(model, config).schedule().block_names
+    assert len(set(names)) == len(names)

@@ -1,4 +1,6 @@
 import json
+import random
+import re
 
 import pytest
 import torch
@@ -24,18 +26,17 @@ def adaptive(total_steps=425):
     """Two layers of 16 to 8 bits, one twice as slow, and a fixed table."""
     return Schedule(
         [
-            ScheduledBlock("layers.0"),
-            ScheduledBlock("layers.1", period=2),
+            ScheduledBlock("layers.0", finish_at=0.6),
+            ScheduledBlock("layers.1", period=2, finish_at=0.6),
             ScheduledBlock.from_table("head", {0: 16, 5: 8}),
         ],
         total_steps,
-        finish_at=0.6,
         stretch_rule="stepped",
     )
 
 
 def test_the_default_block_falls_from_16_to_8_bits_within_finish_at():
-    schedule = Schedule([ScheduledBlock("layers.0")], 425, finish_at=0.6)
+    schedule = Schedule([ScheduledBlock("layers.0", finish_at=0.6)], 425)
     expected = [(2**k - 1, 16 - k) for k in range(9)]
     assert schedule.plan() == [expected]
     assert [schedule.bits_at(0, step) for step in (0, 1, 126, 127, 255, 425)] == [
@@ -97,16 +98,53 @@ def test_errors_have_their_own_type_and_say_what_to_change():
 
 def test_a_state_of_another_version_is_refused():
     state = adaptive().state_dict() | {"version": 99}
-    with pytest.raises(Error, match="version must be 2, got 99"):
+    with pytest.raises(Error, match="version must be 3, got 99"):
         Schedule.from_state_dict(state)
 
 
-@pytest.mark.parametrize("key", ["version", "blocks", "total_steps", "finish_at", "measurements"])
+@pytest.mark.parametrize(
+    "key", ["version", "blocks", "total_steps", "stretch_rule", "measurements"]
+)
 def test_a_state_without_a_key_is_refused_with_its_name(key):
     state = adaptive().state_dict()
     del state[key]
     with pytest.raises(Error, match=f"schedule state: expected the key '{key}'"):
         Schedule.from_state_dict(state)
+
+
+def test_a_block_without_a_key_is_refused_with_its_name():
+    state = adaptive().state_dict()
+    del state["blocks"][1]["finish_at"]
+    with pytest.raises(Error, match=r"blocks\[1\]: expected the key 'finish_at'"):
+        Schedule.from_state_dict(state)
+
+
+def test_a_printed_schedule_has_a_row_for_each_pace():
+    lines = str(adaptive()).splitlines()
+    assert lines[0] == "First step at each bit width, of 425 steps"
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert rows["head"] == ["0", "5"]
+    assert rows["layers.1"][-1] == "102-255"
+    assert lines[-1] == "Ranges: the step follows the measured sensitivities."
+
+
+def test_a_printed_schedule_has_the_very_steps_once_they_are_measured():
+    schedule = adaptive()
+    assert not schedule.measured
+    schedule.set_sensitivities(0, [0.0, 1.0, 0.0])
+    assert schedule.measured
+    plan = schedule.plan()[0]
+    row = next(line for line in str(schedule).splitlines() if "layers.0" in line)
+    assert row.split()[1:] == [str(step) for step, _ in plan]
+    assert "Ranges" not in str(schedule)
+
+
+def test_a_schedule_draws_itself(tmp_path):
+    pytest.importorskip("matplotlib")
+    adaptive().plot(tmp_path / "plan.svg")
+    assert "layers.1" in (tmp_path / "plan.svg").read_text()
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        adaptive().plot(tmp_path / "plan.pdf")
 
 
 def trained_parameter(block=0):
@@ -138,7 +176,7 @@ def trained_parameter(block=0):
     ],
 )
 def test_a_trainer_refuses_widths_that_have_no_grid(wide, width):
-    schedule = Schedule([wide], 100, finish_at=1.0)
+    schedule = Schedule([wide], 100, on_unfinished="allow")
     message = rf"planned for layers.0.weight must lie in \[2, 16\] bits, got {width}"
     with pytest.raises(Error, match=message):
         Trainer([trained_parameter()], schedule, seed=0)
@@ -178,6 +216,85 @@ def test_rules_are_planned_for_several_layers_each():
     arrival = outlook[1].widths[-1]
     assert (arrival.bits, arrival.latest) == (4, 240)
     assert arrival.earliest < 240
+
+
+def test_rules_have_schedules_of_their_own():
+    config = MoQConfig.from_dict(
+        {
+            "start_bits": 10,
+            "schedule": {"finish_at": 0.5},
+            "sensitivity": {"rule": "none"},
+            "rules": [
+                {"match": "*.mlp.*", "schedule": {"period": 7, "offset": 3, "growth": 1.0}},
+                {"match": "*.o", "start_bits": 16, "schedule": {"table": {0: 16, 11: 8}}},
+                {"match": "*.q", "target_bits": 9, "schedule": {"finish_at": 0.25}},
+            ],
+        }
+    )
+    steps = {
+        block.name: [(width.latest, width.bits) for width in block.widths]
+        for block in rules_outlook(config, 100)
+    }
+    assert steps == {
+        "default": [(0, 10), (17, 9), (50, 8)],
+        "*.mlp.*": [(0, 10), (10, 9), (17, 8)],
+        "*.o": [(0, 16), (11, 8)],
+        "*.q": [(0, 10), (25, 9)],
+    }
+
+
+def random_config(seed: int) -> dict:
+    """A configuration of random shape, with rules that deviate in every way."""
+    rng = random.Random(seed)
+
+    def timing(start: int, target: int) -> dict:
+        shape = rng.choice(["finish_at", "period", "table"])
+        if shape == "finish_at":
+            return {"finish_at": rng.randint(30, 100) / 100}
+        if shape == "period":
+            growth = rng.choice([1.0, 1.3, 2.0])
+            return {"period": rng.randint(1, 40), "offset": rng.randint(0, 20), "growth": growth}
+        widths = sorted(rng.sample(range(target + 1, start), k=min(2, start - target - 1)))[::-1]
+        steps = sorted(rng.sample(range(1, 400), k=len(widths) + 1))
+        return {"table": {0: start} | dict(zip(steps, [*widths, target], strict=True))}
+
+    def widths() -> dict:
+        target = rng.randint(2, 15)
+        return {"target_bits": target, "start_bits": rng.randint(target + 1, 16)}
+
+    own = widths()
+    rules = [
+        (bits := widths())
+        | {"match": f"*.{name}", "schedule": timing(*sorted(bits.values())[::-1])}
+        for name in rng.sample(["q", "k", "v", "o"], k=rng.randint(0, 4))
+    ]
+    section = timing(own["start_bits"], own["target_bits"])
+    section["on_unfinished"] = rng.choice(["error", "clamp", "allow"])
+    rule = rng.choice(["none", "stepped", "linear"])
+    return own | {"rules": rules, "schedule": section, "sensitivity": {"rule": rule}}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_configuration_finishes_or_is_refused_with_what_would_help(seed):
+    config = MoQConfig.from_dict(random_config(seed))
+    assert MoQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    policy = config.schedule.on_unfinished
+    try:
+        outlook = rules_outlook(config, 300)
+    except Error as error:
+        assert policy == "error"
+        change = re.search(r"total_steps >= (\d+)", str(error))
+        assert rules_outlook(config, int(change.group(1)))
+        return
+    for block in outlook:
+        bits = [width.bits for width in block.widths]
+        assert bits == sorted(set(bits), reverse=True)
+        latest = [width.latest for width in block.widths]
+        made = [step for step in latest if step is not None]
+        assert made == sorted(made)
+        if policy != "allow":
+            assert made == latest
+            assert latest[-1] <= 300
 
 
 @pytest.fixture

@@ -2,11 +2,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "csrc/schedule/schedule.h"
+#include "csrc/schedule/state.h"
+#include "kernels/common/check.h"
 
 namespace moq::schedule {
 namespace {
@@ -17,12 +21,14 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
     return std::uniform_int_distribution<std::int64_t>(low, high)(generator_);
   }
 
+  /// Blocks that fall by period; with finish_at all of them by one share of the training.
   ScheduleConfig draw_config(bool with_finish_at) {
     ScheduleConfig config{.total_steps = draw(64, 5000),
                           .on_unfinished = OnUnfinished::kAllow,
                           .stretch_rule = draw(0, 1) == 0 ? "stepped" : "linear"};
+    std::optional<double> finish_at;
     if (with_finish_at) {
-      config.finish_at = static_cast<double>(draw(50, 100)) / 100.0;
+      finish_at = static_cast<double>(draw(50, 100)) / 100.0;
     }
     for (std::int64_t i = draw(1, 8); i > 0; --i) {
       const int target = static_cast<int>(draw(1, 12));
@@ -31,7 +37,33 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
                                         .target_bits = target,
                                         .period = draw(1, 40),
                                         .offset = draw(0, 31),
-                                        .growth = 1.0 + static_cast<double>(draw(0, 20)) / 10.0}});
+                                        .growth = 1.0 + static_cast<double>(draw(0, 20)) / 10.0,
+                                        .finish_at = finish_at}});
+    }
+    return config;
+  }
+
+  Table draw_table(std::int64_t total_steps) {
+    Table table;
+    int bits = static_cast<int>(draw(8, 16));
+    for (std::int64_t step = 0; bits >= 1 && step <= 2 * total_steps;) {
+      table[step] = bits;
+      step += draw(1, total_steps);
+      bits -= static_cast<int>(draw(1, 6));
+    }
+    return table;
+  }
+
+  /// Every kind of block in one schedule: by period, by two shares of the training, by table.
+  ScheduleConfig draw_mixed_config() {
+    ScheduleConfig config = draw_config(false);
+    for (ScheduledBlock& block : config.blocks) {
+      const std::int64_t kind = draw(0, 3);
+      if (kind == 0) {
+        block.rule = draw_table(config.total_steps);
+      } else if (kind <= 2) {
+        std::get<Geometric>(block.rule).finish_at = kind == 1 ? 0.5 : 0.9;
+      }
     }
     return config;
   }
@@ -87,12 +119,73 @@ TEST_P(RandomSchedule, TheSlowestBlockArrivesExactlyAtFinishAt) {
     last = std::max(last, block.back().step);
   }
   if (any) {
-    EXPECT_EQ(last, static_cast<std::int64_t>(*config.finish_at * config.total_steps + 1e-6));
+    const double finish_at = *std::get<Geometric>(config.blocks[0].rule).finish_at;
+    EXPECT_EQ(last, static_cast<std::int64_t>(finish_at * config.total_steps + 1e-6));
   }
 }
 
+TEST_P(RandomSchedule, OfAnyMixtureIsMonotoneAndArrivesWhenItSays) {
+  const ScheduleConfig config = draw_mixed_config();
+  const Plan drops = plan(config, draw_measurements(config));
+  std::map<double, std::int64_t> last;
+  for (std::size_t i = 0; i < drops.size(); ++i) {
+    const BlockPlan& block = drops[i];
+    EXPECT_EQ(block.front().step, 0);
+    for (std::size_t d = 1; d < block.size(); ++d) {
+      EXPECT_LT(block[d].bits, block[d - 1].bits);
+      EXPECT_GE(block[d].step, block[d - 1].step);
+    }
+    const auto* rule = std::get_if<Geometric>(&config.blocks[i].rule);
+    if (rule == nullptr) {
+      const Table& table = std::get<Table>(config.blocks[i].rule);
+      ASSERT_EQ(block.size(), table.size());
+      for (const Drop& drop : block) {
+        EXPECT_EQ(table.at(drop.step), drop.bits);
+      }
+    } else if (rule->finish_at && block.size() > 1) {
+      last[*rule->finish_at] = std::max(last[*rule->finish_at], block.back().step);
+    }
+  }
+  for (const auto& [finish_at, step] : last) {
+    EXPECT_EQ(step, static_cast<std::int64_t>(finish_at * config.total_steps + 1e-6));
+  }
+}
+
+TEST_P(RandomSchedule, OfAMixtureIsRefusedOrFinishes) {
+  ScheduleConfig config = draw_mixed_config();
+  const std::vector<Measurement> measurements = draw_measurements(config);
+  config.on_unfinished = OnUnfinished::kError;
+  if (unfinished(config).empty()) {
+    EXPECT_TRUE(Schedule(config, measurements).finished(config.total_steps));
+  } else {
+    EXPECT_THROW(Schedule{config}, Error);
+    config.on_unfinished = OnUnfinished::kClamp;
+    EXPECT_TRUE(Schedule(config, measurements).finished(config.total_steps));
+  }
+}
+
+/// Ranks and resumed runs make the schedule from a text, and may list the blocks in another order.
+TEST_P(RandomSchedule, IsTheSameFromItsTextAndInAnyOrderOfBlocks) {
+  const ScheduleConfig config = draw_mixed_config();
+  const std::vector<Measurement> measurements = draw_measurements(config);
+  const Schedule schedule(config, measurements);
+  const Schedule copy = from_json(to_json(schedule));
+  EXPECT_EQ(copy.plan(), schedule.plan());
+  EXPECT_EQ(to_json(copy), to_json(schedule));
+
+  ScheduleConfig reversed = config;
+  std::ranges::reverse(reversed.blocks);
+  std::vector<Measurement> reversed_measurements = measurements;
+  for (Measurement& measurement : reversed_measurements) {
+    std::ranges::reverse(measurement.sensitivities);
+  }
+  Plan expected = schedule.plan();
+  std::ranges::reverse(expected);
+  EXPECT_EQ(plan(reversed, reversed_measurements), expected);
+}
+
 TEST_P(RandomSchedule, ClampedBlocksAllArriveInTime) {
-  ScheduleConfig config = draw_config(false);
+  ScheduleConfig config = draw_mixed_config();
   config.on_unfinished = OnUnfinished::kClamp;
   const Schedule schedule(config, draw_measurements(config));
   EXPECT_TRUE(schedule.finished(config.total_steps));

@@ -71,16 +71,15 @@ TEST(TablePlan, IsTheTable) {
 }
 
 TEST(FinishAt, BringsTheSlowestBlockToTheDeadlineAndKeepsRatios) {
-  const Plan drops = plan(
-      {.blocks = {block({.start_bits = 10, .period = 1}), block({.start_bits = 10, .period = 3})},
-       .total_steps = 100,
-       .finish_at = 0.6});
+  const Plan drops = plan({.blocks = {block({.start_bits = 10, .period = 1, .finish_at = 0.6}),
+                                      block({.start_bits = 10, .period = 3, .finish_at = 0.6})},
+                           .total_steps = 100});
   EXPECT_EQ(drops.at(0), BlockPlan({{0, 10}, {7, 9}, {20, 8}}));  // 60 / 9 = 6.67, then 20
   EXPECT_EQ(drops.at(1), BlockPlan({{0, 10}, {20, 9}, {60, 8}}));
 }
 
 TEST(FinishAt, LetsSeveralWidthsFallInOneStep) {
-  const Plan drops = plan({.blocks = {block({})}, .total_steps = 4, .finish_at = 1.0});
+  const Plan drops = plan({.blocks = {block({.finish_at = 1.0})}, .total_steps = 4});
   const BlockPlan expected = {{0, 16}, {1, 15}, {1, 14}, {1, 13}, {1, 12},
                               {1, 11}, {1, 10}, {2, 9},  {4, 8}};
   EXPECT_EQ(drops.at(0), expected);
@@ -89,21 +88,21 @@ TEST(FinishAt, LetsSeveralWidthsFallInOneStep) {
 }
 
 TEST(FinishAt, ReadsDecimalFractionsAsWritten) {
-  const ScheduleConfig config{.blocks = {block({})}, .total_steps = 100, .finish_at = 0.29};
+  const ScheduleConfig config{.blocks = {block({.finish_at = 0.29})}, .total_steps = 100};
   EXPECT_EQ(plan(config).at(0).back().step, 29);  // 0.29 * 100 is 28.999… in binary
 }
 
 TEST(FinishAt, CountsTheOffsetInFullSteps) {
-  const Plan drops = plan({.blocks = {block({.start_bits = 9, .period = 1, .offset = 50})},
-                           .total_steps = 100,
-                           .finish_at = 0.8});
+  const Plan drops =
+      plan({.blocks = {block({.start_bits = 9, .period = 1, .offset = 50, .finish_at = 0.8})},
+            .total_steps = 100});
   EXPECT_EQ(drops.at(0), BlockPlan({{0, 9}, {80, 8}}));
 }
 
 TEST(FinishAt, RefusesAnOffsetBeyondTheDeadlineWithTheSmallestChange) {
   const auto make = [](std::int64_t offset, std::int64_t total, double finish_at) {
     return plan(
-        {.blocks = {block({.offset = offset})}, .total_steps = total, .finish_at = finish_at});
+        {.blocks = {block({.offset = offset, .finish_at = finish_at})}, .total_steps = total});
   };
   expect_error([&] { make(60, 100, 0.6); },
                {"'layers.0'", "offset <= 59", "total_steps >= 102", "finish_at >= 0.61"});
@@ -114,13 +113,13 @@ TEST(FinishAt, RefusesAnOffsetBeyondTheDeadlineWithTheSmallestChange) {
 }
 
 TEST(FinishAt, RefusesATrainingTooShortForAnyDrop) {
-  expect_error([] { plan({.blocks = {block({})}, .total_steps = 1, .finish_at = 0.6}); },
+  expect_error([] { plan({.blocks = {block({.finish_at = 0.6})}, .total_steps = 1}); },
                {"total_steps >= 2"});
 }
 
 TEST(FinishAt, OfATinyShareIsRefusedWithTheTrainingLongEnoughForIt) {
   const auto make = [](double finish_at, std::int64_t total) {
-    return plan({.blocks = {block({})}, .total_steps = total, .finish_at = finish_at});
+    return plan({.blocks = {block({.finish_at = finish_at})}, .total_steps = total});
   };
   expect_error([&] { make(1e-11, 100); }, {"total_steps >= 99999900000"});
   EXPECT_NO_THROW(make(1e-11, 99999900000));
@@ -130,7 +129,7 @@ TEST(FinishAt, OfATinyShareIsRefusedWithTheTrainingLongEnoughForIt) {
 TEST(FinishAt, TooSmallForAnyTrainingIsRefusedAtOnce) {
   for (const double finish_at : {1e-13, 1e-18, 1e-20, 1e-300}) {
     try {
-      plan({.blocks = {block({})}, .total_steps = 100, .finish_at = finish_at});
+      plan({.blocks = {block({.finish_at = finish_at})}, .total_steps = 100});
       ADD_FAILURE() << "no error for " << finish_at;
     } catch (const Error& error) {
       EXPECT_EQ(std::string(error.what()).find("total_steps >="), std::string::npos)
@@ -140,20 +139,37 @@ TEST(FinishAt, TooSmallForAnyTrainingIsRefusedAtOnce) {
 }
 
 TEST(FinishAt, IsAdvisedWithASixthDecimalThatIsEnough) {
-  const ScheduleConfig config{
-      .blocks = {block({.offset = 3333333})}, .total_steps = 10000000, .finish_at = 0.2};
+  const ScheduleConfig config{.blocks = {block({.offset = 3333333, .finish_at = 0.2})},
+                              .total_steps = 10000000};
   expect_error([&] { plan(config); }, {"finish_at >= 0.333334"});
   ScheduleConfig longer = config;
-  longer.finish_at = 0.333334;
+  std::get<Geometric>(longer.blocks[0].rule).finish_at = 0.333334;
   EXPECT_NO_THROW(plan(longer));
 }
 
-TEST(FinishAt, RefusesATableBeyondTheDeadline) {
+TEST(FinishAt, IsMetByTheSlowestOfEachShareOnItsOwn) {
+  const Plan drops = plan({.blocks = {block({.start_bits = 9, .period = 7, .finish_at = 0.5}),
+                                      block({.start_bits = 9, .period = 14, .finish_at = 0.5}),
+                                      block({.start_bits = 9, .period = 3, .finish_at = 0.8}),
+                                      block({.start_bits = 9, .period = 30}),
+                                      {"head", Table{{0, 16}, {99, 8}}}},
+                           .total_steps = 100});
+  EXPECT_EQ(drops.at(0).back(), (Drop{25, 8}));
+  EXPECT_EQ(drops.at(1).back(), (Drop{50, 8}));
+  EXPECT_EQ(drops.at(2).back(), (Drop{80, 8}));
+  EXPECT_EQ(drops.at(3).back(), (Drop{30, 8}));
+  EXPECT_EQ(drops.at(4).back(), (Drop{99, 8}));
+}
+
+TEST(FinishAt, OfSomeBlocksDoesNotExcuseTheOthers) {
   expect_error(
       [] {
-        plan({.blocks = {{"head", Table{{0, 16}, {61, 8}}}}, .total_steps = 100, .finish_at = 0.6});
+        Schedule({.blocks = {block({.finish_at = 1.0}),
+                             block({.period = 10}, "layers.1"),
+                             {"head", Table{{0, 16}, {9000, 8}}}},
+                  .total_steps = 2000});
       },
-      {"last entry <= 60", "total_steps >= 102"});
+      {"2 of 3", "'head', arrives at step 9000", "total_steps >= 9000"});
 }
 
 TEST(Unfinished, IsRefusedWithChangesThatEachFixIt) {
@@ -246,9 +262,9 @@ TEST(Sensitivities, MeasuredAtARoundedDropDoNotPushTheArrivalBeyondTotalSteps) {
 }
 
 TEST(Sensitivities, WithinFinishAtTheMostSensitiveArrivesAtTheDeadline) {
-  Schedule schedule({.blocks = {block({.start_bits = 10}), block({.start_bits = 10})},
+  Schedule schedule({.blocks = {block({.start_bits = 10, .finish_at = 0.6}),
+                                block({.start_bits = 10, .finish_at = 0.6})},
                      .total_steps = 100,
-                     .finish_at = 0.6,
                      .stretch_rule = "stepped"});
   schedule.set_sensitivities(0, {0.0, 1.0});
   EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 10}, {4, 9}, {12, 8}}));
@@ -264,9 +280,8 @@ TEST(Sensitivities, LinearRuleUsesTheWholeRange) {
 }
 
 TEST(Sensitivities, LeaveTablesAlone) {
-  Schedule schedule({.blocks = {{"head", Table{{0, 16}, {10, 8}}}, block({})},
+  Schedule schedule({.blocks = {{"head", Table{{0, 16}, {10, 8}}}, block({.finish_at = 1.0})},
                      .total_steps = 100,
-                     .finish_at = 1.0,
                      .stretch_rule = "stepped"});
   schedule.set_sensitivities(3, {1.0, 0.0});
   EXPECT_EQ(schedule.plan().at(0), BlockPlan({{0, 16}, {10, 8}}));
@@ -274,7 +289,7 @@ TEST(Sensitivities, LeaveTablesAlone) {
 
 TEST(Sensitivities, AfterTheLastDropChangeNothing) {
   Schedule schedule(
-      {.blocks = {block({})}, .total_steps = 100, .finish_at = 0.5, .stretch_rule = "stepped"});
+      {.blocks = {block({.finish_at = 0.5})}, .total_steps = 100, .stretch_rule = "stepped"});
   const Plan before = schedule.plan();
   schedule.set_sensitivities(50, {1.0});
   EXPECT_EQ(schedule.plan(), before);
@@ -282,7 +297,7 @@ TEST(Sensitivities, AfterTheLastDropChangeNothing) {
 
 TEST(Sensitivities, ThatAreRefusedLeaveTheScheduleUnchanged) {
   Schedule schedule(
-      {.blocks = {block({})}, .total_steps = 100, .finish_at = 0.5, .stretch_rule = "stepped"});
+      {.blocks = {block({.finish_at = 0.5})}, .total_steps = 100, .stretch_rule = "stepped"});
   schedule.set_sensitivities(10, {0.5});
   const Plan before = schedule.plan();
   expect_error([&] { schedule.set_sensitivities(9, {0.5}); }, {"got 9"});
@@ -323,8 +338,10 @@ INSTANTIATE_TEST_SUITE_P(
             {.blocks = {block({.period = std::int64_t{1} << 40, .growth = 16})}, .total_steps = 9},
             "must sum to at most 2^44 steps"},
         BadConfig{{.blocks = {block({})}, .total_steps = 0}, "total_steps must be"},
-        BadConfig{{.blocks = {block({})}, .total_steps = 9, .finish_at = 0.0}, "finish_at must be"},
-        BadConfig{{.blocks = {block({})}, .total_steps = 9, .finish_at = 1.1}, "finish_at must be"},
+        BadConfig{{.blocks = {block({.finish_at = 0.0})}, .total_steps = 9},
+                  "finish_at of 'layers.0'"},
+        BadConfig{{.blocks = {block({.finish_at = 1.1})}, .total_steps = 9},
+                  "finish_at of 'layers.0'"},
         BadConfig{{.blocks = {block({})}, .total_steps = 9, .stretch_rule = "steep"},
                   "got 'steep'"},
         BadConfig{{.blocks = {{"t", Table{}}}, .total_steps = 9}, "an empty table"},
@@ -344,7 +361,7 @@ TEST(BitsAt, RefusesABlockOrStepThatDoesNotExist) {
 }
 
 TEST(EmptySchedule, IsFinished) {
-  EXPECT_TRUE(Schedule({.blocks = {}, .total_steps = 1, .finish_at = 0.5}).finished(0));
+  EXPECT_TRUE(Schedule({.blocks = {}, .total_steps = 1}).finished(0));
 }
 
 }  // namespace
