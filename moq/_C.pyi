@@ -1,6 +1,7 @@
 """Types of the compiled extension's own functions; its classes document themselves."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -87,6 +88,7 @@ class ScheduledBlock:
         period: int = 1,
         offset: int = 0,
         growth: float = 2.0,
+        finish_at: float | None = None,
     ) -> None: ...
     @staticmethod
     def from_table(name: str, table: dict[int, int]) -> ScheduledBlock: ...
@@ -95,12 +97,12 @@ class Schedule:
     num_blocks: int
     total_steps: int
     block_names: list[str]
+    measured: bool
     def __init__(
         self,
         blocks: Sequence[ScheduledBlock],
         total_steps: int,
         *,
-        finish_at: float | None = None,
         on_unfinished: str = "error",
         stretch_rule: str = "none",
     ) -> None: ...
@@ -110,6 +112,7 @@ class Schedule:
     def plan(self) -> list[list[tuple[int, int]]]: ...
     def bounds(self) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]: ...
     def unfinished(self) -> list[dict[str, Any]]: ...
+    def plot(self, path: str | PathLike[str]) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Schedule: ...

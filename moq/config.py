@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from moq.strict import Strict, require
 Mode = Literal["symmetric", "asymmetric"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
+OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 2, 16
 MAX_STEPS = 2**40
@@ -230,7 +232,7 @@ class ScheduleConfig(Timing):
             ``allow``. It holds for the schedules of rules too.
     """
 
-    on_unfinished: Literal["error", "clamp", "allow"] = "error"
+    on_unfinished: OnUnfinished = "error"
 
     def __post_init__(self) -> None:
         """Fills in the default shape, then checks."""
@@ -375,10 +377,48 @@ class MoQConfig(QuantSpec):
         if isinstance(source, MoQConfig):
             return source
         if isinstance(source, Mapping):
-            return cls.from_dict(source)
+            return cls._from_mapping(source, "config")
         if isinstance(source, str | os.PathLike):
-            return cls.from_dict(_read(Path(source)), str(Path(source).name))
+            return cls._from_mapping(read_file(Path(source)), str(Path(source).name))
         raise TypeError(f"config must be a MoQConfig, a mapping, a path or None, got {source!r}")
+
+    @classmethod
+    def _from_mapping(cls, data: Any, where: str) -> MoQConfig:
+        theirs = {"quantize_training", "compression_training"}
+        if isinstance(data, Mapping) and not theirs.isdisjoint(data):
+            raise ValueError(
+                f"{where} must hold the keys of moq, got a configuration of DeepSpeed: "
+                "MoQConfig.from_deepspeed reads it (on the command line: --deepspeed)"
+            )
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def from_deepspeed(
+        cls,
+        source: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        on_unfinished: OnUnfinished = "error",
+    ) -> MoQConfig:
+        """Returns a configuration of DeepSpeed as one of moq, with its schedule in true steps.
+
+        Both spellings are read: ``quantize_training`` (DeepSpeed 0.4 to 0.6) and
+        ``compression_training.weight_quantization`` (since 0.7). One warning lists what moq does in
+        another way and which keys mean nothing to it; moq.deepspeed.convert returns these lists.
+
+        Args:
+            source: The whole configuration or a mapping with one of the two blocks, or its file.
+            on_unfinished: As in ScheduleConfig. DeepSpeed ends at the width reached, ``allow``.
+
+        Raises:
+            TypeError: for a wrong type inside.
+            ValueError: if MoQ is not enabled in exactly one spelling, for unknown keys inside its
+                block and for values out of range.
+        """
+        from moq.deepspeed import convert
+
+        conversion = convert(source, on_unfinished=on_unfinished)
+        warnings.warn(f"MoQConfig.from_deepspeed:\n{conversion}", stacklevel=2)
+        return conversion.config
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -391,7 +431,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """Parses a JSON or YAML file.
 
     Raises:

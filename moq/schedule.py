@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 from moq._C import Schedule
 from moq.blocks import Blocks, Pace, assign_blocks, make_schedule
 from moq.config import MoQConfig
+from moq.deepspeed import convert
 from moq.reporting import compact_names
 from moq.rules import DEFAULT_RULE, match_parameters
 
@@ -68,13 +70,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face model directory (its config.json is enough): plan its own layers; "
         "without it each rule of the configuration is planned for a layer that it matches",
     )
+    parser.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="the file is DeepSpeed's (quantize_training or compression_training): read it in true "
+        "steps, and list what moq does in another way",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="FILE", help="draw the plan to a .png or .svg file")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs `moq schedule`; a schedule that cannot finish is an error with the remedy."""
-    config = MoQConfig.load(options.config)
+    if options.deepspeed:
+        conversion = convert(options.config)
+        config = conversion.config
+        print(conversion, file=sys.stderr)
+    else:
+        config = MoQConfig.load(options.config)
     if options.model is None:
         outlook = rules_outlook(config, options.steps)
     else:
@@ -197,10 +210,9 @@ def _grouped(outlook: Sequence[BlockOutlook]) -> list[tuple[str, tuple[Width, ..
 
 def _extent(config: MoQConfig, total_steps: int) -> str:
     finish_at = config.schedule.finish_at
-    all_alike = finish_at is not None and all(rule.schedule is None for rule in config.rules)
-    return f"of {total_steps} steps" + (
-        f", all at their target by {100 * finish_at:g} %" if all_alike else ""
-    )
+    if finish_at is None or any(rule.schedule for rule in config.rules):
+        return f"of {total_steps} steps"
+    return f"of {total_steps} steps, all at their target by {100 * finish_at:g} %"
 
 
 def _wide_console() -> Console:
