@@ -140,6 +140,7 @@ class TrainedParameter:
 class Trainer:
     schedule: Schedule
     step: int
+    step_on_device: Tensor
     step_seen: int
     def __init__(
         self, parameters: Sequence[TrainedParameter], schedule: Schedule, seed: int, step: int = 0

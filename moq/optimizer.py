@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,13 @@ from moq.blocks import (
 )
 from moq.collective import raise_together
 from moq.config import MoQConfig
+from moq.loggers import Logger
 from moq.masters import Masters
 from moq.planning import measure_blocks, plan_by, require_plannable
 from moq.record import MASTER_KEY, RECORD_KEY, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
+from moq.scalars import ScalarLog, require_logger
 from moq.state_creation import is_state_creation, make_blank_state
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
@@ -57,6 +59,10 @@ class MoQOptimizer(OptimizerWrapper):
             every Linear and Conv1D but the head falls from 16 to 8 bits by 60 % of the steps.
         total_steps: Optimizer steps of the whole training.
         verbose: Print the start table and a line at each drop (rank 0 only).
+        loggers: Who is told bits, quantization error, flips and blend ratio, of the model and of
+            each block: one or several objects with ``log(scalars, step=…)``, such as moq.loggers
+            has. Rank 0 tells; with sharded parameters every rank must be given as many.
+        log_every: Steps between two measurements for the loggers. A step never waits for them.
 
     Raises:
         TypeError: if an argument has another type, or the configuration holds a wrong one.
@@ -83,9 +89,14 @@ class MoQOptimizer(OptimizerWrapper):
         *,
         total_steps: int,
         verbose: bool = True,
+        loggers: Logger | Sequence[Logger] = (),
+        log_every: int = 10,
     ) -> None:
         """Makes the masters and writes the first simulated values into the model."""
         require_wrappable(optimizer, model, total_steps)
+        self._scalars = ScalarLog(
+            loggers if isinstance(loggers, Sequence) else [loggers], log_every
+        )
         super().__init__(optimizer)
         self.model = unwrap(model)
         self._model_as_given = model
@@ -186,6 +197,7 @@ class MoQOptimizer(OptimizerWrapper):
             self.inner.state.clear()
             self._blank_state = False
         trainer = self._masters.trainer
+        self._scalars.before_step(self._masters)
         trainer.begin_step()
         try:
             with self.grad_scaling() as found_inf, self._masters.in_groups():
@@ -195,6 +207,7 @@ class MoQOptimizer(OptimizerWrapper):
             raise
         trainer.end_step(found_inf)
         self._reporter.drops(trainer)
+        self._scalars.after_step(self._masters)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,6 +345,23 @@ class MoQOptimizer(OptimizerWrapper):
         plan_by(found, self._masters, where)
         self.history.append({"step": self.steps} | asdict(found))
         self._reporter.sensitivity(self.steps, found)
+        if is_main_process():
+            values = zip(found.blocks, found.normalised, strict=True)
+            named = {f"moq/sensitivity/{name}": value for name, value in values}
+            self._scalars.tell(named, step=self.steps)
+
+    def flush_logs(self) -> None:
+        """Tells the loggers what has been measured and has not reached them yet; waits for it."""
+        self._scalars.deliver(self._masters, wait=True)
+
+    def add_logger(self, logger: Logger) -> None:
+        """Tells one more logger from now on.
+
+        Raises:
+            TypeError: if it has no method ``log``.
+        """
+        require_logger(logger)
+        self._scalars.loggers.append(logger)
 
     def quantized_parameters(self) -> list[QuantizedParameter]:
         """Returns every quantized parameter with both its values, as `moq.export` takes them.

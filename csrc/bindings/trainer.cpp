@@ -80,6 +80,8 @@ void bind_trainer(pybind11::module_& m) {
            "Width of a parameter after the current step.")
       .def_property_readonly("schedule", &Trainer::schedule, py::return_value_policy::copy)
       .def_property_readonly("step", &Trainer::step, "Completed steps; waits for the device.")
+      .def_property_readonly("step_on_device", &Trainer::step_on_device,
+                             "Completed steps as a tensor, [1], that follows every step.")
       .def_property_readonly("step_seen", &Trainer::step_seen,
                              "Completed steps as far as the host has heard; never waits.");
 }

@@ -102,6 +102,8 @@ class Trainer {
   std::int64_t step() const;
   /// Completed steps as far as the host has heard; on CUDA it may lag by the steps in flight.
   std::int64_t step_seen() const;
+  /// Completed steps, [1], int64, in the memory of the first parameter's device.
+  const at::Tensor& step_on_device() const { return groups_.front().control.step(); }
   /// Width of a parameter after the current step; waits for the device.
   std::int64_t num_bits(std::int64_t parameter) const;
 

@@ -77,10 +77,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 def wrap(model: nn.Module, config: dict, total_steps: int = 12, **options) -> moq.MoQOptimizer:
-    """Wraps an AdamW over all parameters of the model."""
+    """Wraps an AdamW over all parameters of the model; other options are MoQOptimizer's."""
     lr, eps = options.pop("lr", 1e-2), options.pop("eps", 1e-8)
     adamw = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps)
-    return moq.MoQOptimizer(adamw, model, config, total_steps=total_steps, verbose=False)
+    options = {"verbose": False} | options
+    return moq.MoQOptimizer(adamw, model, config, total_steps=total_steps, **options)
 
 
 def masters(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:

@@ -72,6 +72,85 @@ def test_a_step_never_waits_for_the_device(decoder):
     assert optimizer.steps == 2
 
 
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log(self, scalars, step):
+        self.steps[step] = scalars
+
+
+def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder):
+    told, expected = Recorder(), Recorder()
+    models = decoder().cuda(), decoder()
+    optimizers = [
+        MoQOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            FALLING | {"rounding": "nearest"},
+            total_steps=6,
+            verbose=False,
+            loggers=recorder,
+            log_every=1,
+        )
+        for model, recorder in zip(models, (told, expected), strict=True)
+    ]
+    for step in range(6):
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = q.grad.cuda()
+        torch.cuda.synchronize()
+        if step:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizers[1].step()
+    optimizers[0].flush_logs()
+    assert list(told.steps) == list(expected.steps) == list(range(1, 7))
+    for step, scalars in expected.steps.items():
+        assert told.steps[step].keys() == scalars.keys()
+        for name, value in scalars.items():
+            # The step of a drop may be counted on the grid before it.
+            if not name.startswith("moq/flips"):
+                assert told.steps[step][name] == pytest.approx(value, rel=1e-3), (step, name)
+
+
+def test_a_step_with_loggers_can_be_captured(decoder):
+    model, recorder = decoder().cuda(), Recorder()
+    optimizer = MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), capturable=True),
+        model,
+        FALLING,
+        total_steps=12,
+        verbose=False,
+        loggers=recorder,
+        log_every=1,
+    )
+    tokens = batch(0).cuda()
+
+    def step() -> None:
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.flush_logs()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert optimizer.steps == 4
+    assert list(recorder.steps) == [1, 2, 3]  # a replay runs no Python
+
+
 def test_an_overflow_that_only_the_device_knows_changes_nothing(decoder):
     model = decoder().cuda()
     optimizer = MoQOptimizer(

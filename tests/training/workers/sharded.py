@@ -242,6 +242,32 @@ def check_both_values_are_gathered_for_export() -> None:
         raise AssertionError("a sharded model was exported")
 
 
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.steps[step] = scalars
+
+
+def check_rank_0_tells_the_numbers_of_all_shards() -> None:
+    told, expected = Recorder(), Recorder()
+    model, reference = sharded_decoder(), whole_decoder()
+    optimizer = wrap(model, FALLING, STEPS, loggers=told, log_every=2)
+    whole = wrap(reference, FALLING, STEPS, loggers=expected, log_every=2)
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+        train_step(reference, whole, step)
+    if dist.get_rank():
+        assert told.steps == expected.steps == {}
+        return
+    assert list(told.steps) == list(expected.steps) == [1, 3, 5]
+    for step, scalars in expected.steps.items():
+        assert told.steps[step].keys() == scalars.keys()
+        for name, value in scalars.items():
+            assert abs(told.steps[step][name] - value) <= 1e-9, (step, name)
+
+
 def check_full_precision() -> None:
     model = sharded_decoder()
     optimizer = wrap(model, FALLING, STEPS)

@@ -1,0 +1,97 @@
+"""Where the numbers of a training go: TensorBoard, CSV, or any object with one method."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Takes scalars; a run of Weights & Biases and an Accelerator are Loggers as they are."""
+
+    def log(self, scalars: dict[str, float], /, *, step: int) -> object:
+        """Takes the scalars of one step.
+
+        Args:
+            scalars: Values by name, as ``moq/bits`` or ``moq/bits/model.layers.3``.
+            step: Completed optimizer steps.
+        """
+        ...
+
+
+class TensorBoardLogger:
+    """Writes scalars for TensorBoard.
+
+    Args:
+        target: A directory, for which a writer is made, or a SummaryWriter that there is already.
+
+    Raises:
+        RuntimeError: if a writer must be made and tensorboard is not installed.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | SummaryWriter) -> None:
+        """Opens the directory."""
+        if isinstance(target, str | os.PathLike):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise RuntimeError(
+                    "TensorBoardLogger needs tensorboard: pip install tensorboard"
+                ) from error
+            target = SummaryWriter(os.fspath(target))
+        self.writer = target
+
+    def log(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Writes the scalars of one step."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+
+class CsvLogger:
+    """Writes scalars to a CSV file with the columns step, name, value: one row for each.
+
+    A file that is there already is continued, so that a resumed training goes on in it.
+
+    Args:
+        path: The file; its directory is made if it is missing.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+
+    COLUMNS = ("step", "name", "value")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens the file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a+", newline="", encoding="utf-8")
+        self._file.seek(0)
+        found = next(csv.reader(self._file), None)
+        if found is not None and tuple(found) != self.COLUMNS:
+            self._file.close()
+            raise ValueError(f"{path}: must have the columns {list(self.COLUMNS)}, got {found}")
+        self._file.seek(0, os.SEEK_END)
+        self._writer = csv.writer(self._file)
+        if found is None:
+            self._write([self.COLUMNS])
+
+    def log(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Writes the scalars of one step."""
+        self._write([(step, name, repr(value)) for name, value in scalars.items()])
+
+    def close(self) -> None:
+        """Closes the file; what has been logged is in it after every call already."""
+        self._file.close()
+
+    def _write(self, rows: Iterable[Sequence[object]]) -> None:
+        self._writer.writerows(rows)
+        self._file.flush()

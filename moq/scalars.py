@@ -1,0 +1,217 @@
+"""What loggers are told about a training, measured without making a step wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moq.loggers import Logger
+from moq.masters import Masters
+from moq.reporting import is_main_process
+from moq.rules import MatchedParameter
+from moq.sharding import local_tensor
+
+#: What is summed over the weights of a block: squared quantization error, squared master, weights
+#: whose code changed in the step, weights.
+SUMS = 4
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Sums of one step on their way to the host.
+
+    Attributes:
+        values: [1 + SUMS * blocks], float64: completed steps, then the sums of each block.
+        arrived: Recorded behind the copy; None if the values are there.
+    """
+
+    values: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
+class ScalarLog:
+    """Measures every few steps and tells the loggers once the numbers have reached the host.
+
+    Everything is computed and copied on the device's own stream; a logger hears of a step at one of
+    the next steps. On the main process only; with sharded parameters the other ranks measure too.
+
+    Args:
+        loggers: Who is told.
+        every: Steps between two measurements, >= 1.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], every: int) -> None:
+        """Measures nothing yet.
+
+        Raises:
+            TypeError: if a logger has no method ``log``.
+            ValueError: if `every` is not at least 1.
+        """
+        for logger in loggers:
+            require_logger(logger)
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"MoQOptimizer: log_every must be an integer, got {every!r}")
+        if every < 1:
+            raise ValueError(f"MoQOptimizer: log_every must be at least 1, got {every}")
+        self.loggers = list(loggers)
+        self.every = every
+        self._calls = 0
+        self._codes: list[torch.Tensor] | None = None
+        self._pending: deque[_Measurement] = deque()
+
+    def before_step(self, masters: Masters) -> None:
+        """Remembers the codes that the weights have now, if this step is to be measured."""
+        self._codes = None  # of a step that failed
+        due = self._calls % self.every == 0
+        self._calls += 1
+        wanted = bool(self.loggers) and masters.matched and (masters.sharded or is_main_process())
+        if due and wanted and not _is_capturing():
+            self._codes = _codes(masters)
+
+    @torch.no_grad()
+    def after_step(self, masters: Masters) -> None:
+        """Measures, if `before_step` saw that it is time, and tells what has arrived."""
+        if self._codes is not None:
+            before, self._codes = self._codes, None
+            values = _measure(masters, before)
+            if masters.sharded and dist.is_initialized():
+                dist.all_reduce(values[1:])
+            self._pending.append(_to_host(values))
+        self.deliver(masters, wait=False)
+
+    def deliver(self, masters: Masters, *, wait: bool) -> None:
+        """Tells the loggers what has arrived, or with `wait` everything that was measured."""
+        while self._pending:
+            arrived = self._pending[0].arrived
+            if arrived is not None:
+                if wait:
+                    arrived.synchronize()
+                elif not arrived.query():  # type: ignore[no-untyped-call]
+                    return
+            values = self._pending.popleft().values.tolist()
+            if is_main_process():
+                self.tell(_scalars(masters, values), step=int(values[0]))
+
+    def tell(self, scalars: dict[str, float], step: int) -> None:
+        """Hands scalars to every logger."""
+        for logger in self.loggers:
+            logger.log(dict(scalars), step=step)
+
+
+def require_logger(logger: object) -> None:
+    """Refuses what cannot be told anything.
+
+    Raises:
+        TypeError: naming its type.
+    """
+    if not isinstance(logger, Logger):
+        raise TypeError(
+            "MoQOptimizer: loggers must have a method log(scalars, step=…), got "
+            f"{type(logger).__name__}"
+        )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _codes(masters: Masters) -> list[torch.Tensor]:
+    """The integers of every simulated weight, which lies on its grid already.
+
+    The width is the one that the host has heard of. Close to a drop it may be another than the
+    device's; codes of one step are then counted on the grid next to theirs.
+    """
+    schedule, step = masters.trainer.schedule, masters.trainer.step_seen
+    return [
+        torch.ops.moq.quantize(
+            local_tensor(m.parameter.detach()),
+            schedule.bits_at(block, step),
+            granularity=m.spec.granularity,
+            group_size=m.spec.group_size,
+            mode=m.spec.mode,
+            transposed=m.transposed,
+        )[0]
+        for m, block in masters.placed()
+    ]
+
+
+def _measure(masters: Masters, before: list[torch.Tensor]) -> torch.Tensor:
+    """Returns completed steps and the sums of each block, [1 + SUMS * blocks], float64."""
+    step = masters.trainer.step_on_device
+    sums: list[list[torch.Tensor]] = [[] for _ in masters.blocks.names]
+    for (parameter, master), old, new, block in zip(
+        masters.pairs(), before, _codes(masters), masters.blocks.numbers, strict=True
+    ):
+        whole = local_tensor(master.detach())
+        error = local_tensor(parameter.detach()).to(whole.dtype) - whole
+        row = [
+            torch.linalg.vector_norm(error, dtype=torch.float64).square(),
+            torch.linalg.vector_norm(whole, dtype=torch.float64).square(),
+            (old != new).sum(dtype=torch.float64),
+            torch.full((), whole.numel(), dtype=torch.float64, device=whole.device),
+        ]
+        sums[block].append(torch.stack(row).to(step.device, non_blocking=True))
+    return torch.cat([step.to(torch.float64), *(torch.stack(rows).sum(dim=0) for rows in sums)])
+
+
+def _to_host(values: torch.Tensor) -> _Measurement:
+    if not values.is_cuda:
+        return _Measurement(values, None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(values.device))
+    return _Measurement(host, arrived)
+
+
+def _scalars(masters: Masters, values: Sequence[float]) -> dict[str, float]:
+    """Names the numbers of one step: those of the model, then those of each block."""
+    step, schedule = int(values[0]), masters.trainer.schedule
+    plans, names = schedule.plan(), masters.blocks.names
+    blends = _blend_ratios(masters, plans, step)
+    total = [0.0] * SUMS
+    weighted_bits = 0.0
+    by_block: dict[str, float] = {}
+    for block, name in enumerate(names):
+        sums = values[1 + SUMS * block : 1 + SUMS * (block + 1)]
+        total = [a + b for a, b in zip(total, sums, strict=True)]
+        bits = schedule.bits_at(block, step)
+        weighted_bits += bits * sums[3]
+        by_block |= {f"moq/bits/{name}": float(bits)} | _ratios(sums, f"/{name}")
+        if block in blends:
+            by_block[f"moq/blend_ratio/{name}"] = blends[block]
+    scalars = {"moq/bits": weighted_bits / max(total[3], 1.0)} | _ratios(total, "")
+    if blends:
+        scalars["moq/blend_ratio"] = max(blends.values())
+    return scalars | by_block
+
+
+def _ratios(sums: Sequence[float], suffix: str) -> dict[str, float]:
+    squared_error, squared_master, flips, count = sums
+    return {
+        f"moq/quantization_error{suffix}": (squared_error / squared_master) ** 0.5
+        if squared_master
+        else 0.0,
+        f"moq/flips{suffix}": flips / max(count, 1.0),
+    }
+
+
+def _blend_ratios(
+    masters: Masters, plans: Sequence[Sequence[tuple[int, int]]], step: int
+) -> dict[int, float]:
+    """Returns the share of full precision in the weights of each block that blends at all."""
+
+    def ratio(m: MatchedParameter, block: int) -> float:
+        last_drop = max(at for at, _ in plans[block] if at <= step)
+        left = last_drop + m.spec.blend_steps - step
+        return max(0.0, left / m.spec.blend_steps) if last_drop else 0.0
+
+    ratios: dict[int, float] = {}
+    for m, block in masters.placed():
+        if m.spec.blend_steps:
+            ratios[block] = max(ratios.get(block, 0.0), ratio(m, block))
+    return ratios

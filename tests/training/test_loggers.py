@@ -1,0 +1,247 @@
+"""What loggers are told: the right numbers, at the right steps, whoever listens."""
+
+import csv
+
+import pytest
+import torch
+from conftest import batch, loss_of, masters, train_step, weights, wrap
+from torch import nn
+
+from moq import MoQOptimizer
+from moq.loggers import CsvLogger, Logger, TensorBoardLogger
+
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+
+
+class Recorder:
+    """Any object with one method is a logger."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log(self, scalars, step):
+        self.steps[step] = self.steps.get(step, {}) | scalars
+
+
+def codes(model: nn.Module, optimizer: MoQOptimizer, bits: dict[str, int]) -> dict:
+    return {
+        name: torch.ops.moq.quantize(model.get_parameter(name).detach(), bits[name])[0]
+        for name in optimizer.num_bits
+    }
+
+
+def test_the_scalars_of_every_step_are_those_of_the_weights(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder, log_every=1)
+    for step in range(10):
+        before = weights(model)
+        train_step(model, optimizer, step)
+        bits = optimizer.num_bits
+        now = codes(model, optimizer, bits)
+        sums = {"layers.0": [0.0] * 4, "layers.1": [0.0] * 4}
+        for name, master in masters(optimizer).items():
+            error = (model.get_parameter(name) - master).double()
+            old = torch.ops.moq.quantize(before[name], bits[name])[0]
+            row = [
+                error.square().sum().item(),
+                master.double().square().sum().item(),
+                (old != now[name]).sum().item(),
+                master.numel(),
+            ]
+            block = sums[name[:8]]
+            sums[name[:8]] = [a + b for a, b in zip(block, row, strict=True)]
+        told = recorder.steps[step + 1]
+        for block, (error, master, *_) in sums.items():
+            assert told[f"moq/bits/{block}"] == bits[f"{block}.q_proj.weight"]
+            expected = pytest.approx((error / master) ** 0.5, rel=1e-6)
+            assert told[f"moq/quantization_error/{block}"] == expected
+        total = [sum(values) for values in zip(*sums.values(), strict=True)]
+        assert told["moq/quantization_error"] == pytest.approx((total[0] / total[1]) ** 0.5)
+        if bits == {name: optimizer.schedule().bits_at(0, step) for name in bits}:  # no drop
+            assert told["moq/flips"] == pytest.approx(total[2] / total[3])
+            assert told["moq/flips/layers.0"] == sums["layers.0"][2] / sums["layers.0"][3]
+        assert told["moq/bits"] == pytest.approx(sum(bits.values()) / len(bits))
+        assert "moq/blend_ratio" not in told
+    assert sorted(recorder.steps) == list(range(1, 11))
+
+
+def test_flips_are_none_when_nothing_moves_and_many_when_everything_does(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, {"start_bits": 8, "target_bits": 8}, loggers=recorder, log_every=1)
+    for step, rate in enumerate([0.0, 1.0]):
+        loss_of(model, batch(step)).backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    # A learning rate of 0 is a step as well; only zero gradients beside it make it none.
+    assert recorder.steps[1]["moq/flips"] == 0.0
+    assert recorder.steps[2]["moq/flips"] > 0.9
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_only_every_so_many_steps_are_measured(decoder, every):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=[recorder], log_every=every)
+    for step in range(7):
+        train_step(model, optimizer, step)
+    assert sorted(recorder.steps) == list(range(1, 8, every))
+
+
+def test_measuring_changes_nothing(decoder):
+    logged, silent = decoder(), decoder()
+    config = FALLING | {"rounding": "stochastic"}
+    first = wrap(logged, config, loggers=Recorder(), log_every=1)
+    second = wrap(silent, config)
+    for step in range(6):
+        assert train_step(logged, first, step) == train_step(silent, second, step)
+
+
+def test_without_loggers_nothing_is_measured(decoder, monkeypatch):
+    monkeypatch.setattr("moq.scalars._codes", lambda masters: pytest.fail("measured"))
+    model = decoder()
+    optimizer = wrap(model, FALLING, log_every=1)
+    train_step(model, optimizer, 0)
+
+
+def test_blend_ratios_are_told(decoder):
+    layer, recorder = nn.Linear(16, 4, bias=False), Recorder()
+    optimizer = MoQOptimizer(
+        torch.optim.SGD(layer.parameters(), lr=0.0),
+        nn.ModuleDict({"0": layer}),
+        {"start_bits": 6, "target_bits": 3, "blend_steps": 4, "schedule": {"table": {0: 6, 2: 3}}},
+        total_steps=8,
+        verbose=False,
+        loggers=recorder,
+        log_every=1,
+    )
+    for _ in range(8):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    ratios = [recorder.steps[step]["moq/blend_ratio/0"] for step in range(1, 9)]
+    assert ratios == [0, 1, 0.75, 0.5, 0.25, 0, 0, 0]
+
+
+def test_sensitivities_are_told_when_they_are_measured(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder)
+    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4)
+    assert recorder.steps[0] == {
+        "moq/sensitivity/layers.0": found.normalised[0],
+        "moq/sensitivity/layers.1": found.normalised[1],
+    }
+
+
+def test_an_overflow_step_tells_the_step_that_it_did_not_make(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder, log_every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, overflow in enumerate([False, True, False]):
+        scaler.scale(loss_of(model, batch(step))).backward()
+        if overflow:
+            model.layers[0].q_proj.weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert sorted(recorder.steps) == [1, 2]
+
+
+def test_a_step_that_failed_is_not_told(decoder, monkeypatch):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder, log_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.inner, "step", lambda: pytest.fail("inner"))
+        with pytest.raises(BaseException, match="inner"):
+            optimizer.step()
+    train_step(model, optimizer, 0)
+    assert recorder.steps == {}
+
+
+def test_a_logger_added_later_is_told_from_then_on(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, log_every=1)
+    train_step(model, optimizer, 0)
+    optimizer.add_logger(recorder)
+    train_step(model, optimizer, 1)
+    assert list(recorder.steps) == [2]
+
+
+def test_a_csv_file_has_a_row_for_each_scalar_and_is_continued(decoder, tmp_path):
+    path = tmp_path / "logs" / "run.csv"
+    for first in (0, 2):
+        model = decoder()
+        logger = CsvLogger(path)
+        optimizer = wrap(model, FALLING, loggers=logger, log_every=1)
+        for step in range(first, first + 2):
+            train_step(model, optimizer, step)
+        logger.close()
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "name", "value"]
+    assert [row[0] for row in rows if row[1] == "moq/bits"] == ["1", "2", "1", "2"]
+    plan = optimizer.schedule().plan()[0]
+    bits = [bits for step, bits in plan if step <= 1][-1]
+    assert float(next(row[2] for row in rows if row[1] == "moq/bits/layers.0")) == bits
+    assert not any(row == rows[0] for row in rows[1:])
+
+
+def test_another_csv_file_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("epoch,loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"must have the columns \['step', 'name', 'value'\], got"):
+        CsvLogger(path)
+    assert path.read_text() == "epoch,loss\n1,2\n"
+
+
+@pytest.mark.parametrize("own_writer", [False, True])
+def test_tensorboard_has_a_curve_for_each_scalar(decoder, tmp_path, own_writer):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    target = SummaryWriter(str(tmp_path)) if own_writer else tmp_path
+    model, recorder = decoder(), Recorder()
+    loggers = [TensorBoardLogger(target), recorder]
+    optimizer = wrap(model, FALLING, loggers=loggers, log_every=2)
+    for step in range(5):
+        train_step(model, optimizer, step)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("moq/bits", "moq/flips/layers.1", "moq/quantization_error"):
+        curve = {event.step: event.value for event in events.Scalars(name)}
+        assert curve == {step: pytest.approx(told[name]) for step, told in recorder.steps.items()}
+
+
+def test_an_accelerator_is_a_logger_as_it_is(decoder, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    from accelerate.state import AcceleratorState
+
+    accelerator = accelerate.Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    assert isinstance(accelerator, Logger)
+    model = decoder()
+    optimizer = wrap(model, FALLING, loggers=accelerator, log_every=1)
+    train_step(model, optimizer, 0)
+    accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert list(tmp_path.rglob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loggers": [print]}, TypeError, r"loggers must have a method log\(scalars, step=…\)"),
+        ({"loggers": 3}, TypeError, "got int"),
+        ({"loggers": "run.csv"}, TypeError, "got str"),
+        ({"log_every": 0}, ValueError, "log_every must be at least 1, got 0"),
+        ({"log_every": 2.0}, TypeError, "log_every must be an integer, got 2.0"),
+        ({"log_every": True}, TypeError, "log_every must be an integer"),
+    ],
+)
+def test_bad_loggers_are_refused(decoder, options, error, message):
+    with pytest.raises(error, match=message):
+        wrap(decoder(), FALLING, **options)
+
+
+def test_a_bad_logger_is_refused_later_too(decoder):
+    with pytest.raises(TypeError, match="got NoneType"):
+        wrap(decoder(), FALLING).add_logger(None)
