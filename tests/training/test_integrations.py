@@ -1,0 +1,457 @@
+"""Trainer, Lightning and accelerate with what moq.integrations adds to them."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import Decoder, assert_same, batch, loss_of, masters, weights, wrap
+from torch import nn
+from torch.utils.data import DataLoader
+
+from moq import MoQOptimizer
+from moq.integrations import Training, unwrap_optimizer
+
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "schedule": {"finish_at": 0.8},
+}
+STEPS = 8
+TOTALS = {"moq/bits", "moq/quantization_error", "moq/flips"}
+
+
+# ------------------------------------------------------------------ what two tools share
+
+
+def test_an_optimizer_is_found_inside_its_wrappers(decoder):
+    optimizer = wrap(decoder(), FALLING)
+
+    class Outer:
+        def __init__(self, name, inner):
+            setattr(self, name, inner)
+
+    assert unwrap_optimizer(optimizer) is optimizer
+    assert unwrap_optimizer(Outer("optimizer", Outer("_optimizer", optimizer))) is optimizer
+
+
+@pytest.mark.parametrize("other", [None, 3, "adamw"])
+def test_what_holds_no_moq_optimizer_is_refused(other):
+    with pytest.raises(TypeError, match=f"must be a MoQOptimizer.*got {type(other).__name__}"):
+        unwrap_optimizer(other)
+    with pytest.raises(TypeError, match="got AdamW"):
+        unwrap_optimizer(torch.optim.AdamW(nn.Linear(2, 2).parameters()))
+
+
+def test_only_the_models_own_scalars_are_taken_once_unless_layers_are_wanted(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING, log_every=1)
+    few, all_of_them = Training(optimizer, "test"), Training(optimizer, "test", layers=True)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    step, scalars = few.take()
+    assert (step, scalars.keys()) == (1, TOTALS)
+    assert few.take() is None
+    assert all_of_them.take()[1].keys() > TOTALS
+
+
+def test_a_training_that_ends_early_says_what_has_not_arrived(decoder):
+    optimizer = wrap(decoder(), FALLING)
+    with pytest.warns(UserWarning, match="ended after 0 of 12 steps, and layers.0, layers.1 had"):
+        Training(optimizer, "test").end()
+
+
+# ------------------------------------------------------------------ transformers
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+class CausalDecoder(Decoder):
+    """The decoder with the call that Trainer makes."""
+
+    def forward(self, input_ids, labels=None):
+        logits = super().forward(input_ids)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        )
+        return {"loss": loss, "logits": logits}
+
+
+DATA = [{"input_ids": row, "labels": row} for step in range(4) for row in batch(step)]
+
+
+class Reports(transformers.TrainerCallback):
+    """Sees what a reporter to TensorBoard or Weights & Biases sees."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def training_arguments(directory, **options):
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return transformers.TrainingArguments(output_dir=str(directory), **(defaults | options))
+
+
+def make_trainer(directory, total_steps=STEPS, callbacks=(), **options):
+    torch.manual_seed(0)
+    model = CausalDecoder()
+    optimizer = wrap(model, FALLING, total_steps, log_every=1)
+    return transformers.Trainer(
+        model,
+        training_arguments(directory, **options),
+        train_dataset=DATA,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
+
+
+def test_trainer_reports_the_scalars_with_its_losses(tmp_path):
+    from moq.integrations.transformers import attach
+
+    reports = Reports()
+    trainer = make_trainer(tmp_path, callbacks=[reports], save_strategy="no")
+    attach(trainer)
+    trainer.train()
+    for history in (trainer.state.log_history, reports.logs):
+        losses = [entry for entry in history if "loss" in entry]
+        assert len(losses) == STEPS
+        assert all(entry.keys() >= TOTALS for entry in losses)
+        assert [entry["moq/bits"] for entry in losses][-1] == 4
+        assert not any("moq/bits/layers.0" in entry for entry in losses)
+
+
+def test_trainer_reports_every_layer_when_asked(tmp_path):
+    from moq.integrations.transformers import attach
+
+    trainer = make_trainer(tmp_path, save_strategy="no", logging_steps=4)
+    attach(trainer, layers=True)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["moq/bits/layers.1"] for entry in entries][-1] == 4
+
+
+def test_trainer_resumes_bit_for_bit_and_exports_at_the_end(tmp_path):
+    from moq.integrations.transformers import attach
+
+    whole = make_trainer(tmp_path / "whole")
+    attach(whole, export=tmp_path / "export")
+    whole.train()
+    assert (tmp_path / "export" / "SHA256SUMS").exists()
+
+    resumed = make_trainer(tmp_path / "other")
+    attach(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same(weights(resumed.model), weights(whole.model))
+    optimizers = [unwrap_optimizer(t.optimizer) for t in (resumed, whole)]
+    assert_same(*(masters(optimizer) for optimizer in optimizers))
+
+
+def test_trainer_may_be_given_the_callback_itself(tmp_path):
+    from moq.integrations.transformers import MoQCallback
+
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer.add_callback(MoQCallback(trainer.optimizer))
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry.keys() >= TOTALS for entry in losses)
+
+
+def test_a_schedule_for_other_steps_than_trainers_is_refused_before_the_first(tmp_path):
+    from moq.integrations.transformers import attach
+
+    trainer = make_trainer(tmp_path, total_steps=STEPS + 1)
+    attach(trainer)
+    with pytest.raises(ValueError, match="total_steps must be the 8 .* Trainer will make, got 9"):
+        trainer.train()
+    assert unwrap_optimizer(trainer.optimizer).steps == 0
+
+
+def test_a_checkpoint_without_the_optimizers_file_is_refused(tmp_path):
+    from moq.integrations.transformers import attach
+
+    make_trainer(tmp_path / "whole").train()
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    (checkpoint / "optimizer.pt").unlink()
+    resumed = make_trainer(tmp_path / "other")
+    attach(resumed)
+    with pytest.raises(RuntimeError, match="resumes at step 4.*masters and the schedule are lost"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_second_training_with_a_used_optimizer_is_refused(tmp_path):
+    from moq.integrations.transformers import attach
+
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    attach(trainer)
+    trainer.train()
+    with pytest.raises(RuntimeError, match="begins at step 0, and the optimizer has made 8"):
+        trainer.train()
+
+
+def test_checkpoints_of_weights_alone_are_warned_of(tmp_path):
+    from moq.integrations.transformers import attach
+
+    trainer = make_trainer(tmp_path, save_only_model=True)
+    attach(trainer)
+    with pytest.warns(UserWarning, match="save_only_model leaves the full-precision masters"):
+        trainer.train()
+
+
+def test_a_trainer_without_a_moq_optimizer_is_refused(tmp_path):
+    from moq.integrations.transformers import attach
+
+    model = CausalDecoder()
+    arguments = training_arguments(tmp_path)
+    with pytest.raises(TypeError, match=r"optimizers=\(MoQOptimizer"):
+        attach(transformers.Trainer(model, arguments))
+    adamw = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="got AdamW"):
+        attach(transformers.Trainer(model, arguments, optimizers=(adamw, None)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": -1, "num_train_epochs": 2},
+        {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 3},
+        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3},
+        {
+            "max_steps": -1,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "dataloader_drop_last": True,
+        },
+        {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 50},
+    ],
+)
+def test_the_steps_are_known_before_trainer_is_made(tmp_path, options):
+    from moq.integrations.transformers import attach, num_training_steps
+
+    steps = num_training_steps(training_arguments(tmp_path, **options), DATA)
+    config = {"schedule": {"finish_at": 1.0}}
+    model = CausalDecoder()
+    optimizer = wrap(model, config, steps)
+    trainer = transformers.Trainer(
+        model,
+        training_arguments(tmp_path, **options, save_strategy="no"),
+        train_dataset=DATA,
+        optimizers=(optimizer, None),
+    )
+    attach(trainer)
+    trainer.train()
+    assert trainer.state.max_steps == trainer.state.global_step == steps == optimizer.steps
+
+
+def test_the_steps_of_a_dataset_without_a_length_must_be_given(tmp_path):
+    from moq.integrations.transformers import num_training_steps
+
+    with pytest.raises(ValueError, match="max_steps must be set for a dataset without a length"):
+        num_training_steps(training_arguments(tmp_path, max_steps=-1), iter(DATA))
+
+
+# ------------------------------------------------------------------ accelerate
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps its settings in a process-wide object."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_accelerate_makes_the_steps_that_were_counted(decoder, fresh_accelerator, accumulation):
+    from accelerate import Accelerator
+
+    from moq.integrations.accelerate import num_training_steps
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    loader = DataLoader(torch.cat([batch(step) for step in range(5)]), batch_size=4)
+    steps = num_training_steps(accelerator, loader, epochs=2)
+    model = decoder()
+    model, prepared, loader = accelerator.prepare(model, wrap(model, FALLING, steps), loader)
+    for _ in range(2):
+        for tokens in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, tokens))
+                prepared.step()
+                prepared.zero_grad()
+    optimizer = unwrap_optimizer(prepared)
+    assert optimizer.steps == steps == 2 * math.ceil(5 / accumulation)
+    assert set(optimizer.num_bits.values()) == {4}
+
+
+def test_nothing_to_train_on_is_refused(fresh_accelerator):
+    from accelerate import Accelerator
+
+    from moq.integrations.accelerate import num_training_steps
+
+    with pytest.raises(ValueError, match="got 0 batches and 1 epochs"):
+        num_training_steps(Accelerator(cpu=True), [])
+
+
+# ------------------------------------------------------------------ Lightning
+
+try:
+    import lightning
+except ImportError:
+    lightning = None
+needs_lightning = pytest.mark.skipif(lightning is None, reason="needs lightning")
+LightningModule = lightning.LightningModule if lightning else nn.Module
+
+
+class Module(LightningModule):
+    """The decoder in the form that Lightning trains."""
+
+    def __init__(self, total_steps=None, optimizers=1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder = Decoder()
+        self.total_steps = total_steps
+        self.optimizers_wanted = optimizers
+
+    def training_step(self, tokens, index):
+        return loss_of(self.decoder, tokens)
+
+    def configure_optimizers(self):
+        steps = self.total_steps or self.trainer.estimated_stepping_batches
+        if self.optimizers_wanted != 1:
+            self.automatic_optimization = False
+            halves = [self.decoder.layers[i].parameters() for i in range(2)]
+            return [torch.optim.SGD(half, lr=0.1) for half in halves]
+        return wrap(self, FALLING, steps, log_every=1)
+
+
+BATCHES = DataLoader([batch(step) for step in range(STEPS)], batch_size=None)
+
+
+def fit(directory, callback, module=None, ckpt_path=None, **options):
+    module = module or Module()
+    defaults = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    callbacks = [callback, *options.pop("callbacks", [])]
+    trainer = lightning.Trainer(
+        default_root_dir=directory, callbacks=callbacks, **(defaults | options)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(module, BATCHES, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@needs_lightning
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_trains_as_the_plain_loop(tmp_path, precision):
+    from moq.integrations.lightning import MoQCallback
+
+    trainer, module = fit(tmp_path, MoQCallback(), accumulate_grad_batches=2, precision=precision)
+    reference = Module(total_steps=STEPS // 2)
+    optimizer = reference.configure_optimizers()
+    for step in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = loss_of(reference.decoder, batch(step)) / 2
+        loss.backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert unwrap_optimizer(trainer.optimizers[0]).steps == STEPS // 2
+    assert_same(weights(module), weights(reference))
+
+
+@needs_lightning
+def test_lightning_resumes_bit_for_bit_and_exports_at_the_end(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from moq.integrations.lightning import MoQCallback
+
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1)
+    whole, module = fit(
+        tmp_path,
+        MoQCallback(export=tmp_path / "export"),
+        callbacks=[saver],
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    assert (tmp_path / "export" / "SHA256SUMS").exists()
+    (saved,) = (tmp_path / "saved").glob(f"*step={STEPS}.ckpt")
+    other = Module()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_()
+    resumed, _ = fit(tmp_path, MoQCallback(), other, ckpt_path=str(saved), max_epochs=2)
+    assert_same(weights(other), weights(module))
+    optimizers = [unwrap_optimizer(t.optimizers[0]) for t in (resumed, whole)]
+    assert [optimizer.steps for optimizer in optimizers] == [2 * STEPS, 2 * STEPS]
+    assert_same(*(masters(optimizer) for optimizer in optimizers))
+
+
+@needs_lightning
+def test_lightnings_loggers_get_the_scalars(tmp_path):
+    import csv
+
+    from lightning.pytorch.loggers import CSVLogger
+
+    from moq.integrations.lightning import MoQCallback
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    fit(tmp_path, MoQCallback(layers=True), logger=logger)
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["moq/bits"]]
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert float(rows[-1]["moq/bits"]) == float(rows[-1]["moq/bits/decoder.layers.1"]) == 4
+
+
+@needs_lightning
+def test_a_schedule_for_other_steps_than_lightnings_is_refused(tmp_path):
+    from moq.integrations.lightning import MoQCallback
+
+    with pytest.raises(ValueError, match="must be the 8 .* Lightning will make, got 20"):
+        fit(tmp_path, MoQCallback(), Module(total_steps=20))
+
+
+@needs_lightning
+def test_several_optimizers_are_refused(tmp_path):
+    from moq.integrations.lightning import MoQCallback
+
+    with pytest.raises(ValueError, match="must configure one optimizer.*got 2"):
+        fit(tmp_path, MoQCallback(), Module(optimizers=2))
+
+
+@needs_lightning
+def test_lightning_checkpoints_of_weights_alone_are_warned_of(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from moq.integrations.lightning import MoQCallback
+
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.warns(UserWarning, match="save_weights_only leaves the full-precision masters"):
+        fit(tmp_path, MoQCallback(), callbacks=[saver], enable_checkpointing=True)
+
+
+def test_the_optimizer_keeps_its_type_in_the_package():
+    assert unwrap_optimizer.__module__ == "moq.integrations"
+    assert issubclass(MoQOptimizer, torch.optim.Optimizer)
