@@ -10,21 +10,34 @@
 /// (Python's), naming `where`, for a word that it does not know.
 namespace moq {
 
-/// "per_tensor", "per_channel" or "per_group".
+/// "per_tensor", "per_channel", "per_group" or "per_rows".
 inline kernels::Granularity parse_granularity(const char* where, std::string_view name) {
   if (name == "per_tensor") return kernels::Granularity::kPerTensor;
   if (name == "per_channel") return kernels::Granularity::kPerChannel;
-  TORCH_CHECK_VALUE(name == "per_group", where,
-                    ": granularity must be per_tensor, per_channel or per_group, got ", name);
-  return kernels::Granularity::kPerGroup;
+  if (name == "per_group") return kernels::Granularity::kPerGroup;
+  TORCH_CHECK_VALUE(name == "per_rows", where,
+                    ": granularity must be per_tensor, per_channel, per_group or per_rows, got ",
+                    name);
+  return kernels::Granularity::kPerRows;
 }
 
-/// "symmetric" or "asymmetric".
+/// "symmetric", "asymmetric", "ternary" or "binary".
 inline QuantMode parse_mode(const char* where, std::string_view name) {
   if (name == "symmetric") return QuantMode::kSymmetric;
-  TORCH_CHECK_VALUE(name == "asymmetric", where, ": mode must be symmetric or asymmetric, got ",
+  if (name == "asymmetric") return QuantMode::kAsymmetric;
+  if (name == "ternary") return QuantMode::kTernary;
+  TORCH_CHECK_VALUE(name == "binary", where,
+                    ": mode must be symmetric, asymmetric, ternary or binary, got ", name);
+  return QuantMode::kBinary;
+}
+
+/// "absmax" (the extent of the weights), "mse" or "given".
+inline ScaleRule parse_scale_rule(const char* where, std::string_view name) {
+  if (name == "absmax") return ScaleRule::kExtent;
+  if (name == "mse") return ScaleRule::kMse;
+  TORCH_CHECK_VALUE(name == "given", where, ": scale_rule must be absmax, mse or given, got ",
                     name);
-  return QuantMode::kAsymmetric;
+  return ScaleRule::kGiven;
 }
 
 /// "nearest" or "stochastic".

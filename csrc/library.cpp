@@ -4,12 +4,15 @@
 
 TORCH_LIBRARY(moq, m) {
   // Weights on the integer grid of kernels/quant_grid.h. A weight is [out_features, in_features],
-  // or stored the other way round and `transposed`; group_size counts input features (per_group).
+  // or stored the other way round and `transposed`; group_size counts input features (per_group) or
+  // output features (per_rows). mode "symmetric", "asymmetric", "ternary", "binary"; scale_rule
+  // "absmax" or "mse" (the clipping with the least squared error).
   // fake_quantize has a straight-through gradient.
   m.def(
       "fake_quantize(Tensor weight, int num_bits, *, str granularity=\"per_channel\", int "
       "group_size=0, str mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int step=0, int "
-      "name_hash=0, bool transposed=False, float blend_ratio=0.0, ScalarType? scale_dtype=None) -> "
+      "name_hash=0, bool transposed=False, float blend_ratio=0.0, ScalarType? scale_dtype=None, "
+      "str scale_rule=\"absmax\") -> "
       "Tensor");
   // Many weights with one quantizer in one kernel call, into tensors of their shapes and strides.
   // Bit widths (int32, 0 copies) and the random step (int64) are read on the device: a captured
@@ -20,15 +23,15 @@ TORCH_LIBRARY(moq, m) {
       "foreach_fake_quantize(Tensor[] weights, Tensor num_bits, *, "
       "str granularity=\"per_channel\", int group_size=0, str quant_mode=\"symmetric\", "
       "str rounding=\"nearest\", int seed=0, Tensor? step=None, int[] name_hashes=[], "
-      "bool transposed=False, ScalarType? scale_dtype=None, Tensor(a!)[] out) -> ()");
-  // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1] or
-  // [out, groups], and zero points of the scales' shape, int32.
+      "bool transposed=False, ScalarType? scale_dtype=None, str scale_rule=\"absmax\", "
+      "Tensor(a!)[] out) -> ()");
+  // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1],
+  // [out, groups] or [groups of rows, 1], and zero points of the scales' shape, int32.
   m.def(
       "quantize(Tensor weight, int num_bits, *, str granularity=\"per_channel\", int group_size=0, "
       "str mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int step=0, int name_hash=0, "
-      "bool transposed=False, ScalarType? scale_dtype=None) -> (Tensor codes, Tensor scales, "
-      "Tensor "
-      "zero_points)");
+      "bool transposed=False, ScalarType? scale_dtype=None, str scale_rule=\"absmax\") -> "
+      "(Tensor codes, Tensor scales, Tensor zero_points)");
   // scale * (code - zero_point); dtype None: the scales'.
   m.def(
       "dequantize(Tensor codes, Tensor scales, Tensor? zero_points=None, *, bool transposed=False, "

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "kernels/common/dtype.h"
+#include "kernels/grid_search.h"
 #include "kernels/quant_grid.h"
 
 struct CUstream_st;
@@ -16,6 +17,7 @@ enum class Granularity : std::uint8_t {
   kPerTensor,   ///< one scale
   kPerChannel,  ///< one scale per row
   kPerGroup,    ///< one scale per `group_size` consecutive columns of a row
+  kPerRows,     ///< one scale per `group_size` consecutive whole rows
 };
 
 /// One weight matrix of a multi-tensor fake-quantize.
@@ -35,8 +37,11 @@ struct FakeQuantizeTensor {
   std::int64_t cols = 0;
   std::int64_t row_stride = 0;  ///< elements
   std::int64_t col_stride = 0;  ///< elements
-  /// Columns per scale; read only when granularity is kPerGroup; divides cols.
+  /// Columns per scale when granularity is kPerGroup, divides cols; rows per scale when it is
+  /// kPerRows, divides rows; otherwise not read.
   std::int64_t group_size = 0;
+  /// [num_groups], float32; kGiven only: what takes the place of each group's absmax.
+  const float* given_absmax = nullptr;
   /// Stochastic rounding draws by the number of an element within the whole parameter, counted
   /// row-major over [rows, cols] whatever the storage, so that every sharding of a parameter draws
   /// the same bits: element (i, j) of this matrix has number first_element + i * unsharded_cols +
@@ -52,14 +57,15 @@ struct FakeQuantizeTensor {
   Granularity granularity = Granularity::kPerChannel;
   QuantMode mode = QuantMode::kSymmetric;
   Rounding rounding = Rounding::kNearest;
+  ScaleRule scale_rule = ScaleRule::kExtent;
 };
 
 /// Simulates quantization of many weight matrices in one call (one launch on CUDA):
 ///
-///   q      = clamp(round(w / scale) + zero_point, qmin, qmax)
+///   q      = clamp(round(w / scale) + zero_point, qmin, qmax), or the sign codes of quant_grid.h
 ///   output = r * w + (1 - r) * scale * (q - zero_point),   r = blend_ratio
 ///
-/// Statistics, scales and codes are computed in float32 as quant_grid.h defines; CPU (every
+/// Statistics, scales and codes are computed as quant_grid.h and grid_search.h define; CPU (every
 /// instruction set) and CUDA give the same bits. Bit widths, blend ratios and the random step are
 /// data in the tensors' memory, not launch parameters: a CUDA graph replays across bit drops.
 ///
@@ -75,10 +81,10 @@ struct FakeQuantizeTensor {
 /// An output may be its own input if the dtypes agree; otherwise outputs overlap nothing.
 struct FakeQuantizeArgs {
   std::span<const FakeQuantizeTensor> tensors;  ///< host memory
-  const std::int32_t* num_bits = nullptr;       ///< [tensors.size()], each in [2, 16] or 0
-  const float* blend_ratio = nullptr;           ///< [tensors.size()], in [0, 1]; null: all 0
-  std::uint64_t seed = 0;                       ///< Philox key
-  const std::int64_t* step = nullptr;           ///< [1], taken modulo 2^32; null: 0
+  const std::int32_t* num_bits = nullptr;  ///< [tensors.size()], each in [2, 16], 0, or 1 (binary)
+  const float* blend_ratio = nullptr;      ///< [tensors.size()], in [0, 1]; null: all 0
+  std::uint64_t seed = 0;                  ///< Philox key
+  const std::int64_t* step = nullptr;      ///< [1], taken modulo 2^32; null: 0
   /// [1]; non-zero: nothing is written (a step whose gradients overflowed); null: never.
   const float* skip = nullptr;
   /// CUDA only: device memory of fake_quantize_workspace_size bytes, aligned to 8 bytes, that no
@@ -94,15 +100,16 @@ void fake_quantize(const FakeQuantizeArgs& args);
 }  // namespace cpu
 
 namespace cuda {
-/// Bytes that FakeQuantizeArgs::workspace must have: 8 for each per-tensor scale, else 0.
+/// Bytes that FakeQuantizeArgs::workspace must have: some for each scale that rows share, else 0.
 std::size_t fake_quantize_workspace_size(std::span<const FakeQuantizeTensor> tensors);
 
 /// Tensor data, num_bits, blend_ratio, step and skip are memory of the current device.
 ///
-/// One launch carries up to 256 tensors; what describes them travels by value in the launch's own
-/// parameters, so a captured CUDA graph owns it and nothing on the host must outlive the call. Per
-/// tensor scales need all of a matrix before any of it: only where there are some, two more nodes
-/// (a memset and a statistics launch) come first.
+/// One launch carries up to 224 tensors; what describes them travels by value in the launch's own
+/// parameters, so a captured CUDA graph owns it and nothing on the host must outlive the call.
+/// Scales that rows share need all of the rows before any of them: only where there are some, more
+/// nodes (a memset, a launch for the extents, and one or two for what grid_search.h sums up) come
+/// first.
 ///
 /// Bit widths and blend ratios are device data that the host cannot check: a width that has no
 /// grid, or one too wide for codes_dtype, gives NaN outputs and scales, and codes and zero points

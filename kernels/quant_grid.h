@@ -17,6 +17,14 @@
 ///                scale = absmax / qmax: the largest magnitude lies on the end of the grid
 ///   asymmetric   qmin = -2^(b-1), qmax = 2^(b-1) - 1, lo = min(w, 0), hi = max(w, 0),
 ///                scale = (hi - lo) / (qmax - qmin), zero_point = clamp(rint(qmin - lo / scale))
+///   ternary      2 bits: q = sign(w) where |w| > 0.7 mean |w| and 0 elsewhere, scale = the mean of
+///                those |w|; wider: symmetric. Source: Li, Zhang, Liu, "Ternary weight networks",
+///                2016
+///   binary       1 bit: q = sign(w), scale = mean |w|, and an exact 0 stays 0 (a pruned or padding
+///                row must not come alive); 2 bits: ternary; wider: symmetric. Source: Rastegari
+///                et al., "XNOR-Net", ECCV 2016
+///
+/// The scales of the first two are those of their extent; grid_search.h has the others.
 ///
 /// A group that holds a NaN or an infinity has no grid: its scale is NaN, its codes are 0, and so
 /// everything it dequantizes to is NaN.
@@ -28,12 +36,28 @@
 /// device agree bit for bit.
 namespace moq {
 
-enum class QuantMode : std::uint8_t { kSymmetric, kAsymmetric };
+enum class QuantMode : std::uint8_t { kSymmetric, kAsymmetric, kTernary, kBinary };
 enum class Rounding : std::uint8_t { kNearest, kStochastic };
 
-/// The widths that have a grid.
-constexpr int kMinBits = 2;
+/// The widths that have a grid in some mode.
+constexpr int kMinBits = 1;
 constexpr int kMaxBits = 16;
+
+/// The narrowest width that has a grid in this mode.
+MOQ_HOST_DEVICE constexpr int min_bits(QuantMode mode) {
+  return mode == QuantMode::kBinary ? 1 : 2;
+}
+
+/// True if no grid of the mode has a zero point.
+MOQ_HOST_DEVICE constexpr bool is_symmetric(QuantMode mode) {
+  return mode != QuantMode::kAsymmetric;
+}
+
+/// True if codes of this width are signs: -1, 0 or 1 by a threshold, whatever the rounding.
+MOQ_HOST_DEVICE constexpr bool has_sign_codes(QuantMode mode, int num_bits) {
+  return num_bits == 1 ||
+         (num_bits == 2 && (mode == QuantMode::kTernary || mode == QuantMode::kBinary));
+}
 
 /// The end points of the integer grid.
 struct GridRange {
@@ -42,8 +66,8 @@ struct GridRange {
 };
 
 MOQ_HOST_DEVICE constexpr GridRange grid_range(int num_bits, QuantMode mode) {
-  const std::int32_t qmax = (std::int32_t{1} << (num_bits - 1)) - 1;
-  return {mode == QuantMode::kSymmetric ? -qmax : -qmax - 1, qmax};
+  const std::int32_t qmax = num_bits == 1 ? 1 : (std::int32_t{1} << (num_bits - 1)) - 1;
+  return {is_symmetric(mode) ? -qmax : -qmax - 1, qmax};
 }
 
 /// What one group of weights shares.
@@ -52,6 +76,8 @@ struct GridParams {
   float inverse_scale;      ///< 1 / scale
   std::int32_t zero_point;  ///< 0 when symmetric
   GridRange range;
+  /// Sign codes: magnitudes up to it have code 0. Negative: codes are rounded.
+  float threshold = -1.0F;
 };
 
 /// The smallest scale that `dtype` stores as a normal number: what an all-zero group gets, and the
@@ -81,18 +107,25 @@ MOQ_HOST_DEVICE constexpr float smaller(float a, float b) {
   return a < b ? a : b;
 }
 
-/// Grid of a group from its statistics.
+/// The number that is stored for an exact scale of float32: rounded to `dtype`, and kept within its
+/// normal numbers. The reciprocal of min_scale must stay finite, hence the floor of 2^-126 and not
+/// less.
+MOQ_HOST_DEVICE inline float stored_scale(float exact, DType dtype) {
+  return smaller(larger(round_to(exact, dtype), min_scale(dtype)), max_scale(dtype));
+}
+
+/// Grid of a group of rounded codes from its statistics.
 ///
 /// @param lo, hi       smallest and largest element of the group, finite; symmetric grids use only
 ///                     max(|lo|, |hi|)
-/// @param num_bits     in [kMinBits, kMaxBits]
+/// @param num_bits     in [2, kMaxBits]
 /// @param scale_dtype  float32, float16 or bfloat16: the dtype that stores the scale
 MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, QuantMode mode,
                                             DType scale_dtype) {
   const GridRange range = grid_range(num_bits, mode);
   float extent;
   float levels;
-  if (mode == QuantMode::kSymmetric) {
+  if (is_symmetric(mode)) {
     extent = larger(fabsf(lo), fabsf(hi));
     levels = static_cast<float>(range.qmax);
   } else {
@@ -101,10 +134,7 @@ MOQ_HOST_DEVICE inline GridParams make_grid(float lo, float hi, int num_bits, Qu
     extent = hi - lo;
     levels = static_cast<float>(range.qmax - range.qmin);
   }
-  // The reciprocal of min_scale must stay finite, hence the float32 floor of 2^-126 and not less.
-  const float scale =
-      smaller(larger(round_to(extent / levels, scale_dtype), min_scale(scale_dtype)),
-              max_scale(scale_dtype));
+  const float scale = stored_scale(extent / levels, scale_dtype);
   const float inverse_scale = 1.0F / scale;
   std::int32_t zero_point = 0;
   if (mode == QuantMode::kAsymmetric) {
@@ -174,6 +204,9 @@ MOQ_HOST_DEVICE inline float canonical(float value) {
 /// wide grids unbiased.
 MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& grid,
                                                  Rounding rounding, float uniform) {
+  if (grid.threshold >= 0.0F) {
+    return fabsf(value) > grid.threshold ? (value < 0.0F ? -1 : 1) : 0;
+  }
   const float position = value * grid.inverse_scale;
   float rounded;
   if (rounding == Rounding::kNearest) {

@@ -56,7 +56,7 @@ struct DequantizeArgs {
   std::int64_t cols = 0;
   std::int64_t row_stride = 0;  ///< elements of output
   std::int64_t col_stride = 0;  ///< elements of output
-  std::int64_t group_size = 0;  ///< read only when granularity is kPerGroup; divides cols
+  std::int64_t group_size = 0;  ///< as FakeQuantizeTensor's
   DType codes_dtype = DType::kInt8;
   DType scale_dtype = DType::kFloat32;
   DType output_dtype = DType::kFloat32;
@@ -70,7 +70,7 @@ void quantize_activation(const QuantizeActivationArgs& args);
 
 /// All pointers are host memory.
 /// @throws moq::Error for a dtype outside those named above, or a group_size that does not divide
-/// cols.
+/// cols (kPerGroup) or rows (kPerRows).
 void dequantize(const DequantizeArgs& args);
 
 /// All pointers are host memory. Runs on up to num_threads() threads.

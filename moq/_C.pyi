@@ -39,6 +39,7 @@ def recover_codes(
     group_size: int,
     transposed: bool,
     scale_dtype: dtype,
+    scale_rule: str = "absmax",
 ) -> tuple[Tensor, Tensor, Tensor | None, float]: ...
 def pack_codes(codes: Tensor, num_bits: int) -> Tensor: ...
 def unpack_codes(words: Tensor, num_bits: int, columns: int) -> Tensor: ...
@@ -135,6 +136,7 @@ class TrainedParameter:
         blend_steps: int,
         first_element: int,
         unsharded_cols: int,
+        scale_rule: str = "absmax",
     ) -> None: ...
 
 class Trainer:

@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 from moq.strict import Strict, require
 
-Mode = Literal["symmetric", "asymmetric"]
+Mode = Literal["symmetric", "asymmetric", "ternary", "binary"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
+Scale = Literal["absmax", "mse"]
 OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
-MIN_BITS, MAX_BITS = 2, 16
+MIN_BITS, MAX_BITS = 1, 16
 MAX_STEPS = 2**40
+#: Where the modes end that are made of signs: ternary codes take 2 bits, binary ones 1.
+SIGN_BITS = {"ternary": 2, "binary": 1}
 #: Finds the transformer layer in the name of a module or parameter, as ``model.layers.3`` or
 #: ``bert.encoder.layer.0``: the shortest prefix that ends with the number of an entry of a list.
 BLOCK_PATTERN = r"^(?:.*?\.)?\d+(?=\.|$)"
@@ -30,13 +33,23 @@ class QuantSpec(Strict):
     """The grid of one weight matrix and the widths it passes through.
 
     Attributes:
-        start_bits: Width at the first step, 2 to 16.
-        target_bits: Width at the end, 2 to start_bits.
-        mode: ``symmetric`` (zero point 0, codes in [-qmax, qmax]) or ``asymmetric``.
+        start_bits: Width at the first step, at most 16.
+        target_bits: Width at the end, 2 to start_bits; 2 for ``ternary``, 1 for ``binary``.
+        mode: ``symmetric`` (zero point 0, codes in [-qmax, qmax]), ``asymmetric``, ``ternary`` or
+            ``binary``. The last two are symmetric until their end: at 2 bits {-a, 0, a} with a
+            the mean of the magnitudes above 0.7 times their mean, at 1 bit {-a, a} with a the mean
+            magnitude (an exact 0 stays 0).
         granularity: Which weights share a scale: ``per_tensor``, ``per_channel`` (one scale per
-            output feature) or ``per_group`` (`group_size` consecutive input features).
+            output feature) or ``per_group`` (`group_size` consecutive input features, or `groups`
+            scales a matrix).
         group_size: Input features per scale, for ``per_group`` only (otherwise 0); divides the
             number of input features.
+        groups: Scales per matrix instead, as DeepSpeed's quantize_groups: each for as many
+            consecutive weights, counted along the output features. Whole output features must
+            share a scale, or scales divide one: other counts are refused.
+        scale: ``absmax`` (from the largest and smallest weight) or ``mse``: the same, clipped to
+            the ratio among 1, 31/32 ... 9/32 with the least squared error. It costs 24 passes over
+            the weights a step. Signs have means instead.
         rounding: ``nearest`` (half to even) or ``stochastic`` (the same draws on every device,
             rank and sharding).
         blend_steps: Steps over which the weight fades from full precision to the grid after each
@@ -48,6 +61,8 @@ class QuantSpec(Strict):
     mode: Mode = "symmetric"
     granularity: Granularity = "per_channel"
     group_size: int = 0
+    groups: int = 0
+    scale: Scale = "absmax"
     rounding: Rounding = "nearest"
     blend_steps: int = 0
 
@@ -57,29 +72,51 @@ class QuantSpec(Strict):
         Raises:
             ValueError: naming the field, its range and the value.
         """
-        bounds = f"must lie in [{MIN_BITS}, {MAX_BITS}]"
+        least = SIGN_BITS.get(self.mode, 2)
+        bounds = f"must lie in [{least}, {MAX_BITS}]"
         for name in ("start_bits", "target_bits"):
             bits = getattr(self, name)
-            require(MIN_BITS <= bits <= MAX_BITS, f"{name} {bounds}", bits)
+            require(least <= bits <= MAX_BITS, f"{name} {bounds}", bits)
         require(
             self.start_bits >= self.target_bits,
             f"start_bits must be at least target_bits ({self.target_bits})",
             self.start_bits,
         )
-        if self.granularity == "per_group":
+        if self.mode in SIGN_BITS:
             require(
-                self.group_size >= 1,
-                "group_size must be at least 1 when granularity is 'per_group'",
-                self.group_size,
+                self.target_bits == least,
+                f"target_bits must be {least} when mode is {self.mode!r}",
+                self.target_bits,
             )
-        else:
             require(
-                self.group_size == 0,
-                f"group_size must be 0 unless granularity is 'per_group' (it is "
-                f"{self.granularity!r})",
-                self.group_size,
+                self.rounding == "nearest",
+                f"rounding must be 'nearest' when mode is {self.mode!r}, whose last codes are signs",
+                self.rounding,
             )
+        self._validate_groups()
         require(self.blend_steps >= 0, "blend_steps must be at least 0", self.blend_steps)
+
+    def _validate_groups(self) -> None:
+        if self.granularity != "per_group":
+            for name in ("group_size", "groups"):
+                require(
+                    getattr(self, name) == 0,
+                    f"{name} must be 0 unless granularity is 'per_group' (it is "
+                    f"{self.granularity!r})",
+                    getattr(self, name),
+                )
+            return
+        require(self.groups >= 0, "groups must be at least 1, or 0 beside group_size", self.groups)
+        require(
+            self.groups == 0 or self.group_size == 0,
+            "group_size must be 0 when groups says how many scales there are",
+            self.group_size,
+        )
+        require(
+            self.group_size >= 1 or self.groups > 0,
+            "group_size must be at least 1 when granularity is 'per_group'",
+            self.group_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +216,9 @@ class Rule(Strict):
             ``conv1d`` (transformers' Conv1D), ``embedding``, ``head`` (the last linear layer). An
             exact name reaches any of them.
         exclude: True keeps the modules in full precision.
-        start_bits, target_bits, mode, granularity, group_size, rounding, blend_steps: As in
-            QuantSpec; None takes the configuration's own value.
+        start_bits, target_bits, mode, granularity, group_size, groups, scale, rounding,
+            blend_steps: As in QuantSpec; None takes the configuration's own value. A rule that
+            sets `mode` to ternary or binary alone also ends at its width.
         schedule: When these modules' widths fall, instead of the configuration's own schedule.
     """
 
@@ -192,6 +230,8 @@ class Rule(Strict):
     mode: Mode | None = None
     granularity: Granularity | None = None
     group_size: int | None = None
+    groups: int | None = None
+    scale: Scale | None = None
     rounding: Rounding | None = None
     blend_steps: int | None = None
     schedule: Timing | None = None
@@ -351,9 +391,14 @@ class MoQConfig(QuantSpec):
         if rule is not None:
             own = {name: getattr(rule, name) for name in values}
             values |= {name: value for name, value in own.items() if value is not None}
-            if rule.granularity not in (None, "per_group") and rule.group_size is None:
-                values["group_size"] = 0
-            if rule.target_bits is None and rule.start_bits is not None:
+            for name, other in (("group_size", "groups"), ("groups", "group_size")):
+                if own[name] is None and (
+                    rule.granularity not in (None, "per_group") or own[other] is not None
+                ):
+                    values[name] = 0
+            if rule.target_bits is None and rule.mode in SIGN_BITS:
+                values["target_bits"] = SIGN_BITS[rule.mode]
+            elif rule.target_bits is None and rule.start_bits is not None:
                 values["target_bits"] = min(values["target_bits"], rule.start_bits)
         return QuantSpec(**values)
 

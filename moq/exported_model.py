@@ -161,6 +161,7 @@ def _convert_weight(
             group_size=parameter.group_size,
             transposed=parameter.transposed,
             scale_dtype=parameter.scale_dtype or dtype,
+            scale_rule=parameter.scale,
         )
         tensors[f"{name}_scale"] = scales
         if weight_format == INTEGER:
@@ -182,7 +183,9 @@ def _convert_weight(
         stored_bits=None if dense else 8 if weight_format == INTEGER else stored_bits,
         mode=parameter.mode,
         granularity=parameter.granularity,
-        group_size=parameter.group_size if parameter.granularity == "per_group" else 0,
+        group_size=parameter.group_size
+        if parameter.granularity in ("per_group", "per_rows")
+        else 0,
         shape=[parameter.out_features, parameter.in_features],
         transposed=parameter.transposed,
         scale_dtype=str(parameter.scale_dtype or dtype).removeprefix("torch."),

@@ -76,12 +76,13 @@ def _split(module: str) -> tuple[str, str]:
 
 
 def _cell(entry: dict[str, Any]) -> str:
-    """Trained width, marked where it is not the whole story: 8, 6→8, 8a (asymmetric), 4g128."""
+    """Trained width, marked where it is not the whole story: 8, 6→8, 8a (asymmetric), 2t (ternary),
+    1→2b (binary), 4g128.
+    """
     text = str(entry["trained_bits"])
     if entry["format"] != DENSE and entry["stored_bits"] != entry["trained_bits"]:
         text += f"→{entry['stored_bits']}"
-    if entry["mode"] == "asymmetric":
-        text += "a"
+    text += {"asymmetric": "a", "ternary": "t", "binary": "b"}.get(entry["mode"], "")
     if entry["granularity"] == "per_group":
         text += f"g{entry['group_size']}"
     if entry["activations"]:

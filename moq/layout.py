@@ -34,9 +34,9 @@ class StoredWeight(Strict):
             above 8 bits and is stored in the model's dtype.
         trained_bits: width of the grid that was trained.
         stored_bits: width of a stored code; None when dense.
-        mode: ``symmetric`` or ``asymmetric``.
-        granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
-        group_size: input features per scale; 0 unless per_group.
+        mode: ``symmetric``, ``asymmetric``, ``ternary`` or ``binary``.
+        granularity: ``per_tensor``, ``per_channel``, ``per_group`` or ``per_rows``.
+        group_size: input features (per_group) or output features (per_rows) per scale; otherwise 0.
         shape: [output features, input features].
         transposed: True if the module keeps its weight as [input features, output features]. Codes
             are stored [output features, input features] all the same.
@@ -50,8 +50,8 @@ class StoredWeight(Strict):
     format: Literal["pack-quantized", "int-quantized", "dense"]
     trained_bits: int
     stored_bits: int | None
-    mode: Literal["symmetric", "asymmetric"]
-    granularity: Literal["per_tensor", "per_channel", "per_group"]
+    mode: Literal["symmetric", "asymmetric", "ternary", "binary"]
+    granularity: Literal["per_tensor", "per_channel", "per_group", "per_rows"]
     group_size: int
     shape: list[int]
     transposed: bool
@@ -66,9 +66,10 @@ class StoredWeight(Strict):
             ValueError: naming the field, what it must be and what it is.
         """
         dense = self.format == DENSE
+        least, most = (9, 16) if dense else (1 if self.mode == "binary" else 2, 8)
         require(
-            9 <= self.trained_bits <= 16 if dense else 2 <= self.trained_bits <= 8,
-            f"trained_bits must lie in {'[9, 16]' if dense else '[2, 8]'} for {self.format}",
+            least <= self.trained_bits <= most,
+            f"trained_bits must lie in [{least}, {most}] for {self.format}",
             self.trained_bits,
         )
         stored = None if dense else 8 if self.format == INTEGER else storage_bits(self.trained_bits)
@@ -78,13 +79,14 @@ class StoredWeight(Strict):
             "shape must be [output features, input features]",
             self.shape,
         )
-        grouped = self.granularity == "per_group"
+        side = {"per_group": "input", "per_rows": "output"}.get(self.granularity)
+        features = self.shape[0 if side == "output" else 1]
         require(
-            self.shape[1] % self.group_size == 0
-            if grouped and self.group_size > 0
-            else not grouped and self.group_size == 0,
-            f"group_size must divide {self.shape[1]} input features"
-            if grouped
+            features % self.group_size == 0
+            if side and self.group_size > 0
+            else not side and self.group_size == 0,
+            f"group_size must divide {features} {side} features"
+            if side
             else f"group_size must be 0 for {self.granularity}",
             self.group_size,
         )
@@ -97,17 +99,17 @@ class StoredWeight(Strict):
     @property
     def symmetric(self) -> bool:
         """True if the grid has no zero point."""
-        return self.mode == "symmetric"
+        return self.mode != "asymmetric"
 
     @property
     def num_groups(self) -> int:
-        """Scales per row. A per-tensor scale is stored once a row: every reader knows that form."""
+        """Scales per row. One that rows share is stored for each: every reader knows that form."""
         return self.shape[1] // self.group_size if self.granularity == "per_group" else 1
 
     @property
     def qmax(self) -> int:
         """Largest code of the trained grid."""
-        return int(2 ** (self.trained_bits - 1)) - 1
+        return max(1, int(2 ** (self.trained_bits - 1)) - 1)
 
     @property
     def qmin(self) -> int:
@@ -158,7 +160,10 @@ def words(count: int, num_bits: int) -> int:
 
 
 def storage_bits(trained_bits: int) -> int:
-    """Narrowest width that every reader unpacks alike: 3 bits go into 4, 5 to 7 into 8."""
+    """Narrowest width that every reader unpacks alike: 3 bits go into 4, 5 to 7 into 8.
+
+    Binary codes go into 2 bits: -1, 1, and 0 for a weight that is exactly 0.
+    """
     return next(bits for bits in (2, 4, 8) if bits >= trained_bits)
 
 
@@ -184,7 +189,7 @@ def quantization_config(
             weight.format,
             weight.stored_bits,
             weight.symmetric,
-            weight.group_size,
+            weight.group_size if weight.granularity == "per_group" else 0,
             weight.activations,
         )
         groups.setdefault(key, []).append(weight)

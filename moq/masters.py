@@ -278,8 +278,9 @@ class Masters:
                     simulated=whole_tensor(m.parameter.detach()),
                     num_bits=schedule.bits_at(block, step),
                     mode=m.spec.mode,
-                    granularity=m.spec.granularity,
-                    group_size=m.spec.group_size,
+                    granularity=m.granularity,
+                    group_size=m.group_size,
+                    scale=m.spec.scale,
                     transposed=m.transposed,
                     scale_dtype=m.parameter.dtype,
                 )
@@ -300,10 +301,11 @@ class Masters:
                     simulated=local_tensor(m.parameter),
                     full_precision=local_tensor(master),
                     block=block,
-                    granularity=m.spec.granularity,
+                    granularity=m.granularity,
                     mode=m.spec.mode,
                     rounding=m.spec.rounding,
-                    group_size=m.spec.group_size,
+                    scale_rule=m.spec.scale,
+                    group_size=m.group_size,
                     transposed=m.transposed,
                     blend_steps=m.spec.blend_steps,
                     first_element=element,
@@ -341,8 +343,9 @@ def _has_telling_groups(matched: MatchedParameter) -> bool:
     sharing = {
         "per_tensor": local.numel(),
         "per_channel": matched.in_features,
-        "per_group": matched.spec.group_size,
-    }[matched.spec.granularity]
+        "per_group": matched.group_size,
+        "per_rows": matched.group_size * matched.in_features,
+    }[matched.granularity]
     return sharing >= 8 and local.numel() >= 8 and len(set(local.flatten()[:64].tolist())) > 3
 
 

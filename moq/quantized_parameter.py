@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-MODES = ("symmetric", "asymmetric")
-GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+MODES = ("symmetric", "asymmetric", "ternary", "binary")
+GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_rows")
+SCALES = ("absmax", "mse")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -21,18 +22,20 @@ class QuantizedParameter:
             shape of the parameter; the scales are computed from it.
         simulated: value on the integer grid that the model computes with, in the dtype and shape of
             the parameter.
-        num_bits: width that was trained, 2 to 16. Above 8 bits the simulated value is exported as
+        num_bits: width that was trained, 2 to 16, or 1 if binary. Above 8 bits the simulated value is exported as
             it is, without codes.
-        mode: ``symmetric`` or ``asymmetric``.
+        mode: ``symmetric``, ``asymmetric``, ``ternary`` or ``binary``.
         granularity: which elements share a scale: ``per_tensor``, ``per_channel`` (one scale per
-            output feature) or ``per_group`` (``group_size`` consecutive input features).
-        group_size: input features per scale; read only when granularity is ``per_group``.
+            output feature), ``per_group`` (``group_size`` consecutive input features) or
+            ``per_rows`` (``group_size`` consecutive output features).
+        group_size: input or output features per scale; read only by the last two.
         transposed: True if the parameter is stored [input features, output features], as Hugging
             Face's Conv1D does, instead of torch.nn.Linear's [output features, input features].
         scale_dtype: dtype that the scales were rounded to before codes were computed; None: the
             dtype of ``simulated``.
         activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
             8-bit per-token activations (exported as W8A8).
+        scale: ``absmax`` or ``mse``: how the scales follow from the master.
     """
 
     name: str
@@ -45,6 +48,7 @@ class QuantizedParameter:
     transposed: bool = False
     scale_dtype: torch.dtype | None = None
     activations: str | None = None
+    scale: str = "absmax"
 
     def __post_init__(self) -> None:
         """Refuses what no grid or checkpoint can hold.
@@ -72,8 +76,9 @@ class QuantizedParameter:
             "simulated must be float32, float16 or bfloat16",
             self.simulated.dtype,
         )
-        require(2 <= self.num_bits <= 16, "num_bits must lie in [2, 16]", self.num_bits)
         require(self.mode in MODES, f"mode must be one of {MODES}", self.mode)
+        least = 1 if self.mode == "binary" else 2
+        require(least <= self.num_bits <= 16, f"num_bits must lie in [{least}, 16]", self.num_bits)
         require(
             self.granularity in GRANULARITIES,
             f"granularity must be one of {GRANULARITIES}",
@@ -85,6 +90,13 @@ class QuantizedParameter:
             f"group_size must be positive and divide the {self.in_features} input features",
             self.group_size,
         )
+        require(
+            self.granularity != "per_rows"
+            or (self.group_size > 0 and self.out_features % self.group_size == 0),
+            f"group_size must be positive and divide the {self.out_features} output features",
+            self.group_size,
+        )
+        require(self.scale in SCALES, f"scale must be one of {SCALES}", self.scale)
         require(
             self.scale_dtype is None or self.scale_dtype in SCALE_DTYPES,
             "scale_dtype must be float32, float16 or bfloat16",

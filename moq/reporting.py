@@ -112,11 +112,13 @@ def start_table(
 def _grid_words(matched: MatchedParameter) -> str:
     """Says a grid in words, leaving out what is usual."""
     spec = matched.spec
-    words: list[str] = [spec.granularity]
-    if spec.granularity == "per_group":
-        words[0] += f" of {spec.group_size}"
+    words: list[str] = [matched.granularity]
+    if matched.group_size:
+        words[0] += f" of {matched.group_size}"
     if spec.mode != "symmetric":
         words.append(spec.mode)
+    if spec.scale != "absmax":
+        words.append(spec.scale)
     if spec.rounding != "nearest":
         words.append(spec.rounding)
     if spec.blend_steps:

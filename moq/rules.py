@@ -60,6 +60,42 @@ class MatchedParameter:
         """Number of input features, whatever the storage."""
         return int(self.parameter.shape[0 if self.transposed else 1])
 
+    @property
+    def out_features(self) -> int:
+        """Number of output features, whatever the storage."""
+        return int(self.parameter.shape[1 if self.transposed else 0])
+
+    @property
+    def granularity(self) -> str:
+        """Which weights share a scale, `groups` per matrix resolved: may be ``per_rows`` then."""
+        return self._grouping[0]
+
+    @property
+    def group_size(self) -> int:
+        """Input features per scale (``per_group``), output features (``per_rows``), or 0."""
+        return self._grouping[1]
+
+    @property
+    def _grouping(self) -> tuple[str, int]:
+        groups, rows = self.spec.groups, self.out_features
+        if groups == 0:
+            return self.spec.granularity, self.spec.group_size
+        if groups == 1:
+            return "per_tensor", 0
+        if groups == rows:
+            return "per_channel", 0
+        if rows % groups == 0:
+            return "per_rows", rows // groups
+        return "per_group", self.in_features // max(1, groups // rows)
+
+    @property
+    def can_have_groups(self) -> bool:
+        """Says whether `groups` per matrix are whole output features or divide one."""
+        groups, rows = self.spec.groups, self.out_features
+        if groups == 0 or rows % groups == 0:
+            return True
+        return rows > 0 and groups % rows == 0 and self.in_features % (groups // rows) == 0
+
 
 @dataclass(frozen=True)
 class _Candidate:
@@ -250,7 +286,14 @@ def _checked(
         "sparse must be False, or exclude it by a rule",
         "sparse=True",
     )
-    if spec.granularity == "per_group":
+    require(
+        matched.can_have_groups,
+        f"groups must divide its {matched.out_features} output features, or be a multiple of them "
+        f"whose quotient divides its {matched.in_features} input features: no checkpoint has a "
+        "place for scales that begin inside an output feature and end in another",
+        spec.groups,
+    )
+    if spec.granularity == "per_group" and spec.groups == 0:
         require(
             matched.in_features % spec.group_size == 0,
             f"group_size must divide its {matched.in_features} input features",

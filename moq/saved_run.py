@@ -39,6 +39,7 @@ class _Entry(Strict):
     group_size: int
     transposed: bool
     activations: str | None
+    scale: str
     scale_dtype: Literal["float32", "float16", "bfloat16"]
 
 

@@ -130,8 +130,8 @@ def _codes(masters: Masters) -> list[torch.Tensor]:
         torch.ops.moq.quantize(
             local_tensor(m.parameter.detach()),
             schedule.bits_at(block, step),
-            granularity=m.spec.granularity,
-            group_size=m.spec.group_size,
+            granularity=m.granularity,
+            group_size=m.group_size,
             mode=m.spec.mode,
             transposed=m.transposed,
         )[0]

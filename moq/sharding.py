@@ -64,25 +64,33 @@ def _require_whole_groups(
     matched: MatchedParameter, sharded: dict[int, int], column_dim: int
 ) -> None:
     """Refuses a sharding that splits a group of weights with one scale."""
-    spec = matched.spec
     where = f"{matched.name} is sharded over ranks as {matched.parameter.placements}"  # type: ignore[attr-defined]
-    if spec.granularity == "per_tensor" and sharded:
+    if matched.granularity == "per_tensor" and sharded:
         raise ValueError(
             f"{where}, and per_tensor has one scale for all of it: granularity must be "
             "'per_channel' or 'per_group', whose scales stay within a rank"
+        )
+    ranks = sharded.get(1 - column_dim, 1)
+    if matched.granularity == "per_rows" and (
+        column_dim in sharded or matched.out_features % (ranks * matched.group_size)
+    ):
+        raise ValueError(
+            f"{where}: its {matched.out_features} output features must split into equal shards of "
+            f"whole groups of the {matched.group_size} that share a scale, and its input features "
+            "not at all: change groups, or use granularity 'per_channel'"
         )
     ranks = sharded.get(column_dim, 1)
     if ranks == 1:
         return
     shard_output = f"fully_shard(..., shard_placement_fn=lambda parameter: Shard({1 - column_dim}))"
-    if spec.granularity == "per_channel":
+    if matched.granularity == "per_channel":
         raise ValueError(
             f"{where}: its input features are split, and per_channel has one scale for all of "
             f"them: shard output features instead, {shard_output}, or use granularity 'per_group'"
         )
-    if matched.in_features % (ranks * spec.group_size):
+    if matched.in_features % (ranks * matched.group_size):
         raise ValueError(
             f"{where}: its {matched.in_features} input features must split into {ranks} equal "
-            f"shards of whole groups of {spec.group_size}: change group_size, or shard output "
+            f"shards of whole groups of {matched.group_size}: change group_size, or shard output "
             f"features instead, {shard_output}"
         )

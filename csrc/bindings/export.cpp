@@ -13,14 +13,16 @@ void bind_export(py::module_& m) {
       "recover_codes",
       [](const std::string& name, const at::Tensor& master, const at::Tensor& simulated,
          int num_bits, const std::string& mode, const std::string& granularity,
-         std::int64_t group_size, bool transposed, at::ScalarType scale_dtype) {
+         std::int64_t group_size, bool transposed, at::ScalarType scale_dtype,
+         const std::string& scale_rule) {
         const exporter::GridSpec spec{
             .num_bits = num_bits,
             .mode = parse_mode("recover_codes", mode),
             .granularity = parse_granularity("recover_codes", granularity),
             .group_size = group_size,
             .transposed = transposed,
-            .scale_dtype = scale_dtype};
+            .scale_dtype = scale_dtype,
+            .scale_rule = parse_scale_rule("recover_codes", scale_rule)};
         exporter::StoredCodes stored;
         {
           const py::gil_scoped_release release;
@@ -34,7 +36,7 @@ void bind_export(py::module_& m) {
       },
       py::arg("name"), py::arg("master"), py::arg("simulated"), py::kw_only(), py::arg("num_bits"),
       py::arg("mode"), py::arg("granularity"), py::arg("group_size"), py::arg("transposed"),
-      py::arg("scale_dtype"),
+      py::arg("scale_dtype"), py::arg("scale_rule") = "absmax",
       "Codes int8 [out, in], scales [out, groups], zero points int8 [out, groups] (None: "
       "symmetric) "
       "and relative quantization error of a trained weight. Raises moq._C.Error naming the "

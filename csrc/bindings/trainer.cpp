@@ -25,7 +25,7 @@ void bind_trainer(pybind11::module_& m) {
                        const std::string& granularity, const std::string& mode,
                        const std::string& rounding, std::int64_t group_size, bool transposed,
                        std::int64_t blend_steps, std::int64_t first_element,
-                       std::int64_t unsharded_cols) {
+                       std::int64_t unsharded_cols, const std::string& scale_rule) {
              return TrainedParameter{
                  .name = std::move(name),
                  .parameter = std::move(parameter),
@@ -36,6 +36,7 @@ void bind_trainer(pybind11::module_& m) {
                  .granularity = parse_granularity("TrainedParameter", granularity),
                  .mode = parse_mode("TrainedParameter", mode),
                  .rounding = parse_rounding("TrainedParameter", rounding),
+                 .scale_rule = parse_scale_rule("TrainedParameter", scale_rule),
                  .group_size = group_size,
                  .transposed = transposed,
                  .blend_steps = blend_steps,
@@ -46,7 +47,7 @@ void bind_trainer(pybind11::module_& m) {
            py::arg("simulated"), py::arg("full_precision"), py::arg("block"),
            py::arg("granularity"), py::arg("mode"), py::arg("rounding"), py::arg("group_size"),
            py::arg("transposed"), py::arg("blend_steps"), py::arg("first_element"),
-           py::arg("unsharded_cols"));
+           py::arg("unsharded_cols"), py::arg("scale_rule") = "absmax");
 
   py::class_<Trainer>(m, "Trainer",
                       "Keeps simulated weights in step with their masters: begin_step, the inner "

@@ -80,7 +80,8 @@ kernels::FakeQuantizeTensor describe(const Matrix& matrix, const GridSpec& spec,
           .output_dtype = matrix.dtype,
           .scale_dtype = kernel_dtype(spec.scale_dtype, name),
           .granularity = spec.granularity,
-          .mode = spec.mode};
+          .mode = spec.mode,
+          .scale_rule = spec.scale_rule};
 }
 
 /// The grids of a matrix, as the kernel that trains computes them.
@@ -145,8 +146,8 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
             ": expected two matrices of one shape, got ", master.sizes(), " and ",
             simulated.sizes());
   MOQ_CHECK(master.is_cpu() && simulated.is_cpu(), name, ": expected tensors in host memory");
-  MOQ_CHECK(spec.num_bits >= kMinBits && spec.num_bits <= 8, name,
-            ": expected a width from 2 to 8 bits, got ", spec.num_bits);
+  MOQ_CHECK(spec.num_bits >= min_bits(spec.mode) && spec.num_bits <= 8, name,
+            ": expected a width from ", min_bits(spec.mode), " to 8 bits, got ", spec.num_bits);
   const kernels::ThreadScope threads(at::get_num_threads());
   const Matrix source(master, spec.transposed, name);
   const Matrix target(simulated, spec.transposed, name);
@@ -155,6 +156,10 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
   MOQ_CHECK(spec.granularity != kernels::Granularity::kPerGroup ||
                 (spec.group_size > 0 && cols % spec.group_size == 0),
             name, ": expected a group_size that divides ", cols, " input features, got ",
+            spec.group_size);
+  MOQ_CHECK(spec.granularity != kernels::Granularity::kPerRows ||
+                (spec.group_size > 0 && rows % spec.group_size == 0),
+            name, ": expected a group_size that divides ", rows, " output features, got ",
             spec.group_size);
   refuse_nonfinite(source, name, "master");
   refuse_nonfinite(target, name, "simulated");
@@ -166,9 +171,9 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
   const GridRange range = grid_range(spec.num_bits, spec.mode);
   const auto* zero_points = grids.zero_points.const_data_ptr<std::int32_t>();
   const auto grid_of = [&](std::int64_t row, std::int64_t group) -> GridParams {
-    const std::int64_t index =
-        spec.granularity == kernels::Granularity::kPerTensor ? 0 : row * groups_per_row + group;
+    const std::int64_t index = row / kernels::rows_per_group(trained) * groups_per_row + group;
     const float scale = load_float(grids.scales.const_data_ptr(), index, trained.scale_dtype);
+    // Simulated values are points of the grid already: the nearest one is theirs in every mode.
     return {scale, 1.0F / scale, zero_points[index], range};
   };
 
@@ -216,10 +221,11 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
   const double norm = std::accumulate(squared_norm.begin(), squared_norm.end(), 0.0);
   const double error = std::accumulate(squared_error.begin(), squared_error.end(), 0.0);
   stored.quantization_error = norm > 0 ? std::sqrt(error / norm) : 0.0;
-  const bool per_tensor = spec.granularity == kernels::Granularity::kPerTensor;
+  const std::int64_t sharing = kernels::rows_per_group(trained);
   const auto as_matrix = [&](const at::Tensor& values) {
-    return per_tensor ? values.expand({rows}).unsqueeze(1).contiguous()
-                      : values.view({rows, groups_per_row});
+    return kernels::rows_share_scales(trained)
+               ? values.repeat_interleave(sharing).slice(0, 0, rows).unsqueeze(1)
+               : values.view({rows, groups_per_row});
   };
   stored.scales = as_matrix(grids.scales);
   if (spec.mode == QuantMode::kAsymmetric) {

@@ -14,20 +14,20 @@ namespace moq::exporter {
 
 /// The grid that a parameter was trained on.
 struct GridSpec {
-  int num_bits = 8;  ///< in [2, 8]: wider codes are not stored
+  int num_bits = 8;  ///< up to 8: wider codes are not stored
   QuantMode mode = QuantMode::kSymmetric;
   kernels::Granularity granularity = kernels::Granularity::kPerChannel;
-  std::int64_t group_size =
-      0;                    ///< input features per scale; read only when granularity is kPerGroup
-  bool transposed = false;  ///< storage is [input features, output features] (Conv1D)
+  std::int64_t group_size = 0;  ///< as FakeQuantizeTensor's
+  bool transposed = false;      ///< storage is [input features, output features] (Conv1D)
   c10::ScalarType scale_dtype = c10::ScalarType::Float;
+  ScaleRule scale_rule = ScaleRule::kExtent;
 };
 
 /// One weight matrix as a checkpoint stores it, [output features, input features] whatever the
 /// parameter's storage.
 struct StoredCodes {
   at::Tensor codes;   ///< int8 [out_features, in_features]
-  at::Tensor scales;  ///< scale_dtype [out_features, num_groups]; a per-tensor scale is repeated
+  at::Tensor scales;  ///< scale_dtype [out_features, num_groups]; one that rows share is repeated
   at::Tensor zero_points;         ///< int8, as scales; undefined when symmetric
   double quantization_error = 0;  ///< ||master - simulated|| / ||master||; 0 for an all-zero matrix
 };

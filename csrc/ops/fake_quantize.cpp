@@ -23,10 +23,11 @@ constexpr const char* kName = "fake_quantize";
 Tensor fake_quantize(const Tensor& weight, std::int64_t num_bits, std::string_view granularity,
                      std::int64_t group_size, std::string_view mode, std::string_view rounding,
                      std::int64_t seed, std::int64_t step, std::int64_t name_hash, bool transposed,
-                     double blend_ratio, std::optional<at::ScalarType> scale_dtype) {
+                     double blend_ratio, std::optional<at::ScalarType> scale_dtype,
+                     std::string_view scale_rule) {
   const Quantizer quantizer =
       parse_quantizer(kName, num_bits, granularity, group_size, mode, rounding, seed, step,
-                      name_hash, transposed, blend_ratio, scale_dtype);
+                      name_hash, transposed, blend_ratio, scale_dtype, scale_rule);
   check_quantizer(kName, weight, quantizer);
   Tensor output = at::empty_like(weight);
   // The kernel writes with the strides that it reads with; a weight with gaps or overlaps is
@@ -43,10 +44,11 @@ Tensor fake_quantize_meta(const Tensor& weight, std::int64_t num_bits, std::stri
                           std::int64_t group_size, std::string_view mode, std::string_view rounding,
                           std::int64_t seed, std::int64_t step, std::int64_t name_hash,
                           bool transposed, double blend_ratio,
-                          std::optional<at::ScalarType> scale_dtype) {
-  check_quantizer(kName, weight,
-                  parse_quantizer(kName, num_bits, granularity, group_size, mode, rounding, seed,
-                                  step, name_hash, transposed, blend_ratio, scale_dtype));
+                          std::optional<at::ScalarType> scale_dtype, std::string_view scale_rule) {
+  check_quantizer(
+      kName, weight,
+      parse_quantizer(kName, num_bits, granularity, group_size, mode, rounding, seed, step,
+                      name_hash, transposed, blend_ratio, scale_dtype, scale_rule));
   return at::empty_like(weight);
 }
 
@@ -94,9 +96,10 @@ void foreach_fake_quantize(at::TensorList weights, const Tensor& num_bits,
                            std::string_view mode, std::string_view rounding, std::int64_t seed,
                            const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
                            bool transposed, std::optional<at::ScalarType> scale_dtype,
-                           at::TensorList out) {
-  Quantizer quantizer = parse_quantizer(kForeachName, kMaxBits, granularity, group_size, mode,
-                                        rounding, seed, 0, 0, transposed, 0.0, scale_dtype);
+                           std::string_view scale_rule, at::TensorList out) {
+  Quantizer quantizer =
+      parse_quantizer(kForeachName, kMaxBits, granularity, group_size, mode, rounding, seed, 0, 0,
+                      transposed, 0.0, scale_dtype, scale_rule);
   check_foreach(weights, num_bits, step, name_hashes, out, quantizer);
   std::vector<kernels::FakeQuantizeTensor> matrices;
   matrices.reserve(weights.size());
@@ -119,10 +122,10 @@ void foreach_fake_quantize_meta(at::TensorList weights, const Tensor& num_bits,
                                 std::string_view mode, std::string_view rounding, std::int64_t seed,
                                 const std::optional<Tensor>& step, at::IntArrayRef name_hashes,
                                 bool transposed, std::optional<at::ScalarType> scale_dtype,
-                                at::TensorList out) {
+                                std::string_view scale_rule, at::TensorList out) {
   check_foreach(weights, num_bits, step, name_hashes, out,
                 parse_quantizer(kForeachName, kMaxBits, granularity, group_size, mode, rounding,
-                                seed, 0, 0, transposed, 0.0, scale_dtype));
+                                seed, 0, 0, transposed, 0.0, scale_dtype, scale_rule));
 }
 
 // ---------------------------------------------------------------------------------------- autograd
@@ -142,7 +145,7 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*context*/,
                                                  const torch::autograd::variable_list& gradients) {
-    constexpr std::size_t kArguments = 12;
+    constexpr std::size_t kArguments = 13;
     torch::autograd::variable_list result(kArguments);
     result[0] = gradients[0];
     return result;
@@ -153,9 +156,10 @@ Tensor fake_quantize_autograd(const Tensor& weight, std::int64_t num_bits,
                               std::string_view granularity, std::int64_t group_size,
                               std::string_view mode, std::string_view rounding, std::int64_t seed,
                               std::int64_t step, std::int64_t name_hash, bool transposed,
-                              double blend_ratio, std::optional<at::ScalarType> scale_dtype) {
+                              double blend_ratio, std::optional<at::ScalarType> scale_dtype,
+                              std::string_view scale_rule) {
   return FakeQuantize::apply(weight, num_bits, granularity, group_size, mode, rounding, seed, step,
-                             name_hash, transposed, blend_ratio, scale_dtype);
+                             name_hash, transposed, blend_ratio, scale_dtype, scale_rule);
 }
 
 /// Without a gradient, so it must not write over a tensor that is to get one.

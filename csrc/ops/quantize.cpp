@@ -35,10 +35,11 @@ QuantizedWeight empty_quantized(const Tensor& weight, const Quantizer& quantizer
 QuantizedWeight quantize(const Tensor& weight, std::int64_t num_bits, std::string_view granularity,
                          std::int64_t group_size, std::string_view mode, std::string_view rounding,
                          std::int64_t seed, std::int64_t step, std::int64_t name_hash,
-                         bool transposed, std::optional<at::ScalarType> scale_dtype) {
+                         bool transposed, std::optional<at::ScalarType> scale_dtype,
+                         std::string_view scale_rule) {
   const Quantizer quantizer =
       parse_quantizer("quantize", num_bits, granularity, group_size, mode, rounding, seed, step,
-                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype);
+                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype, scale_rule);
   check_quantizer("quantize", weight, quantizer);
   QuantizedWeight result = empty_quantized(weight, quantizer);
   auto& [codes, scales, zero_points] = result;
@@ -55,17 +56,19 @@ QuantizedWeight quantize_meta(const Tensor& weight, std::int64_t num_bits,
                               std::string_view granularity, std::int64_t group_size,
                               std::string_view mode, std::string_view rounding, std::int64_t seed,
                               std::int64_t step, std::int64_t name_hash, bool transposed,
-                              std::optional<at::ScalarType> scale_dtype) {
+                              std::optional<at::ScalarType> scale_dtype,
+                              std::string_view scale_rule) {
   const Quantizer quantizer =
       parse_quantizer("quantize", num_bits, granularity, group_size, mode, rounding, seed, step,
-                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype);
+                      name_hash, transposed, /*blend_ratio=*/0.0, scale_dtype, scale_rule);
   check_quantizer("quantize", weight, quantizer);
   return empty_quantized(weight, quantizer);
 }
 
 // ------------------------------------------------------------------------------- codes to weights
 
-/// Shapes of the scales tell the granularity: [1], [out, 1] or [out, groups].
+/// Shapes of the scales tell the granularity: [1], [out, 1], [out, groups] or, where rows share
+/// them, [row groups, 1].
 void check_dequantize(const Tensor& codes, const Tensor& scales,
                       const std::optional<Tensor>& zero_points,
                       std::optional<at::ScalarType> dtype) {
@@ -79,9 +82,11 @@ void check_dequantize(const Tensor& codes, const Tensor& scales,
   const bool one_scale = scales.dim() == 1 && scales.sym_size(0) == 1;
   const bool rows_of_scales = scales.dim() == 2 && scales.sym_size(0) == codes.sym_size(0) &&
                               scales.sym_size(1) > 0 && codes.sym_size(1) % scales.sym_size(1) == 0;
-  TORCH_CHECK_VALUE(one_scale || rows_of_scales,
-                    "dequantize: scales must be [1] or [out_features, groups] with groups dividing "
-                    "the input features, got ",
+  const bool row_groups = scales.dim() == 2 && scales.sym_size(1) == 1 && scales.sym_size(0) > 0 &&
+                          codes.sym_size(0) % scales.sym_size(0) == 0;
+  TORCH_CHECK_VALUE(one_scale || rows_of_scales || row_groups,
+                    "dequantize: scales must be [1], [out_features, groups] with groups dividing "
+                    "the input features, or [groups, 1] dividing the output features, got ",
                     scales.sym_sizes(), " for codes ", codes.sym_sizes());
   TORCH_CHECK_VALUE(scales.device() == codes.device(), "dequantize: scales must be on ",
                     codes.device(), " as the codes are, got ", scales.device());
@@ -114,6 +119,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scales,
   const Tensor packed_zero_points = zero_points.has_value() ? zero_points->contiguous() : Tensor();
   const bool one_scale = scales.dim() == 1;
   const std::int64_t groups = one_scale ? 1 : scales.size(1);
+  const bool rows_share = !one_scale && scales.size(0) != codes.size(0);
   const kernels::DequantizeArgs args{
       .codes = packed_codes.const_data_ptr(),
       .scales = packed_scales.const_data_ptr(),
@@ -124,11 +130,12 @@ Tensor dequantize(const Tensor& codes, const Tensor& scales,
       .cols = codes.size(1),
       .row_stride = output.stride(transposed ? 1 : 0),
       .col_stride = output.stride(transposed ? 0 : 1),
-      .group_size = codes.size(1) / groups,
+      .group_size = rows_share ? codes.size(0) / scales.size(0) : codes.size(1) / groups,
       .codes_dtype = dtype_of(codes.scalar_type()),
       .scale_dtype = dtype_of(scales.scalar_type()),
       .output_dtype = dtype_of(output.scalar_type()),
       .granularity = one_scale     ? Granularity::kPerTensor
+                     : rows_share  ? Granularity::kPerRows
                      : groups == 1 ? Granularity::kPerChannel
                                    : Granularity::kPerGroup};
   run_on(
@@ -150,9 +157,11 @@ QuantizedWeight quantize_autograd(const Tensor& weight, std::int64_t num_bits,
                                   std::string_view granularity, std::int64_t group_size,
                                   std::string_view mode, std::string_view rounding,
                                   std::int64_t seed, std::int64_t step, std::int64_t name_hash,
-                                  bool transposed, std::optional<at::ScalarType> scale_dtype) {
+                                  bool transposed, std::optional<at::ScalarType> scale_dtype,
+                                  std::string_view scale_rule) {
   return without_gradient<quantize>("moq::quantize", weight, num_bits, granularity, group_size,
-                                    mode, rounding, seed, step, name_hash, transposed, scale_dtype);
+                                    mode, rounding, seed, step, name_hash, transposed, scale_dtype,
+                                    scale_rule);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ Quantizer parse_quantizer(const char* where, std::int64_t num_bits, std::string_
                           std::int64_t group_size, std::string_view mode, std::string_view rounding,
                           std::int64_t seed, std::int64_t step, std::int64_t name_hash,
                           bool transposed, double blend_ratio,
-                          std::optional<at::ScalarType> scale_dtype) {
+                          std::optional<at::ScalarType> scale_dtype, std::string_view scale_rule) {
   return {.num_bits = num_bits,
           .granularity = parse_granularity(where, granularity),
           .group_size = group_size,
@@ -48,7 +48,8 @@ Quantizer parse_quantizer(const char* where, std::int64_t num_bits, std::string_
           .name_hash = name_hash,
           .transposed = transposed,
           .blend_ratio = blend_ratio,
-          .scale_dtype = scale_dtype};
+          .scale_dtype = scale_dtype,
+          .scale_rule = parse_scale_rule(where, scale_rule)};
 }
 
 void check_quantizer(const char* where, const at::Tensor& weight, const Quantizer& quantizer) {
@@ -56,24 +57,36 @@ void check_quantizer(const char* where, const at::Tensor& weight, const Quantize
                     ": weight must be a matrix [out_features, in_features] (or transposed), got ",
                     weight.dim(), " dimensions");
   check_float(where, "weight", weight.scalar_type());
+  TORCH_CHECK_VALUE(quantizer.scale_rule != ScaleRule::kGiven, where,
+                    ": scale_rule must be absmax or mse, got given");
   check_float(where, "scale_dtype", quantizer.scale_dtype.value_or(weight.scalar_type()));
-  TORCH_CHECK_VALUE(quantizer.num_bits >= kMinBits && quantizer.num_bits <= kMaxBits, where,
-                    ": num_bits must be in [", kMinBits, ", ", kMaxBits, "], got ",
+  const int least_bits = min_bits(quantizer.mode);
+  TORCH_CHECK_VALUE(quantizer.num_bits >= least_bits && quantizer.num_bits <= kMaxBits, where,
+                    ": num_bits must be in [", least_bits, ", ", kMaxBits, "], got ",
                     quantizer.num_bits);
+  const bool ends_in_signs =
+      quantizer.mode == QuantMode::kTernary || quantizer.mode == QuantMode::kBinary;
+  TORCH_CHECK_VALUE(quantizer.rounding == Rounding::kNearest || !ends_in_signs, where,
+                    ": rounding must be nearest for ternary and binary codes, which are signs, "
+                    "got stochastic");
   TORCH_CHECK_VALUE(quantizer.name_hash >= 0 && quantizer.name_hash < (std::int64_t{1} << 32),
                     where, ": name_hash must be a 32-bit hash in [0, 2^32), got ",
                     quantizer.name_hash);
   TORCH_CHECK_VALUE(quantizer.blend_ratio >= 0.0 && quantizer.blend_ratio <= 1.0, where,
                     ": blend_ratio must be in [0, 1], got ", quantizer.blend_ratio);
+  const Features features = features_of(weight, quantizer.transposed);
   if (quantizer.granularity == Granularity::kPerGroup) {
-    const c10::SymInt in_features = features_of(weight, quantizer.transposed).in;
-    TORCH_CHECK_VALUE(quantizer.group_size > 0 && in_features % quantizer.group_size == 0, where,
+    TORCH_CHECK_VALUE(quantizer.group_size > 0 && features.in % quantizer.group_size == 0, where,
                       ": group_size must divide the input features, got ", quantizer.group_size,
-                      " and ", in_features);
+                      " and ", features.in);
+  } else if (quantizer.granularity == Granularity::kPerRows) {
+    TORCH_CHECK_VALUE(quantizer.group_size > 0 && features.out % quantizer.group_size == 0, where,
+                      ": group_size must divide the output features, got ", quantizer.group_size,
+                      " and ", features.out);
   } else {
     TORCH_CHECK_VALUE(quantizer.group_size == 0, where,
-                      ": group_size belongs to granularity per_group, got ", quantizer.group_size,
-                      " with another");
+                      ": group_size belongs to granularity per_group and per_rows, got ",
+                      quantizer.group_size, " with another");
   }
 }
 
@@ -88,6 +101,8 @@ c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantiz
       return {1};
     case Granularity::kPerChannel:
       return {features.out, 1};
+    case Granularity::kPerRows:
+      return {features.out / quantizer.group_size, 1};
     default:
       return {features.out, features.in / quantizer.group_size};
   }
@@ -108,7 +123,8 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
           .scale_dtype = dtype_of(quantizer.scale_dtype.value_or(weight.scalar_type())),
           .granularity = quantizer.granularity,
           .mode = quantizer.mode,
-          .rounding = quantizer.rounding};
+          .rounding = quantizer.rounding,
+          .scale_rule = quantizer.scale_rule};
 }
 
 void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {

@@ -18,7 +18,7 @@ namespace moq::ops {
 struct Quantizer {
   std::int64_t num_bits;
   kernels::Granularity granularity;
-  std::int64_t group_size;  ///< input features per scale, for per_group
+  std::int64_t group_size;  ///< input features per scale (per_group), output features (per_rows)
   QuantMode mode;
   Rounding rounding;
   std::int64_t seed;
@@ -27,6 +27,7 @@ struct Quantizer {
   bool transposed;  ///< the weight is stored [in_features, out_features]
   double blend_ratio;
   std::optional<at::ScalarType> scale_dtype;  ///< none: the weight's
+  ScaleRule scale_rule;
 };
 
 /// From the arguments after the weight, in the schema's order.
@@ -35,7 +36,7 @@ Quantizer parse_quantizer(const char* where, std::int64_t num_bits, std::string_
                           std::int64_t group_size, std::string_view mode, std::string_view rounding,
                           std::int64_t seed, std::int64_t step, std::int64_t name_hash,
                           bool transposed, double blend_ratio,
-                          std::optional<at::ScalarType> scale_dtype);
+                          std::optional<at::ScalarType> scale_dtype, std::string_view scale_rule);
 
 /// @throws ValueError or TypeError (Python's) naming `where`, for a weight that is no matrix of
 ///         float32, float16 or bfloat16, and for each argument out of its range.
@@ -48,7 +49,8 @@ struct Features {
 };
 Features features_of(const at::Tensor& weight, bool transposed);
 
-/// Sizes of the scales of a checked weight: [1], [out, 1] or [out, in / group_size].
+/// Sizes of the scales of a checked weight: [1], [out, 1], [out, in / group_size] or
+/// [out / group_size, 1].
 c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantizer);
 
 /// The kernel's description of a checked weight, its outputs still null. Strides are the weight's.

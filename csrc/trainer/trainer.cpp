@@ -19,8 +19,9 @@ namespace {
 /// A schedule may plan widths for which there is no grid.
 void check_widths(const TrainedParameter& parameter, const schedule::Schedule& schedule) {
   for (const schedule::Drop& drop : schedule.plan()[static_cast<std::size_t>(parameter.block)]) {
-    MOQ_CHECK(drop.bits >= kMinBits && drop.bits <= kMaxBits, "Trainer: the widths planned for ",
-              parameter.name, " must lie in [", kMinBits, ", ", kMaxBits, "] bits, got ", drop.bits,
+    const int least = min_bits(parameter.mode);
+    MOQ_CHECK(drop.bits >= least && drop.bits <= kMaxBits, "Trainer: the widths planned for ",
+              parameter.name, " must lie in [", least, ", ", kMaxBits, "] bits, got ", drop.bits,
               " at step ", drop.step, ": set start_bits and target_bits of its block within them");
   }
 }
@@ -169,7 +170,7 @@ std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
   tensor.input_dtype = tensor.output_dtype;
   tensor.output = snapped.mutable_data_ptr();
   tensor.rounding = Rounding::kNearest;
-  for (int num_bits = kMinBits; num_bits <= kMaxBits; ++num_bits) {
+  for (int num_bits = min_bits(checked.mode); num_bits <= kMaxBits; ++num_bits) {
     const at::Tensor width = at::full({1}, num_bits, snapped.options().dtype(at::kInt));
     ops::run_fake_quantize(
         {.tensors = std::span(&tensor, 1), .num_bits = width.const_data_ptr<std::int32_t>()},
@@ -279,7 +280,8 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
           .scale_dtype = ops::dtype_of(parameter.simulated.scalar_type()),
           .granularity = parameter.granularity,
           .mode = parameter.mode,
-          .rounding = parameter.rounding};
+          .rounding = parameter.rounding,
+          .scale_rule = parameter.scale_rule};
 }
 
 void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf) {

@@ -32,7 +32,8 @@ struct TrainedParameter {
   kernels::Granularity granularity = kernels::Granularity::kPerChannel;
   QuantMode mode = QuantMode::kSymmetric;
   Rounding rounding = Rounding::kNearest;
-  std::int64_t group_size = 0;  ///< input features per scale; kPerGroup only
+  ScaleRule scale_rule = ScaleRule::kExtent;
+  std::int64_t group_size = 0;  ///< as FakeQuantizeTensor's
   bool transposed = false;      ///< True: stored [in_features, out_features]
   /// After a drop the weight fades from full precision to the grid: the blend ratio is
   /// max(0, 1 - (step - step of the drop) / blend_steps).
@@ -50,7 +51,7 @@ class Trainer {
  public:
   /// Does not write any simulated value; `write_simulated` does.
   /// @throws moq::Error if a block number lies outside the schedule, or a planned width outside
-  ///     [kMinBits, kMaxBits].
+  ///     those that have a grid in the parameter's mode.
   Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule, std::uint64_t seed,
           std::int64_t step = 0);
 

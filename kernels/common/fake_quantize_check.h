@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/common/check.h"
+#include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/visit.h"
 #include "kernels/fake_quantize.h"
 
@@ -28,6 +29,20 @@ inline void check_fake_quantize_tensor(const FakeQuantizeTensor& matrix, std::si
                 (matrix.group_size > 0 && matrix.cols % matrix.group_size == 0),
             "fake_quantize: group_size of tensor ", i, " must divide its columns, got ",
             matrix.group_size, " and ", matrix.cols);
+  MOQ_CHECK(matrix.granularity != Granularity::kPerRows ||
+                (matrix.group_size > 0 && matrix.rows % matrix.group_size == 0),
+            "fake_quantize: group_size of tensor ", i, " must divide its rows, got ",
+            matrix.group_size, " and ", matrix.rows);
+  MOQ_CHECK(matrix.rounding == Rounding::kNearest || matrix.mode == QuantMode::kSymmetric ||
+                matrix.mode == QuantMode::kAsymmetric,
+            "fake_quantize: ternary and binary codes of tensor ", i,
+            " are signs: rounding must be nearest, got stochastic");
+  MOQ_CHECK(matrix.scale_rule != ScaleRule::kGiven || matrix.given_absmax != nullptr ||
+                num_groups(matrix) == 0,
+            "fake_quantize: given_absmax of tensor ", i, " must not be null");
+  MOQ_CHECK(matrix.scale_rule != ScaleRule::kGiven || matrix.mode == QuantMode::kSymmetric,
+            "fake_quantize: given scales of tensor ", i,
+            " are those of a symmetric grid, got another");
   MOQ_CHECK(matrix.output != matrix.input || matrix.output_dtype == matrix.input_dtype ||
                 matrix.output == nullptr,
             "fake_quantize: tensor ", i, " can only be its own output in its own dtype, got ",

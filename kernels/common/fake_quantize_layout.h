@@ -11,14 +11,40 @@ MOQ_HOST_DEVICE inline std::int64_t columns_per_group(const FakeQuantizeTensor& 
   return matrix.granularity == Granularity::kPerGroup ? matrix.group_size : matrix.cols;
 }
 
-/// Groups that begin in a row; with one scale per tensor, its one group counts for every row.
+/// Groups that begin in a row; a group of several rows counts for each of them.
 MOQ_HOST_DEVICE inline std::int64_t groups_per_row(const FakeQuantizeTensor& matrix) {
   return matrix.granularity == Granularity::kPerGroup ? matrix.cols / matrix.group_size : 1;
 }
 
+/// True if rows share their scales.
+MOQ_HOST_DEVICE inline bool rows_share_scales(const FakeQuantizeTensor& matrix) {
+  return matrix.granularity == Granularity::kPerTensor ||
+         matrix.granularity == Granularity::kPerRows;
+}
+
+/// Rows that share a scale.
+MOQ_HOST_DEVICE inline std::int64_t rows_per_group(const FakeQuantizeTensor& matrix) {
+  switch (matrix.granularity) {
+    case Granularity::kPerTensor:
+      return matrix.rows > 0 ? matrix.rows : 1;
+    case Granularity::kPerRows:
+      return matrix.group_size;
+    default:
+      return 1;
+  }
+}
+
 /// Scales of the whole matrix.
 MOQ_HOST_DEVICE inline std::int64_t num_groups(const FakeQuantizeTensor& matrix) {
-  return matrix.granularity == Granularity::kPerTensor ? 1 : matrix.rows * groups_per_row(matrix);
+  return matrix.granularity == Granularity::kPerTensor
+             ? 1
+             : matrix.rows / rows_per_group(matrix) * groups_per_row(matrix);
+}
+
+/// Statistics of a group whose absmax is given.
+MOQ_HOST_DEVICE inline GroupStatistics given_statistics(const FakeQuantizeTensor& matrix,
+                                                        std::int64_t group) {
+  return {0, std::bit_cast<std::int32_t>(matrix.given_absmax[group]) & kMagnitudeMask};
 }
 
 }  // namespace moq::kernels

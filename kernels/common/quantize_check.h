@@ -27,6 +27,10 @@ inline void check_dequantize(const DequantizeArgs& args) {
                 (args.group_size > 0 && args.cols % args.group_size == 0),
             "dequantize: group_size must divide the columns, got ", args.group_size, " and ",
             args.cols);
+  MOQ_CHECK(args.granularity != Granularity::kPerRows ||
+                (args.group_size > 0 && args.rows % args.group_size == 0),
+            "dequantize: group_size must divide the rows, got ", args.group_size, " and ",
+            args.rows);
 }
 
 /// Group that element (row, col) belongs to.
@@ -37,6 +41,8 @@ MOQ_HOST_DEVICE inline std::int64_t group_of(const DequantizeArgs& args, std::in
       return 0;
     case Granularity::kPerChannel:
       return row;
+    case Granularity::kPerRows:
+      return row / args.group_size;
     default:
       return row * (args.cols / args.group_size) + col / args.group_size;
   }

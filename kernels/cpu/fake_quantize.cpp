@@ -43,7 +43,7 @@ bool is_staged(const FakeQuantizeTensor& matrix) {
   return !rows_are_contiguous(matrix) && !columns_are_contiguous(matrix);
 }
 
-/// A range of one matrix's rows.
+/// A range of one matrix's rows; rows that share a scale with others share it with all of these.
 struct Unit {
   std::size_t tensor;
   std::int64_t begin;
@@ -67,12 +67,14 @@ void advance(Void*& pointer, std::int64_t elements, DType dtype) {
 
 /// The rows [begin, end) of a matrix, as a matrix.
 FakeQuantizeTensor rows_of(FakeQuantizeTensor matrix, std::int64_t begin, std::int64_t end) {
-  const std::int64_t first_group = begin * groups_per_row(matrix);
+  // Scales that rows share are stored elsewhere.
+  const std::int64_t first_group = rows_share_scales(matrix) ? 0 : begin * groups_per_row(matrix);
   advance(matrix.input, begin * matrix.row_stride, matrix.input_dtype);
   advance(matrix.output, begin * matrix.row_stride, matrix.output_dtype);
   advance(matrix.codes, begin * matrix.cols, matrix.codes_dtype);
   advance(matrix.scales, first_group, matrix.scale_dtype);
   advance(matrix.zero_points, first_group);
+  advance(matrix.given_absmax, first_group);
   matrix.unsharded_cols = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
   matrix.first_element += begin * matrix.unsharded_cols;
   matrix.rows = end - begin;
@@ -88,8 +90,12 @@ std::vector<Unit> units_of(std::span<const FakeQuantizeTensor> tensors) {
     if (!rows_are_contiguous(matrix) && columns_are_contiguous(matrix)) {
       rows = std::max(kUnitLanes, rows / kUnitLanes * kUnitLanes);
     }
-    for (std::int64_t begin = 0; begin < matrix.rows; begin += rows) {
-      units.push_back({i, begin, std::min(begin + rows, matrix.rows)});
+    const std::int64_t share = rows_share_scales(matrix) ? rows_per_group(matrix) : matrix.rows;
+    for (std::int64_t begin = 0; begin < matrix.rows;) {
+      const std::int64_t share_end = (begin / share + 1) * share;
+      const std::int64_t end = std::min({begin + rows, matrix.rows, share_end});
+      units.push_back({i, begin, end});
+      begin = end;
     }
   }
   return units;
@@ -132,10 +138,6 @@ void staged(const FakeQuantizeTensor& matrix, const Body& body) {
   }
 }
 
-bool has_one_scale(const FakeQuantizeArgs& args, std::size_t tensor) {
-  return args.tensors[tensor].granularity == Granularity::kPerTensor && args.num_bits[tensor] != 0;
-}
-
 /// The same elements with the names of rows and columns exchanged: for work that treats all alike.
 FakeQuantizeTensor transposed(FakeQuantizeTensor matrix) {
   std::swap(matrix.rows, matrix.cols);
@@ -143,20 +145,34 @@ FakeQuantizeTensor transposed(FakeQuantizeTensor matrix) {
   return matrix;
 }
 
+/// Calls body(matrix with contiguous rows) for work that treats all elements alike.
+template <typename Body>
+void in_any_order(const FakeQuantizeTensor& matrix, const Body& body) {
+  if (rows_are_contiguous(matrix)) {
+    body(matrix);
+  } else if (columns_are_contiguous(matrix)) {
+    body(transposed(matrix));
+  } else {
+    staged(matrix, body);
+  }
+}
+
 GroupStatistics statistics_of_unit(FakeQuantizeTensor matrix) {
   matrix.output = nullptr;  // or staging would write it, and it may be the input
   GroupStatistics statistics;
-  const auto collect = [&](const FakeQuantizeTensor& rows) {
+  in_any_order(matrix, [&](const FakeQuantizeTensor& rows) {
     statistics = MOQ_DISPATCH_ISA(matrix_statistics, rows);
-  };
-  if (rows_are_contiguous(matrix)) {
-    collect(matrix);
-  } else if (columns_are_contiguous(matrix)) {
-    collect(transposed(matrix));
-  } else {
-    staged(matrix, collect);
-  }
+  });
   return statistics;
+}
+
+SweepSums sums_of_unit(FakeQuantizeTensor matrix, const Sweep& sweep) {
+  matrix.output = nullptr;
+  SweepSums sums;
+  in_any_order(matrix, [&](const FakeQuantizeTensor& rows) {
+    sums = MOQ_DISPATCH_ISA(matrix_sums, rows, sweep);
+  });
+  return sums;
 }
 
 void copy_unit(const FakeQuantizeTensor& matrix, bool stream) {
@@ -164,16 +180,8 @@ void copy_unit(const FakeQuantizeTensor& matrix, bool stream) {
       (matrix.output == matrix.input && matrix.output_dtype == matrix.input_dtype)) {
     return;
   }
-  const auto copy = [&](const FakeQuantizeTensor& rows) {
-    MOQ_DISPATCH_ISA(copy_rows, rows, stream);
-  };
-  if (rows_are_contiguous(matrix)) {
-    copy(matrix);
-  } else if (columns_are_contiguous(matrix)) {
-    copy(transposed(matrix));
-  } else {
-    staged(matrix, copy);
-  }
+  in_any_order(matrix,
+               [&](const FakeQuantizeTensor& rows) { MOQ_DISPATCH_ISA(copy_rows, rows, stream); });
 }
 
 void fake_quantize_unit(const FakeQuantizeTensor& matrix, const FakeQuantizeStep& step) {
@@ -188,41 +196,140 @@ void fake_quantize_unit(const FakeQuantizeTensor& matrix, const FakeQuantizeStep
   }
 }
 
-/// Statistics of each matrix that has one scale; the others' stay empty.
-std::vector<GroupStatistics> tensor_statistics(const FakeQuantizeArgs& args,
-                                               std::span<const Unit> units) {
-  std::vector<GroupStatistics> parts(units.size());
-  parallel_for(
-      static_cast<std::int64_t>(units.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-          const Unit& unit = units[i];
-          if (has_one_scale(args, unit.tensor)) {
-            parts[i] = statistics_of_unit(rows_of(args.tensors[unit.tensor], unit.begin, unit.end));
-          }
+/// Finds the grids that rows share, and writes their scales and zero points.
+class SharedGrids {
+ public:
+  SharedGrids(const FakeQuantizeArgs& args, std::span<const Unit> units)
+      : args_(args), units_(units) {
+    std::int64_t groups = 0;
+    for (std::size_t i = 0; i < args.tensors.size(); ++i) {
+      first_group_.push_back(groups);
+      const bool shared = rows_share_scales(args.tensors[i]) && args.num_bits[i] != 0;
+      groups += shared ? num_groups(args.tensors[i]) : 0;
+    }
+    first_group_.push_back(groups);
+    if (groups != 0) {
+      find();
+    }
+  }
+
+  /// The grid of a unit's rows; null if they share none.
+  const GridParams* of(const Unit& unit) const {
+    return shares(unit.tensor) ? &grids_[group_of(unit)] : nullptr;
+  }
+
+ private:
+  bool shares(std::size_t tensor) const { return first_group_[tensor] != first_group_[tensor + 1]; }
+  std::size_t group_of(const Unit& unit) const {
+    return static_cast<std::size_t>(first_group_[unit.tensor] +
+                                    unit.begin / rows_per_group(args_.tensors[unit.tensor]));
+  }
+  GridSpec spec_of(std::size_t tensor) const {
+    const FakeQuantizeTensor& matrix = args_.tensors[tensor];
+    return {args_.num_bits[tensor], matrix.mode, matrix.scale_rule, matrix.scale_dtype};
+  }
+
+  /// Calls part(unit, its rows) for the units that share grids and `wanted`, on all threads, and
+  /// merge(its group, what that gave) in the order of the units.
+  template <typename Wanted, typename Part, typename Merge>
+  void for_each_unit(const Wanted& wanted, const Part& part, const Merge& merge) const {
+    std::vector<decltype(part(units_[0], FakeQuantizeTensor{}))> parts(units_.size());
+    const auto takes_part = [&](const Unit& unit) {
+      return shares(unit.tensor) && wanted(unit.tensor);
+    };
+    parallel_for(static_cast<std::int64_t>(units_.size()), 1,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t i = begin; i < end; ++i) {
+                     const Unit& unit = units_[static_cast<std::size_t>(i)];
+                     if (takes_part(unit)) {
+                       parts[static_cast<std::size_t>(i)] =
+                           part(unit, rows_of(args_.tensors[unit.tensor], unit.begin, unit.end));
+                     }
+                   }
+                 });
+    for (std::size_t i = 0; i < units_.size(); ++i) {
+      if (takes_part(units_[i])) {
+        merge(group_of(units_[i]), parts[i]);
+      }
+    }
+  }
+
+  std::vector<GroupStatistics> statistics() const {
+    std::vector<GroupStatistics> all(static_cast<std::size_t>(first_group_.back()));
+    for_each_unit(
+        [&](std::size_t tensor) { return args_.tensors[tensor].scale_rule != ScaleRule::kGiven; },
+        [](const Unit&, const FakeQuantizeTensor& rows) { return statistics_of_unit(rows); },
+        [&](std::size_t group, const GroupStatistics& part) {
+          all[group].lowest = std::min(all[group].lowest, part.lowest);
+          all[group].highest = std::max(all[group].highest, part.highest);
+        });
+    for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
+      if (args_.tensors[tensor].scale_rule == ScaleRule::kGiven) {
+        all[group] = given_statistics(args_.tensors[tensor], within);
+      }
+    });
+    return all;
+  }
+
+  /// Calls body(tensor, number of the group within it, number of the group among all).
+  template <typename Body>
+  void for_each_group(const Body& body) const {
+    for (std::size_t tensor = 0; tensor + 1 < first_group_.size(); ++tensor) {
+      for (std::int64_t group = first_group_[tensor]; group < first_group_[tensor + 1]; ++group) {
+        body(tensor, group - first_group_[tensor], static_cast<std::size_t>(group));
+      }
+    }
+  }
+
+  void find() {
+    const std::vector<GroupStatistics> extents = statistics();
+    std::vector<GridSearch> searches(extents.size());
+    int sweeps = 0;
+    for_each_group([&](std::size_t tensor, std::int64_t, std::size_t group) {
+      searches[group] = {extents[group], spec_of(tensor)};
+      sweeps = std::max(sweeps, num_sweeps(spec_of(tensor)));
+    });
+    for (int sweep = 0; sweep < sweeps; ++sweep) {
+      std::vector<SweepSums> sums(extents.size());
+      const auto wanted = [&](std::size_t tensor) { return sweep < num_sweeps(spec_of(tensor)); };
+      for_each_unit(
+          wanted,
+          [&](const Unit& unit, const FakeQuantizeTensor& rows) {
+            return sums_of_unit(rows, searches[group_of(unit)].sweep(sweep));
+          },
+          [&](std::size_t group, const SweepSums& part) {
+            sums[group].sum += part.sum;
+            sums[group].count += part.count;
+          });
+      for_each_group([&](std::size_t tensor, std::int64_t, std::size_t group) {
+        if (wanted(tensor)) {
+          searches[group].take(sweep, sums[group]);
         }
       });
-  std::vector<GroupStatistics> all(args.tensors.size());
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    GroupStatistics& tensor = all[units[i].tensor];
-    tensor.lowest = std::min(tensor.lowest, parts[i].lowest);
-    tensor.highest = std::max(tensor.highest, parts[i].highest);
-  }
-  return all;
-}
-
-/// Writes the one scale and zero point of a matrix.
-void store_tensor_parameters(const FakeQuantizeTensor& matrix, const GroupStatistics& statistics,
-                             int num_bits) {
-  const GridParams grid = make_grid(statistics, num_bits, matrix.mode, matrix.scale_dtype);
-  if (matrix.scales != nullptr) {
-    visit_float(matrix.scale_dtype, [&]<typename Scale>(Scale) {
-      store_float(static_cast<Scale*>(matrix.scales), grid.scale);
+    }
+    grids_.resize(extents.size());
+    for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
+      grids_[group] = searches[group].grid();
+      store(args_.tensors[tensor], grids_[group], within);
     });
   }
-  if (matrix.zero_points != nullptr) {
-    *matrix.zero_points = grid.zero_point;
+
+  static void store(const FakeQuantizeTensor& matrix, const GridParams& grid, std::int64_t group) {
+    if (matrix.scales != nullptr) {
+      visit_float(matrix.scale_dtype, [&]<typename Scale>(Scale) {
+        store_float(static_cast<Scale*>(matrix.scales) + group, grid.scale);
+      });
+    }
+    if (matrix.zero_points != nullptr) {
+      matrix.zero_points[group] = grid.zero_point;
+    }
   }
-}
+
+  const FakeQuantizeArgs& args_;
+  std::span<const Unit> units_;
+  std::vector<std::int64_t> first_group_;  // of each tensor among all; then the number of all
+  std::vector<GridParams> grids_;
+};
 
 bool streams(std::span<const FakeQuantizeTensor> tensors) {
   std::int64_t bytes = 0;
@@ -236,9 +343,9 @@ bool streams(std::span<const FakeQuantizeTensor> tensors) {
 
 void check(const FakeQuantizeTensor& matrix, int num_bits, float blend_ratio, std::size_t i) {
   check_fake_quantize_tensor(matrix, i);
-  MOQ_CHECK(num_bits == 0 || (num_bits >= kMinBits && num_bits <= kMaxBits),
-            "fake_quantize: num_bits of tensor ", i, " must be 0 or in [", kMinBits, ", ", kMaxBits,
-            "], got ", num_bits);
+  MOQ_CHECK(num_bits == 0 || (num_bits >= min_bits(matrix.mode) && num_bits <= kMaxBits),
+            "fake_quantize: num_bits of tensor ", i, " must be 0 or in [", min_bits(matrix.mode),
+            ", ", kMaxBits, "], got ", num_bits);
   MOQ_CHECK(matrix.codes == nullptr || matrix.codes_dtype == DType::kInt16 || num_bits <= 8,
             "fake_quantize: int8 codes of tensor ", i, " need num_bits <= 8, got ", num_bits);
   MOQ_CHECK(blend_ratio >= 0.0F && blend_ratio <= 1.0F, "fake_quantize: blend_ratio of tensor ", i,
@@ -258,15 +365,7 @@ void fake_quantize(const FakeQuantizeArgs& args) {
     return;
   }
   const std::vector<Unit> units = units_of(args.tensors);
-  std::vector<GroupStatistics> statistics;
-  for (std::size_t i = 0; i < args.tensors.size(); ++i) {
-    if (has_one_scale(args, i)) {
-      if (statistics.empty()) {
-        statistics = tensor_statistics(args, units);
-      }
-      store_tensor_parameters(args.tensors[i], statistics[i], args.num_bits[i]);
-    }
-  }
+  const SharedGrids shared_grids(args, units);
   const bool stream = streams(args.tensors);
   const auto step = static_cast<std::uint32_t>(args.step != nullptr ? *args.step : 0);
   parallel_for(
@@ -280,14 +379,12 @@ void fake_quantize(const FakeQuantizeArgs& args) {
             copy_unit(matrix, past_caches);
             continue;
           }
-          fake_quantize_unit(
-              matrix,
-              {.num_bits = args.num_bits[tensor],
-               .blend_ratio = blend_ratio(tensor),
-               .seed = args.seed,
-               .step = step,
-               .stream = past_caches,
-               .tensor_statistics = has_one_scale(args, tensor) ? &statistics[tensor] : nullptr});
+          fake_quantize_unit(matrix, {.num_bits = args.num_bits[tensor],
+                                      .blend_ratio = blend_ratio(tensor),
+                                      .seed = args.seed,
+                                      .step = step,
+                                      .stream = past_caches,
+                                      .shared_grid = shared_grids.of(units[i])});
         }
       });
 }

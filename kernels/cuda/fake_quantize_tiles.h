@@ -10,8 +10,8 @@
 /// How the CUDA body of fake_quantize deals matrices to thread blocks: pure functions, the same on
 /// the host (which counts tiles) and on the device (which finds its place).
 ///
-/// A run is what one team of threads handles: the columns of one group in one row or, when the
-/// matrix has one scale, a segment of a row. Team members take quads of four neighbouring columns
+/// A run is what one team of threads handles: the columns of one group in one row or, where rows
+/// share scales, a segment of a row. Team members take quads of four neighbouring columns
 /// in turn, so that one Philox block serves a quad. Which threads make up a team follows the
 /// storage, so that neighbouring threads touch neighbouring addresses:
 ///
@@ -26,7 +26,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarpSize * kWarps;
 constexpr int kQuad = 4;
 constexpr std::int64_t kLongRun = 2048;  ///< columns from which a run gets a whole block
-constexpr std::int64_t kSegment = 4096;  ///< columns of a run in a matrix with one scale
+constexpr std::int64_t kSegment = 4096;  ///< columns of a run where rows share scales
 
 enum class Team : std::uint8_t { kWarp, kBlock, kLane };
 
@@ -39,7 +39,7 @@ struct Tiling {
 
 MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
   Tiling tiling{};
-  if (matrix.granularity == Granularity::kPerTensor) {
+  if (rows_share_scales(matrix)) {
     tiling.run_size = kSegment;
     tiling.runs_per_row = divide_up(matrix.cols, kSegment);
   } else {

@@ -20,6 +20,7 @@ class Spec:
     group_size: int = 0
     activations: str | None = None
     rounding: str = "nearest"
+    scale: str = "absmax"
 
 
 def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torch.Tensor:
@@ -28,8 +29,9 @@ def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torc
         master,
         spec.num_bits,
         granularity=spec.granularity,
-        group_size=spec.group_size if spec.granularity == "per_group" else 0,
+        group_size=spec.group_size if spec.granularity in ("per_group", "per_rows") else 0,
         mode=spec.mode,
+        scale_rule=spec.scale,
         rounding=spec.rounding,
         seed=3,
         step=5,
@@ -59,6 +61,7 @@ def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[Qua
                 spec.group_size,
                 transposed,
                 activations=spec.activations,
+                scale=spec.scale,
             )
         )
     return quantized

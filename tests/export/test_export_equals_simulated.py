@@ -10,28 +10,28 @@ from moq import _C
 from moq.export import export_checkpoint
 
 OUT, IN = 29, 60  # a prime, and a size that groups of 20 divide
-STORED_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+STORED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
-def make_weight(dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+def make_weight(dtype: torch.dtype, seed: int = 1, rows: int = OUT) -> torch.Tensor:
     """Rows of very different sizes, and one of zeros."""
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed))
-    weight *= torch.logspace(-4, 1, OUT)[:, None]
+    weight = torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed))
+    weight *= torch.logspace(-4, 1, rows)[:, None]
     weight[3] = 0
     return weight.to(dtype)
 
 
-def make_model(dtype: torch.dtype, widths) -> torch.nn.Module:
+def make_model(dtype: torch.dtype, widths, rows: int = OUT) -> torch.nn.Module:
     """Modules of each kind, one for every width, named linear_8 and so on."""
     model = torch.nn.Module()
     for num_bits in widths:
         modules = {
-            "linear": torch.nn.Linear(IN, OUT),
-            "conv": Conv1D(OUT, IN),
-            "embedding": torch.nn.Embedding(OUT, IN),
+            "linear": torch.nn.Linear(IN, rows),
+            "conv": Conv1D(rows, IN),
+            "embedding": torch.nn.Embedding(rows, IN),
         }
         for name, module in modules.items():
-            weight = make_weight(dtype)
+            weight = make_weight(dtype, rows=rows)
             module.weight.data = weight.t().contiguous() if name == "conv" else weight
             model.add_module(f"{name}_{num_bits}", module)
     return model
@@ -54,7 +54,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check(tmp_path, dtype, widths, **spec) -> None:
-    model = make_model(dtype, widths)
+    model = make_model(dtype, widths, rows=28 if spec.get("granularity") == "per_rows" else OUT)
     specs = {name: Spec(int(name.rpartition("_")[2]), **spec) for name, _ in model.named_children()}
     export_checkpoint(tmp_path / "out", model, quantize_modules(model, specs))
     checkpoint = _C.Checkpoint(str(tmp_path / "out"))
@@ -68,25 +68,40 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
 MODES = pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+# Every mode with all its widths, and every way to find a scale that the mode has.
+GRIDS = [
+    ("symmetric", "absmax", range(2, 9)),
+    ("symmetric", "mse", range(2, 9)),
+    ("asymmetric", "absmax", range(2, 9)),
+    ("asymmetric", "mse", range(2, 9)),
+    ("ternary", "absmax", range(2, 9)),
+    ("binary", "absmax", range(1, 9)),
+]
+# One scale each: all weights, an output feature, 20 input features, 7 output features.
+GRANULARITIES = {"per_tensor": 0, "per_channel": 0, "per_group": 20, "per_rows": 7}
 
 
 @DTYPES
-@MODES
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
-def test_stored_codes_are_the_simulated_weights(tmp_path, dtype, mode, granularity):
-    check(tmp_path, dtype, range(2, 9), mode=mode, granularity=granularity, group_size=20)
-
-
-@DTYPES
-@MODES
-def test_codes_of_stochastic_rounding_are_recovered(tmp_path, dtype, mode):
-    check(tmp_path, dtype, range(2, 9), mode=mode, rounding="stochastic")
-
-
-@DTYPES
-@MODES
-def test_int_quantized_codes_are_the_simulated_weights(tmp_path, dtype, mode):
-    check(tmp_path, dtype, [4, 8], mode=mode, activations="dynamic")
+@pytest.mark.parametrize(("mode", "scale", "widths"), GRIDS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_stored_codes_are_the_simulated_weights(
+    tmp_path, dtype, mode, scale, widths, granularity, rounding, activations
+):
+    if rounding == "stochastic" and mode in ("ternary", "binary"):
+        pytest.skip("signs are not rounded")
+    check(
+        tmp_path,
+        dtype,
+        widths,
+        mode=mode,
+        scale=scale,
+        granularity=granularity,
+        group_size=GRANULARITIES[granularity],
+        rounding=rounding,
+        activations=activations,
+    )
 
 
 @pytest.mark.parametrize("num_bits", [9, 16])

@@ -80,7 +80,10 @@ def test_two_dtypes_are_refused(tmp_path, model, quantized):
     [
         ({"num_bits": 1}, r"num_bits must lie in \[2, 16\], got 1"),
         ({"num_bits": 17}, r"num_bits must lie in \[2, 16\], got 17"),
-        ({"mode": "ternary"}, "mode must be one of"),
+        ({"mode": "quaternary"}, "mode must be one of"),
+        ({"num_bits": 1, "mode": "ternary"}, r"num_bits must lie in \[2, 16\], got 1"),
+        ({"scale": "max"}, "scale must be one of"),
+        ({"granularity": "per_rows", "group_size": 3}, "divide the 2 output features, got 3"),
         ({"granularity": "per_row"}, "granularity must be one of"),
         ({"granularity": "per_group", "group_size": 3}, "divide the 4 input features, got 3"),
         ({"granularity": "per_group"}, "group_size must be positive"),

@@ -303,7 +303,7 @@ def test_a_manifest_entry_that_is_not_one_is_refused(checkpoint, entry):
         ("trained_bits", 0, r"trained_bits must lie in \[2, 8\] for pack-quantized, got 0"),
         ("format", "dense", r"trained_bits must lie in \[9, 16\] for dense, got 8"),
         ("format", "int_quantized", "format must be one of .*did you mean 'int-quantized'"),
-        ("mode", "ternary", "mode must be one of"),
+        ("mode", "quaternary", "mode must be one of"),
         ("shape", [72], r"shape must be \[output features, input features\], got \[72\]"),
         ("shape", [72, 48.0], r"shape\[1\] must be an integer, got 48.0"),
         ("shape", [72, -48], "shape must be"),

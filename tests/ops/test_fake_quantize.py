@@ -9,7 +9,7 @@ import moq  # noqa: F401  (registers the operators)
 
 fake_quantize = torch.ops.moq.fake_quantize
 
-GRANULARITIES = [("per_tensor", 0), ("per_channel", 0), ("per_group", 16)]
+GRANULARITIES = [("per_tensor", 0), ("per_channel", 0), ("per_group", 16), ("per_rows", 4)]
 MODES = ["symmetric", "asymmetric"]
 ROUNDINGS = ["nearest", "stochastic"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +31,7 @@ def random_weight(out_features, in_features, dtype=torch.float32, transposed=Fal
 def test_gives_the_bits_of_the_definition(
     device, mode, granularity, group_size, dtype, rounding, transposed
 ):
-    weight = random_weight(37, 48, dtype, transposed)
+    weight = random_weight(36, 48, dtype, transposed)
     arguments = dict(
         granularity=granularity,
         group_size=group_size,
@@ -44,6 +44,53 @@ def test_gives_the_bits_of_the_definition(
     )
     expected = reference.fake_quantize(weight, 8, **arguments)
     assert_same_bits(fake_quantize(weight.to(device), 8, **arguments), expected)
+
+
+SEARCHES = [
+    dict(num_bits=2, mode="ternary"),
+    dict(num_bits=3, mode="ternary"),
+    dict(num_bits=1, mode="binary"),
+    dict(num_bits=2, mode="binary"),
+    dict(num_bits=2, scale_rule="mse"),
+    dict(num_bits=4, scale_rule="mse", rounding="stochastic", seed=5, step=3, name_hash=7),
+    dict(num_bits=3, scale_rule="mse", mode="asymmetric"),
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: "_".join(map(str, s.values())))
+def test_grids_that_are_searched_give_the_bits_of_the_definition(
+    device, search, granularity, group_size, dtype, transposed
+):
+    weight = random_weight(36, 48, dtype, transposed)
+    weight[4] = 0.0
+    arguments = search | dict(granularity=granularity, group_size=group_size, transposed=transposed)
+    expected = reference.fake_quantize(weight, **arguments)
+    assert_same_bits(fake_quantize(weight.to(device), **arguments), expected)
+
+
+def test_ternary_and_binary_levels_are_those_of_the_papers(device):
+    weight = random_weight(8, 400)
+    magnitude = weight.abs()
+    above = magnitude > 0.7 * magnitude.mean(1, keepdim=True)
+    alpha = (magnitude * above).sum(1, keepdim=True) / above.sum(1, keepdim=True)
+    ternary = fake_quantize(weight.to(device), 2, mode="ternary").cpu()
+    torch.testing.assert_close(ternary, weight.sign() * above * alpha)
+    binary = fake_quantize(weight.to(device), 1, mode="binary").cpu()
+    torch.testing.assert_close(binary, weight.sign() * magnitude.mean(1, keepdim=True))
+
+
+def test_the_searched_scale_has_no_larger_error_than_that_of_the_extent(device):
+    weight = random_weight(64, 300).to(device)
+    for num_bits in (2, 3, 4, 8):
+        errors = [
+            (fake_quantize(weight, num_bits, scale_rule=rule) - weight).square().sum(1)
+            for rule in ("mse", "absmax")
+        ]
+        assert (errors[0] <= errors[1] * (1 + 1e-3)).all()
+        assert num_bits > 4 or errors[0].sum() < 0.9 * errors[1].sum()
 
 
 @pytest.mark.parametrize("num_bits", range(2, 17))
@@ -76,7 +123,7 @@ def test_a_group_with_a_bad_number_is_nan_throughout(device, granularity, group_
     expected = reference.fake_quantize(weight, 8, **arguments)
     assert (
         expected.isnan().sum()
-        == {"per_tensor": 128, "per_channel": 32, "per_group": 16}[granularity]
+        == {"per_tensor": 128, "per_channel": 32, "per_group": 16, "per_rows": 128}[granularity]
     )
     assert_same_bits(fake_quantize(weight.to(device), 8, **arguments), expected)
 
@@ -236,7 +283,21 @@ ERRORS = [
     (dict(num_bits=1), ValueError, r"num_bits must be in \[2, 16\], got 1"),
     (dict(num_bits=17), ValueError, r"num_bits must be in \[2, 16\], got 17"),
     (dict(granularity="per_row"), ValueError, "granularity must be .* got per_row"),
-    (dict(mode="ternary"), ValueError, "mode must be symmetric or asymmetric, got ternary"),
+    (dict(num_bits=1, mode="ternary"), ValueError, r"num_bits must be in \[2, 16\], got 1"),
+    (dict(num_bits=0, mode="binary"), ValueError, r"num_bits must be in \[1, 16\], got 0"),
+    (dict(mode="quaternary"), ValueError, "mode must be .* or binary, got quaternary"),
+    (
+        dict(mode="ternary", rounding="stochastic"),
+        ValueError,
+        "rounding must be nearest for ternary and binary codes, which are signs, got stochastic",
+    ),
+    (dict(scale_rule="max"), ValueError, "scale_rule must be absmax, mse or given, got max"),
+    (dict(scale_rule="given"), ValueError, "scale_rule must be absmax or mse, got given"),
+    (
+        dict(granularity="per_rows", group_size=4),
+        ValueError,
+        "group_size must divide the output features, got 4 and 6",
+    ),
     (dict(rounding="up"), ValueError, "rounding must be nearest or stochastic, got up"),
     (
         dict(granularity="per_group", group_size=5),
@@ -248,7 +309,11 @@ ERRORS = [
         ValueError,
         "group_size must divide the input features, got 0 and 12",
     ),
-    (dict(group_size=4), ValueError, "group_size belongs to granularity per_group, got 4"),
+    (
+        dict(group_size=4),
+        ValueError,
+        "group_size belongs to granularity per_group and per_rows, got 4",
+    ),
     (dict(blend_ratio=1.5), ValueError, r"blend_ratio must be in \[0, 1\], got 1.5"),
     (dict(name_hash=1 << 32), ValueError, "name_hash must be a 32-bit hash"),
     (dict(scale_dtype=torch.float64), TypeError, "scale_dtype must be float32, .* got Double"),

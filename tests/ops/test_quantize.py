@@ -23,7 +23,7 @@ ops = torch.ops.moq
 def test_codes_scales_and_zero_points_are_those_of_the_definition(
     device, num_bits, mode, granularity, group_size, dtype, rounding, transposed
 ):
-    weight = random_weight(29, 48, dtype, transposed)
+    weight = random_weight(28, 48, dtype, transposed)
     arguments = dict(
         granularity=granularity,
         group_size=group_size,
@@ -46,7 +46,7 @@ def test_codes_scales_and_zero_points_are_those_of_the_definition(
 def test_dequantized_codes_are_the_simulated_weight(
     device, mode, granularity, group_size, dtype, transposed
 ):
-    weight = random_weight(29, 48, dtype, transposed).to(device)
+    weight = random_weight(28, 48, dtype, transposed).to(device)
     arguments = dict(
         granularity=granularity, group_size=group_size, mode=mode, transposed=transposed
     )
@@ -86,8 +86,8 @@ CODES = torch.zeros(4, 6, dtype=torch.int8)
 DEQUANTIZE_ERRORS = [
     ((CODES.float(), torch.ones(1)), TypeError, "codes must be int8 or int16, got Float"),
     ((CODES[0], torch.ones(1)), ValueError, "codes must be a matrix"),
-    ((CODES, torch.ones(4, 4)), ValueError, r"scales must be \[1\] or .* got \[4, 4\]"),
-    ((CODES, torch.ones(3, 1)), ValueError, r"scales must be \[1\] or .* got \[3, 1\]"),
+    ((CODES, torch.ones(4, 4)), ValueError, r"scales must be \[1\], .* or .* got \[4, 4\]"),
+    ((CODES, torch.ones(3, 1)), ValueError, r"scales must be \[1\], .* or .* got \[3, 1\]"),
     ((CODES, torch.ones(1, dtype=torch.float64)), TypeError, "scales must be float32"),
     (
         (CODES, torch.ones(4, 1), torch.zeros(4, 1)),

@@ -53,8 +53,12 @@ def fnv1a(name: str) -> int:
 
 
 def grid_range(num_bits: int, mode: str) -> tuple[int, int]:
-    qmax = 2 ** (num_bits - 1) - 1
-    return (-qmax if mode == "symmetric" else -qmax - 1), qmax
+    qmax = max(1, 2 ** (num_bits - 1) - 1)
+    return (-qmax - 1 if mode == "asymmetric" else -qmax), qmax
+
+
+def has_sign_codes(num_bits: int, mode: str) -> bool:
+    return num_bits <= {"ternary": 2, "binary": 2}.get(mode, 0)
 
 
 def grouped(weight: torch.Tensor, granularity: str, group_size: int) -> torch.Tensor:
@@ -63,31 +67,100 @@ def grouped(weight: torch.Tensor, granularity: str, group_size: int) -> torch.Te
         return weight.reshape(1, -1)
     if granularity == "per_channel":
         return weight
+    if granularity == "per_rows":
+        return weight.reshape(-1, group_size * weight.shape[1])
     return weight.reshape(-1, group_size)
 
 
 def scale_shape(rows: int, cols: int, granularity: str, group_size: int) -> tuple[int, ...]:
     if granularity == "per_tensor":
         return (1,)
+    if granularity == "per_rows":
+        return (rows // group_size, 1)
     return (rows, 1 if granularity == "per_channel" else cols // group_size)
 
 
-def make_grid(
+def stored_scale(scale: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
+    """The number that is stored for a scale: rounded, and kept within the normal numbers."""
+    stored = scale.to(scale_dtype).float()
+    return stored.clamp(SMALLEST_NORMAL[scale_dtype], torch.finfo(scale_dtype).max)
+
+
+def unit_of(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """The power of two, >= 2^-126, of which each group's largest magnitude has `bits` bits."""
+    _, exponent = torch.frexp(groups.abs().amax(1, keepdim=True).double())
+    return torch.ldexp(torch.ones_like(groups[:, :1]).double(), (exponent - bits).clamp(-126))
+
+
+def mean_magnitude(groups: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean magnitude [num_groups, 1] of the chosen elements, counted in integers; float32."""
+    unit = unit_of(groups, 30)
+    units = (groups.abs().double() / unit).round() * chosen
+    count = chosen.sum(1, keepdim=True).double()
+    return torch.where(count > 0, units.sum(1, keepdim=True) / count.clamp(1) * unit, 0.0).float()
+
+
+def sign_codes(
+    groups: torch.Tensor, num_bits: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of ternary (2 bits) and binary (1 bit) grids."""
+    finite = groups.isfinite().all(1, keepdim=True)
+    groups = torch.where(finite, groups, 0.0)
+    chosen = torch.ones_like(groups, dtype=torch.bool)
+    mean = mean_magnitude(groups, chosen)
+    threshold = torch.zeros_like(mean)
+    if num_bits == 2:
+        threshold = torch.tensor(0.7) * mean
+        mean = mean_magnitude(groups, groups.abs() > threshold)
+    codes = groups.sign() * (groups.abs() > threshold)
+    return codes, torch.where(finite, stored_scale(mean, scale_dtype), torch.nan)
+
+
+def mse_grid(
     groups: torch.Tensor, num_bits: int, mode: str, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid of the extent times 32/32 … 9/32 with the least squared error, counted in integers.
+
+    Of equal errors the first.
+    """
+    qmin, qmax = grid_range(num_bits, mode)
+    finite = groups.isfinite().all(1, keepdim=True)
+    values = torch.where(finite, groups, 0.0)
+    values = torch.nn.functional.pad(values, (0, 1))  # a zero changes no error
+    unit = unit_of(values, 15)
+    grids, errors = [], []
+    for clipped in range(32, 8, -1):
+        ratio = torch.tensor(clipped / 32.0)
+        scale, zero_point = make_grid(values, num_bits, mode, scale_dtype, ratio)
+        codes = ((values * (1.0 / scale)).round() + zero_point).clamp(qmin, qmax)
+        error = (values - (codes - zero_point) * scale).abs()
+        errors.append((error.double() / unit).round().clamp(max=2.0**15).square().sum(1))
+        grids.append((scale, zero_point))
+    best = torch.stack(errors).argmin(0)
+    pick = torch.arange(len(best))
+    scale, zero_point = (torch.stack(parts)[best, pick] for parts in zip(*grids, strict=True))
+    return torch.where(finite, scale, torch.nan), torch.where(finite, zero_point, 0.0)
+
+
+def make_grid(
+    groups: torch.Tensor,
+    num_bits: int,
+    mode: str,
+    scale_dtype: torch.dtype,
+    ratio: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points [num_groups, 1] in float32; a group with a NaN or infinity: NaN, 0."""
     qmin, qmax = grid_range(num_bits, mode)
     # One more zero changes no grid (an asymmetric one always holds 0), and gives empty groups one.
     groups = torch.nn.functional.pad(groups, (0, 1))
-    if mode == "symmetric":
-        extent, levels = groups.abs().amax(1, keepdim=True), qmax
+    if mode != "asymmetric":
+        extent, levels = groups.abs().amax(1, keepdim=True) * ratio, qmax
     else:
-        lo = groups.amin(1, keepdim=True)
-        hi = groups.amax(1, keepdim=True)
+        lo = groups.amin(1, keepdim=True) * ratio
+        hi = groups.amax(1, keepdim=True) * ratio
         extent, levels = hi - lo, qmax - qmin
-    scale = (extent / levels).to(scale_dtype).float()
-    scale = scale.clamp(SMALLEST_NORMAL[scale_dtype], torch.finfo(scale_dtype).max)
-    if mode == "symmetric":
+    scale = stored_scale(extent / levels, scale_dtype)
+    if mode != "asymmetric":
         zero_point = torch.zeros_like(scale)
     else:
         zero_point = (qmin - lo * (1.0 / scale)).round().clamp(qmin, qmax)
@@ -108,6 +181,7 @@ def quantize(
     name_hash: int = 0,
     transposed: bool = False,
     scale_dtype: torch.dtype | None = None,
+    scale_rule: str = "absmax",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [out, in], scales and zero points of the shapes that moq::quantize documents."""
     matrix = weight.float().t() if transposed else weight.float()
@@ -115,9 +189,12 @@ def quantize(
     scale_dtype = scale_dtype or weight.dtype
     qmin, qmax = grid_range(num_bits, mode)
     groups = grouped(matrix, granularity, group_size)
-    scale, zero_point = make_grid(groups, num_bits, mode, scale_dtype)
+    find = mse_grid if scale_rule == "mse" else make_grid
+    scale, zero_point = find(groups, num_bits, mode, scale_dtype)
     position = groups * (1.0 / scale)
-    if rounding == "nearest":
+    if has_sign_codes(num_bits, mode):
+        rounded, scale = sign_codes(groups, num_bits, scale_dtype)
+    elif rounding == "nearest":
         rounded = position.round()
     else:
         draws = grouped(uniforms(rows, cols, seed, step, name_hash), granularity, group_size)
@@ -142,6 +219,10 @@ def dequantize(
 ) -> torch.Tensor:
     """scale * (code - zero_point) in float32, rounded once to `dtype` (default: the scales')."""
     rows, cols = codes.shape
+    if scales.dim() == 2 and scales.shape[0] != rows:  # rows share scales
+        scales = scales.repeat_interleave(rows // scales.shape[0], dim=0)
+        if zero_points is not None:
+            zero_points = zero_points.repeat_interleave(rows // zero_points.shape[0], dim=0)
     per_element = [
         values.float().reshape(-1, values.shape[-1]).expand(rows, -1)
         for values in (scales, torch.zeros_like(scales) if zero_points is None else zero_points)

@@ -104,22 +104,23 @@ def name_hash(name: str) -> int:
 
 def snapped(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
     """What the simulated values must be: the masters through the operator, one by one."""
-    specs = {m.name: (m.spec, m.transposed) for m in optimizer._masters.matched}
+    matched = {m.name: m for m in optimizer._masters.matched}
     result = {}
     for name, master in masters(optimizer).items():
-        spec, transposed = specs[name]
+        m = matched[name]
         dtype = optimizer.model.get_parameter(name).dtype
         result[name] = torch.ops.moq.fake_quantize(
             master.detach(),
             optimizer.num_bits[name],
-            granularity=spec.granularity,
-            group_size=spec.group_size,
-            mode=spec.mode,
-            rounding=spec.rounding,
+            granularity=m.granularity,
+            group_size=m.group_size,
+            mode=m.spec.mode,
+            rounding=m.spec.rounding,
+            scale_rule=m.spec.scale,
             seed=optimizer.config.seed,
             step=optimizer.steps,
             name_hash=name_hash(name),
-            transposed=transposed,
+            transposed=m.transposed,
             scale_dtype=dtype,
         ).to(dtype)
     return result

@@ -214,7 +214,7 @@ OLD, NEW = "quantize_training", "compression_training/weight_quantization"
         (edited(old(), f"{OLD}/quantize-algo", {}), ValueError, "did you mean 'quantize_algo'"),
         (edited(old(), f"{OLD}/enabled", "true"), TypeError, "enabled must be true or false"),
         (edited(old(), f"{OLD}/quantize_bits", {}), ValueError, "target_bits is missing"),
-        (old(target=-1), ValueError, r"quantize_training: .*must .*\[2, 16\]"),
+        (old(target=-1), ValueError, r"quantize_training: .*must .*\[1, 16\]"),
         (old(start=4), ValueError, r"start_bits must be at least target_bits \(8\), got 4"),
         (old(period=0), ValueError, "quantize_period must be >= 1, got 0"),
         (old(offset=-6), ValueError, "schedule_offset must be >= 0"),

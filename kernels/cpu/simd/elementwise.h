@@ -14,6 +14,7 @@ struct Run {
   std::int64_t size;
   const std::uint32_t* random_words;  ///< readable up to a whole vector past size; null: nearest
   float blend_ratio;
+  bool sign_codes;  ///< by the grids' thresholds; then random_words is null
 };
 
 /// Calls body(element, count) for vectors of a run: `count` is kWidth except at a start that brings
@@ -68,13 +69,16 @@ template <bool kStream, typename Element>
 template <bool kPlain>
 [[gnu::always_inline]] inline F32 quantize(F32 value, const VectorGrid& grid, const Run& run,
                                            std::int64_t element) {
+  if (!kPlain && run.sign_codes) {
+    return quantize_sign(value, grid);
+  }
   if (kPlain || run.random_words == nullptr) {
     return quantize_nearest(value, grid);
   }
   return quantize_stochastic(value, grid, load_bits<I32>(run.random_words + element));
 }
 
-/// kPlain promises nearest rounding and no blending: the usual step, kept free of both questions.
+/// kPlain promises nearest rounding and no blending: the usual step, kept free of all questions.
 template <bool kPlain, bool kStream, typename Input, typename Output, typename Grids>
 inline void fake_quantize_run(const Input* input, Output* output, const Grids& grids,
                               const Run& run) {

@@ -11,6 +11,7 @@
 #include "kernels/cpu/simd/group_grids.h"
 #include "kernels/cpu/simd/random_words.h"
 #include "kernels/cpu/simd/statistics.h"
+#include "kernels/cpu/simd/sweeps.h"
 
 namespace moq::kernels::cpu::MOQ_ISA {
 namespace {
@@ -47,6 +48,12 @@ struct Typed {
 
   RandomStream stream() const { return {step.seed, step.step, matrix.name_hash}; }
   bool stochastic() const { return matrix.rounding == Rounding::kStochastic; }
+  Run run_of(std::int64_t size) const {
+    return {size, nullptr, step.blend_ratio, has_sign_codes(matrix.mode, step.num_bits)};
+  }
+  GridSpec grid_spec() const {
+    return {step.num_bits, matrix.mode, matrix.scale_rule, matrix.scale_dtype};
+  }
   std::int64_t number_of(std::int64_t row, std::int64_t col) const {
     const std::int64_t pitch = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
     return matrix.first_element + row * pitch + col;
@@ -82,7 +89,7 @@ void store_codes(const FakeQuantizeTensor& matrix, const Input* input, std::int6
 template <typename Input, typename Output, typename Grids>
 void store_output(const FakeQuantizeStep& step, const Input* input, Output* output,
                   const Grids& grids, const Run& run) {
-  const bool plain = run.random_words == nullptr && run.blend_ratio == 0.0F;
+  const bool plain = run.random_words == nullptr && run.blend_ratio == 0.0F && !run.sign_codes;
   if (plain && step.stream) {
     fake_quantize_run<true, true>(input, output, grids, run);
   } else if (plain) {
@@ -104,7 +111,7 @@ void quantize_group(const TypedMatrix& typed, std::int64_t row, std::int64_t col
   std::uint32_t words[random_words_capacity(kDraws) + kWidth];
   const std::int64_t run_size = typed.stochastic() ? kDraws : size;
   for (std::int64_t begin = col; begin < col + size; begin += run_size) {
-    Run run{min_of(run_size, col + size - begin), nullptr, typed.step.blend_ratio};
+    Run run = typed.run_of(min_of(run_size, col + size - begin));
     if (typed.stochastic()) {
       run.random_words = random_words(typed.stream(), typed.number_of(row, begin), run.size, words);
     }
@@ -120,8 +127,8 @@ void quantize_group(const TypedMatrix& typed, std::int64_t row, std::int64_t col
 
 template <typename Element>
 GroupStatistics statistics_in(QuantMode mode, const Element* input, std::int64_t size) {
-  return mode == QuantMode::kSymmetric ? statistics_of<QuantMode::kSymmetric>(input, size)
-                                       : statistics_of<QuantMode::kAsymmetric>(input, size);
+  return is_symmetric(mode) ? statistics_of<QuantMode::kSymmetric>(input, size)
+                            : statistics_of<QuantMode::kAsymmetric>(input, size);
 }
 
 /// Groups are taken in batches: enough for one vector of grids, few enough to stay in a cache.
@@ -135,25 +142,41 @@ void fake_quantize_typed_rows(const TypedMatrix& typed) {
   const auto group_bytes = group_size * static_cast<std::int64_t>(sizeof(*typed.input));
   const std::int64_t batch =
       group_bytes == 0 ? 1 : max_of(1, min_of(16, kCachedBytes / group_bytes));
+  const GridSpec spec = typed.grid_spec();
   GroupStatisticsArrays statistics;
   GroupGrids grids;
   for (std::int64_t first = 0; first < num_groups; first += batch) {
     const auto count = static_cast<int>(min_of(batch, num_groups - first));
-    for (int i = 0; i < count; ++i) {
-      const std::int64_t row = (first + i) / row_groups;
-      const std::int64_t col = (first + i) % row_groups * group_size;
-      const GroupStatistics group =
-          step.tensor_statistics != nullptr
-              ? *step.tensor_statistics
-              : statistics_in(matrix.mode, typed.input + row * matrix.row_stride + col, group_size);
+    const auto group_at = [&](int i) {
+      return typed.input + (first + i) / row_groups * matrix.row_stride +
+             (first + i) % row_groups * group_size;
+    };
+    for (int i = 0; i < count && step.shared_grid == nullptr; ++i) {
+      const GroupStatistics group = matrix.scale_rule == ScaleRule::kGiven
+                                        ? given_statistics(matrix, first + i)
+                                        : statistics_in(matrix.mode, group_at(i), group_size);
       statistics.lowest[i] = group.lowest;
       statistics.highest[i] = group.highest;
     }
-    make_grids(statistics, count, step.num_bits, matrix.mode, matrix.scale_dtype, grids);
+    if (step.shared_grid != nullptr) {
+      for (int i = 0; i < count; ++i) {
+        grids.set(i, *step.shared_grid);
+      }
+    } else if (num_sweeps(spec) == 0) {
+      make_grids(statistics, count, step.num_bits, matrix.mode, matrix.scale_dtype, grids);
+    } else {
+      for (int i = 0; i < count; ++i) {
+        GridSearch search({statistics.lowest[i], statistics.highest[i]}, spec);
+        for (int sweep = 0; sweep < num_sweeps(spec); ++sweep) {
+          search.take(sweep, sweep_run(group_at(i), group_size, search.sweep(sweep)));
+        }
+        grids.set(i, search.grid());
+      }
+    }
     for (int i = 0; i < count; ++i) {
       const std::int64_t row = (first + i) / row_groups;
       const std::int64_t col = (first + i) % row_groups * group_size;
-      if (step.tensor_statistics == nullptr) {
+      if (step.shared_grid == nullptr) {
         store_parameters(matrix, grids, i, first + i);
       }
       quantize_group(typed, row, col, group_size, SharedGrid(grids, i));
@@ -229,7 +252,7 @@ void quantize_lanes(const TypedMatrix& typed, std::int64_t row, std::int64_t lan
   const FakeQuantizeTensor& matrix = typed.matrix;
   TileWords tile;
   for (std::int64_t col = begin; col < end; ++col) {
-    Run run{lanes, nullptr, typed.step.blend_ratio};
+    Run run = typed.run_of(lanes);
     if (typed.stochastic()) {
       const std::int64_t tile_col = (col - begin) % TileWords::kColumns;
       if (tile_col == 0) {
@@ -247,6 +270,57 @@ void quantize_lanes(const TypedMatrix& typed, std::int64_t row, std::int64_t lan
   }
 }
 
+/// Grids of `lanes` neighbouring rows, one group each: that of the columns [begin, end).
+template <typename TypedMatrix>
+void make_lane_grids(const TypedMatrix& typed, std::int64_t row, std::int64_t lanes,
+                     std::int64_t group, GroupGrids& grids) {
+  const FakeQuantizeTensor& matrix = typed.matrix;
+  const FakeQuantizeStep& step = typed.step;
+  const std::int64_t begin = group * columns_per_group(matrix);
+  const std::int64_t end = begin + columns_per_group(matrix);
+  const auto* input = typed.input + row;
+  GroupStatisticsArrays statistics;
+  if (matrix.scale_rule == ScaleRule::kGiven) {
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      statistics.highest[lane] =
+          given_statistics(matrix, (row + lane) * groups_per_row(matrix) + group).highest;
+    }
+  } else if (is_symmetric(matrix.mode)) {
+    lane_statistics<QuantMode::kSymmetric>(input, matrix.col_stride, begin, end, lanes, statistics);
+  } else {
+    lane_statistics<QuantMode::kAsymmetric>(input, matrix.col_stride, begin, end, lanes,
+                                            statistics);
+  }
+  const GridSpec spec = typed.grid_spec();
+  const auto count = static_cast<int>(lanes);
+  if (num_sweeps(spec) == 0) {
+    make_grids(statistics, count, step.num_bits, matrix.mode, matrix.scale_dtype, grids);
+    return;
+  }
+  GridSearch searches[GroupGrids::kCapacity];
+  for (int lane = 0; lane < count; ++lane) {
+    searches[lane] = {{statistics.lowest[lane], statistics.highest[lane]}, spec};
+  }
+  LaneSweeps sweeps;
+  for (int sweep = 0; sweep < num_sweeps(spec); ++sweep) {
+    SweepSums sums[GroupGrids::kCapacity] = {};
+    for (int lane = 0; lane < count; ++lane) {
+      sweeps.set(lane, searches[lane].sweep(sweep));
+    }
+    if (sweeps.squared_error) {
+      sweep_columns<true>(input, matrix.col_stride, begin, end, lanes, sweeps, sums);
+    } else {
+      sweep_columns<false>(input, matrix.col_stride, begin, end, lanes, sweeps, sums);
+    }
+    for (int lane = 0; lane < count; ++lane) {
+      searches[lane].take(sweep, sums[lane]);
+    }
+  }
+  for (int lane = 0; lane < count; ++lane) {
+    grids.set(lane, searches[lane].grid());
+  }
+}
+
 template <typename TypedMatrix>
 void fake_quantize_typed_columns(const TypedMatrix& typed) {
   const FakeQuantizeTensor& matrix = typed.matrix;
@@ -254,34 +328,23 @@ void fake_quantize_typed_columns(const TypedMatrix& typed) {
   const std::int64_t group_size = columns_per_group(matrix);
   const std::int64_t row_groups = groups_per_row(matrix);
   const std::int64_t tile = typed.stochastic() ? TileWords::kLanes : GroupGrids::kCapacity;
-  GroupStatisticsArrays statistics;
-  GroupGrids grids;
+  GroupGrids grids{};
   for (std::int64_t row = 0; row < matrix.rows; row += tile) {
     const std::int64_t lanes = min_of(tile, matrix.rows - row);
     for (std::int64_t group = 0; group < row_groups; ++group) {
+      if (step.shared_grid == nullptr) {
+        make_lane_grids(typed, row, lanes, group, grids);
+      }
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        const auto i = static_cast<int>(lane);
+        if (step.shared_grid != nullptr) {
+          grids.set(i, *step.shared_grid);
+        } else {
+          store_parameters(matrix, grids, i, (row + lane) * row_groups + group);
+        }
+      }
       const std::int64_t begin = group * group_size;
-      const std::int64_t end = begin + group_size;
-      if (step.tensor_statistics != nullptr) {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) {
-          statistics.lowest[lane] = step.tensor_statistics->lowest;
-          statistics.highest[lane] = step.tensor_statistics->highest;
-        }
-      } else if (matrix.mode == QuantMode::kSymmetric) {
-        lane_statistics<QuantMode::kSymmetric>(typed.input + row, matrix.col_stride, begin, end,
-                                               lanes, statistics);
-      } else {
-        lane_statistics<QuantMode::kAsymmetric>(typed.input + row, matrix.col_stride, begin, end,
-                                                lanes, statistics);
-      }
-      make_grids(statistics, static_cast<int>(lanes), step.num_bits, matrix.mode,
-                 matrix.scale_dtype, grids);
-      if (step.tensor_statistics == nullptr) {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) {
-          store_parameters(matrix, grids, static_cast<int>(lane),
-                           (row + lane) * row_groups + group);
-        }
-      }
-      quantize_lanes(typed, row, lanes, begin, end, LaneGrids(grids));
+      quantize_lanes(typed, row, lanes, begin, begin + group_size, LaneGrids(grids));
     }
   }
 }
@@ -316,6 +379,19 @@ GroupStatistics matrix_statistics(const FakeQuantizeTensor& matrix) {
       const GroupStatistics group = statistics_in(matrix.mode, input, matrix.cols);
       all.lowest = minimum(all.lowest, group.lowest);
       all.highest = maximum(all.highest, group.highest);
+    }
+  });
+  return all;
+}
+
+SweepSums matrix_sums(const FakeQuantizeTensor& matrix, const Sweep& sweep) {
+  SweepSums all;
+  visit_float(matrix.input_dtype, [&]<typename Input>(Input) {
+    for (std::int64_t row = 0; row < matrix.rows; ++row) {
+      const Input* input = static_cast<const Input*>(matrix.input) + row * matrix.row_stride;
+      const SweepSums sums = sweep_run(input, matrix.cols, sweep);
+      all.sum += sums.sum;
+      all.count += sums.count;
     }
   });
   return all;

@@ -8,14 +8,13 @@ namespace moq::kernels::cpu {
 
 /// What a call has besides the matrix.
 struct FakeQuantizeStep {
-  int num_bits;  ///< in [kMinBits, kMaxBits]
+  int num_bits;  ///< one that the matrix's mode has a grid of
   float blend_ratio;
   std::uint64_t seed;
   std::uint32_t step;
   bool stream;  ///< store outputs past the caches
-  /// Of the whole matrix, given when its granularity is per tensor; then scales and zero points are
-  /// not written.
-  const GroupStatistics* tensor_statistics;
+  /// Of all rows, where they share their scale; then scales and zero points are not written.
+  const GridParams* shared_grid;
 };
 
 #define MOQ_DECLARE_FAKE_QUANTIZE(ISA)                                                        \
@@ -26,6 +25,8 @@ struct FakeQuantizeStep {
   void fake_quantize_columns(const FakeQuantizeTensor& matrix, const FakeQuantizeStep& step); \
   /* Statistics of all elements together; rows are contiguous. */                             \
   GroupStatistics matrix_statistics(const FakeQuantizeTensor& matrix);                        \
+  /* What a sweep sums up over all elements; rows are contiguous. */                          \
+  SweepSums matrix_sums(const FakeQuantizeTensor& matrix, const Sweep& sweep);                \
   /* output = input, converted; rows are contiguous. */                                       \
   void copy_rows(const FakeQuantizeTensor& matrix, bool stream);                              \
   }

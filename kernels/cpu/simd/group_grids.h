@@ -17,8 +17,19 @@ struct GroupGrids {
   alignas(64) float scale[kCapacity + kWidth];
   alignas(64) float inverse_scale[kCapacity + kWidth];
   alignas(64) float zero_point[kCapacity + kWidth];
+  alignas(64) float threshold[kCapacity + kWidth];
   float qmin;
   float qmax;
+
+  /// Takes over one group's grid, found otherwise; all have one range.
+  void set(int i, const GridParams& grid) {
+    scale[i] = grid.scale;
+    inverse_scale[i] = grid.inverse_scale;
+    zero_point[i] = static_cast<float>(grid.zero_point);
+    threshold[i] = grid.threshold;
+    qmin = static_cast<float>(grid.range.qmin);
+    qmax = static_cast<float>(grid.range.qmax);
+  }
 };
 
 /// Statistics of up to as many groups; the ones past `count` must be initialised too.
@@ -47,7 +58,7 @@ inline void make_grids(const GroupStatisticsArrays& groups, int count, int num_b
   const GridRange range = grid_range(num_bits, mode);
   grids.qmin = static_cast<float>(range.qmin);
   grids.qmax = static_cast<float>(range.qmax);
-  const bool symmetric = mode == QuantMode::kSymmetric;
+  const bool symmetric = is_symmetric(mode);
   const F32 levels =
       broadcast(static_cast<float>(symmetric ? range.qmax : range.qmax - range.qmin));
   const F32 nan = bit_cast<F32>(broadcast(kQuietNaNBits));
@@ -83,14 +94,19 @@ struct VectorGrid {
   F32 zero_point;
   F32 qmin;
   F32 qmax;
+  F32 threshold{};  ///< of sign codes
 };
 
 /// All elements belong to one group.
 class SharedGrid {
  public:
   SharedGrid(const GroupGrids& grids, int group)
-      : grid_{broadcast(grids.scale[group]), broadcast(grids.inverse_scale[group]),
-              broadcast(grids.zero_point[group]), broadcast(grids.qmin), broadcast(grids.qmax)} {}
+      : grid_{broadcast(grids.scale[group]),
+              broadcast(grids.inverse_scale[group]),
+              broadcast(grids.zero_point[group]),
+              broadcast(grids.qmin),
+              broadcast(grids.qmax),
+              broadcast(grids.threshold[group])} {}
   [[gnu::always_inline]] VectorGrid at(std::int64_t /*element*/) const { return grid_; }
 
  private:
@@ -102,8 +118,12 @@ class LaneGrids {
  public:
   explicit LaneGrids(const GroupGrids& grids) : grids_(grids) {}
   [[gnu::always_inline]] VectorGrid at(std::int64_t element) const {
-    return {load(grids_.scale + element), load(grids_.inverse_scale + element),
-            load(grids_.zero_point + element), broadcast(grids_.qmin), broadcast(grids_.qmax)};
+    return {load(grids_.scale + element),
+            load(grids_.inverse_scale + element),
+            load(grids_.zero_point + element),
+            broadcast(grids_.qmin),
+            broadcast(grids_.qmax),
+            load(grids_.threshold + element)};
   }
 
  private:
@@ -124,6 +144,12 @@ class LaneGrids {
   const F32 below = round_down(position);
   const F32 rounded = below + (uniform < position - below ? broadcast(1.0F) : F32{});
   return minimum(maximum(rounded + grid.zero_point, grid.qmin), grid.qmax);
+}
+
+/// Sign codes (as float32) of elements.
+[[gnu::always_inline]] inline F32 quantize_sign(F32 value, const VectorGrid& grid) {
+  const F32 sign = value < 0.0F ? broadcast(-1.0F) : broadcast(1.0F);
+  return absolute(value) > grid.threshold ? sign : F32{};
 }
 
 [[gnu::always_inline]] inline F32 dequantize(F32 code, const VectorGrid& grid) {

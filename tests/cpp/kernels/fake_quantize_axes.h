@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -15,6 +16,14 @@ namespace moq::kernels::testing {
 using Shape = std::pair<std::int64_t, std::int64_t>;
 using Axes = std::tuple<Shape, Storage, Granularity, QuantMode, Rounding>;
 
+/// A size that divides the columns or, where rows share scales, the rows.
+inline std::int64_t group_size_of(const Case& c) {
+  if (c.granularity == Granularity::kPerRows) {
+    return c.rows % 5 == 0 && c.rows > 0 ? c.rows / 5 : std::max<std::int64_t>(c.rows, 1);
+  }
+  return c.cols % 16 == 0 ? 16 : c.cols % 7 == 0 ? 7 : c.cols;
+}
+
 inline Case case_of(const Axes& axes) {
   const auto& [shape, storage, granularity, mode, rounding] = axes;
   Case c;
@@ -24,7 +33,7 @@ inline Case case_of(const Axes& axes) {
   c.granularity = granularity;
   c.mode = mode;
   c.rounding = rounding;
-  c.group_size = c.cols % 16 == 0 ? 16 : c.cols % 7 == 0 ? 7 : c.cols;
+  c.group_size = group_size_of(c);
   return c;
 }
 
@@ -35,9 +44,53 @@ inline std::string axes_name(const ::testing::TestParamInfo<Axes>& info) {
 inline const auto kShapes = ::testing::Values(Shape{1, 1}, Shape{0, 5}, Shape{3, 0}, Shape{31, 37},
                                               Shape{1, 1030}, Shape{300, 7}, Shape{67, 1552});
 inline const auto kGranularities =
-    ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup);
+    ::testing::Values(Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup,
+                      Granularity::kPerRows);
 inline const auto kModes = ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric);
 inline const auto kRoundings = ::testing::Values(Rounding::kNearest, Rounding::kStochastic);
+
+/// Grids that are searched or given, at a width where they differ from those of the extent.
+struct Search {
+  QuantMode mode;
+  ScaleRule scale_rule;
+  int num_bits;
+  Rounding rounding = Rounding::kNearest;
+};
+using Searches = std::tuple<Shape, Storage, Granularity, DType, Search>;
+
+inline Case case_of(const Searches& axes) {
+  Case c;
+  Shape shape;
+  Search search;
+  std::tie(shape, c.storage, c.granularity, c.input_dtype, search) = axes;
+  std::tie(c.rows, c.cols) = shape;
+  c.output_dtype = c.input_dtype;
+  c.scale_dtype = c.input_dtype;
+  c.mode = search.mode;
+  c.scale_rule = search.scale_rule;
+  c.num_bits = search.num_bits;
+  c.rounding = search.rounding;
+  c.group_size = group_size_of(c);
+  return c;
+}
+
+inline std::string searches_name(const ::testing::TestParamInfo<Searches>& info) {
+  return describe(case_of(info.param));
+}
+
+inline const auto kSearchShapes = ::testing::Values(Shape{1, 1}, Shape{0, 5}, Shape{3, 0},
+                                                    Shape{35, 37}, Shape{300, 7}, Shape{65, 1552});
+inline const auto kSearches =
+    ::testing::Values(Search{QuantMode::kTernary, ScaleRule::kExtent, 2},
+                      Search{QuantMode::kTernary, ScaleRule::kExtent, 5},
+                      Search{QuantMode::kBinary, ScaleRule::kExtent, 1},
+                      Search{QuantMode::kBinary, ScaleRule::kExtent, 2},
+                      Search{QuantMode::kBinary, ScaleRule::kMse, 3},
+                      Search{QuantMode::kSymmetric, ScaleRule::kMse, 2},
+                      Search{QuantMode::kSymmetric, ScaleRule::kMse, 4, Rounding::kStochastic},
+                      Search{QuantMode::kAsymmetric, ScaleRule::kMse, 3},
+                      Search{QuantMode::kSymmetric, ScaleRule::kGiven, 4},
+                      Search{QuantMode::kSymmetric, ScaleRule::kGiven, 6, Rounding::kStochastic});
 
 using DTypes = std::tuple<DType, DType, Storage, Rounding>;
 
@@ -68,8 +121,8 @@ inline Problem problem_of(const InPlace& in_place) {
   Case c;
   c.rows = 45;
   c.cols = 64;
-  c.group_size = 16;
   std::tie(c.storage, c.granularity, c.input_dtype) = in_place;
+  c.group_size = group_size_of(c);
   c.output_dtype = c.input_dtype;
   Problem problem(c);
   problem.blank.output = problem.input;
@@ -85,17 +138,20 @@ using BadGroup = std::tuple<Storage, Granularity, QuantMode, float>;
 
 inline Problem problem_of(const BadGroup& bad, float blend_ratio) {
   Case c;
-  c.rows = 21;
+  c.rows = 25;
   c.cols = 48;
-  c.group_size = 16;
   c.blend_ratio = blend_ratio;
   float element;
   std::tie(c.storage, c.granularity, c.mode, element) = bad;
+  c.num_bits = c.mode == QuantMode::kBinary ? 1 : c.mode == QuantMode::kTernary ? 2 : 8;
+  c.group_size = group_size_of(c);
   Problem problem(c);
   problem.set(20, 17, element);
   return problem;
 }
 
+inline const auto kAllModes = ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric,
+                                                QuantMode::kTernary, QuantMode::kBinary);
 inline const auto kNonFinite = ::testing::Values(
     std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
     std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN());

@@ -25,14 +25,19 @@ namespace {
 struct DeviceProblem {
   const Problem& problem;
   Buffer input{problem.input};
+  Buffer given_absmax{problem.given_absmax};
   Buffer output{problem.blank.output};
   Buffer codes{problem.blank.codes};
   Buffer scales{problem.blank.scales};
   Buffer zero_points{problem.blank.zero_points};
 
   FakeQuantizeTensor tensor() const {
-    return problem.tensor(input.data(), output.data(), codes.data(), scales.data(),
-                          zero_points.as<std::int32_t>());
+    FakeQuantizeTensor tensor = problem.tensor(input.data(), output.data(), codes.data(),
+                                               scales.data(), zero_points.as<std::int32_t>());
+    if (tensor.given_absmax != nullptr) {
+      tensor.given_absmax = given_absmax.as<float>();
+    }
+    return tensor;
   }
 
   Result result() const {
@@ -91,6 +96,27 @@ INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaEveryAxis,
                          ::testing::Combine(kShapes, kStorages, kGranularities, kModes, kRoundings),
                          axes_name);
 
+class FakeQuantizeCudaEverySearch : public ::testing::TestWithParam<Searches> {};
+
+TEST_P(FakeQuantizeCudaEverySearch, GivesTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem(case_of(GetParam()));
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeCudaEverySearch, BlendsAsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = case_of(GetParam());
+  c.blend_ratio = 0.3F;
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaEverySearch,
+                         ::testing::Combine(kSearchShapes, kStorages, kGranularities, kFloats,
+                                            kSearches),
+                         searches_name);
+
 class FakeQuantizeCudaEveryDType : public ::testing::TestWithParam<DTypes> {};
 
 TEST_P(FakeQuantizeCudaEveryDType, GivesTheBitsOfTheDefinition) {
@@ -123,7 +149,7 @@ TEST_P(FakeQuantizeCudaBadGroup, GivesNaNThroughoutAndLeavesTheOthersAlone) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaBadGroup,
-                         ::testing::Combine(kStorages, kGranularities, kModes, kNonFinite));
+                         ::testing::Combine(kStorages, kGranularities, kAllModes, kNonFinite));
 
 // 4096 and more columns give a run to a whole block, and cut a row with one scale into segments.
 class FakeQuantizeCudaLongRows
@@ -152,9 +178,11 @@ TEST(FakeQuantizeCuda, MoreTensorsThanOneLaunchCarriesEqualEachAlone) {
     problems.emplace_back(Case{.rows = i % 7,
                                .cols = 1 + i % 41,
                                .storage = static_cast<Storage>(i % 3),
-                               .granularity = static_cast<Granularity>(i % 3),
-                               .rounding = static_cast<Rounding>(i % 2),
-                               .num_bits = 2 + i % 7,
+                               .granularity = static_cast<Granularity>(i % 4),
+                               .mode = static_cast<QuantMode>(i % 4),
+                               .rounding = static_cast<Rounding>(i % 4 < 2 ? i / 4 % 2 : 0),
+                               .scale_rule = i % 5 == 0 ? ScaleRule::kMse : ScaleRule::kExtent,
+                               .num_bits = i % 4 == 3 ? 1 + i % 3 : 2 + i % 7,
                                .first_element = i,
                                .name_hash = static_cast<std::uint32_t>(i)});
   }
@@ -228,7 +256,7 @@ class Call {
   Buffer num_bits_{&device_.problem.parameters.num_bits, sizeof(int)};
   Buffer step_{&device_.problem.parameters.step, sizeof(std::int64_t)};
   Buffer skip_{std::vector<float>{0.0F}};
-  Buffer workspace_{sizeof(GroupStatistics)};
+  Buffer workspace_{cuda::fake_quantize_workspace_size({&tensor_, 1})};
 };
 
 class FakeQuantizeCudaInPlace : public ::testing::TestWithParam<InPlace> {};
@@ -286,6 +314,33 @@ TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
   }
 }
 
+TEST(FakeQuantizeCuda, ACapturedGraphFollowsABinaryWeightThroughAllItsGrids) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel}) {
+    Problem problem(
+        Case{.rows = 33, .cols = 130, .granularity = granularity, .mode = QuantMode::kBinary});
+    Call call(problem);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
+    MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    call.enqueue(stream);
+    MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+    for (const int num_bits : {8, 3, 2, 1}) {
+      problem.parameters.num_bits = num_bits;
+      call.set_num_bits(num_bits);
+      MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
+      MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
+      EXPECT_EQ(call.result(), reference(problem)) << num_bits;
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+}
+
 TEST(FakeQuantizeCuda, HugeMatricesBeyondTwoToThe31ElementsAreReached) {
   MOQ_SKIP_WITHOUT_GPU();
   constexpr std::int64_t kCols = 4099;
@@ -330,7 +385,7 @@ TEST(FakeQuantizeCuda, HugeMatricesBeyondTwoToThe31ElementsAreReached) {
   EXPECT_EQ(row, expected);
 }
 
-TEST(FakeQuantizeCuda, PerTensorScalesWithoutAWorkspaceAreRefused) {
+TEST(FakeQuantizeCuda, ScalesThatRowsShareWithoutAWorkspaceAreRefused) {
   MOQ_SKIP_WITHOUT_GPU();
   const Problem problem(Case{.rows = 2, .cols = 2, .granularity = Granularity::kPerTensor});
   const DeviceProblem device{problem};
@@ -342,7 +397,7 @@ TEST(FakeQuantizeCuda, PerTensorScalesWithoutAWorkspaceAreRefused) {
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(),
-                 "fake_quantize: per-tensor scales need a workspace of 8 bytes, got null");
+                 "fake_quantize: scales that rows share need a workspace of 392 bytes, got null");
   }
 }
 

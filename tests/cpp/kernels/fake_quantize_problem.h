@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -29,7 +30,15 @@ inline const char* name_of(Storage storage) {
 inline const char* name_of(Granularity granularity) {
   return granularity == Granularity::kPerTensor    ? "per_tensor"
          : granularity == Granularity::kPerChannel ? "per_channel"
-                                                   : "per_group";
+         : granularity == Granularity::kPerGroup   ? "per_group"
+                                                   : "per_rows";
+}
+
+inline const char* name_of(QuantMode mode) {
+  return mode == QuantMode::kSymmetric    ? "symmetric"
+         : mode == QuantMode::kAsymmetric ? "asymmetric"
+         : mode == QuantMode::kTernary    ? "ternary"
+                                          : "binary";
 }
 
 struct Case {
@@ -39,7 +48,8 @@ struct Case {
   Granularity granularity = Granularity::kPerChannel;
   QuantMode mode = QuantMode::kSymmetric;
   Rounding rounding = Rounding::kNearest;
-  std::int64_t group_size = 0;  ///< 0: cols for per group
+  std::int64_t group_size = 0;  ///< 0: cols for per group, rows for per rows
+  ScaleRule scale_rule = ScaleRule::kExtent;
   int num_bits = 8;
   float blend_ratio = 0.0F;
   DType input_dtype = DType::kFloat32;
@@ -55,8 +65,10 @@ struct Case {
 
 inline std::string describe(const Case& c) {
   return std::to_string(c.rows) + "x" + std::to_string(c.cols) + "_" + name_of(c.storage) + "_" +
-         name_of(c.granularity) + "_" +
-         (c.mode == QuantMode::kSymmetric ? "symmetric" : "asymmetric") + "_" +
+         name_of(c.granularity) + "_" + name_of(c.mode) +
+         (c.scale_rule == ScaleRule::kMse     ? "_mse_"
+          : c.scale_rule == ScaleRule::kGiven ? "_given_"
+                                              : "_") +
          (c.rounding == Rounding::kNearest ? "nearest" : "stochastic") + "_" +
          moq::name_of(c.input_dtype) + "_" + moq::name_of(c.output_dtype) + "_" +
          std::to_string(c.num_bits) + "bit";
@@ -82,6 +94,7 @@ struct Problem {
   std::int64_t row_stride = 0;
   std::int64_t col_stride = 0;
   std::vector<std::byte> input;
+  std::vector<float> given_absmax;
   Result blank;
 
   explicit Problem(const Case& c) : parameters(c) {
@@ -102,10 +115,18 @@ struct Problem {
     if (parameters.granularity == Granularity::kPerGroup && parameters.group_size == 0) {
       parameters.group_size = c.cols;
     }
-    const std::int64_t groups = c.granularity == Granularity::kPerTensor ? 1
-                                : c.granularity == Granularity::kPerChannel
-                                    ? c.rows
+    if (parameters.granularity == Granularity::kPerRows && parameters.group_size == 0) {
+      parameters.group_size = std::max<std::int64_t>(c.rows, 1);
+    }
+    const std::int64_t groups = c.granularity == Granularity::kPerTensor    ? 1
+                                : c.granularity == Granularity::kPerChannel ? c.rows
+                                : c.granularity == Granularity::kPerRows
+                                    ? c.rows / parameters.group_size
                                     : c.rows * (c.cols / parameters.group_size);
+    for (std::int64_t group = 0; group < groups; ++group) {
+      // Around the largest weight, 0.032: some clip, some do not.
+      given_absmax.push_back(0.01F + 0.004F * static_cast<float>(group % 9));
+    }
     const auto elements = static_cast<std::size_t>(span());
     input.resize(elements * size_of(c.input_dtype));
     constexpr std::byte kPattern{0xa5};
@@ -170,6 +191,7 @@ struct Problem {
             .row_stride = row_stride,
             .col_stride = col_stride,
             .group_size = c.group_size,
+            .given_absmax = c.scale_rule == ScaleRule::kGiven ? given_absmax.data() : nullptr,
             .first_element = c.first_element,
             .unsharded_cols = c.unsharded_cols,
             .name_hash = c.name_hash,
@@ -179,7 +201,8 @@ struct Problem {
             .scale_dtype = c.scale_dtype,
             .granularity = c.granularity,
             .mode = c.mode,
-            .rounding = c.rounding};
+            .rounding = c.rounding,
+            .scale_rule = c.scale_rule};
   }
 
   FakeQuantizeTensor tensor(Result& result) const {
@@ -211,32 +234,111 @@ inline void put_float(std::vector<std::byte>& bytes, DType dtype, std::size_t pl
   });
 }
 
+/// A scale of float32 as it is stored.
+inline float reference_scale(float exact, DType dtype) {
+  return std::fmin(std::fmax(round_to(exact, dtype), min_scale(dtype)), max_scale(dtype));
+}
+
+/// Mean magnitude of the values above a threshold. Magnitudes are counted in units of at most
+/// 2^-29 of the largest one.
+inline float reference_mean(const std::vector<float>& values, float threshold) {
+  float largest = 0.0F;
+  for (const float value : values) largest = std::fmax(largest, std::fabs(value));
+  int exponent = -126;
+  std::frexp(largest, &exponent);  // largest < 2^exponent
+  const double unit = std::fmax(std::ldexp(1.0, exponent - 30), std::ldexp(1.0, -126));
+  double sum = 0.0;
+  double count = 0.0;
+  for (const float value : values) {
+    if (std::fabs(value) > threshold) {
+      sum += std::nearbyint(static_cast<double>(std::fabs(value)) / unit);
+      count += 1.0;
+    }
+  }
+  return count == 0.0 ? 0.0F : static_cast<float>(sum / count * unit);
+}
+
+/// The grid among the clipped ones that has the least squared error, the least clipped of equals.
+/// Errors are counted in units of at most 2^-14 of the largest magnitude.
+inline GridParams reference_mse_grid(const std::vector<float>& values, float lo, float hi,
+                                     const Case& c) {
+  int exponent = -126;
+  std::frexp(std::fmax(-lo, hi), &exponent);
+  const double unit = std::fmax(std::ldexp(1.0, exponent - 15), std::ldexp(1.0, -126));
+  GridParams best{};
+  double least = std::numeric_limits<double>::infinity();
+  for (int clipped = 32; clipped >= 9; --clipped) {
+    const float ratio = static_cast<float>(clipped) / 32.0F;
+    const GridParams grid = make_grid(lo * ratio, hi * ratio, c.num_bits, c.mode, c.scale_dtype);
+    double error = 0.0;
+    for (const float value : values) {
+      const std::int32_t code = quantize_one(value, grid, Rounding::kNearest, 0.0F);
+      const float off = std::fabs(value - dequantize_one(code, grid));
+      error += std::pow(std::fmin(std::nearbyint(static_cast<double>(off) / unit), 32768.0), 2.0);
+    }
+    if (error < least) {
+      least = error;
+      best = grid;
+    }
+  }
+  return best;
+}
+
+/// Code of one element by a ternary or binary grid.
+inline std::int32_t reference_sign(float value, float threshold) {
+  return std::fabs(value) <= threshold ? 0 : value < 0.0F ? -1 : 1;
+}
+
 /// The group of rows [row_begin, row_end) and columns [col_begin, col_end), number `group`.
 inline void reference_group(const Problem& problem, std::int64_t row_begin, std::int64_t row_end,
                             std::int64_t col_begin, std::int64_t col_end, std::size_t group,
                             Result& result) {
   const Case& c = problem.parameters;
   const float nan = std::numeric_limits<float>::quiet_NaN();
+  const bool signs =
+      c.num_bits == 1 ||
+      (c.num_bits == 2 && (c.mode == QuantMode::kTernary || c.mode == QuantMode::kBinary));
+  std::vector<float> values;
   float lo = 0.0F;
   float hi = 0.0F;
   bool finite = true;
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     for (std::int64_t col = col_begin; col < col_end; ++col) {
       const float value = problem.get(row, col);
+      values.push_back(value);
       finite = finite && std::isfinite(value);
       lo = std::fmin(lo, value);
       hi = std::fmax(hi, value);
     }
   }
-  const GridParams grid = finite ? make_grid(lo, hi, c.num_bits, c.mode, c.scale_dtype)
-                                 : GridParams{nan, nan, 0, grid_range(c.num_bits, c.mode)};
+  if (c.mode != QuantMode::kAsymmetric) {
+    hi = std::fmax(hi, -lo);
+    lo = 0.0F;
+  }
+  if (c.scale_rule == ScaleRule::kGiven) {
+    hi = problem.given_absmax[group];
+    finite = true;
+  }
+  GridParams grid{nan, nan, 0, grid_range(c.num_bits, c.mode)};
+  float threshold = 0.0F;
+  if (finite && signs) {
+    threshold = c.num_bits == 2 ? 0.7F * reference_mean(values, -1.0F) : 0.0F;
+    grid.scale =
+        reference_scale(reference_mean(values, c.num_bits == 2 ? threshold : -1.0F), c.scale_dtype);
+  } else if (finite && c.scale_rule == ScaleRule::kMse) {
+    grid = reference_mse_grid(values, lo, hi, c);
+  } else if (finite) {
+    grid = make_grid(lo, hi, c.num_bits, c.mode, c.scale_dtype);
+  }
   put_float(result.scales, c.scale_dtype, group, grid.scale);
   result.zero_points[group] = grid.zero_point;
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     for (std::int64_t col = col_begin; col < col_end; ++col) {
       const float value = problem.get(row, col);
       const std::int32_t code =
-          finite ? quantize_one(value, grid, c.rounding, reference_uniform(c, row, col)) : 0;
+          !finite ? 0
+          : signs ? reference_sign(value, threshold)
+                  : quantize_one(value, grid, c.rounding, reference_uniform(c, row, col));
       float output = finite ? dequantize_one(code, grid) : nan;
       if (finite && c.blend_ratio != 0.0F) {
         output = c.blend_ratio * value + (1.0F - c.blend_ratio) * output;
@@ -257,6 +359,13 @@ inline Result reference(const Problem& problem) {
   Result result = problem.blank;
   if (c.granularity == Granularity::kPerTensor) {
     reference_group(problem, 0, c.rows, 0, c.cols, 0, result);
+    return result;
+  }
+  if (c.granularity == Granularity::kPerRows) {
+    for (std::int64_t row = 0; row < c.rows; row += c.group_size) {
+      reference_group(problem, row, row + c.group_size, 0, c.cols,
+                      static_cast<std::size_t>(row / c.group_size), result);
+    }
     return result;
   }
   const std::int64_t group_size = c.granularity == Granularity::kPerGroup ? c.group_size : c.cols;

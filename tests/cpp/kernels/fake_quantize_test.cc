@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "kernels/common/check.h"
+#include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/simd/fake_quantize.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
@@ -40,33 +41,35 @@ TEST_P(FakeQuantizeEveryAxis, GivesTheBitsOfTheDefinition) {
   EXPECT_EQ(run(problem), reference(problem));
 }
 
-// Scattered storage is not here: it is staged to linear before an instruction set sees it.
-class FakeQuantizeEveryInstructionSet
-    : public ::testing::TestWithParam<std::tuple<cpu::Isa, Axes>> {};
-
-TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
-  const auto& [isa, axes] = GetParam();
-  MOQ_SKIP_WITHOUT_ISA(isa);
-  const Case c = case_of(axes);
-  const Problem problem(c);
-  const Result expected = reference(problem);
+/// What one instruction set gives. Scattered storage is not its own: it is staged to linear first,
+/// and rows that share a scale all share one here.
+Result run_on_isa(cpu::Isa isa, const Problem& problem, const Result& expected) {
+  const Case& c = problem.parameters;
   Result result = problem.blank;
   const FakeQuantizeTensor matrix = problem.tensor(result);
-  GroupStatistics statistics;
+  GridParams shared_grid{};
   cpu::FakeQuantizeStep step{.num_bits = c.num_bits,
                              .blend_ratio = 0.0F,
                              .seed = c.seed,
                              .step = static_cast<std::uint32_t>(c.step),
                              .stream = true,
-                             .tensor_statistics = nullptr};
-  if (c.granularity == Granularity::kPerTensor) {
+                             .shared_grid = nullptr};
+  if (rows_share_scales(matrix) && num_groups(matrix) > 0) {
     FakeQuantizeTensor along_storage = matrix;
     if (c.storage == Storage::kConv1d) {
       std::swap(along_storage.rows, along_storage.cols);
       std::swap(along_storage.row_stride, along_storage.col_stride);
     }
-    statistics = MOQ_FUNCTION_OF(isa, matrix_statistics)(along_storage);
-    step.tensor_statistics = &statistics;
+    const GridSpec spec{c.num_bits, c.mode, c.scale_rule, c.scale_dtype};
+    GridSearch search(c.scale_rule == ScaleRule::kGiven
+                          ? given_statistics(matrix, 0)
+                          : MOQ_FUNCTION_OF(isa, matrix_statistics)(along_storage),
+                      spec);
+    for (int i = 0; i < num_sweeps(spec); ++i) {
+      search.take(i, MOQ_FUNCTION_OF(isa, matrix_sums)(along_storage, search.sweep(i)));
+    }
+    shared_grid = search.grid();
+    step.shared_grid = &shared_grid;
     result.scales = expected.scales;  // written by the caller of these functions
     result.zero_points = expected.zero_points;
   }
@@ -75,7 +78,27 @@ TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
   } else {
     MOQ_FUNCTION_OF(isa, fake_quantize_columns)(matrix, step);
   }
-  EXPECT_EQ(result, expected);
+  return result;
+}
+
+template <typename AxesOfOne>
+void expect_the_definition(cpu::Isa isa, const AxesOfOne& axes) {
+  MOQ_SKIP_WITHOUT_ISA(isa);
+  Case c = case_of(axes);
+  if (c.granularity == Granularity::kPerRows) {
+    c.group_size = 0;
+  }
+  const Problem problem(c);
+  const Result expected = reference(problem);
+  EXPECT_EQ(run_on_isa(isa, problem, expected), expected);
+}
+
+class FakeQuantizeEveryInstructionSet
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, Axes>> {};
+
+TEST_P(FakeQuantizeEveryInstructionSet, GivesTheBitsOfTheDefinition) {
+  const auto& [isa, axes] = GetParam();
+  expect_the_definition(isa, axes);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryAxis,
@@ -91,6 +114,44 @@ INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSet,
                            return std::string(cpu::name_of(std::get<cpu::Isa>(info.param))) + "_" +
                                   describe(case_of(std::get<Axes>(info.param)));
                          });
+
+class FakeQuantizeEveryInstructionSetSearch
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, Searches>> {};
+
+TEST_P(FakeQuantizeEveryInstructionSetSearch, GivesTheBitsOfTheDefinition) {
+  const auto& [isa, axes] = GetParam();
+  expect_the_definition(isa, axes);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryInstructionSetSearch,
+                         ::testing::Combine(kIsas,
+                                            ::testing::Combine(kSearchShapes,
+                                                               ::testing::Values(Storage::kLinear,
+                                                                                 Storage::kConv1d),
+                                                               kGranularities, kFloats, kSearches)),
+                         [](const auto& info) {
+                           return std::string(cpu::name_of(std::get<0>(info.param))) + "_" +
+                                  describe(case_of(std::get<1>(info.param)));
+                         });
+
+class FakeQuantizeEverySearch : public ::testing::TestWithParam<Searches> {};
+
+TEST_P(FakeQuantizeEverySearch, GivesTheBitsOfTheDefinition) {
+  const Problem problem(case_of(GetParam()));
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+TEST_P(FakeQuantizeEverySearch, BlendsAsTheDefinition) {
+  Case c = case_of(GetParam());
+  c.blend_ratio = 0.3F;
+  const Problem problem(c);
+  EXPECT_EQ(run(problem), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEverySearch,
+                         ::testing::Combine(kSearchShapes, kStorages, kGranularities, kFloats,
+                                            kSearches),
+                         searches_name);
 
 class FakeQuantizeEveryDType : public ::testing::TestWithParam<DTypes> {};
 
@@ -147,7 +208,7 @@ TEST_P(FakeQuantizeEveryWidth, GivesTheBitsOfTheDefinition) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryWidth, ::testing::Range(kMinBits, kMaxBits + 1));
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeEveryWidth, ::testing::Range(2, kMaxBits + 1));
 
 // -------------------------------------------------------------------------- numbers at the edge
 
@@ -161,7 +222,7 @@ TEST_P(FakeQuantizeBadGroup, GivesNaNThroughoutAndLeavesTheOthersAlone) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeBadGroup,
-                         ::testing::Combine(kStorages, kGranularities, kModes, kNonFinite));
+                         ::testing::Combine(kStorages, kGranularities, kAllModes, kNonFinite));
 
 TEST(FakeQuantize, AZeroRowStaysZeroWithTheSmallestScale) {
   Problem problem(Case{.rows = 2, .cols = 19, .scale_dtype = DType::kFloat16});
@@ -207,6 +268,22 @@ TEST(FakeQuantize, StochasticRoundingIsUnbiased) {
   }
   const double standard_error = std::sqrt(0.3 * 0.7 * static_cast<double>(c.cols));
   EXPECT_NEAR(sum, expected, 4.0 * standard_error);
+}
+
+TEST(FakeQuantize, SumsOfLongGroupsDoNotOverflowTheirHalves) {
+  // 32-bit halves of the sums are flushed every 2^15 vectors.
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
+    for (const QuantMode mode : {QuantMode::kBinary, QuantMode::kTernary, QuantMode::kSymmetric}) {
+      Case c{.rows = 1, .cols = 700000, .storage = storage, .mode = mode, .num_bits = 2};
+      c.scale_rule = mode == QuantMode::kSymmetric ? ScaleRule::kMse : ScaleRule::kExtent;
+      c.num_bits = mode == QuantMode::kBinary ? 1 : 2;
+      Problem problem(c);
+      for (std::int64_t col = 0; col < c.cols; ++col) {
+        problem.set(0, col, col % 3 == 0 ? -0.99F : 1.0F);
+      }
+      EXPECT_EQ(run(problem), reference(problem)) << c;
+    }
+  }
 }
 
 TEST(FakeQuantize, EveryShardDrawsAsTheWholeParameterDoes) {
@@ -255,14 +332,19 @@ TEST(FakeQuantize, ElementNumbersBeyond32BitsDrawTheirOwnBits) {
 TEST(FakeQuantize, ManyTensorsOnSeveralThreadsEqualEachAlone) {
   std::vector<Problem> problems;
   for (const Storage storage : {Storage::kLinear, Storage::kConv1d, Storage::kScattered}) {
-    for (const Granularity granularity :
-         {Granularity::kPerTensor, Granularity::kPerChannel, Granularity::kPerGroup}) {
-      problems.emplace_back(Case{.rows = 1031,
+    for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel,
+                                          Granularity::kPerGroup, Granularity::kPerRows}) {
+      problems.emplace_back(Case{.rows = 1032,
                                  .cols = 144,
                                  .storage = storage,
                                  .granularity = granularity,
-                                 .group_size = 48,
-                                 .num_bits = granularity == Granularity::kPerGroup ? 4 : 8});
+                                 .mode = granularity == Granularity::kPerRows
+                                             ? QuantMode::kTernary
+                                             : QuantMode::kSymmetric,
+                                 .group_size = granularity == Granularity::kPerRows ? 258 : 48,
+                                 .num_bits = granularity == Granularity::kPerGroup  ? 4
+                                             : granularity == Granularity::kPerRows ? 2
+                                                                                    : 8});
     }
   }
   std::vector<Result> results;
