@@ -173,6 +173,7 @@ class Timing(Strict):
     def _validate_table(table: dict[int, int]) -> None:
         steps = sorted(table)
         require(bool(steps) and steps[0] == 0, "table must begin at step 0", steps)
+        require(steps[-1] <= MAX_STEPS, "table must end by step 2^40", steps[-1])
         widths = [table[step] for step in steps]
         require(
             all(MIN_BITS <= bits <= MAX_BITS for bits in widths),

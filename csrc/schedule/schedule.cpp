@@ -17,8 +17,10 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
       late.begin(), late.end(),
       [](const Unfinished& a, const Unfinished& b) { return a.arrival < b.arrival; });
   int reached = 0;
+  std::optional<std::int64_t> period = slowest.largest_period;
   for (const Unfinished& block : late) {
     reached = std::max(reached, block.bits);
+    period = period && block.largest_period ? std::min(period, block.largest_period) : std::nullopt;
   }
   std::ostringstream text;
   text << "schedule: every block must reach its target by total_steps = " << config.total_steps
@@ -29,8 +31,9 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
     text << " if its sensitivity is 1";
   }
   text << ". Smallest change: ";
-  if (slowest.largest_period) {
-    text << "its period <= " << *slowest.largest_period << ", or ";
+  if (period) {
+    text << (late.size() == 1 ? "its period <= " : "period <= ") << *period
+         << (late.size() == 1 ? ", or " : " for all of these, or ");
   }
   ScheduleConfig unstretched = config;
   unstretched.stretch_rule = "none";

@@ -164,6 +164,30 @@ TEST_P(RandomSchedule, OfAMixtureIsRefusedOrFinishes) {
   }
 }
 
+TEST_P(RandomSchedule, IsFinishedByEachOfTheChangesThatItsRefusalNames) {
+  const ScheduleConfig config = draw_mixed_config();
+  const std::vector<Unfinished> late = unfinished(config);
+  ScheduleConfig longer = config;
+  ScheduleConfig faster = config;
+  bool has_period = !late.empty();
+  for (const Unfinished& block : late) {
+    longer.total_steps = std::max(longer.total_steps, block.arrival);
+    has_period = has_period && block.largest_period.has_value();
+  }
+  EXPECT_TRUE(unfinished(longer).empty());
+  if (!has_period) {
+    return;
+  }
+  const std::int64_t period =
+      *std::ranges::min_element(late, {}, &Unfinished::largest_period)->largest_period;
+  for (ScheduledBlock& block : faster.blocks) {
+    if (std::ranges::find(late, block.name, &Unfinished::block) != late.end()) {
+      std::get<Geometric>(block.rule).period = period;
+    }
+  }
+  EXPECT_TRUE(unfinished(faster).empty());
+}
+
 /// Ranks and resumed runs make the schedule from a text, and may list the blocks in another order.
 TEST_P(RandomSchedule, IsTheSameFromItsTextAndInAnyOrderOfBlocks) {
   const ScheduleConfig config = draw_mixed_config();

@@ -186,6 +186,18 @@ TEST(Unfinished, IsRefusedWithChangesThatEachFixIt) {
   EXPECT_NO_THROW(make(10, 2000, 9));
 }
 
+TEST(Unfinished, OffersThePeriodThatIsShortEnoughForAllLateBlocks) {
+  const auto make = [](std::int64_t slow, std::int64_t slower) {
+    return Schedule({.blocks = {block({.start_bits = 9, .period = slow}),
+                                block({.start_bits = 16, .period = slower}, "layers.1")},
+                     .total_steps = 2550});
+  };
+  expect_error([&] { make(3000, 30); }, {"2 of 2", "'layers.1', arrives at step 7650",
+                                         "Smallest change: period <= 10 for all of these, or"});
+  EXPECT_NO_THROW(make(10, 10));
+  expect_error([&] { make(10, 11); }, {"1 of 2", "Smallest change: its period <= 10, or"});
+}
+
 TEST(Unfinished, OffersNoPeriodWhereNoneFits) {
   const ScheduleConfig config{.blocks = {block({.period = 2})}, .total_steps = 254};
   EXPECT_FALSE(unfinished(config).at(0).largest_period.has_value());
