@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moq.config import (
+    Mode,
     ModuleKind,
     MoQConfig,
     OnUnfinished,
@@ -33,6 +34,8 @@ SPELLINGS = (OLD, NEW)
 COUNTS_PER_STEP = 6  # the 2-dimensional parameters that DeepSpeed assumes in a layer
 # DeepSpeed leaves weights as they are until the offset is over; 16 bits come nearest to that.
 UNQUANTIZED_BITS = 16
+# What DeepSpeed makes of these widths since 0.7.
+SIGNS: dict[int, Mode] = {2: "ternary", 1: "binary"}
 ALL_KINDS: tuple[ModuleKind, ...] = ("linear", "conv1d", "embedding", "head")
 
 
@@ -318,6 +321,15 @@ class _Converter:
         bits = _Bits(start_bits=params.start_bits, target_bits=params.target_bits)
         if shared.quantize_weight_in_forward:
             bits = _Bits(start_bits=params.target_bits, target_bits=params.target_bits)
+        mode: Mode | None = None
+        if params.target_bits in SIGNS:
+            require(
+                shared.quantization_type == "symmetric",
+                f"quantization_type must be 'symmetric' for {params.target_bits} bits, which are "
+                "signs",
+                shared.quantization_type,
+            )
+            mode = SIGNS[params.target_bits]
         # Quantization begins in the step after the one that completes the offset.
         begins = shared.schedule_offset + 1 if shared.schedule_offset else 0
         table = _table(bits, params.quantization_period, 1, shared.schedule_offset, begins)
@@ -327,6 +339,7 @@ class _Converter:
                 modules=ALL_KINDS,
                 start_bits=table[0],
                 target_bits=params.target_bits,
+                mode=mode,
                 schedule=Timing(table=table),
             )
             for pattern in group.modules
@@ -342,9 +355,8 @@ class _Converter:
         """Returns the fields of QuantSpec but the widths."""
         if groups > 1:
             self.changed.append(
-                f"quantize_groups {groups}: one scale per output feature here (granularity "
-                f"per_channel), where DeepSpeed has {groups} of consecutive weights, which may cut "
-                "through a row"
+                f"quantize_groups {groups}: matrices in which a group would begin inside an output "
+                "feature and end in another are refused"
             )
         self.changed.append(
             f"the {mode} grid is moq's: "
@@ -362,7 +374,8 @@ class _Converter:
                 "each drop of its own layer, and must have done so by the end of the training"
             )
         return {
-            "granularity": "per_tensor" if groups == 1 else "per_channel",
+            "granularity": "per_tensor" if groups == 1 else "per_group",
+            "groups": 0 if groups == 1 else groups,
             "mode": mode,
             "rounding": rounding,
             "blend_steps": blend_steps,

@@ -177,8 +177,22 @@ def test_the_grid_is_taken_over():
         "asymmetric", "stochastic", "per_tensor",
     )  # fmt: skip
     conversion = convert(new((8, 8, 1, ["*"]), quantize_groups=64, rounding="stochastic"))
-    assert conversion.config.granularity == "per_channel"
+    assert (conversion.config.granularity, conversion.config.groups) == ("per_group", 64)
     assert any("quantize_groups 64" in text for text in conversion.changed)
+
+
+def test_two_bits_and_one_are_signs_as_in_deepspeed(decoder):
+    ds = new((8, 2, 1, ["up_proj", "gate_proj"]), (8, 1, 1, ["down_proj"]))
+    rules = convert(ds).config.rules
+    assert [rule.mode for rule in rules] == [None, "ternary", "ternary", "binary"]
+    model = decoder()
+    optimizer = wrap(model, convert(ds).config, total_steps=80)
+    for step in range(64):
+        train_step(model, optimizer, step)
+    assert optimizer.num_bits["layers.0.up_proj.weight"] == 2
+    assert optimizer.num_bits["layers.1.down_proj.weight"] == 1
+    assert len(model.layers[0].up_proj.weight.detach().unique()) == 3
+    assert len(model.layers[1].down_proj.weight.detach().unique()) == 2
 
 
 def test_keys_without_meaning_are_listed():
@@ -227,6 +241,9 @@ OLD, NEW = "quantize_training", "compression_training/weight_quantization"
         (new((8, 8, 0, ["*"])), ValueError, "quantization_period must be >= 1"),
         (new((8, 8, 1, ["("])), ValueError, "must be a regular expression"),
         (new((4, 8, 1, ["*"])), ValueError, "weight_quantization: start_bits must be at least"),
+        (new((8, 2, 1, ["*"]), quantization_type="asymmetric"), ValueError, "'symmetric' for 2 b"),
+        (new((8, 1, 1, ["*"]), rounding="stochastic"), ValueError, "rounding must be 'nearest'"),
+        (old(target=1), ValueError, "quantize_training: target_bits must lie in"),
         (
             edited(new((8, 8, 1, ["*"])), f"{NEW}/different_groups/wq0/parms", {}),
             ValueError,

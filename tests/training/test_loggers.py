@@ -65,6 +65,47 @@ def test_the_scalars_of_every_step_are_those_of_the_weights(decoder):
     assert sorted(recorder.steps) == list(range(1, 11))
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"mode": "ternary", "target_bits": 2},
+        {"mode": "binary", "target_bits": 1},
+        {"mode": "asymmetric", "granularity": "per_group", "groups": 4},
+        {"scale": "mse"},
+    ],
+    ids=lambda grid: " ".join(map(str, grid.values())),
+)
+def test_every_grid_is_measured_with_the_integers_that_the_masters_have(decoder, grid):
+    model, recorder = decoder(hidden=12, intermediate=20), Recorder()
+    optimizer = wrap(model, FALLING | grid, loggers=recorder, log_every=1)
+    for step in range(12):
+        bits = optimizer.num_bits
+        before = integers(optimizer, bits)
+        train_step(model, optimizer, step)
+        if optimizer.num_bits == bits:
+            after = integers(optimizer, bits)
+            flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+            count = sum(a.numel() for a in after)
+            assert recorder.steps[step + 1]["moq/flips"] == flips / count
+    assert optimizer.num_bits == dict.fromkeys(bits, optimizer.config.target_bits)
+
+
+def integers(optimizer: MoQOptimizer, bits: dict[str, int]) -> list[torch.Tensor]:
+    """The codes of the masters, which are those of the simulated weights."""
+    values = masters(optimizer)
+    return [
+        torch.ops.moq.quantize(
+            values[m.name].detach(),
+            bits[m.name],
+            granularity=m.granularity,
+            group_size=m.group_size,
+            mode=m.spec.mode,
+            scale_rule=m.spec.scale,
+        )[0]
+        for m in optimizer._masters.matched
+    ]
+
+
 def test_flips_are_none_when_nothing_moves_and_many_when_everything_does(decoder):
     model, recorder = decoder(), Recorder()
     optimizer = wrap(model, {"start_bits": 8, "target_bits": 8}, loggers=recorder, log_every=1)
