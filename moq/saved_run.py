@@ -109,6 +109,16 @@ def save_run(
     return target
 
 
+def read_history(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save_run` was given as history, and nothing else.
+
+    Raises:
+        FormatError: if the directory holds no run of a known version.
+    """
+    history: dict[str, Any] = _read_run(Path(directory))["history"]
+    return history
+
+
 def _own_files(target: Path) -> list[str]:
     """The files of a run; none if `target` is something else."""
     return _read_run(target)["files"] if (target / RUN_NAME).exists() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -64,11 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", help="configuration file (.json, .yaml), as MoQOptimizer takes it"
     )
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of the training")
-    parser.add_argument(
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face model directory (its config.json is enough): plan its own layers; "
         "without it each rule of the configuration is planned for a layer that it matches",
+    )
+    model.add_argument(
+        "--run",
+        metavar="RUN",
+        help="a saved training (optimizer.save): plan the layers of its model with the "
+        "sensitivities that it measured",
     )
     parser.add_argument(
         "--deepspeed",
@@ -88,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
         print(conversion, file=sys.stderr)
     else:
         config = MoQConfig.load(options.config)
-    if options.model is None:
+    if options.run is not None:
+        outlook = run_outlook(config, options.steps, options.run)
+    elif options.model is None:
         outlook = rules_outlook(config, options.steps)
     else:
         outlook = model_outlook(config, options.steps, _empty_model(options.model))
@@ -133,10 +143,45 @@ def model_outlook(
         ValueError: if a rule does not fit the model, or nothing is quantized.
         moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
     """
+    return outlook_of(_schedule_of(config, total_steps, model))
+
+
+def _schedule_of(config: MoQConfig, total_steps: int, model: torch.nn.Module) -> Schedule:
     matched, _ = match_parameters(model, config, model.parameters())
     if not matched:
         raise ValueError("at least one parameter must be quantized, got 0")
-    return outlook_of(make_schedule(assign_blocks(matched), config, total_steps))
+    return make_schedule(assign_blocks(matched), config, total_steps)
+
+
+def run_outlook(
+    config: MoQConfig, total_steps: int, directory: str | os.PathLike[str]
+) -> list[BlockOutlook]:
+    """Plans the blocks of a saved run's model with the sensitivities that were measured in it.
+
+    Raises:
+        ValueError: as model_outlook, or if nothing was measured, or nothing of these blocks.
+        moq._C.Error: as model_outlook, or if the schedule follows no sensitivities.
+        FormatError: if the directory holds no run.
+    """
+    from moq.saved_run import read_history
+
+    measurements = read_history(directory).get("sensitivities", [])
+    if not measurements:
+        raise ValueError(f"{directory}: sensitivities must have been measured (probe), got none")
+    schedule = _schedule_of(config, total_steps, _empty_model(os.fspath(directory)))
+    # Rules may split a layer into several blocks, here or there: they are as sensitive as it is.
+    layers = [name.partition(" ")[0] for name in schedule.block_names]
+    for found in measurements:
+        names = [name.partition(" ")[0] for name in found["blocks"]]
+        values = dict(zip(names, found["normalised"], strict=True))
+        if values.keys().isdisjoint(layers):
+            raise ValueError(
+                f"{directory}: blocks must be those of the configuration, {layers[0]} and so on, "
+                f"got {names[0]}"
+            )
+        # What was frozen was not measured; it does not move and need not wait.
+        schedule.set_sensitivities(found["step"], [values.get(layer, 0.0) for layer in layers])
+    return outlook_of(schedule)
 
 
 def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:

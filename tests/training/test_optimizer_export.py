@@ -106,6 +106,48 @@ def test_the_exported_checkpoint_tells_its_history(trained, tmp_path):
     assert manifest["history"]["seed"] == 0
 
 
+def planned(capsys, *arguments: str) -> list[list[str]]:
+    assert cli.main(["schedule", *arguments]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, capsys):
+    model, optimizer = tiny_llama_in_training()
+    config = tmp_path / "moq.json"
+    config.write_text(json.dumps(FALLING | {"target_bits": 4}))
+    optimizer.save(tmp_path / "run")
+    command = ["schedule", str(config), "--steps", "1000", "--run", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert "must have been measured (probe), got none" in capsys.readouterr().err
+
+    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.save(tmp_path / "run")
+    rows = {row[0]: row[1:] for row in planned(capsys, *command[1:]) if row}
+    (found,) = optimizer.history
+    for name, sensitivity in zip(found["blocks"], found["normalised"], strict=True):
+        arrival = int(rows[name][-1])  # a step, no longer a range
+        assert (arrival == 500) == (sensitivity == 1.0)
+    assert "Ranges:" not in rows
+
+    both = ["--model", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cli.main(command + both)
+    capsys.readouterr()
+    assert cli.main(["schedule", str(config), "--steps", "9", "--run", str(tmp_path)]) == 1
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_a_run_of_other_blocks_is_refused(tmp_path, capsys):
+    model, optimizer = tiny_llama_in_training()
+    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.save(tmp_path / "run")
+    config = tmp_path / "moq.json"
+    config.write_text(json.dumps({"block_pattern": "^model"}))
+    command = ["schedule", str(config), "--steps", "1000", "--run", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert "blocks must be those of the configuration, model and" in capsys.readouterr().err
+
+
 def test_a_model_without_a_config_cannot_be_saved_as_a_run(decoder, tmp_path):
     with pytest.raises(ValueError, match="Hugging Face model"):
         wrap(decoder(), FALLING).save(tmp_path / "run")
