@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,16 @@ class Masters:
             }
             for m, block in self.placed()
         }
+
+    def fingerprint(self) -> str:
+        """Returns a digest of masters and plan that ranks can compare."""
+        digest = hashlib.sha256(repr(self.trainer.schedule.plan()).encode())
+        for m in () if self.sharded else self.matched:
+            # Sums of bit patterns: integers are the same in whatever order a device adds them.
+            master = self._of[m.parameter].detach()
+            bits = master.view(torch.int32 if master.itemsize == 4 else torch.int16)
+            digest.update(f"{m.name} {int(bits.sum(dtype=torch.int64))}".encode())
+        return digest.hexdigest()[:16]
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:

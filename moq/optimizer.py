@@ -266,6 +266,13 @@ class MoQOptimizer(OptimizerWrapper):
             for matched, block in self._masters.placed()
         }
 
+    def fingerprint(self) -> str:
+        """Returns a short text that differs between ranks whose masters or plans differ.
+
+        With sharded parameters it is the same on all ranks: each holds another part.
+        """
+        return self._masters.fingerprint()
+
     def schedule(self) -> Schedule:
         """Returns a copy of the schedule, measurements included.
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from typing import Any
 
+from moq.collective import all_gather
 from moq.optimizer import MoQOptimizer
 
 
@@ -88,7 +89,8 @@ class Training:
 
         Raises:
             ValueError: if the schedule was made for another number of steps.
-            RuntimeError: if the optimizer has not made the steps that the tool has.
+            RuntimeError: if the optimizer has not made the steps that the tool has, or if ranks
+                hold different weights.
         """
         total, steps = self.optimizer.total_steps, self.optimizer.steps
         if planned not in (total, float("inf")):
@@ -106,6 +108,12 @@ class Training:
             raise RuntimeError(
                 f"MoQOptimizer: {self.tool} begins at step {made}, and the optimizer has made "
                 f"{steps} already: make a new MoQOptimizer for each training"
+            )
+        if len(set(all_gather(self.optimizer.fingerprint()))) > 1:
+            raise RuntimeError(
+                "MoQOptimizer: the ranks must begin with the same weights, got different ones: "
+                f"{self.tool} broadcasts the simulated weights, not the full-precision masters. "
+                "Load or seed the model alike on all ranks before MoQOptimizer is made"
             )
 
     def end(self) -> None:

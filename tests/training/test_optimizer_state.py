@@ -402,6 +402,19 @@ def test_a_missing_master_is_refused_by_name(decoder):
         optimizer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fingerprints_are_equal_for_equal_masters_and_plans_only(decoder, dtype):
+    config = FALLING | {"master_dtype": "parameter"}
+    same = [wrap(decoder(dtype), config) for _ in range(2)]
+    assert same[0].fingerprint() == same[1].fingerprint()
+    spread(same[0])
+    assert same[0].fingerprint() != same[1].fingerprint()
+    model = decoder(dtype)
+    with torch.no_grad():
+        model.layers[1].up_proj.weight[2, 3] *= 1.25
+    assert wrap(model, config).fingerprint() != same[1].fingerprint()
+
+
 def test_state_dict_hooks_run(decoder):
     optimizer = wrap(decoder(), FALLING)
     calls = []

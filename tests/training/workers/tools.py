@@ -1,0 +1,168 @@
+"""The checks of test_integrations_ranks.py, as one rank of a torchrun job makes them.
+
+As a program: DIRECTORY; writes results-RANK.json, {check: error or ""}, into the directory.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import batch, loss_of, masters, wrap
+
+from moq import MoQOptimizer
+from moq.integrations import unwrap_optimizer
+
+DIRECTORY = Path(sys.argv[1])
+FALLING = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "schedule": {"finish_at": 0.8},
+}
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.steps.append(step)
+
+
+def require_equal_on_all_ranks(optimizer: MoQOptimizer) -> None:
+    for name, master in masters(optimizer).items():
+        for value in (master.detach(), optimizer.model.get_parameter(name).detach()):
+            copies = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            dist.all_gather(copies, value.contiguous())
+            assert all(torch.equal(copy, value) for copy in copies), name
+
+
+def make_trainer(directory: Path, model: torch.nn.Module | None = None):
+    from test_integrations import DATA, CausalDecoder, training_arguments
+    from transformers import Trainer
+
+    from moq.integrations.transformers import num_training_steps
+
+    options = {"max_steps": -1, "num_train_epochs": 2, "ddp_backend": "gloo"}
+    arguments = training_arguments(directory, **options, save_strategy="no")
+    torch.manual_seed(0)
+    model = model or CausalDecoder()
+    recorder = Recorder()
+    steps = num_training_steps(arguments, DATA)
+    assert steps == 2 * 16 // (2 * 2)
+    optimizer = wrap(model, FALLING, steps, loggers=recorder, log_every=1)
+    trainer = Trainer(model, arguments, train_dataset=DATA, optimizers=(optimizer, None))
+    return trainer, optimizer, recorder
+
+
+def check_trainer() -> None:
+    from moq.integrations.transformers import attach
+
+    trainer, optimizer, recorder = make_trainer(DIRECTORY)
+    attach(trainer, export=DIRECTORY / "trainer")
+    trainer.train()
+    assert dist.get_world_size() == 2
+    assert optimizer.steps == optimizer.total_steps == trainer.state.global_step
+    assert recorder.steps == (list(range(1, 9)) if dist.get_rank() == 0 else [])
+    require_equal_on_all_ranks(optimizer)
+    assert (DIRECTORY / "trainer" / "SHA256SUMS").exists()
+
+
+def check_models_that_differ_between_ranks_are_refused() -> None:
+    from test_integrations import CausalDecoder
+
+    from moq.integrations.transformers import attach
+
+    torch.manual_seed(dist.get_rank())
+    trainer, _, _ = make_trainer(DIRECTORY, CausalDecoder())
+    attach(trainer)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        assert "the ranks must begin with the same weights" in str(error)
+    else:
+        raise AssertionError("ranks with different masters were accepted")
+
+
+def check_accelerate() -> None:
+    from accelerate import Accelerator
+    from test_integrations import Decoder
+
+    from moq.integrations.accelerate import num_training_steps
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = DataLoader(torch.cat([batch(step) for step in range(6)]), batch_size=4)
+    steps = num_training_steps(accelerator, loader, epochs=2)
+    torch.manual_seed(0)
+    model = Decoder()
+    recorder = Recorder()
+    optimizer = wrap(model, FALLING, steps, loggers=recorder, log_every=1)
+    model, prepared, loader = accelerator.prepare(model, optimizer, loader)
+    for _ in range(2):
+        for tokens in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, tokens))
+                prepared.step()
+                prepared.zero_grad()
+    assert optimizer.steps == steps == 4
+    assert bool(recorder.steps) == accelerator.is_main_process
+    require_equal_on_all_ranks(unwrap_optimizer(prepared))
+
+
+def check_lightning() -> None:
+    try:
+        import lightning
+    except ImportError:
+        return
+    from test_integrations import BATCHES, Module
+
+    from moq.integrations.lightning import MoQCallback
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=DIRECTORY,
+        callbacks=[MoQCallback(export=DIRECTORY / "lightning")],
+    )
+    trainer.fit(Module(), BATCHES)
+    optimizer = unwrap_optimizer(trainer.optimizers[0])
+    assert optimizer.steps == optimizer.total_steps == len(BATCHES)
+    require_equal_on_all_ranks(optimizer)
+    assert (DIRECTORY / "lightning" / "SHA256SUMS").exists()
+
+
+def main() -> None:
+    """Makes every check, in one process group that the tools share."""
+    dist.init_process_group("gloo")
+    outcomes = {}
+    for name, check in sorted(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                outcomes[name] = ""
+            except Exception:
+                outcomes[name] = traceback.format_exc()
+    rank = dist.get_rank()
+    (DIRECTORY / f"results-{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
