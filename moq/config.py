@@ -17,6 +17,7 @@ Mode = Literal["symmetric", "asymmetric", "ternary", "binary"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
 Scale = Literal["absmax", "mse"]
+Activations = Literal["none", "dynamic", "static"]
 OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 1, 16
@@ -52,6 +53,9 @@ class QuantSpec(Strict):
             the weights a step. Signs have means instead.
         rounding: ``nearest`` (half to even) or ``stochastic`` (the same draws on every device,
             rank and sharding).
+        activations: How the layer reads its input in training and when it is served: ``none`` (as
+            it is), or rounded to symmetric INT8, ``dynamic`` (one scale a token) or ``static`` (one
+            scale, from what the observer saw).
         blend_steps: Steps over which the weight fades from full precision to the grid after each
             drop: r * w + (1 - r) * Q(w), r falling from 1 to 0. 0: at once.
     """
@@ -64,6 +68,7 @@ class QuantSpec(Strict):
     groups: int = 0
     scale: Scale = "absmax"
     rounding: Rounding = "nearest"
+    activations: Activations = "none"
     blend_steps: int = 0
 
     def validate(self) -> None:
@@ -90,7 +95,7 @@ class QuantSpec(Strict):
             )
             require(
                 self.rounding == "nearest",
-                f"rounding must be 'nearest' when mode is {self.mode!r}, whose last codes are signs",
+                f"rounding must be 'nearest' when mode is {self.mode!r}, whose codes are signs",
                 self.rounding,
             )
         self._validate_groups()
@@ -218,8 +223,8 @@ class Rule(Strict):
             exact name reaches any of them.
         exclude: True keeps the modules in full precision.
         start_bits, target_bits, mode, granularity, group_size, groups, scale, rounding,
-            blend_steps: As in QuantSpec; None takes the configuration's own value. A rule that
-            sets `mode` to ternary or binary alone also ends at its width.
+            activations, blend_steps: As in QuantSpec; None takes the configuration's own value. A
+            rule that sets `mode` to ternary or binary alone also ends at its width.
         schedule: When these modules' widths fall, instead of the configuration's own schedule.
     """
 
@@ -234,6 +239,7 @@ class Rule(Strict):
     groups: int | None = None
     scale: Scale | None = None
     rounding: Rounding | None = None
+    activations: Activations | None = None
     blend_steps: int | None = None
     schedule: Timing | None = None
 
@@ -314,6 +320,29 @@ class SensitivityConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObserverConfig(Strict):
+    """How the scales of ``static`` activations follow the magnitudes that training sees.
+
+    Attributes:
+        momentum: Weight of the past in the moving average of a step's largest magnitude (over all
+            its micro-batches and ranks), in [0, 1).
+        freeze_at: Share of total_steps, in (0, 1], after which the scales stay as they are.
+    """
+
+    momentum: float = 0.9
+    freeze_at: float = 0.5
+
+    def validate(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        require(0 <= self.momentum < 1, "momentum must lie in [0, 1)", self.momentum)
+        require(0 < self.freeze_at <= 1, "freeze_at must lie in (0, 1]", self.freeze_at)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoQConfig(QuantSpec):
     """The whole configuration; every field has a default.
 
@@ -327,6 +356,7 @@ class MoQConfig(QuantSpec):
             (``model.layers.3``); a module in which it finds nothing is a block of its own.
         schedule: When widths fall.
         sensitivity: How layers are compared.
+        observer: How static scales of activations are found.
         seed: Key of stochastic rounding and of the sensitivity's random vectors, >= 0.
         master_dtype: Dtype of the full-precision values: ``float32``, or ``parameter`` for the
             model's own dtype (BF16 weights then hardly move at small learning rates).
@@ -341,6 +371,7 @@ class MoQConfig(QuantSpec):
     block_pattern: str = BLOCK_PATTERN
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
     seed: int = 0
     master_dtype: Literal["float32", "parameter"] = "float32"
 

@@ -138,6 +138,7 @@ def _convert_weight(
     name: str, parameter: QuantizedParameter, module_class: str
 ) -> tuple[StoredWeight, dict[str, torch.Tensor]]:
     """One weight matrix as a checkpoint stores it."""
+    module = name.rpartition(".")[0]
     dtype = parameter.simulated.dtype
     dense = parameter.num_bits > 8
     weight_format = DENSE if dense else INTEGER if parameter.activations else PACKED
@@ -166,6 +167,10 @@ def _convert_weight(
         tensors[f"{name}_scale"] = scales
         if weight_format == INTEGER:
             tensors[name] = codes
+            if parameter.input_scale is not None:
+                tensors[f"{module}.input_scale"] = torch.tensor(
+                    [parameter.input_scale], dtype=parameter.scale_dtype or dtype
+                )
             if zero_points is not None:
                 tensors[f"{name}_zero_point"] = zero_points
         else:
@@ -176,7 +181,7 @@ def _convert_weight(
                 packed = _C.pack_codes(zero_points.t(), stored_bits)
                 tensors[f"{name}_zero_point"] = packed.t().contiguous()
     stored = dict(
-        module=name.rpartition(".")[0],
+        module=module,
         module_class=module_class,
         format=weight_format,
         trained_bits=parameter.num_bits,

@@ -76,8 +76,9 @@ def _split(module: str) -> tuple[str, str]:
 
 
 def _cell(entry: dict[str, Any]) -> str:
-    """Trained width, marked where it is not the whole story: 8, 6→8, 8a (asymmetric), 2t (ternary),
-    1→2b (binary), 4g128.
+    """Trained width, marked where it is not the whole story: 8, 6→8, 4g128, 8a+A8 (INT8 inputs).
+
+    a: asymmetric, t: ternary, b: binary.
     """
     text = str(entry["trained_bits"])
     if entry["format"] != DENSE and entry["stored_bits"] != entry["trained_bits"]:
@@ -86,7 +87,7 @@ def _cell(entry: dict[str, Any]) -> str:
     if entry["granularity"] == "per_group":
         text += f"g{entry['group_size']}"
     if entry["activations"]:
-        text += "+A8"
+        text += "+A8" if entry["activations"] == "dynamic" else "+A8s"
     return text
 
 

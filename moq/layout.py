@@ -41,7 +41,8 @@ class StoredWeight(Strict):
         transposed: True if the module keeps its weight as [input features, output features]. Codes
             are stored [output features, input features] all the same.
         scale_dtype: dtype of the stored scales, as torch names it.
-        activations: None, or ``dynamic`` for INT8 activations with one scale per token.
+        activations: None, or INT8 activations: ``dynamic`` with one scale per token, or ``static``
+            with one scale.
         quantization_error: Frobenius norm of (master - simulated) over that of the master.
     """
 
@@ -56,7 +57,7 @@ class StoredWeight(Strict):
     shape: list[int]
     transposed: bool
     scale_dtype: Literal["float32", "float16", "bfloat16"]
-    activations: Literal["dynamic"] | None
+    activations: Literal["dynamic", "static"] | None
     quantization_error: float
 
     def validate(self) -> None:
@@ -78,6 +79,11 @@ class StoredWeight(Strict):
             len(self.shape) == 2 and min(self.shape) >= 0,
             "shape must be [output features, input features]",
             self.shape,
+        )
+        require(
+            (self.format == INTEGER) == (self.activations is not None),
+            f"format must be {INTEGER} when activations are INT8, and only then",
+            self.format,
         )
         side = {"per_group": "input", "per_rows": "output"}.get(self.granularity)
         features = self.shape[0 if side == "output" else 1]
@@ -128,6 +134,8 @@ class StoredWeight(Strict):
         tensors = {f"{weight}_scale": (float_dtype, [rows, self.num_groups])}
         if self.format == INTEGER:
             tensors[weight] = ("I8", [rows, columns])
+            if self.activations == "static":
+                tensors[f"{self.module}.input_scale"] = (float_dtype, [1])
             if not self.symmetric:
                 tensors[f"{weight}_zero_point"] = ("I8", [rows, self.num_groups])
         else:
@@ -215,13 +223,14 @@ def _config_group(group: list[StoredWeight]) -> dict[str, Any]:
     first = group[0]
     grouped = first.granularity == "per_group"
     activations = None
-    if first.activations == "dynamic":
+    if first.activations is not None:
+        dynamic = first.activations == "dynamic"
         activations = {
             "num_bits": 8,
             "type": "int",
             "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
+            "strategy": "token" if dynamic else "tensor",
+            "dynamic": dynamic,
         }
     return {
         "targets": sorted(weight.module for weight in group),

@@ -19,6 +19,7 @@ from moq.rules import MatchedParameter
 from moq.sharding import first_element, is_sharded, local_tensor, whole_tensor
 
 if TYPE_CHECKING:
+    from moq.activations import ActivationQuantizers
     from moq.quantized_parameter import QuantizedParameter
 
 
@@ -268,7 +269,7 @@ class Masters:
                 stacklevel=4,
             )
 
-    def export(self) -> list[QuantizedParameter]:
+    def export(self, activations: ActivationQuantizers) -> list[QuantizedParameter]:
         """Returns both values of every parameter, gathered from all ranks."""
         from moq.quantized_parameter import QuantizedParameter
 
@@ -292,6 +293,8 @@ class Masters:
                     granularity=m.granularity,
                     group_size=m.group_size,
                     scale=m.spec.scale,
+                    activations=activations.kind_of(m.name.rpartition(".")[0]),
+                    input_scale=activations.input_scale(m.name.rpartition(".")[0]),
                     transposed=m.transposed,
                     scale_dtype=m.parameter.dtype,
                 )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moq._C import Schedule
+from moq.activations import ActivationQuantizers
 from moq.blocks import (
     Blocks,
     assign_blocks,
@@ -115,9 +116,11 @@ class MoQOptimizer(OptimizerWrapper):
             )
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
+        self._activations = ActivationQuantizers(self.model, self.config.observer, total_steps)
         self._masters = Masters(matched, blocks, schedule, self.config, self.inner)
         self._masters.warn_if_simulated()
         self._masters.trainer.write_simulated()
+        self._activations.place(matched)
         self.param_groups[0][RECORD_KEY] = self._record().to_json()
         self._reporter = Reporter(verbose)
         self._reporter.start(matched, blocks.numbers, schedule)
@@ -161,6 +164,7 @@ class MoQOptimizer(OptimizerWrapper):
             schedule = extend_schedule(schedule, self.schedule(), self.steps)
             require_blends_end(matched, blocks, schedule)
             self._masters.extend(matched, blocks, schedule, self.steps)
+            self._activations.place(matched)
         except Exception:
             self.inner.param_groups.pop()
             raise
@@ -206,6 +210,7 @@ class MoQOptimizer(OptimizerWrapper):
             trainer.abandon_step()
             raise
         trainer.end_step(found_inf)
+        self._activations.update(trainer.step_on_device, found_inf)
         self._reporter.drops(trainer)
         self._scalars.after_step(self._masters)
         return loss
@@ -242,6 +247,7 @@ class MoQOptimizer(OptimizerWrapper):
         keep_weights = own_state and bool(self._masters.trainer.overwritten())
         self._masters.load(state_dict)
         self._masters.trainer.restore(schedule, record.step)
+        self._activations.load(record.activations)
         self._blank_state = record.blank_state
         self.history = record.history
         self._reporter.reported = record.step
@@ -295,12 +301,14 @@ class MoQOptimizer(OptimizerWrapper):
             raise RuntimeError("MoQOptimizer.full_precision: must not be nested")
         self._masters.catch_up()
         self._shows_masters = True
+        self._activations.enable(False)
         self._masters.trainer.write_masters()
         try:
             yield
         finally:
             self._masters.catch_up()
             self._shows_masters = False
+            self._activations.enable(True)
             self._masters.trainer.write_simulated()
 
     def probe(
@@ -379,7 +387,7 @@ class MoQOptimizer(OptimizerWrapper):
             RuntimeError: inside `full_precision`, or if a weight still blends with its master.
         """
         self._require_simulated("quantized_parameters")
-        return self._masters.export()
+        return self._masters.export(self._activations)
 
     def save(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes the run: model, masters, widths, schedule and measurements, without pickle.
@@ -473,4 +481,5 @@ class MoQOptimizer(OptimizerWrapper):
             schedule=self.schedule().state_dict(),
             history=self.history,
             blank_state=self._blank_state,
+            activations=self._activations.state(),
         )

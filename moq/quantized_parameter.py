@@ -22,8 +22,8 @@ class QuantizedParameter:
             shape of the parameter; the scales are computed from it.
         simulated: value on the integer grid that the model computes with, in the dtype and shape of
             the parameter.
-        num_bits: width that was trained, 2 to 16, or 1 if binary. Above 8 bits the simulated value is exported as
-            it is, without codes.
+        num_bits: width that was trained, 2 to 16, or 1 if binary. Above 8 bits the simulated value
+            is exported as it is, without codes.
         mode: ``symmetric``, ``asymmetric``, ``ternary`` or ``binary``.
         granularity: which elements share a scale: ``per_tensor``, ``per_channel`` (one scale per
             output feature), ``per_group`` (``group_size`` consecutive input features) or
@@ -34,7 +34,8 @@ class QuantizedParameter:
         scale_dtype: dtype that the scales were rounded to before codes were computed; None: the
             dtype of ``simulated``.
         activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
-            8-bit per-token activations (exported as W8A8).
+            8-bit per-token activations, ``static`` with one scale (both exported as W8A8).
+        input_scale: the scale of static activations, a number of ``scale_dtype``; otherwise None.
         scale: ``absmax`` or ``mse``: how the scales follow from the master.
     """
 
@@ -49,6 +50,7 @@ class QuantizedParameter:
     scale_dtype: torch.dtype | None = None
     activations: str | None = None
     scale: str = "absmax"
+    input_scale: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no grid or checkpoint can hold.
@@ -103,9 +105,23 @@ class QuantizedParameter:
             self.scale_dtype,
         )
         require(
-            self.activations in (None, "dynamic"),
-            "activations must be None or 'dynamic'",
+            self.activations in (None, "dynamic", "static"),
+            "activations must be None, 'dynamic' or 'static'",
             self.activations,
+        )
+        dtype = self.scale_dtype or self.simulated.dtype
+        exact = None if self.input_scale is None else torch.tensor(self.input_scale).double()
+        require(
+            (exact is None and self.activations != "static")
+            or (
+                exact is not None
+                and self.activations == "static"
+                and bool(exact >= torch.finfo(dtype).tiny)
+                and bool(exact.to(dtype).double() == exact)
+            ),
+            f"input_scale must be a positive normal number of {dtype} if activations are static, "
+            "otherwise None",
+            self.input_scale,
         )
 
     @property

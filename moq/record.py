@@ -30,6 +30,7 @@ class Record:
         history: Every measurement: step, measure, values per block, cost.
         blank_state: True if the inner optimizer has made no step: its state is only a form that
             loading fills in.
+        activations: Moving averages of static activations, by name of the layer.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Record:
     schedule: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     blank_state: bool = False
+    activations: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the record as it stands in the first param group."""

@@ -121,6 +121,8 @@ def _grid_words(matched: MatchedParameter) -> str:
         words.append(spec.scale)
     if spec.rounding != "nearest":
         words.append(spec.rounding)
+    if spec.activations != "none":
+        words.append(f"{spec.activations} INT8 inputs")
     if spec.blend_steps:
         words.append(f"blend {spec.blend_steps} steps")
     return ", ".join(words)

@@ -287,6 +287,11 @@ def _checked(
         "sparse=True",
     )
     require(
+        spec.activations == "none" or candidate.kind != "embedding",
+        "activations must be 'none': an embedding reads token ids",
+        repr(spec.activations),
+    )
+    require(
         matched.can_have_groups,
         f"groups must divide its {matched.out_features} output features, or be a multiple of them "
         f"whose quotient divides its {matched.in_features} input features: no checkpoint has a "

@@ -40,6 +40,7 @@ class _Entry(Strict):
     transposed: bool
     activations: str | None
     scale: str
+    input_scale: float | None
     scale_dtype: Literal["float32", "float16", "bfloat16"]
 
 

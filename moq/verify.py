@@ -219,9 +219,13 @@ def _off_grid(checkpoint: _C.Checkpoint, weight: StoredWeight) -> list[str]:
                     f"{weight.qmax}], got [{lowest}, {highest}]"
                 )
     tiny = 2.0**-14 if weight.scale_dtype == "float16" else 2.0**-126
-    exact = scales.double()
-    if not bool((torch.isfinite(exact) & (exact >= tiny)).all()):
-        problems.append(f"weight_scale: expected finite scales >= {tiny:g}, got others")
+    stored = {"weight_scale": scales}
+    if weight.activations == "static":
+        stored["input_scale"] = checkpoint.read(f"{weight.module}.input_scale")
+    for what, values in stored.items():
+        exact = values.double()
+        if not bool((torch.isfinite(exact) & (exact >= tiny)).all()):
+            problems.append(f"{what}: expected finite scales >= {tiny:g}, got others")
     if f"{weight.module}.weight_shape" in checkpoint:
         shape = checkpoint.read(f"{weight.module}.weight_shape").tolist()
         if shape != weight.shape:

@@ -292,6 +292,7 @@ void CpuTransformer::project(const float* input, const Linear& linear, float* ou
                .bias = linear.bias_or_null(),
                .activation = activation,
                .input_mode = linear.input_mode,
+               .input_scale = linear.input_scale,
                .output = output,
                .output_stride = shape.n});
 }
@@ -310,6 +311,7 @@ void CpuTransformer::project_and_add(const float* input, const Linear& linear) {
                .residual = root ? x : nullptr,
                .residual_stride = root ? shape.n : 0,
                .input_mode = linear.input_mode,
+               .input_scale = linear.input_scale,
                .input_absmax = shared_absmax(input, linear),
                .output = x,
                .output_stride = shape.n});

@@ -134,11 +134,14 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
 
 std::string Engine::activations() const {
   const auto& layers = model_->weights().layers;
-  const bool dynamic = std::any_of(layers.begin(), layers.end(), [](const Layer& layer) {
-    return layer.up.input_mode == kernels::InputMode::kDynamicInt8 ||
-           layer.qkv.input_mode == kernels::InputMode::kDynamicInt8;
-  });
-  return dynamic ? "dynamic" : "weight_only";
+  const auto some_read = [&](kernels::InputMode mode) {
+    return std::any_of(layers.begin(), layers.end(), [&](const Layer& layer) {
+      return layer.up.input_mode == mode || layer.qkv.input_mode == mode;
+    });
+  };
+  return some_read(kernels::InputMode::kDynamicInt8)  ? "dynamic"
+         : some_read(kernels::InputMode::kStaticInt8) ? "static"
+                                                      : "weight_only";
 }
 
 std::string Engine::weight_format() const {

@@ -88,25 +88,51 @@ kernels::LinearShape shape_of(const Slices& slices, Range cols, const PackOption
   return shape;
 }
 
+/// Scale of a module's static activations.
+float input_scale_of(const checkpoint::Checkpoint& files, const std::string& module) {
+  const checkpoint::TensorInfo& tensor = files.at(module + ".input_scale");
+  const bool one = std::ranges::all_of(tensor.shape, [](std::int64_t size) { return size == 1; });
+  MOQ_CHECK(one, files.directory().string(), ": ", tensor.name, " must hold one scale, got ",
+            tensor.shape.size(), " dimensions that do not");
+  const float scale = read_floats(files, tensor, {0, 1}).front();
+  MOQ_CHECK(exists(grid_of_scale(scale, 8)), files.directory().string(), ": ", tensor.name,
+            " must be finite and >= ", min_scale(DType::kFloat32), ", got ", scale);
+  return scale;
+}
+
 /// How the projection reads its input: as the caller asked, or as all of its parts were trained.
-kernels::InputMode input_mode_of(const Slices& slices, const kernels::LinearShape& shape,
-                                 const PackOptions& options) {
+void choose_input(Linear& linear, const checkpoint::Checkpoint& files, const Slices& slices,
+                  const kernels::LinearShape& shape, const PackOptions& options) {
   if (!kernels::is_integer(shape.format)) {
-    return kernels::InputMode::kFloat32;
+    return;
+  }
+  if (options.dynamic_activations) {
+    linear.input_mode = kernels::InputMode::kDynamicInt8;
+    return;
   }
   const auto trained = [&](const RowSlice& slice) {
-    return slice.source->quantized() && options.quantization.reads_int8(slice.source->name());
+    return slice.source->quantized() ? options.quantization.input_of(slice.source->name())
+                                     : InputActivations::kFloats;
   };
-  bool dynamic = options.dynamic_activations;
-  if (!dynamic) {
-    dynamic = trained(slices.front());
+  const InputActivations kind = trained(slices.front());
+  for (const RowSlice& slice : slices) {
+    MOQ_CHECK(trained(slice) == kind,
+              "weights: projections that are computed together must agree on INT8 activations, ",
+              "got ", slices.front().source->name(), " and ", slice.source->name());
+  }
+  if (kind == InputActivations::kDynamicInt8) {
+    linear.input_mode = kernels::InputMode::kDynamicInt8;
+  } else if (kind == InputActivations::kStaticInt8) {
+    linear.input_mode = kernels::InputMode::kStaticInt8;
+    linear.input_scale = input_scale_of(files, slices.front().source->name());
     for (const RowSlice& slice : slices) {
-      MOQ_CHECK(trained(slice) == dynamic,
-                "weights: projections that are computed together must agree on INT8 activations, ",
-                "got ", slices.front().source->name(), " and ", slice.source->name());
+      const float scale = input_scale_of(files, slice.source->name());
+      MOQ_CHECK(scale == linear.input_scale,
+                "weights: projections that are computed together must share one input_scale, got ",
+                linear.input_scale, " of ", slices.front().source->name(), " and ", scale, " of ",
+                slice.source->name());
     }
   }
-  return dynamic ? kernels::InputMode::kDynamicInt8 : kernels::InputMode::kFloat32;
 }
 
 /// Rows of `width` elements in a new order: row order[i] becomes row i.
@@ -215,7 +241,7 @@ Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSl
     reorder_rows(zero_points, static_cast<std::size_t>(per_row), order);
     reorder_rows(linear.bias, 1, order);
   }
-  linear.input_mode = input_mode_of(slices, shape, options);
+  choose_input(linear, files, slices, shape, options);
   linear.stored = options.pack(weight);
   return linear;
 }

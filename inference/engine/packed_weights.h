@@ -49,6 +49,7 @@ struct Linear {
   StoredWeight stored;
   std::vector<float> bias;  ///< [n], or empty
   kernels::InputMode input_mode = kernels::InputMode::kFloat32;
+  float input_scale = 0.0F;  ///< of kStaticInt8
 
   const kernels::PackedLinear& weight() const { return stored.weight; }
   const kernels::LinearShape& shape() const { return stored.weight.shape; }
@@ -64,7 +65,7 @@ struct RowSlice {
 
 /// How weights of a checkpoint become packed ones.
 struct PackOptions {
-  const QuantizationConfig& quantization;  ///< which quantized weights read INT8 activations
+  const QuantizationConfig& quantization;  ///< how quantized weights read their input
   std::optional<kernels::WeightFormat> floats = std::nullopt;  ///< floats of it; nullopt: as stored
   bool quantize = false;             ///< floats become INT8 codes, one scale a row
   bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
@@ -77,7 +78,7 @@ struct PackOptions {
 /// read, except where columns are split and the scales are yet to be computed: a scale needs its
 /// whole row.
 /// @throws moq::Error naming the tensor for numbers that are not finite or don't fit their format,
-///         or if the slices disagree on INT8 activations
+///         or if the slices disagree on how they read their input
 Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSlice>& slices,
                     Range cols, std::span<const std::int64_t> order, const PackOptions& options);
 

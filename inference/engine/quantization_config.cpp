@@ -60,24 +60,32 @@ void QuantizationConfig::read_group(const std::string& name, const Json& group) 
   if (const Json* weights = find_set(group, "weights")) {
     check_value(*weights, where + ".weights", "type", "int", true);
   }
-  const Json* input = find_set(group, "input_activations");
-  if (input != nullptr) {
+  auto kind = InputActivations::kFloats;
+  if (const Json* input = find_set(group, "input_activations")) {
     const std::string at = where + ".input_activations";
     check_value(*input, at, "num_bits", 8, true);
     check_value(*input, at, "type", "int", true);
     check_value(*input, at, "symmetric", true, true);
-    check_value(*input, at, "strategy", "token", false);
-    check_value(*input, at, "dynamic", true, false);
+    const Json* strategy = input->find("strategy");
+    const bool is_static = strategy != nullptr && strategy->dump() == R"("tensor")";
+    kind = is_static ? InputActivations::kStaticInt8 : InputActivations::kDynamicInt8;
+    if (is_static) {
+      check_value(*input, at, "dynamic", false, true);
+    } else {
+      check_value(*input, at, "strategy", "token", false);
+      check_value(*input, at, "dynamic", true, false);
+    }
   }
-  (input != nullptr ? some_read_int8_ : some_read_floats_) = true;
+  differ_ = differ_ || first_.value_or(kind) != kind;
+  first_ = first_.value_or(kind);
   for (const Json& target : group.at("targets", where).as_array(where + ".targets")) {
-    by_module_[target.as_string(where + ".targets")] = input != nullptr;
+    by_module_[target.as_string(where + ".targets")] = kind;
   }
 }
 
-bool QuantizationConfig::reads_int8(const std::string& module) const {
-  if (!some_read_int8_ || !some_read_floats_) {
-    return some_read_int8_;
+InputActivations QuantizationConfig::input_of(const std::string& module) const {
+  if (!differ_) {
+    return first_.value_or(InputActivations::kFloats);
   }
   const auto found = by_module_.find(module);
   MOQ_CHECK(found != by_module_.end(), kWhere,

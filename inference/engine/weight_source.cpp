@@ -172,7 +172,8 @@ void WeightSource::open_scales() {
 
 std::vector<std::string> WeightSource::tensor_names() const {
   std::vector<std::string> names;
-  for (const TensorInfo* tensor : {weight_, scale_, zero_point_, shape_}) {
+  const TensorInfo* input_scale = quantized() ? checkpoint_->find(name_ + ".input_scale") : nullptr;
+  for (const TensorInfo* tensor : {weight_, scale_, zero_point_, shape_, input_scale}) {
     if (tensor != nullptr) {
       names.push_back(tensor->name);
     }

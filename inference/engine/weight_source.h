@@ -57,7 +57,7 @@ class WeightSource {
   bool asymmetric() const { return zero_point_ != nullptr; }
   /// Of a plain weight's elements, or of a quantized one's scales.
   DType dtype() const { return dtype_; }
-  /// Names of the tensors it consists of.
+  /// Names of the tensors it consists of, the scale of its input among them.
   std::vector<std::string> tensor_names() const;
   /// Bytes of a plain weight in Linear layout, row-major; null for any other form.
   const std::byte* plain_rows() const;

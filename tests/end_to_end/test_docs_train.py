@@ -14,7 +14,7 @@ from moq.cli import main
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-(YAML,) = [text for language, text in BLOCKS if language == "yaml"]
+YAML, ACTIVATIONS = [text for language, text in BLOCKS if language == "yaml"]
 (COMMANDS,) = [text for language, text in BLOCKS if language == ""]
 
 
@@ -77,6 +77,16 @@ def test_the_configuration_means_what_the_page_says(names):
     assert not any("layers.0." in name or "lm_head" in name for name in quantized)
     assert config.rules[0].group_size == 64
     assert config.rules[1].schedule == moq.Timing(finish_at=0.9)
+
+
+def test_activations_are_placed_by_a_rule(names):
+    Path("moq.yaml").write_text(ACTIVATIONS)
+    optimizer = wrapped(names)
+    placed = [name for name, m in names["model"].named_modules() if hasattr(m, "input_quantizer")]
+    assert len(placed) == 9
+    assert all(".mlp." in name for name in placed)
+    exec(block_with("optimizer.probe("), names)
+    assert optimizer.config.observer == moq.config.ObserverConfig(momentum=0.9, freeze_at=0.5)
 
 
 def test_the_command_shows_and_draws_the_schedule(names, capsys):

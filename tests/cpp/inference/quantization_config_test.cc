@@ -15,6 +15,9 @@ using checkpoint::Json;
 constexpr const char* kDynamic =
     R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})";
 
+constexpr const char* kStatic =
+    R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false})";
+
 QuantizationConfig parse(const std::string& members) {
   const std::string text =
       R"({"quantization_config": {"quant_method": "compressed-tensors", )" + members + "}}";
@@ -27,22 +30,24 @@ std::string groups(const std::string& first, const std::string& second) {
 }
 
 TEST(QuantizationConfig, ReadsFloatsWithoutAny) {
-  EXPECT_FALSE(QuantizationConfig::parse(Json::parse("{}", "config.json")).reads_int8("a"));
+  EXPECT_EQ(QuantizationConfig::parse(Json::parse("{}", "config.json")).input_of("a"),
+            InputActivations::kFloats);
   const Json null = Json::parse(R"({"quantization_config": null})", "config.json");
-  EXPECT_FALSE(QuantizationConfig::parse(null).reads_int8("a"));
+  EXPECT_EQ(QuantizationConfig::parse(null).input_of("a"), InputActivations::kFloats);
 }
 
 TEST(QuantizationConfig, NeedsNoNamesWhereAllGroupsAgree) {
-  EXPECT_TRUE(parse(groups(kDynamic, kDynamic)).reads_int8("unnamed"));
-  EXPECT_FALSE(parse(groups("null", "null")).reads_int8("unnamed"));
+  EXPECT_EQ(parse(groups(kDynamic, kDynamic)).input_of("unnamed"), InputActivations::kDynamicInt8);
+  EXPECT_EQ(parse(groups(kStatic, kStatic)).input_of("unnamed"), InputActivations::kStaticInt8);
+  EXPECT_EQ(parse(groups("null", "null")).input_of("unnamed"), InputActivations::kFloats);
 }
 
 TEST(QuantizationConfig, AsksTheGroupThatNamesTheModuleWhereTheyDiffer) {
-  const QuantizationConfig config = parse(groups(kDynamic, "null"));
-  EXPECT_TRUE(config.reads_int8("a"));
-  EXPECT_TRUE(config.reads_int8("b"));
-  EXPECT_FALSE(config.reads_int8("c"));
-  EXPECT_NE(error_of([&] { config.reads_int8("d"); }).find("got none that names d"),
+  const QuantizationConfig config = parse(groups(kDynamic, kStatic));
+  EXPECT_EQ(config.input_of("a"), InputActivations::kDynamicInt8);
+  EXPECT_EQ(config.input_of("b"), InputActivations::kDynamicInt8);
+  EXPECT_EQ(config.input_of("c"), InputActivations::kStaticInt8);
+  EXPECT_NE(error_of([&] { config.input_of("d"); }).find("got none that names d"),
             std::string::npos);
 }
 
@@ -89,7 +94,7 @@ INSTANTIATE_TEST_SUITE_P(
                 with_input(R"({"symmetric": false, "strategy": "token", "dynamic": true})"),
                 "group_0.input_activations.symmetric must be true"},
         Refusal{"tensor", with_input(R"({"strategy": "tensor", "dynamic": true})"),
-                "group_0.input_activations.strategy must be \"token\""},
+                "group_0.input_activations.dynamic must be false"},
         Refusal{"no_strategy", with_input(R"({"dynamic": true})"),
                 "strategy must be \"token\" for the engine to compute this model, got none"},
         Refusal{"static", with_input(R"({"strategy": "token", "dynamic": false})"),

@@ -128,6 +128,71 @@ def check_one_scale_over_all_shards_is_refused() -> None:
         raise AssertionError("per_tensor over shards was accepted")
 
 
+def check_binary_and_searched_grids() -> None:
+    falling = {key: value for key, value in FALLING.items() if key != "rounding"}
+    train_both(falling | {"mode": "binary", "target_bits": 1})
+    train_both(FALLING | {"scale": "mse"})
+
+
+def check_groups_of_whole_output_features() -> None:
+    def build() -> Decoder:
+        torch.manual_seed(0)
+        return Decoder(hidden=12, intermediate=20)
+
+    config = FALLING | {"granularity": "per_group", "groups": 4}
+    model, reference = build(), build()
+    fully_shard(model)
+    optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
+    assert optimizer._masters.matched[0].granularity == "per_rows"
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+        train_step(reference, expected, step)
+        require_same_weights(model, reference)
+    model = build()
+    fully_shard(model)
+    try:
+        wrap(model, config | {"groups": 3, "rules": [{"match": "*_proj", "groups": 2}]}, STEPS)
+    except ValueError as error:
+        raise AssertionError("two groups of halves were refused") from error
+    if dist.get_world_size() == 1:
+        return
+    model = build()
+    fully_shard(model)
+    up = {"match": "re:.*(gate|up)_proj", "granularity": "per_channel"}
+    try:
+        wrap(model, config | {"groups": 3, "rules": [up]}, STEPS)
+    except ValueError as error:
+        assert "must split into equal shards of whole groups of the 4" in str(error), error
+    else:
+        raise AssertionError("a group over two ranks was accepted")
+
+
+def check_static_scales_see_the_batches_of_all_ranks() -> None:
+    config = FALLING | {"activations": "static", "observer": {"momentum": 0.5}}
+    model = nn.parallel.DistributedDataParallel(whole_decoder())
+    optimizer = wrap(model, config, STEPS)
+    for step in range(2):
+        train_step(model, optimizer, step + 100 * dist.get_rank())
+    averages = optimizer._activations.state()
+    assert all(value > 0 for value in averages.values())
+    everywhere: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, averages)
+    assert all(other == averages for other in everywhere)
+    torch.manual_seed(0)
+    alone = whole_decoder()
+    single = wrap(alone, config, STEPS)
+    for rank in range(dist.get_world_size()):  # all batches of the first step as micro-batches
+        loss_of(alone, batch(100 * rank)).backward()
+    first = {name: float(q.seen) for name, q in single._activations.by_name.items()}
+    fresh = nn.parallel.DistributedDataParallel(whole_decoder())
+    again = wrap(fresh, config, STEPS)
+    train_step(fresh, again, 100 * dist.get_rank())
+    found = again._activations.state()
+    for name in first:
+        if name.startswith("layers.0.") and "down" not in name:
+            assert found[name] == first[name], name
+
+
 def conv1d_model() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 

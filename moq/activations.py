@@ -1,0 +1,189 @@
+"""INT8 activations in training: the inputs of the layers that the rules choose, as served later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moq.config import ObserverConfig
+from moq.rules import MatchedParameter, plain_name
+
+#: Name under which a layer holds the quantizer of its input.
+ATTRIBUTE = "input_quantizer"
+QMAX = 127
+
+
+def static_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Step size [1], float32, that stands for codes up to 127 of `absmax`.
+
+    Rounded to the dtype in which a checkpoint stores it, before any code is computed.
+    """
+    limits = torch.finfo(dtype)
+    stored = (absmax / QMAX).to(dtype).clamp(limits.tiny, limits.max)
+    return stored.float()
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds what it is given to symmetric INT8 by the operator that the INT8 kernels share.
+
+    The gradient passes straight through, but to elements that a static scale clips.
+
+    Args:
+        kind: ``dynamic`` (one scale a token) or ``static`` (one scale, from the magnitudes seen).
+        dtype: In which a checkpoint stores a static scale.
+        device: Of the layer.
+    """
+
+    def __init__(self, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Has seen nothing yet: until the first update, a batch is its own measure."""
+        super().__init__()
+        self.kind = kind
+        self.dtype = dtype
+        self.enabled = True
+        if kind == "static":
+            for name in ("absmax", "seen"):
+                zero = torch.zeros(1, dtype=torch.float32, device=device)
+                self.register_buffer(name, zero, persistent=False)
+
+    absmax: torch.Tensor
+    """[1]: moving average of the largest magnitude of a step; 0 before the first."""
+    seen: torch.Tensor
+    """[1]: largest magnitude since the last update."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x on its grid; in training a static quantizer also takes its measure."""
+        if not self.enabled:
+            return x
+        if self.kind == "dynamic":
+            rounded: torch.Tensor = torch.ops.moq.fake_quantize_activation(x)
+            return rounded
+        with torch.no_grad():
+            own = x.detach().abs().amax().float().reshape(1) if x.numel() else self.seen
+            if self.training:
+                self.seen.copy_(torch.maximum(self.seen, own))
+            largest = torch.where(self.absmax > 0, self.absmax, own)
+            scale = static_scale(largest, self.dtype)
+        rounded = torch.ops.moq.fake_quantize_activation(x, scale)
+        return rounded
+
+    def extra_repr(self) -> str:
+        """Says which kind it is."""
+        return self.kind
+
+
+class ActivationQuantizers:
+    """The quantizers of a model's activations, placed by the rules, and their observers.
+
+    Args:
+        model: The model, unwrapped.
+        config: How static scales follow what is seen.
+        total_steps: Optimizer steps of the whole training.
+    """
+
+    def __init__(self, model: nn.Module, config: ObserverConfig, total_steps: int) -> None:
+        """Places nothing yet."""
+        self.model = model
+        self.config = config
+        self.freeze_step = int(config.freeze_at * total_steps + 1e-6)
+        self.by_name: dict[str, ActivationQuantizer] = {}
+
+    def place(self, matched: Sequence[MatchedParameter]) -> None:
+        """Puts a quantizer before every layer whose rule asks for one and that has none yet."""
+        kinds = {id(m.parameter): m for m in matched if m.spec.activations != "none"}
+        for name, module in self.model.named_modules():
+            m = kinds.get(id(module._parameters.get("weight")))
+            if m is None or ATTRIBUTE in module._modules:
+                continue
+            parameter = m.parameter
+            quantizer = ActivationQuantizer(m.spec.activations, parameter.dtype, parameter.device)
+            quantizer.train(module.training)
+            module.add_module(ATTRIBUTE, quantizer)
+            module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+            self.by_name[plain_name(name)] = quantizer
+
+    def enable(self, enabled: bool) -> None:
+        """Switches all of them on or off."""
+        for quantizer in self.by_name.values():
+            quantizer.enabled = enabled
+
+    def _static(self) -> dict[str, ActivationQuantizer]:
+        return {name: q for name, q in self.by_name.items() if q.kind == "static"}
+
+    @torch.no_grad()
+    def update(self, step: torch.Tensor, found_inf: torch.Tensor | None) -> None:
+        """Moves the averages on by what was seen since the last step, on all ranks alike.
+
+        Nothing moves after the step at which they freeze, nor in a step that was skipped. Waits for
+        no device.
+
+        Args:
+            step: Completed optimizer steps, [1], on a device.
+            found_inf: Non-zero if this step was skipped; None: it was not.
+        """
+        static = list(self._static().values())
+        if not static:
+            return
+        device = step.device
+        seen = torch.cat([q.seen.to(device) for q in static])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        old = torch.cat([q.absmax.to(device) for q in static])
+        momentum = self.config.momentum
+        average = torch.where(old > 0, momentum * old + (1 - momentum) * seen, seen)
+        moves = (seen > 0) & seen.isfinite() & (step <= self.freeze_step)
+        if found_inf is not None:
+            moves &= found_inf.to(device).eq(0)
+        new = torch.where(moves, average, old)
+        torch._foreach_copy_([q.absmax for q in static], list(torch.split(new, 1)))
+        torch._foreach_zero_([q.seen for q in static])
+
+    def state(self) -> dict[str, float]:
+        """Returns the averages by name of the layer; waits for the device."""
+        static = self._static()
+        if not static:
+            return {}
+        values = torch.cat([q.absmax.cpu() for q in static.values()]).tolist()
+        return dict(zip(static, values, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: dict[str, float]) -> None:
+        """Continues with the averages that `state` returned."""
+        for name, quantizer in self._static().items():
+            quantizer.absmax.fill_(state.get(name, 0.0))
+            quantizer.seen.zero_()
+
+    def kind_of(self, module: str) -> str | None:
+        """Returns ``dynamic``, ``static`` or None for the layer of that name."""
+        quantizer = self.by_name.get(module)
+        return quantizer.kind if quantizer else None
+
+    def input_scale(self, module: str) -> float | None:
+        """Returns the static scale of a layer's input, or None if it has none.
+
+        Raises:
+            RuntimeError: naming the layer, if its quantizer has seen nothing.
+        """
+        quantizer = self._static().get(module)
+        if quantizer is None:
+            return None
+        if not bool(quantizer.absmax > 0):
+            raise RuntimeError(
+                f"MoQOptimizer: {module}: a static scale of activations must have seen inputs "
+                "other than 0, got none: export after a training step that runs the layer"
+            )
+        return float(static_scale(quantizer.absmax, quantizer.dtype))
+
+
+def _quantize_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook of a layer: its first argument, quantized."""
+    quantizer: Any = module._modules[ATTRIBUTE]
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, kwargs | {name: quantizer(kwargs[name])}

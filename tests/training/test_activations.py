@@ -1,0 +1,300 @@
+"""INT8 activations: where rules place them, what they compute, and what is served of them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import batch, loss_of, train_step, wrap
+from reference import quantize as reference
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from moq.activations import ActivationQuantizer, static_scale  # noqa: E402
+from moq.saved_run import load_run  # noqa: E402
+from moq.verify import verify_checkpoint  # noqa: E402
+
+STEPS = 8
+W8 = {"start_bits": 8, "target_bits": 8}
+KINDS = ["dynamic", "static"]
+
+
+def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    return {
+        name.removesuffix(".input_quantizer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+def test_rules_place_them(decoder):
+    rules = [
+        {"match": "*.down_proj", "activations": "dynamic"},
+        {"match": "*.up_proj", "activations": "static"},
+        {"match": "*.gate_proj", "activations": "static"},
+    ]
+    model = decoder()
+    wrap(model, W8 | {"rules": rules})
+    assert {name: q.kind for name, q in quantizers(model).items()} == {
+        f"layers.{layer}.{part}": kind
+        for layer in (0, 1)
+        for part, kind in (("up_proj", "static"), ("gate_proj", "static"), ("down_proj", "dynamic"))
+    }
+
+
+def test_the_models_own_state_knows_nothing_of_them(decoder):
+    model = decoder()
+    keys = list(model.state_dict())
+    wrap(model, W8 | {"activations": "static"})
+    assert list(model.state_dict()) == keys
+
+
+def test_embeddings_cannot_have_them(decoder):
+    rule = {"match": "embedding", "activations": "dynamic"}
+    with pytest.raises(ValueError, match=r"embedding\.weight .*: activations must be 'none'"):
+        wrap(decoder(), W8 | {"rules": [rule]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_multiplies_the_points_of_the_grid(kind, keyword, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 4).to(dtype)
+    wrap(layer, W8 | {"activations": kind})
+    x = torch.randn(3, 5, 16, dtype=dtype)
+    scale = None
+    if kind == "static":  # the first batch is its own measure
+        scale = (x.abs().max().float() / 127).to(dtype).float().reshape(1)
+    rounded = reference.fake_quantize_activation(x, scale)
+    expected = nn.functional.linear(rounded, layer.weight, layer.bias)
+    found = layer(input=x) if keyword else layer(x)
+    assert torch.equal(found, expected)
+
+
+def test_the_int8_kernel_multiplies_the_same_codes():
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 8, bias=False)
+    optimizer = wrap(layer, W8 | {"activations": "static"})
+    x = torch.randn(6, 32)
+    layer(x).sum().backward()
+    optimizer.step()
+    layer.eval()
+    scale = optimizer.quantized_parameters()[0].input_scale
+    master = optimizer.state[layer.weight]["moq_master"].detach()
+    codes, scales, _ = torch.ops.moq.quantize(master, 8)
+    packed = torch.ops.moq.pack_linear(codes, scales)
+    served = torch.ops.moq.linear(x, packed, 8, input_mode="static_int8", input_scale=scale)
+    torch.testing.assert_close(served, layer(x).detach())
+
+
+def test_the_gradient_passes_but_where_a_static_scale_clips():
+    layer = nn.Linear(4, 1, bias=False)
+    optimizer = wrap(layer, W8 | {"activations": "static"}, lr=0.0)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    x = torch.tensor([[0.5, -0.25, 3.0, -1.5]], requires_grad=True)
+    layer(x).sum().backward()
+    weight = layer.weight.detach()
+    assert torch.equal(x.grad, weight * torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+
+
+# ------------------------------------------------------------------------------- the observer
+
+
+@pytest.fixture
+def observed():
+    layer = nn.Linear(4, 2)
+    observer = {"momentum": 0.75, "freeze_at": 0.5}
+    return layer, wrap(layer, W8 | {"activations": "static", "observer": observer}, STEPS)
+
+
+def average_of(layer: nn.Module) -> float:
+    return float(layer.input_quantizer.absmax)
+
+
+def step_over(layer, optimizer, *largest: float) -> float:
+    for value in largest:
+        layer(torch.full((2, 4), value)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return average_of(layer)
+
+
+def test_the_average_follows_the_largest_magnitude_of_each_step_until_it_freezes(observed):
+    layer, optimizer = observed
+    assert step_over(layer, optimizer, -8.0) == 8.0
+    assert step_over(layer, optimizer, 1.0, -4.0, 2.0) == 0.75 * 8 + 0.25 * 4
+    assert step_over(layer, optimizer, 0.0) == 7.0  # nothing was seen
+    assert step_over(layer, optimizer, 3.0) == 6.0  # step 4, the last at freeze_at 0.5 of 8
+    assert step_over(layer, optimizer, 100.0) == 6.0
+    scale = optimizer.quantized_parameters()[0].input_scale
+    assert scale == float(torch.tensor(6.0) / 127)
+
+
+def test_evaluation_is_not_observed(observed):
+    layer, optimizer = observed
+    step_over(layer, optimizer, 2.0)
+    layer.eval()
+    layer(torch.full((2, 4), 50.0))
+    layer.train()
+    assert step_over(layer, optimizer, 2.0) == 2.0
+
+
+def test_a_step_with_an_overflow_is_not_observed(observed):
+    layer, optimizer = observed
+    step_over(layer, optimizer, 2.0)
+    layer(torch.full((2, 4), 50.0))
+    optimizer._activations.update(torch.tensor([2]), torch.tensor(1.0))
+    assert average_of(layer) == 2.0
+    layer(torch.full((2, 4), float("inf")))
+    optimizer._activations.update(torch.tensor([2]), None)
+    assert average_of(layer) == 2.0
+
+
+def test_full_precision_shows_the_activations_too(decoder):
+    model = decoder()
+    plain = copy.deepcopy(model)
+    optimizer = wrap(model, W8 | {"activations": "dynamic", "target_bits": 4})
+    with optimizer.full_precision():
+        assert torch.equal(model(batch(0)), plain(batch(0)))
+    assert not torch.equal(model(batch(0)), plain(batch(0)))
+
+
+def test_a_static_scale_that_saw_nothing_is_not_exported(observed):
+    with pytest.raises(RuntimeError, match="must have seen inputs other than 0, got none"):
+        observed[1].quantized_parameters()
+
+
+def test_a_scale_is_a_number_of_the_dtype_that_stores_it():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        scale = static_scale(torch.tensor([3.3]), dtype)
+        assert scale.dtype == torch.float32
+        assert torch.equal(scale, scale.to(dtype).float())
+    assert float(static_scale(torch.tensor([1e-9]), torch.float16)) == 2.0**-14
+
+
+@pytest.mark.parametrize(
+    ("observer", "message"),
+    [
+        ({"momentum": 1.0}, r"config\.observer\.momentum must lie in \[0, 1\), got 1.0"),
+        ({"freeze_at": 0.0}, r"config\.observer\.freeze_at must lie in \(0, 1\], got 0.0"),
+        ({"freeze": 0.5}, r"did you mean 'freeze_at'"),
+    ],
+)
+def test_an_observer_out_of_range_is_refused(observer, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        wrap(nn.Linear(4, 2), W8 | {"observer": observer})
+
+
+# ---------------------------------------------------------------------- training, saving, serving
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_continues_bit_for_bit(decoder, kind):
+    config = {
+        "start_bits": 9,
+        "activations": kind,
+        "rounding": "stochastic",
+        "observer": {"freeze_at": 0.6},
+        "schedule": {"finish_at": 0.75},
+    }
+    straight, resumed = decoder(), decoder()
+    optimizer, first = wrap(straight, config, STEPS), wrap(resumed, config, STEPS)
+    for step in range(3):
+        train_step(straight, optimizer, step)
+        train_step(resumed, first, step)
+    saved = json.loads(json.dumps(first.state_dict()["param_groups"][0]["moq"]))
+    assert isinstance(saved, str)
+    model = decoder()
+    second = wrap(model, config, STEPS)
+    model.load_state_dict(resumed.state_dict())
+    second.load_state_dict(first.state_dict())
+    for step in range(3, STEPS):
+        assert train_step(straight, optimizer, step) == train_step(model, second, step)
+    for a, b in zip(quantizers(straight).values(), quantizers(model).values(), strict=True):
+        assert kind == "dynamic" or torch.equal(a.absmax, b.absmax)
+    for a, b in zip(straight.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_computes_the_same(decoder, kind):
+    from torch.utils.checkpoint import checkpoint
+
+    models = [decoder(), decoder()]
+    for model in models:
+        wrap(model, W8 | {"activations": kind})
+    tokens = batch(0)
+    loss_of(models[0], tokens).backward()
+    for layer in models[1].layers:
+        inner = layer.forward
+        layer.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
+    loss_of(models[1], tokens).backward()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiling_does_not_compile_again_at_a_drop(decoder, kind):
+    from torch._dynamo.testing import CompileCounter
+
+    model = decoder()
+    optimizer = wrap(model, {"start_bits": 9, "target_bits": 5, "activations": kind}, STEPS)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(STEPS):
+        loss_of(compiled, batch(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_answers_as_the_trained_model(tmp_path, kind):
+    model = tiny_llama()
+    optimizer = wrap(model, W8 | {"activations": kind}, STEPS)
+    for step in range(3):
+        loss = model(batch(step), labels=batch(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.export(tmp_path / "out")
+    checks = verify_checkpoint(tmp_path / "out")
+    assert all(check.passed for check in checks), checks
+    group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    activations = group["config_groups"]["group_0"]["input_activations"]
+    assert activations["strategy"] == ("token" if kind == "dynamic" else "tensor")
+    assert activations["dynamic"] == (kind == "dynamic")
+    optimizer.save(tmp_path / "run")
+    for mine, theirs in zip(
+        optimizer.quantized_parameters(), load_run(tmp_path / "run").quantized, strict=True
+    ):
+        assert (mine.activations, mine.input_scale) == (theirs.activations, theirs.input_scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_the_checkpoint_as_the_trained_model(tmp_path, kind):
+    pytest.importorskip("compressed_tensors")
+    model = tiny_llama()
+    optimizer = wrap(model, W8 | {"activations": kind}, STEPS)
+    model(batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    optimizer.export(tmp_path / "out")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    model.eval()
+    with torch.no_grad():
+        found, expected = read(batch(1)).logits, model(batch(1)).logits
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
