@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
       const float other = __shfl_xor_sync(0xffffffffU, own[1 - g % 2], 4);
       if (lane % 4 == j && row < layout.n && token + j < args.m) {
         const float pair[2] = {g % 2 == 0 ? own[0] : other, g % 2 == 0 ? other : own[1]};
-        finish_pair<Element>(args, layout.n, token + j, row, pair,
+        finish_pair<Element>(args, row + 1 < layout.n, pair,
                              load_pair_inputs<Element>(args, layout.n, token + j, row));
       }
     }

@@ -121,6 +121,20 @@ __device__ inline TokenInputs load_token_inputs(const DeviceLinearArgs& args, st
   return inputs;
 }
 
+/// Where a token's head of k or v lies in the cache; null if it is not written.
+template <typename Element>
+__device__ Element* cache_head(const DeviceQkvOutput& qkv, int head, std::int32_t cache_row) {
+  if (cache_row < 0) {
+    return nullptr;
+  }
+  const int own = head - qkv.num_heads;
+  const bool is_key = own < qkv.num_kv_heads;
+  const std::int64_t page =
+      cache_row / kPageTokens * qkv.num_kv_heads + (is_key ? own : own - qkv.num_kv_heads);
+  return static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
+         (page * kPageTokens + cache_row % kPageTokens) * qkv.head_dim;
+}
+
 /// What a pair of rows needs: `row` (even) and row + 1, of which the second may lie behind the last
 /// of n. A kernel may load it while it multiplies; nothing is converted before it is used.
 template <typename Element>
@@ -129,6 +143,9 @@ struct RowInputs {
   ElementPair<Element> residual{};
   float cosine = 0.0F;
   float sine = 0.0F;
+  /// Where the results go, as Element or float: of a gated pair the one, of a rotated one the first
+  /// and another rotary_dim / 2 behind it, else both. Null: nowhere.
+  void* target = nullptr;
   // of the projection of q, k and v: where the row belongs
   std::int32_t head = 0;
   std::int32_t head_row = 0;
@@ -162,6 +179,26 @@ struct RowInputs {
       cosine = rotary.cos[angle];
       sine = rotary.sin[angle];
     }
+    find_target(args, token, row, of_token);
+  }
+
+ private:
+  __device__ void find_target(const DeviceLinearArgs& args, std::int64_t token, std::int64_t row,
+                              const TokenInputs& of_token) {
+    const DeviceQkvOutput& qkv = args.qkv;
+    const std::int64_t output_row = token * args.output_stride;
+    auto* output = static_cast<Element*>(args.output) + output_row;
+    if (qkv.head_dim == 0) {
+      const std::int64_t col = args.gated ? row / 2 : row;
+      target = args.float32_output
+                   ? static_cast<void*>(static_cast<float*>(args.output) + output_row + col)
+                   : static_cast<void*>(output + col);
+      return;
+    }
+    Element* of_head = qkv.pages.keys != nullptr && head >= qkv.num_heads
+                           ? cache_head<Element>(qkv, head, of_token.cache_row)
+                           : output + static_cast<std::int64_t>(head) * qkv.head_dim;
+    target = of_head == nullptr ? nullptr : of_head + (rotated ? head_row / 2 : head_row);
   }
 };
 
@@ -182,77 +219,46 @@ __device__ PairInputs<Element> load_pair_inputs(const DeviceLinearArgs& args, st
   return inputs;
 }
 
-/// Where a token's head of k or v lies in the cache; null if it is not written.
+/// The results of a pair of sums, each rounded once. `both`: the second row exists.
 template <typename Element>
-__device__ Element* cache_head(const DeviceQkvOutput& qkv, int head, std::int32_t cache_row) {
-  if (cache_row < 0) {
-    return nullptr;
-  }
-  const int own = head - qkv.num_heads;
-  const bool is_key = own < qkv.num_kv_heads;
-  const std::int64_t page =
-      cache_row / kPageTokens * qkv.num_kv_heads + (is_key ? own : own - qkv.num_kv_heads);
-  return static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
-         (page * kPageTokens + cache_row % kPageTokens) * qkv.head_dim;
-}
-
-/// Rotates a pair of a head of q or k, and writes it to the output or to the cache.
-template <typename Element>
-__device__ void finish_qkv(const DeviceLinearArgs& args, std::int64_t token,
-                           const float (&values)[2], const PairInputs<Element>& inputs) {
-  const DeviceQkvOutput& qkv = args.qkv;
-  const auto& [of_token, of_row] = inputs;
-  auto* head = static_cast<Element*>(args.output) + token * args.output_stride +
-               static_cast<std::int64_t>(of_row.head) * qkv.head_dim;
-  if (qkv.pages.keys != nullptr && of_row.head >= qkv.num_heads) {
-    head = cache_head<Element>(qkv, of_row.head, of_token.cache_row);
-    if (head == nullptr) {
-      return;
-    }
-  }
-  if (!of_row.rotated) {
-    store_pair(head + of_row.head_row, /*both=*/true, values);
-    return;
-  }
-  head += of_row.head_row / 2;
-  round_to_element(values[0] * of_row.cosine - values[1] * of_row.sine, *head);
-  round_to_element(values[1] * of_row.cosine + values[0] * of_row.sine,
-                   head[qkv.rotary.rotary_dim / 2]);
-}
-
-/// The results of rows `row` (even) and row + 1 of a token, each rounded once.
-template <typename Element>
-__device__ void finish_pair(const DeviceLinearArgs& args, std::int64_t n, std::int64_t token,
-                            std::int64_t row, const float (&sums)[2],
+__device__ void finish_pair(const DeviceLinearArgs& args, bool both, const float (&sums)[2],
                             const PairInputs<Element>& inputs) {
   const auto& [of_token, of_row] = inputs;
-  const bool both = row + 1 < n;
+  auto* const target = static_cast<Element*>(of_row.target);
   float values[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     values[i] = fmaf(sums[i], of_token.row_scale, number_of(of_row.bias.element[i]));
   }
-  if (args.qkv.head_dim > 0) {
-    finish_qkv(args, token, values, inputs);
+  if (of_row.rotated) {
+    if (target != nullptr) {
+      round_to_element(values[0] * of_row.cosine - values[1] * of_row.sine, *target);
+      round_to_element(values[1] * of_row.cosine + values[0] * of_row.sine,
+                       target[args.qkv.rotary.rotary_dim / 2]);
+    }
     return;
   }
-  values[0] = activate(args.activation, values[0]);
-  const std::int64_t output_row = token * args.output_stride;
+  if (args.activation != Activation::kNone) {
+    values[0] = activate(args.activation, values[0]);
+    if (!args.gated) {
+      values[1] = activate(args.activation, values[1]);
+    }
+  }
   if (args.gated) {
     const float value = values[0] * values[1];
     if (args.float32_output) {
-      static_cast<float*>(args.output)[output_row + row / 2] = value;
+      *static_cast<float*>(of_row.target) = value;
     } else {
-      round_to_element(value, static_cast<Element*>(args.output)[output_row + row / 2]);
+      round_to_element(value, *target);
     }
     return;
   }
   values[0] += number_of(of_row.residual.element[0]);
-  values[1] = activate(args.activation, values[1]) + number_of(of_row.residual.element[1]);
+  values[1] += number_of(of_row.residual.element[1]);
   if (args.float32_output) {
-    store_pair(static_cast<float*>(args.output) + output_row + row, both, values);
-  } else {
-    store_pair(static_cast<Element*>(args.output) + output_row + row, both, values);
+    store_pair(static_cast<float*>(of_row.target), both, values);
+  } else if (target != nullptr) {
+    store_pair(target, both, values);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/ptx.h"
 #include "kernels/linear.h"
 
 /// The normalisation of the input of a linear kernel, up to kNormTokens rows of it. Device code
@@ -72,6 +73,124 @@ __device__ Moments warp_moments(NormKind kind, int cols, int lane, const Read& r
 __device__ inline NormStatistics statistics_of(const DeviceNorm& norm, const Moments& moments,
                                                int cols) {
   return {moments.mean, rsqrtf(moments.squares / static_cast<float>(cols) + norm.epsilon)};
+}
+
+// ---- The same by all warps of a block, or of a cluster of them, in one pass and one exchange.
+
+/// What the warps of a block, and the blocks of a cluster, know of the rows that they normalise.
+template <int kWarps>
+struct NormShared {
+  /// Of each warp's columns: their sum, the sum of their squared differences from their mean, that
+  /// mean, and their number.
+  float4 parts[kNormTokens][kWarps];
+  alignas(8) Moments moments[kNormTokens];         ///< of the block's columns
+  NormStatistics statistics[kWarps][kNormTokens];  ///< of whole rows, for each warp to read
+};
+
+/// Adds numbers to a sum, and their squares to another.
+__device__ inline void add_moments(const float (&x)[kChunk], float& sum, float& squares) {
+  float sums[kChunk / 2];
+  float products[kChunk / 2];
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    sums[i] = x[i] + x[i + kChunk / 2];
+    products[i] = fmaf(x[i], x[i], x[i + kChunk / 2] * x[i + kChunk / 2]);
+  }
+#pragma unroll
+  for (int width = kChunk / 4; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      sums[i] += sums[i + width];
+      products[i] += products[i + width];
+    }
+  }
+  sum += sums[0];
+  squares += products[0];
+}
+
+/// What NormShared tells of a warp's columns, of the lanes' sums of differences from a pivot and of
+/// their squares; for an RMS norm of numbers and their squares, about zero. The pivot is one of the
+/// numbers, hence no further from their mean than sqrt(columns - 1) standard deviations: no large
+/// mean drowns the variance.
+__device__ inline float4 warp_part(bool centres, float pivot, float sum, float squares, float cols,
+                                   float inverse_cols) {
+  if (!centres) {
+    return {0.0F, warp_sum(squares), 0.0F, cols};
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffffU, sum, distance);
+    squares += __shfl_xor_sync(0xffffffffU, squares, distance);
+  }
+  const float mean = sum * inverse_cols;
+  return {fmaf(pivot, cols, sum), fmaf(-sum, mean, squares), pivot + mean, cols};
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+/// Statistics of whole rows from those of the columns of each block of a cluster, cols_of(rank) of
+/// them, for one warp.
+template <typename ColsOf>
+__device__ void merge_moments(const DeviceNorm& norm, int m, int split, float inverse_k,
+                              const ColsOf& cols_of, const Moments* moments,
+                              NormStatistics* statistics) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  synchronize_cluster();
+  for (int token = 0; token < m; ++token) {
+    Moments theirs{0.0F, 0.0F};
+    float count = 0.0F;
+    if (lane < split) {
+      const float2 pair = load_from_cluster(reinterpret_cast<const float2*>(&moments[token]), lane);
+      theirs = {pair.x, pair.y};
+      count = static_cast<float>(cols_of(lane));
+    }
+    const float mean = warp_sum(count * theirs.mean) * inverse_k;
+    const float difference = theirs.mean - mean;
+    const float squares = warp_sum(theirs.squares + count * (difference * difference));
+    if (lane == 0) {
+      statistics[token] = {mean, rsqrtf(fmaf(squares, inverse_k, norm.epsilon))};
+    }
+  }
+}
+#endif
+
+/// Statistics of m rows for this warp to read, from the parts that all warps have told. The block
+/// has cols_of(its rank) columns.
+template <int kWarps, typename ColsOf>
+__device__ void merge_parts(const DeviceNorm& norm, int m, int split, int rank, float inverse_k,
+                            const ColsOf& cols_of, NormShared<kWarps>& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto sum_of_parts = [](float value) {
+#pragma unroll
+    for (int distance = kWarps / 2; distance > 0; distance /= 2) {
+      value += __shfl_xor_sync(0xffffffffU, value, distance);
+    }
+    return value;
+  };
+  const float inverse_cols =
+      split == 1 ? inverse_k : 1.0F / static_cast<float>(max(1, cols_of(rank)));
+  NormStatistics* statistics = shared.statistics[warp];
+#pragma unroll 1
+  for (int first = 0; first < m; first += 32 / kWarps) {
+    const int token = first + lane / kWarps;
+    const float4 part = shared.parts[min(token, m - 1)][lane % kWarps];
+    const float mean = sum_of_parts(part.x) * inverse_cols;
+    const float difference = part.z - mean;
+    const float squares = sum_of_parts(fmaf(part.w * difference, difference, part.y));
+    if (lane % kWarps == 0 && token < m) {
+      if (split == 1) {
+        statistics[token] = {mean, rsqrtf(fmaf(squares, inverse_k, norm.epsilon))};
+      } else if (warp == 0) {
+        shared.moments[token] = {mean, squares};
+      }
+    }
+  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (split > 1) {
+    merge_moments(norm, m, split, inverse_k, cols_of, shared.moments, statistics);
+  }
+#endif
+  __syncwarp();
 }
 
 }  // namespace moq::kernels::cuda

@@ -37,33 +37,63 @@ class Products {
   }
 
   /// Adds the products of blocks [begin, end) of a piece at `held`, whose first is the first-th of
-  /// the warp's. They are taken by kBatch, without a branch between them: in place of one behind
-  /// the end, the last is multiplied by zero.
-  template <int kBatch>
+  /// the warp's. They are taken two by two, the operands of the next two under way; in place of one
+  /// behind the end, the last is multiplied by zero.
   __device__ void add(std::uint32_t held, int begin, int end, int first,
                       const std::uint32_t (&zero)[2]) {
+    std::uint32_t block = held + lane_bytes_ + begin * kBlockBytes;
+    std::uint32_t input = input_ + (first + begin) * kInputBytes;
+    int left = end - begin;
+    Operands operands[2];
+    operands[0].load(block, input, left, zeros_);
 #pragma unroll 1
-    for (int j = begin; j < end; j += kBatch) {
+    while (left > 0) {
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool exists = j + b < end;
-        const uint4 bytes =
-            load_shared_quad(held + lane_bytes_ + (exists ? j + b : end - 1) * kBlockBytes);
-        std::uint32_t a[3 - kElementBytes][4];
-        fragments<kBFloat16, kElementBytes>(bytes, zero, a);
-        std::uint32_t x[4 / kElementBytes];
-        load_matrices(exists ? input_ + (first + j + b) * kBlockCols * 2 : zeros_, x);
-        if constexpr (kElementBytes == 1) {
-          multiply_accumulate<kBFloat16>(sums[0], a[0], x[0], x[1]);
-          multiply_accumulate<kBFloat16>(sums[1], a[1], x[2], x[3]);
-        } else {
-          multiply_accumulate<kBFloat16>(sums[b % 2], a[0], x[0], x[1]);
+      for (int i = 0; i < 2; ++i) {
+        if (left > 0) {
+          block += kBatch * kBlockBytes;
+          input += kBatch * kInputBytes;
+          left -= kBatch;
+          if (left > 0) {
+            operands[1 - i].load(block, input, left, zeros_);
+          }
+          multiply(operands[i], zero);
         }
       }
     }
   }
 
  private:
+  static constexpr int kBatch = 2;
+  static constexpr int kInputBytes = kBlockCols * 2;
+
+  struct Operands {
+    uint4 weights[kBatch];
+    std::uint32_t inputs[kBatch][4 / kElementBytes];
+
+    __device__ void load(std::uint32_t block, std::uint32_t input, int left, std::uint32_t zeros) {
+      weights[0] = load_shared_quad(block);
+      weights[1] = load_shared_quad(left > 1 ? block + kBlockBytes : block);
+      load_matrices(input, inputs[0]);
+      load_matrices(left > 1 ? input + kInputBytes : zeros, inputs[1]);
+    }
+  };
+
+  __device__ void multiply(const Operands& operands, const std::uint32_t (&zero)[2]) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      std::uint32_t a[3 - kElementBytes][4];
+      fragments<kBFloat16, kElementBytes>(operands.weights[b], zero, a);
+      const auto& x = operands.inputs[b];
+      if constexpr (kElementBytes == 1) {
+        multiply_accumulate<kBFloat16>(sums[0], a[0], x[0], x[1]);
+        multiply_accumulate<kBFloat16>(sums[1], a[1], x[2], x[3]);
+      } else {
+        multiply_accumulate<kBFloat16>(sums[b], a[0], x[0], x[1]);
+      }
+    }
+  }
+
   int lane_bytes_;
   std::uint32_t zeros_;
   std::uint32_t input_;

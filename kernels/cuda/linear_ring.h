@@ -34,7 +34,10 @@ class Ring {
         weight_(static_cast<const std::uint8_t*>(args.weight.data)),
         source_(weight_ + (rows * layout.col_blocks + first_block) * kBlockBytes),
         rows_(blocks == 0 ? last_rows : rows),
-        last_rows_(last_rows) {}
+        last_rows_(last_rows) {
+    compute_now(stages_);
+    compute_now(barriers_);
+  }
 
   __device__ int piece() const { return piece_; }
   __device__ int group_blocks() const { return group_blocks_; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/cuda/linear_fragments.h"
 #include "kernels/cuda/linear_norm.h"
@@ -9,13 +10,11 @@
 
 /// The columns of the input that a thread block multiplies, in shared memory, normalised if need
 /// be. Device code only.
+///
+/// Here every instruction lengthens the chain of a model's kernels: what does not depend on the
+/// input is computed in front of the wait for the kernels ahead, and the statistics of a row take
+/// one pass and one exchange between the warps.
 namespace moq::kernels::cuda {
-
-/// What the blocks of a cluster know of the rows that they normalise.
-struct NormShared {
-  alignas(8) Moments moments[kNormTokens];  ///< of the block's columns
-  NormStatistics statistics[kNormTokens];
-};
 
 template <bool kBFloat16, int kWarps>
 class InputStage {
@@ -29,158 +28,206 @@ class InputStage {
       : args_(args),
         k_(k),
         first_(first),
-        cols_(cols),
-        staged_(staged),
-        stride_(stride),
+        chunks_(cols / kChunk),
+        token_bytes_(stride * static_cast<int>(sizeof(Element))),
         whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)) {
-    const int m = static_cast<int>(args.m);
-    int parts = 1;  // of a token, each copied by a warp; the statistics are those of one warp
-    while (args.norm.kind == NormKind::kNone && parts * 2 * m <= kWarps) {
-      parts *= 2;
-    }
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int chunks = cols / kChunk;
-    token_ = warp / parts;
-    token_step_ = kWarps / parts;
-    const int part = warp - token_ * parts;
-    begin_ = chunks * part / parts + lane;
-    end_ = chunks * (part + 1) / parts;
-    const int col = first + begin_ * kChunk;
-    const bool has_first = token_ < m && begin_ < end_;
-    first_chunk_ = whole_ && has_first ? begin_ : -1;
-    has_more_ = has_first && (!whole_ || begin_ + 32 < end_ || token_ + token_step_ < m) ? 1 : 0;
+    const int col = first + thread() * kChunk;
     bytes_ = col < k ? 16 : 0;
-    source_ = has_first && col < k ? row(token_) + col : row(0);
-    target_ = shared_address(staged + token_ * stride + begin_ * kChunk);
-    compute_now(first_chunk_);
-    compute_now(has_more_);
+    source_ = static_cast<const Element*>(args.input) + (col < k ? col : 0);
+    staged_ = shared_address(staged) + thread() * static_cast<int>(sizeof(Chunk));
     compute_now(bytes_);
     compute_now(source_);
-    compute_now(target_);
+    compute_now(staged_);
   }
 
-  /// Begins to copy the columns as they are.
+  /// Begins to copy the columns as they are: a thread copies chunks thread, thread + threads, … of
+  /// all tokens.
   __device__ void copy() const {
-    if (first_chunk_ >= 0) {
-      copy_bytes_async(target_, source_, bytes_);
-    }
-    if (has_more_) {
-      copy_more();
+    if (whole_) {
+      if (thread() < chunks_) {
+        copy_chunk(staged_, source_, bytes_);
+      }
+      for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
+        const int ahead = chunk - thread();
+        const bool exists = first_ + chunk * kChunk < k_;
+        copy_chunk(staged_ + ahead * static_cast<int>(sizeof(Chunk)),
+                   exists ? source_ + ahead * kChunk : source_, exists ? 16 : 0);
+      }
+    } else {
+      copy_elements();
     }
     close_async_group();
   }
 
-  /// Scale and shift of this thread's first chunk.
-  __device__ void load_norm() { load_norm(static_cast<int>(threadIdx.x)); }
+  /// What a thread needs for its first chunk, and what the statistics need of the shape.
+  __device__ void load_norm() {
+    load_norm(thread());
+    for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
+      prefetch(args_.norm.weight, chunk);
+      prefetch(args_.norm.bias, chunk);
+    }
+    int cols = 0;  // of the warp
+    for (int chunk = thread() - lane(); chunk < chunks_; chunk += kThreads) {
+      cols += max(0, min(kWarpCols, min(chunks_ * kChunk, k_ - first_) - chunk * kChunk));
+    }
+    cols_ = static_cast<float>(cols);
+    inverse_cols_ = cols > 0 ? 1.0F / cols_ : 0.0F;
+    inverse_k_ = 1.0F / static_cast<float>(k_);
+    compute_now(cols_);
+    compute_now(inverse_cols_);
+    compute_now(inverse_k_);
+  }
 
   /// Normalises what copy() has brought, and rounds it. All threads of the block (of the cluster,
   /// if it has several) call this when their own copies are there. cols_of(rank): columns of a
   /// block.
   template <typename ColsOf>
-  __device__ void normalise(int split, const ColsOf& cols_of, NormShared& shared) {
+  __device__ void normalise(int split, int rank, const ColsOf& cols_of,
+                            NormShared<kWarps>& shared) {
     const int m = static_cast<int>(args_.m);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (warp < m) {
-      const Moments own = warp_moments(args_.norm.kind, max(0, min(cols_, k_ - first_)), lane,
-                                       [&](int col, float(&x)[kChunk]) {
-                                         const Chunk chunk = *chunk_at(warp, col / kChunk);
-#pragma unroll
-                                         for (int i = 0; i < kChunk; ++i) {
-                                           x[i] = number_of(chunk.element[i]);
-                                         }
-                                       });
-      if (lane == 0) {
-        shared.moments[warp] = own;
-        shared.statistics[warp] = statistics_of(args_.norm, own, k_);
+    const int warp = thread() / 32;
+    const bool centres = args_.norm.kind == NormKind::kLayerNorm;
+#pragma unroll 2
+    for (int token = 0; token < m; ++token) {
+      const float4 part = part_of(token, centres);
+      if (lane() == 0) {
+        shared.parts[token][warp] = part;
       }
     }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (split > 1) {
-      merge_moments(split, cols_of, warp, lane, shared);
-    }
-#endif
     __syncthreads();
-    const int chunks = cols_ / kChunk;
-    for (int chunk = static_cast<int>(threadIdx.x); chunk < chunks; chunk += kWarps * 32) {
-      if (chunk >= kWarps * 32) {
+    merge_parts(args_.norm, m, split, rank, inverse_k_, cols_of, shared);
+    const NormStatistics* statistics = shared.statistics[warp];
+    for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
+      if (chunk >= kThreads) {
         load_norm(chunk);  // (the first one's has been)
       }
+      std::uint32_t place = staged_ + (chunk - thread()) * static_cast<int>(sizeof(Chunk));
 #pragma unroll 2
       for (int token = 0; token < m; ++token) {
-        const NormStatistics statistics = shared.statistics[token];
-        Chunk* place = chunk_at(token, chunk);
-        Chunk x = *place;
+        const NormStatistics row = statistics[token];
+        Chunk chunk_of_token = load_chunk(place);
+        float x[kChunk];
+        numbers_of(chunk_of_token, x);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          const float centred = (number_of(x.element[i]) - statistics.mean) * statistics.inverse;
-          round_to_element(fmaf(centred, scale_[i], shift_[i]), x.element[i]);
+          const float centred = (x[i] - row.mean) * row.inverse;
+          round_to_element(fmaf(centred, scale_[i], shift_[i]), chunk_of_token.element[i]);
         }
-        *place = x;
+        store_chunk(place, chunk_of_token);
+        place += token_bytes_;
       }
     }
   }
 
  private:
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kWarpCols = 32 * kChunk;  // that a warp copies at once
+
   struct alignas(16) Chunk {
     Element element[kChunk];
   };
 
+  __device__ static int thread() {
+    return static_cast<int>(threadIdx.x);
+  }
+  __device__ static int lane() {
+    return static_cast<int>(threadIdx.x) % 32;
+  }
   __device__ static bool is_aligned(const void* pointer) {
     return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(Chunk) == 0;
   }
-  __device__ const Element* row(int token) const {
-    return static_cast<const Element*>(args_.input) + token * args_.input_stride;
+  __device__ static Chunk load_chunk(std::uint32_t place) {
+    const uint4 quad = load_shared_quad(place);
+    Chunk chunk;
+    memcpy(&chunk, &quad, sizeof(Chunk));
+    return chunk;
   }
-  __device__ Chunk* chunk_at(int token, int chunk) const {
-    return reinterpret_cast<Chunk*>(staged_ + token * stride_) + chunk;
+  __device__ static void store_chunk(std::uint32_t place, const Chunk& chunk) {
+    uint4 quad;
+    memcpy(&quad, &chunk, sizeof(Chunk));
+    store_shared_quad(place, quad);
   }
 
-  /// All but the thread's first chunk, or every element of rows that do not consist of aligned
-  /// chunks.
-  __device__ void copy_more() const {
-    for (int token = token_; token < args_.m; token += token_step_) {
-      for (int chunk = begin_; chunk < end_; chunk += 32) {
-        const int col = first_ + chunk * kChunk;
-        Element* target = staged_ + token * stride_ + chunk * kChunk;
-        if (!whole_) {
-          for (int i = 0; i < kChunk; ++i) {
-            target[i] = col + i < k_ ? row(token)[col + i] : Element{0};
-          }
-        } else if (token > token_ || chunk > begin_) {
-          copy_async(shared_address(target), row(col < k_ ? token : 0) + (col < k_ ? col : 0),
-                     col < k_);
+  /// A chunk of every token.
+  __device__ void copy_chunk(std::uint32_t target, const Element* source, int bytes) const {
+    for (int token = 0; token < args_.m; ++token) {
+      copy_bytes_async(target, source, bytes);
+      target += token_bytes_;
+      source += args_.input_stride;
+    }
+  }
+
+  /// Element by element, of rows that do not consist of aligned chunks.
+  __device__ void copy_elements() const {
+    const auto* input = static_cast<const Element*>(args_.input);
+    for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
+      for (int token = 0; token < args_.m; ++token) {
+        Chunk copy;
+        for (int i = 0; i < kChunk; ++i) {
+          const int col = first_ + chunk * kChunk + i;
+          copy.element[i] = col < k_ ? input[token * args_.input_stride + col] : Element{0};
         }
+        store_chunk(
+            staged_ + (chunk - thread()) * static_cast<int>(sizeof(Chunk)) + token * token_bytes_,
+            copy);
       }
     }
   }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  /// Statistics of whole rows from those of the columns of each block.
-  template <typename ColsOf>
-  __device__ void merge_moments(int split, const ColsOf& cols_of, int warp, int lane,
-                                NormShared& shared) const {
-    synchronize_cluster();
-    if (warp < args_.m) {
-      Moments theirs{0.0F, 0.0F};
-      float count = 0.0F;
-      if (lane < split) {
-        const float2 pair =
-            load_from_cluster(reinterpret_cast<const float2*>(&shared.moments[warp]), lane);
-        theirs = {pair.x, pair.y};
-        count = static_cast<float>(cols_of(lane));
+  /// What NormShared tells of this warp's columns of a token.
+  __device__ float4 part_of(int token, bool centres) const {
+    float sum = 0.0F;
+    float squares = 0.0F;
+    float pivot = 0.0F;
+    std::uint32_t place = staged_ + token * token_bytes_;
+    for (int first = thread() - lane(); first < chunks_; first += kThreads) {
+      const bool exists = first + lane() < chunks_;
+      float x[kChunk] = {};
+      if (exists) {
+        numbers_of(load_chunk(place), x);
       }
-      const float mean = warp_sum(count * theirs.mean) / static_cast<float>(k_);
-      const float difference = theirs.mean - mean;
-      const float squares = warp_sum(theirs.squares + count * (difference * difference));
-      if (lane == 0) {
-        shared.statistics[warp] = statistics_of(args_.norm, {mean, squares}, k_);
+      place += kThreads * static_cast<int>(sizeof(Chunk));
+      if (centres) {
+        if (first < kThreads) {
+          pivot = __shfl_sync(0xffffffffU, x[0], 0);
+        }
+        subtract(exists ? pivot : 0.0F, first, x);
+      }
+      add_moments(x, sum, squares);
+    }
+    return warp_part(centres, pivot, sum, squares, cols_, inverse_cols_);
+  }
+
+  /// Takes the pivot from columns that exist; those behind the last are 0 and stay it.
+  __device__ void subtract(float pivot, int first_chunk, float (&x)[kChunk]) const {
+    const int first = first_ + first_chunk * kChunk;
+    if (first + kWarpCols <= k_) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x[i] -= pivot;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x[i] -= first + lane() * kChunk + i < k_ ? pivot : 0.0F;
       }
     }
   }
-#endif
 
+  __device__ static void numbers_of(const Chunk& chunk, float (&x)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      x[i] = number_of(chunk.element[i]);
+    }
+  }
+
+  /// Brings what load_norm(chunk) will read near.
+  __device__ void prefetch(const float* from, int chunk) const {
+    const int col = first_ + chunk * kChunk;
+    if (from != nullptr && col < k_) {
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(from + col));
+    }
+  }
   __device__ void load_norm(int chunk) {
     load_floats(args_.norm.weight, chunk, scale_);
     load_floats(args_.norm.bias, chunk, shift_);
@@ -208,24 +255,19 @@ class InputStage {
   const DeviceLinearArgs& args_;
   int k_;
   int first_;
-  int cols_;
-  Element* staged_;
-  int stride_;
+  int chunks_;
+  int token_bytes_;  ///< in shared memory
   bool whole_;
-  // what this thread copies: chunks begin_, begin_ + 32, … of tokens token_, token_ + token_step_,
-  // …
-  int token_;
-  int token_step_;
-  int begin_;
-  int end_;
-  // the first of them, if there is one and it is aligned
-  int first_chunk_;  ///< else < 0
-  int bytes_;        ///< 0: zeros
+  // of this thread's first chunk
+  int bytes_;  ///< 0: zeros
   const Element* source_;
-  std::uint32_t target_;
-  int has_more_;
+  std::uint32_t staged_;
   float scale_[kChunk] = {};
   float shift_[kChunk] = {};
+  // of the warp's columns and the row's
+  float cols_ = 0.0F;
+  float inverse_cols_ = 0.0F;
+  float inverse_k_ = 0.0F;
 };
 
 }  // namespace moq::kernels::cuda

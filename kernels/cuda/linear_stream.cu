@@ -47,9 +47,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ std::uint64_t barriers[kWarps][kMaxStages];
   __shared__ std::uint64_t received[kSlots];
   __shared__ std::uint64_t taken[kSlots];
-  __shared__ NormShared norm_shared;
+  __shared__ NormShared<kWarps> norm_shared;
   __shared__ uint4 zeros;
   allow_next_kernel();
+  touch(args);
+  touch(layout);
+  touch(plan);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int first = slice_begin(of_rank) * kBlockCols;
           return min(slice_begin(of_rank + 1) * kBlockCols, static_cast<int>(layout.k)) - first;
         };
-        stage.normalise(plan.split, cols_of, norm_shared);
+        stage.normalise(plan.split, rank, cols_of, norm_shared);
       }
       __syncthreads();
     }
@@ -214,12 +217,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           const std::uint32_t held = ring.wait();
           grids = ring.template grids<kBFloat16>(held, 0, g);
           if constexpr (!kGrids) {
-            products.template add<4>(held, 0, count, first, grids.zero);
+            products.add(held, 0, count, first, grids.zero);
           } else {
             int group = 0;  // of the piece's
             for (int j = 0; j < count;) {
               const int end = min(count, next_group - first);
-              products.template add<2>(held, j, end, first, grids.zero);
+              products.add(held, j, end, first, grids.zero);
               j = end;
               if (first + j == next_group) {
                 add_scaled();
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     sum *= scale;
     const float next = __shfl_down_sync(0xffffffffU, sum, 1);  // of the row behind this one
     if (finishes_pairs && exists(finished)) {
-      finish_pair<Element>(args, layout.n, token, row_of(finished), {sum, next}, inputs);
+      finish_pair<Element>(args, row_of(finished) + 1 < layout.n, {sum, next}, inputs);
     }
   }
 #endif
@@ -308,7 +311,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   // the first of them started.
   MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
-  const int split = stream_split(layout);
+  const int split = stream_split(layout, static_cast<int>(args.m));
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(split), 1, 1};
@@ -342,7 +345,8 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   return args.m <= kStreamTokens && suits_tensor_cores(args, layout) &&
-         stream_split(layout) <= kMaxSplit && architecture_of(stream_kernel<false, 1, false>) >= 90;
+         stream_split(layout, static_cast<int>(args.m)) <= kMaxSplit &&
+         architecture_of(stream_kernel<false, 1, false>) >= 90;
 }
 
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {

@@ -10,12 +10,13 @@ namespace {
 
 constexpr int kThreads = kStreamWarps * 32;
 constexpr int kMaxTurnRows = 4;
-constexpr int kMaxPieceBlocks = 8;         // of a stage
-constexpr int kMaxSliceBytes = 128 << 10;  // of the input of kStreamTokens tokens, in a block
-/// A ring that holds all of a block's weights may take this much, so that the next kernel's blocks
-/// find room beside it; one that does not is filled again and again, and takes what there is.
-constexpr int kWholeBytes = 118 << 10;
-constexpr int kUsualBytes = 160 << 10;
+constexpr int kMaxPieceBlocks = 16;        // of a stage
+constexpr int kMaxSliceBytes = 128 << 10;  // of the input, in a block
+/// With so much, two blocks share a multiprocessor: the next kernel's fill their rings while this
+/// one's work. That is worth more than a longer ring.
+constexpr int kSharingBytes = 110 << 10;
+constexpr int kSharingRingBytes = 64 << 10;  // if so much of it is left for the rings
+constexpr int kUsualBytes = 160 << 10;       // else
 constexpr int kFewestRingBytes = 40 << 10;
 /// Requested by a block before the first of it has come. More would only wait in the memory's
 /// queues, and before what a kernel ahead reads there.
@@ -27,11 +28,11 @@ int staged_stride(const DeviceLayout& layout, int split) {
   return static_cast<int>(pad_to(cols, 16)) + 8;
 }
 
-/// Blocks of a stage when `blocks` come in so many pieces. Two-byte elements: an even number where
-/// a part has several; their blocks are added to two sums in turn, wherever a stage begins.
-int piece_blocks(const DeviceLayout& layout, int blocks, int pieces) {
+/// Blocks of a stage when `blocks` come in so many pieces: an even number where a part has several,
+/// for they are multiplied two by two.
+int piece_blocks(int blocks, int pieces) {
   const int exact = std::max(1, (blocks + pieces - 1) / pieces);
-  return pieces == 1 || layout.element_bytes == 1 ? exact : exact + exact % 2;
+  return pieces == 1 ? exact : exact + exact % 2;
 }
 
 /// Parts of a block of the cluster that have one block of columns more than others, at most.
@@ -60,9 +61,10 @@ int grid_bytes(const DeviceLayout& layout, int blocks) {
 /// leave some stages, or hold all.
 void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPlan& plan) {
   const int longer = longer_parts(layout, plan);
+  const int usual = kSharingBytes - other_bytes >= kSharingRingBytes ? kSharingBytes : kUsualBytes;
   for (int pieces = 1;; ++pieces) {
     for (int i = 0; i < 2; ++i) {
-      plan.piece[i] = piece_blocks(layout, plan.part_blocks + i, pieces);
+      plan.piece[i] = piece_blocks(plan.part_blocks + i, pieces);
     }
     plan.grid_bytes = grid_bytes(layout, plan.piece[1]);
     for (int i = 0; i < 2; ++i) {
@@ -70,8 +72,8 @@ void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPla
     }
     const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
     const int all = rows * pieces;
-    const int most = std::max(kUsualBytes - other_bytes, kFewestRingBytes) / bytes;
-    plan.stages = all <= kMaxStages && all * bytes + other_bytes <= kWholeBytes
+    const int most = std::max(usual - other_bytes, kFewestRingBytes) / bytes;
+    plan.stages = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes
                       ? all
                       : std::min({kMaxStages, all, most});
     plan.early = std::max(1, kEarlyBytes / bytes);
@@ -85,9 +87,10 @@ void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPla
 
 }  // namespace
 
-int stream_split(const DeviceLayout& layout) {
+int stream_split(const DeviceLayout& layout, int m) {
+  const int tokens = m == 1 ? 1 : static_cast<int>(kStreamTokens);
   int split = 1;
-  while (split <= kMaxSplit && kStreamTokens * staged_stride(layout, split) * 2 > kMaxSliceBytes) {
+  while (split <= kMaxSplit && tokens * staged_stride(layout, split) * 2 > kMaxSliceBytes) {
     split *= 2;
   }
   return split;
@@ -99,7 +102,7 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters)
   plan.cluster_rows = static_cast<int>(layout.row_blocks / plan.clusters);
   plan.row_extra = static_cast<int>(layout.row_blocks % plan.clusters);
   const int rows = plan.cluster_rows + (plan.row_extra > 0 ? 1 : 0);
-  plan.split = stream_split(layout);
+  plan.split = stream_split(layout, m);
   plan.part_bits = std::countr_zero(static_cast<unsigned>(plan.split * kStreamWarps));
   plan.part_blocks = part_begin(layout, plan.part_bits, 1);
   plan.staged_stride = staged_stride(layout, plan.split);

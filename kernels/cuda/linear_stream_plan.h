@@ -42,12 +42,13 @@ constexpr int part_begin(const DeviceLayout& layout, int part_bits, int part) {
   return static_cast<int>(part * layout.col_blocks >> part_bits);
 }
 
-/// Blocks of a cluster, the same for all m: sums are added up in the same order. More than
+/// Blocks of a cluster: one wherever the input fits, for clusters overlap less with the kernels
+/// around them. The same for all m but 1: sums are then added up in the same order. More than
 /// kMaxSplit where the input is too large for any.
-int stream_split(const DeviceLayout& layout);
+int stream_split(const DeviceLayout& layout, int m);
 
-/// For m <= kStreamTokens tokens and stream_split(layout) <= kMaxSplit on a GPU that runs so many
-/// clusters at once, one block on a multiprocessor.
+/// For m <= kStreamTokens tokens and stream_split(layout, m) <= kMaxSplit on a GPU that runs so
+/// many clusters at once, one block on a multiprocessor.
 StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters);
 
 }  // namespace moq::kernels::cuda

@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kSharedBytes > kTwoBlocks ? 1 
       pair[1] += theirs.y;
     }
     finish_pair<typename T::Element>(
-        args, layout.n, token, row, pair,
+        args, row + 1 < layout.n, pair,
         load_pair_inputs<typename T::Element>(args, layout.n, token, row));
   }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -150,7 +150,7 @@ class WgmmaWriter {
 #pragma unroll 1
       for (std::int64_t row = row_; row < min(row_ + kQuad, n_) && exists(first, u); row += 2) {
         const std::int64_t token = token_at(first, u);
-        finish_pair<Element>(args_, n_, token, row, sums,
+        finish_pair<Element>(args_, row + 1 < n_, sums,
                              load_pair_inputs<Element>(args_, n_, token, row));
         sums[0] = fours[u].z;
         sums[1] = fours[u].w;

@@ -15,9 +15,23 @@ __device__ inline void compute_now(int& value) {
 __device__ inline void compute_now(std::uint32_t& value) {
   asm volatile("" : "+r"(value));
 }
+__device__ inline void compute_now(float& value) {
+  asm volatile("" : "+f"(value));
+}
 template <typename Element>
 __device__ void compute_now(const Element*& pointer) {
   asm volatile("" : "+l"(pointer));
+}
+
+/// Brings a kernel's parameters into the cache that they are read through, which holds none of them
+/// when a kernel begins.
+template <typename Parameters>
+__device__ void touch(const Parameters& parameters) {
+  constexpr std::size_t kLine = 64 / sizeof(int);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(Parameters) / sizeof(int); i += kLine) {
+    asm volatile("" ::"r"(reinterpret_cast<const int*>(&parameters)[i]));
+  }
 }
 
 __device__ inline std::uint32_t shared_address(const void* pointer) {
@@ -41,6 +55,12 @@ __device__ inline uint4 load_shared_quad(std::uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ inline void store_shared_quad(std::uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 /// d += a * b, a [16, 16] row-major, b [16, 8] column-major, float32 sums.

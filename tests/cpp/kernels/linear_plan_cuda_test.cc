@@ -31,7 +31,7 @@ class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::i
                           .asymmetric = weight.asymmetric});
   }
   StreamPlan plan(int m) const {
-    return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout()));
+    return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout(), m));
   }
 };
 
@@ -104,9 +104,15 @@ INSTANTIATE_TEST_SUITE_P(
                        ::testing::Values<std::int64_t>(8, 78, 132)));
 
 TEST(StreamSplit, IsMoreThanAClusterForInputsThatFitNowhere) {
-  EXPECT_EQ(stream_split(device_layout({.n = 16, .k = 1600, .group_size = 1600})), 1);
-  EXPECT_EQ(stream_split(device_layout({.n = 16, .k = 12288, .group_size = 12288})), 2);
-  EXPECT_GT(stream_split(device_layout({.n = 16, .k = 70000, .group_size = 70000})), kMaxSplit);
+  const auto split = [](std::int64_t k, int m) {
+    return stream_split(device_layout({.n = 16, .k = k, .group_size = k}), m);
+  };
+  EXPECT_EQ(split(1600, 8), 1);
+  EXPECT_EQ(split(12288, 1), 1);
+  EXPECT_EQ(split(12288, 2), 2);
+  EXPECT_EQ(split(12288, 8), 2);
+  EXPECT_EQ(split(70000, 1), 2);
+  EXPECT_GT(split(70000, 8), kMaxSplit);
 }
 
 }  // namespace
