@@ -142,19 +142,25 @@ class ActivationQuantizers:
         torch._foreach_zero_([q.seen for q in static])
 
     def state(self) -> dict[str, float]:
-        """Returns the averages by name of the layer; waits for the device."""
+        """Returns the averages by name of the layer; waits for the device.
+
+        ``NAME.seen`` is what a layer has seen since the last update: micro-batches, and steps that
+        GradScaler skipped by not making them.
+        """
         static = self._static()
         if not static:
             return {}
         values = torch.cat([q.absmax.cpu() for q in static.values()]).tolist()
-        return dict(zip(static, values, strict=True))
+        seen = torch.cat([q.seen.cpu() for q in static.values()]).tolist()
+        pending = {f"{name}.seen": v for name, v in zip(static, seen, strict=True) if v != 0}
+        return dict(zip(static, values, strict=True)) | pending
 
     @torch.no_grad()
     def load(self, state: dict[str, float]) -> None:
         """Continues with the averages that `state` returned."""
         for name, quantizer in self._static().items():
             quantizer.absmax.fill_(state.get(name, 0.0))
-            quantizer.seen.zero_()
+            quantizer.seen.fill_(state.get(f"{name}.seen", 0.0))
 
     def kind_of(self, module: str) -> str | None:
         """Returns ``dynamic``, ``static`` or None for the layer of that name."""

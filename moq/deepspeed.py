@@ -206,7 +206,7 @@ def convert(
     if enabled == [NEW]:
         for name in data[NEW]:
             if name != "weight_quantization":
-                converter.ignored.append(f"{NEW}.{name}: only weight_quantization is MoQ")
+                converter.ignored.append(f"{NEW}.{name}: {_remark(name, data[NEW][name])}")
     others = [name for name in data if name not in SPELLINGS]
     if others:
         converter.ignored.append(f"{', '.join(others)}: not about quantization")
@@ -227,6 +227,14 @@ def _blocks(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(block, Mapping):
             raise TypeError(f"{where}.{name} must be a mapping, got {block!r}")
     return blocks
+
+
+def _remark(name: str, block: object) -> str:
+    shared = block.get("shared_parameters") if isinstance(block, Mapping) else None
+    if name == "activation_quantization" and isinstance(shared, Mapping) and _is_enabled(shared):
+        kind = shared.get("range_calibration", "dynamic")
+        return f"write activations: {kind} (symmetric, 8 bits) into the rules of these modules"
+    return "only weight_quantization is MoQ"
 
 
 def _is_enabled(block: Mapping[str, Any]) -> bool:

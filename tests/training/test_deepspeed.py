@@ -202,8 +202,11 @@ def test_keys_without_meaning_are_listed():
     for key in ("quantize_type", "quantize_verbose", "quantizer_kernel", "train_batch_size, fp16"):
         assert key in ignored
     ds = new((8, 8, 1, ["*"]))
-    ds["compression_training"]["activation_quantization"] = {}
-    assert "compression_training.activation_quantization" in str(convert(ds))
+    ds["compression_training"]["row_pruning"] = {}
+    assert "compression_training.row_pruning: only weight" in str(convert(ds))
+    shared = {"enabled": True, "range_calibration": "static"}
+    ds["compression_training"]["activation_quantization"] = {"shared_parameters": shared}
+    assert "activation_quantization: write activations: static" in str(convert(ds))
 
 
 def edited(ds: dict, path: str, value) -> dict:

@@ -26,7 +26,8 @@ from moq import MoQOptimizer
 STEPS = 24
 WORKER = Path(__file__).parent / "workers" / "killed.py"
 
-# Everything that has a state: stochastic draws, blends, groups, several schedules, sensitivities.
+# Everything that has a state: stochastic draws, blends, groups, several schedules, sensitivities,
+# moving averages of activations.
 CONFIG = {
     "start_bits": 10,
     "target_bits": 4,
@@ -34,11 +35,12 @@ CONFIG = {
     "seed": 7,
     "schedule": {"finish_at": 0.8},
     "rules": [
-        {"match": "*.down_proj", "mode": "asymmetric", "blend_steps": 3},
+        {"match": "*.down_proj", "mode": "asymmetric", "blend_steps": 3, "activations": "static"},
         {
             "match": "layers.1.down_proj",
             "granularity": "per_group",
             "group_size": 4,
+            "activations": "dynamic",
             "schedule": {"table": {0: 10, 3: 8, 15: 4}},
         },
     ],
@@ -178,6 +180,7 @@ def require_equal(actual: Run, expected: Run) -> None:
     assert_same(weights(actual.model), weights(expected.model))
     assert_same(inner_state(actual.optimizer), inner_state(expected.optimizer))
     assert actual.optimizer.num_bits == expected.optimizer.num_bits
+    assert actual.optimizer._record().activations == expected.optimizer._record().activations
     assert actual.optimizer.schedule().state_dict() == expected.optimizer.schedule().state_dict()
 
 
