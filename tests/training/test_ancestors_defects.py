@@ -59,7 +59,7 @@ def test_an_embedding_that_comes_first_does_not_move_layer_0(decoder):
     assert plan[0] != plan[1]
 
 
-def test_a_large_group_is_quantized(decoder):
+def test_a_large_group_is_quantized():
     """There a group of more than 1,048,576 weights was returned unchanged, without a message."""
     torch.manual_seed(0)
     layer = nn.Linear(1024, 4096, bias=False)
@@ -80,7 +80,7 @@ def test_an_odd_group_loses_no_remainder():
         torch.testing.assert_close(group / step, (group / step).round())
 
 
-def test_the_largest_weight_is_not_clipped(decoder):
+def test_the_largest_weight_is_not_clipped():
     """There the largest positive weight lost a step, and the CUDA kernel shifted every grid."""
     layer = nn.Linear(64, 64, bias=False)
     before = layer.weight.detach().clone()
