@@ -289,7 +289,7 @@ int split_of(std::int64_t works, std::int64_t capacity, const AtOnce& at_once) {
   while (best < kUsualSplit && turns(best + 1) <= kFull) {
     ++best;
   }
-  if (works * best < device_limits().multiprocessors) {
+  if (works * best < device_limits().multiprocessors && turns(kMaxSplit) <= 1.0) {
     return kMaxSplit;
   }
   // Where sequences may be long it is more important to fill the GPU, be it in several turns.
@@ -329,13 +329,10 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
     configure(split);
     return active_clusters(kernel, config);
   };
-  int split = clusters ? split_of(works, args.page_table_stride * kPageTokens, at_once) : 1;
-  if (split > kUsualSplit) {
+  if (clusters) {
     MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    if (at_once(split) == 0) {
-      split = kUsualSplit;
-    }
   }
+  const int split = clusters ? split_of(works, args.page_table_stride * kPageTokens, at_once) : 1;
   configure(split);
   config.gridDim = dim3(static_cast<unsigned>(works * split));
   config.numAttrs = !clusters ? 0 : kernels_may_overlap() ? 2 : 1;
@@ -361,6 +358,9 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
   }
   if (args.head_dim <= 128) {
     return launch_split<kBFloat16, kInt8, 128>(args, stream);
+  }
+  if (args.head_dim <= 160) {
+    return launch_split<kBFloat16, kInt8, 160>(args, stream);
   }
   launch_split<kBFloat16, kInt8, 256>(args, stream);
 }

@@ -372,7 +372,7 @@ const auto kStorages = ::testing::Values(Storage::kPacked, Storage::kPages, Stor
 
 INSTANTIATE_TEST_SUITE_P(Dims, AttentionCuda,
                          ::testing::Combine(::testing::Values(1, 8, 32, 33, 64, 72, 80, 96, 112,
-                                                              128, 160, 256),
+                                                              128, 152, 160, 256),
                                             ::testing::Values(Heads{3, 1}), kDTypes, kStorages));
 INSTANTIATE_TEST_SUITE_P(Heads, AttentionCuda,
                          ::testing::Combine(::testing::Values(64),
@@ -388,7 +388,7 @@ class AttentionCudaTest : public ::testing::Test {
 };
 
 TEST_F(AttentionCudaTest, ManyHeadsOfWideTilesAreRight) {
-  for (const std::int64_t head_dim : {32, 64, 80, 96, 128, 256}) {
+  for (const std::int64_t head_dim : {32, 64, 80, 96, 128, 152, 256}) {
     for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
       const Batch batch({{36, 36},
                          head_dim,
