@@ -38,7 +38,7 @@ package() {
     echo "there is no build in $BUILD: tests/gpu.sh --build" >&2
     exit 2
   fi
-  for file in "$PWD"/moq/*.py; do ln -sfn "$file" $BUILD/python/moq/; done
+  for item in "$PWD"/moq/*.py "$PWD"/moq/integrations; do ln -sfn "$item" $BUILD/python/moq/; done
   ln -sfn "$PWD/inference" $BUILD/python/moq/inference
 }
 
