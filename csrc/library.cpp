@@ -14,6 +14,14 @@ TORCH_LIBRARY(moq, m) {
       "name_hash=0, bool transposed=False, float blend_ratio=0.0, ScalarType? scale_dtype=None, "
       "str scale_rule=\"absmax\") -> "
       "Tensor");
+  // The same, with width (int32 [1]), blend ratio (float32 [1]) and random step (int64 [1]) read on
+  // the device; for parametrizations. absmax (float32, one number a scale): takes the place of the
+  // weights' own, and has a gradient (learned step sizes).
+  m.def(
+      "simulate(Tensor weight, Tensor num_bits, *, Tensor? absmax=None, Tensor? blend_ratio=None, "
+      "Tensor? step=None, str granularity=\"per_channel\", int group_size=0, str "
+      "mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int name_hash=0, bool "
+      "transposed=False, ScalarType? scale_dtype=None, str scale_rule=\"absmax\") -> Tensor");
   // Many weights with one quantizer in one kernel call, into tensors of their shapes and strides.
   // Bit widths (int32, 0 copies) and the random step (int64) are read on the device: a captured
   // CUDA graph follows them. Without a gradient: only under torch.no_grad() may out

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moq.config import ObserverConfig
-from moq.rules import MatchedParameter, plain_name
+from moq.rules import MatchedParameter, own_weight, plain_name
 
 #: Name under which a layer holds the quantizer of its input.
 ATTRIBUTE = "input_quantizer"
@@ -95,7 +95,7 @@ class ActivationQuantizers:
         """Puts a quantizer before every layer whose rule asks for one and that has none yet."""
         kinds = {id(m.parameter): m for m in matched if m.spec.activations != "none"}
         for name, module in self.model.named_modules():
-            m = kinds.get(id(module._parameters.get("weight")))
+            m = kinds.get(id(own_weight(module)))
             if m is None or ATTRIBUTE in module._modules:
                 continue
             parameter = m.parameter

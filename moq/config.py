@@ -16,7 +16,7 @@ from moq.strict import Strict, require
 Mode = Literal["symmetric", "asymmetric", "ternary", "binary"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
-Scale = Literal["absmax", "mse"]
+Scale = Literal["absmax", "mse", "learned"]
 Activations = Literal["none", "dynamic", "static"]
 OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
@@ -50,7 +50,8 @@ class QuantSpec(Strict):
             share a scale, or scales divide one: other counts are refused.
         scale: ``absmax`` (from the largest and smallest weight) or ``mse``: the same, clipped to
             the ratio among 1, 31/32 ... 9/32 with the least squared error. It costs 24 passes over
-            the weights a step. Signs have means instead.
+            the weights a step. Signs have means instead. ``learned``: trained along with the
+            weights (LSQ, symmetric and nearest only, with simulate ``autograd``).
         rounding: ``nearest`` (half to even) or ``stochastic`` (the same draws on every device,
             rank and sharding).
         activations: How the layer reads its input in training and when it is served: ``none`` (as
@@ -87,6 +88,12 @@ class QuantSpec(Strict):
             f"start_bits must be at least target_bits ({self.target_bits})",
             self.start_bits,
         )
+        if self.scale == "learned":
+            require(
+                self.mode == "symmetric" and self.rounding == "nearest",
+                "scale must be 'absmax' or 'mse' unless mode is 'symmetric' and rounding 'nearest'",
+                self.scale,
+            )
         if self.mode in SIGN_BITS:
             require(
                 self.target_bits == least,
@@ -360,6 +367,9 @@ class MoQConfig(QuantSpec):
         seed: Key of stochastic rounding and of the sensitivity's random vectors, >= 0.
         master_dtype: Dtype of the full-precision values: ``float32``, or ``parameter`` for the
             model's own dtype (BF16 weights then hardly move at small learning rates).
+        simulate: ``in_place`` (the simulated values are in the parameters, the masters beside them)
+            or ``autograd`` (the parameters are the masters, and the forward pass computes the
+            simulated values wherever it reads them; needed for learned scales).
 
     Example:
         >>> config = MoQConfig(target_bits=8, rules=[Rule("*.mlp.*", target_bits=6)])
@@ -374,6 +384,7 @@ class MoQConfig(QuantSpec):
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     seed: int = 0
     master_dtype: Literal["float32", "parameter"] = "float32"
+    simulate: Literal["in_place", "autograd"] = "in_place"
 
     def validate(self) -> None:
         """Checks the values here, and each rule's together with those it inherits.
@@ -382,6 +393,12 @@ class MoQConfig(QuantSpec):
             ValueError: naming the field.
         """
         super().validate()
+        for scale in (self.scale, *(rule.scale for rule in self.rules)):
+            require(
+                scale != "learned" or self.simulate == "autograd",
+                "simulate must be 'autograd' for scales that are learned",
+                self.simulate,
+            )
         require(0 <= self.seed < 2**63, "seed must lie in [0, 2^63)", self.seed)
         self.schedule.require_ends(self)
         try:

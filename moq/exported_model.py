@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.utils.parametrize import is_parametrized
 
 from moq import _C
 from moq.layout import DENSE, INTEGER, PACKED, StoredWeight, quantization_config, storage_bits
@@ -36,10 +37,17 @@ class ExportedModel:
         # A wrapper and what it wraps have one name then; the inner module comes last and stays.
         self.modules = {plain_name(name): module for name, module in model.named_modules()}
         self.state = {
-            plain_name(name): value.detach() for name, value in model.state_dict().items()
+            plain_name(name): value.detach()
+            for name, value in model.state_dict().items()
+            if ".parametrizations." not in f".{plain_name(name)}"  # learned scales
         }
         self.aliases = self._find_aliases()
         self.quantized = self._by_name(quantized)
+        # Where the forward pass simulates, the parameters are the masters.
+        for name, parameter in self.quantized.items():
+            self.state[name] = parameter.simulated.detach()
+        for alias, name in self.aliases.items():
+            self.state[alias] = self.state[name]
         dtypes = {parameter.simulated.dtype for parameter in self.quantized.values()}
         if len(dtypes) > 1:
             raise ValueError(
@@ -96,7 +104,7 @@ class ExportedModel:
                 tensors[name] = self.state[name].cpu()
             else:
                 module = self.modules[name.rpartition(".")[0]]
-                weights[name], converted = _convert_weight(name, parameter, type(module).__name__)
+                weights[name], converted = _convert_weight(name, parameter, _class_name(module))
                 tensors |= converted
         return tensors, weights
 
@@ -127,6 +135,12 @@ class ExportedModel:
             for name, value in self.state.items()
             if name.endswith(".weight") and value.dim() == 2
         }
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    """Class of a module, not the one that torch derives from it for a parametrization."""
+    kind = type(module)
+    return kind.__bases__[0].__name__ if is_parametrized(module) else kind.__name__
 
 
 def _refuse_nonfinite(name: str, value: torch.Tensor) -> None:
@@ -162,7 +176,8 @@ def _convert_weight(
             group_size=parameter.group_size,
             transposed=parameter.transposed,
             scale_dtype=parameter.scale_dtype or dtype,
-            scale_rule=parameter.scale,
+            scale_rule="given" if parameter.scale == "learned" else parameter.scale,
+            absmax=None if parameter.absmax is None else parameter.absmax.detach().cpu(),
         )
         tensors[f"{name}_scale"] = scales
         if weight_format == INTEGER:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from moq import _C
 from moq.manifest import CONFIG_NAME, encode_floats
-from moq.rules import plain_name
 from moq.undisturbed import undisturbed
 
 DEFAULT_LENGTH = 16
@@ -29,7 +28,9 @@ def _default_tokens(model: PreTrainedModel) -> list[int]:
     return [(1 + index * 2_654_435_761) % vocab_size for index in range(DEFAULT_LENGTH)]
 
 
-def _in_single_precision(model: PreTrainedModel) -> PreTrainedModel:
+def _in_single_precision(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
     """The model itself if it is FP32, otherwise one of the same weights that computes in FP32.
 
     It is built anew: tables that a model computes once (rotary frequencies) have lost bits if the
@@ -38,18 +39,19 @@ def _in_single_precision(model: PreTrainedModel) -> PreTrainedModel:
     if all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()):
         return model
     single: PreTrainedModel = type(model)(copy.deepcopy(model.config))
-    single.load_state_dict({plain_name(name): value for name, value in model.state_dict().items()})
+    single.load_state_dict(dict(state))
     return single
 
 
 def measure_probe(
-    model: torch.nn.Module, tokens: Sequence[int] | None
+    model: torch.nn.Module, tokens: Sequence[int] | None, state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any] | None, str]:
     """Runs the model on `tokens` in evaluation mode and FP32.
 
     Args:
         model: a model that holds its simulated weights.
         tokens: token ids; None: DEFAULT_LENGTH ids spread over the vocabulary.
+        state: the model's state dict under its plain names, with simulated values.
 
     Returns:
         The manifest's ``probe`` and an empty reason; or None and the reason why the model has no
@@ -65,7 +67,7 @@ def measure_probe(
     if not isinstance(model, PreTrainedModel):
         return None, f"{name} is not a Hugging Face model"
     try:
-        return _answer(model, list(_default_tokens(model) if tokens is None else tokens)), ""
+        return _answer(model, list(_default_tokens(model) if tokens is None else tokens), state), ""
     except Exception as error:  # of the model's own code: it may want images, or a decoder's input
         if tokens is not None:
             raise
@@ -76,10 +78,12 @@ def measure_probe(
         return None, reason
 
 
-def _answer(model: PreTrainedModel, input_ids: list[int]) -> dict[str, Any]:
+def _answer(
+    model: PreTrainedModel, input_ids: list[int], state: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """A probe with this question."""
     with undisturbed(model), torch.no_grad():
-        single = _in_single_precision(model)
+        single = _in_single_precision(model, state)
         single.train(False)
         device = next(single.parameters()).device
         output = single(input_ids=torch.tensor([input_ids], device=device))

@@ -21,6 +21,7 @@ from moq.sharding import first_element, is_sharded, local_tensor, whole_tensor
 if TYPE_CHECKING:
     from moq.activations import ActivationQuantizers
     from moq.quantized_parameter import QuantizedParameter
+    from moq.simulators import WeightSimulators
 
 
 class Masters:
@@ -32,6 +33,7 @@ class Masters:
         schedule: The schedule of these blocks.
         config: The configuration.
         inner: The optimizer that updates the masters; state that it has moves to them.
+        simulators: Where the forward pass simulates, and parameters are their own masters.
 
     Raises:
         ValueError: naming the parameter, if it is not finite or its sharding splits a scale.
@@ -44,10 +46,12 @@ class Masters:
         schedule: Schedule,
         config: MoQConfig,
         inner: torch.optim.Optimizer,
+        simulators: WeightSimulators | None = None,
     ) -> None:
         """Makes a master of every parameter; writes nothing into the model."""
         self.config = config
         self.inner = inner
+        self.simulators = simulators
         self._of: dict[torch.Tensor, torch.Tensor] = {}
         self.matched: Sequence[MatchedParameter] = ()
         self.extend(matched, blocks, schedule)
@@ -64,6 +68,11 @@ class Masters:
         for m in added:
             _require_finite(m)
             first_element(m)
+        if self.simulators is not None:
+            self.simulators.require_possible(added)
+            own = [m.parameter for m in added] + self.simulators.place(added, self.inner)
+            self._of |= {parameter: parameter for parameter in own}
+            added = []
         for m in added:
             dtype = torch.float32 if self.config.master_dtype == "float32" else m.parameter.dtype
             master = m.parameter.detach().to(dtype, copy=True)
@@ -82,6 +91,14 @@ class Masters:
         """Returns (parameter, master) of every quantized parameter."""
         return [(m.parameter, self._of[m.parameter]) for m in self.matched]
 
+    def simulated(self, m: MatchedParameter) -> torch.Tensor:
+        """Returns the value that forward and backward see."""
+        if self.simulators is None:
+            return m.parameter.detach()
+        with torch.no_grad():
+            simulated: torch.Tensor = self.simulators.of(m)(m.parameter)
+            return simulated
+
     def placed(self) -> Iterator[tuple[MatchedParameter, int]]:
         """Yields every quantized parameter with the number of its block."""
         return zip(self.matched, self.blocks.numbers, strict=True)
@@ -97,6 +114,7 @@ class Masters:
             | {
                 "block": self.blocks.names[block],
                 "master_dtype": str(self._of[m.parameter].dtype).removeprefix("torch."),
+                "simulate": self.config.simulate,
             }
             for m, block in self.placed()
         }
@@ -287,7 +305,7 @@ class Masters:
                 QuantizedParameter(
                     name=m.name,
                     master=whole_tensor(self._of[m.parameter].detach()),
-                    simulated=whole_tensor(m.parameter.detach()),
+                    simulated=whole_tensor(self.simulated(m)),
                     num_bits=schedule.bits_at(block, step),
                     mode=m.spec.mode,
                     granularity=m.granularity,
@@ -295,6 +313,7 @@ class Masters:
                     scale=m.spec.scale,
                     activations=activations.kind_of(m.name.rpartition(".")[0]),
                     input_scale=activations.input_scale(m.name.rpartition(".")[0]),
+                    absmax=self.simulators.of(m).learned() if self.simulators else None,
                     transposed=m.transposed,
                     scale_dtype=m.parameter.dtype,
                 )
@@ -318,7 +337,7 @@ class Masters:
                     granularity=m.granularity,
                     mode=m.spec.mode,
                     rounding=m.spec.rounding,
-                    scale_rule=m.spec.scale,
+                    scale_rule="absmax" if m.spec.scale == "learned" else m.spec.scale,
                     group_size=m.group_size,
                     transposed=m.transposed,
                     blend_steps=m.spec.blend_steps,
@@ -326,7 +345,10 @@ class Masters:
                     unsharded_cols=columns,
                 )
             )
-        self.trainer = Trainer(trained, schedule, self.config.seed, step)
+        in_place = self.simulators is None
+        self.trainer = Trainer(trained, schedule, self.config.seed, step, in_place)
+        if self.simulators is not None:
+            self.simulators.connect(self.matched, self.trainer)
 
     def _take_over_state(self, parameter: torch.Tensor, master: torch.Tensor) -> None:
         """Moves state that the inner optimizer has already from a parameter to its master."""

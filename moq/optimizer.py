@@ -31,6 +31,7 @@ from moq.record import MASTER_KEY, RECORD_KEY, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
+from moq.simulators import WeightSimulators
 from moq.state_creation import is_state_creation, make_blank_state
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
@@ -117,7 +118,15 @@ class MoQOptimizer(OptimizerWrapper):
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
         self._activations = ActivationQuantizers(self.model, self.config.observer, total_steps)
-        self._masters = Masters(matched, blocks, schedule, self.config, self.inner)
+        self._simulators = None
+        if self.config.simulate == "autograd":
+            self._simulators = WeightSimulators(
+                self.model, self.config.seed, self.config.master_dtype
+            )
+            _require_gradients_reduced(matched, model)
+        self._masters = Masters(
+            matched, blocks, schedule, self.config, self.inner, self._simulators
+        )
         self._masters.warn_if_simulated()
         self._masters.trainer.write_simulated()
         self._activations.place(matched)
@@ -301,14 +310,14 @@ class MoQOptimizer(OptimizerWrapper):
             raise RuntimeError("MoQOptimizer.full_precision: must not be nested")
         self._masters.catch_up()
         self._shows_masters = True
-        self._activations.enable(False)
+        self._show_full_precision(True)
         self._masters.trainer.write_masters()
         try:
             yield
         finally:
             self._masters.catch_up()
             self._shows_masters = False
-            self._activations.enable(True)
+            self._show_full_precision(False)
             self._masters.trainer.write_simulated()
 
     def probe(
@@ -461,6 +470,12 @@ class MoQOptimizer(OptimizerWrapper):
                 history = self._record().summary()
                 write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
 
+    def _show_full_precision(self, shown: bool) -> None:
+        """Switches what simulates within the forward pass."""
+        self._activations.enable(not shown)
+        if self._simulators is not None:
+            self._simulators.enable(not shown)
+
     def _require_state(self) -> None:
         """Makes sure that the inner optimizer has state, or a form of it, unless it keeps none."""
         if self._stateless or any(self.inner.state.values()):
@@ -482,4 +497,19 @@ class MoQOptimizer(OptimizerWrapper):
             history=self.history,
             blank_state=self._blank_state,
             activations=self._activations.state(),
+        )
+
+
+def _require_gradients_reduced(matched: Sequence[MatchedParameter], model: nn.Module) -> None:
+    """Refuses learned scales that DistributedDataParallel would know nothing of.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    learned = [m.name for m in matched if m.spec.scale == "learned"]
+    if learned and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{learned[0]}: with scale 'learned' make MoQOptimizer of the plain model and wrap "
+            "that in DistributedDataParallel afterwards: it reduces the gradients of the "
+            "parameters that it finds, and the scales are made here"
         )

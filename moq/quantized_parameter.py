@@ -8,7 +8,7 @@ import torch
 
 MODES = ("symmetric", "asymmetric", "ternary", "binary")
 GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_rows")
-SCALES = ("absmax", "mse")
+SCALES = ("absmax", "mse", "learned")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +36,9 @@ class QuantizedParameter:
         activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
             8-bit per-token activations, ``static`` with one scale (both exported as W8A8).
         input_scale: the scale of static activations, a number of ``scale_dtype``; otherwise None.
-        scale: ``absmax`` or ``mse``: how the scales follow from the master.
+        scale: ``absmax``, ``mse`` or ``learned``: how the scales follow from the master.
+        absmax: of learned scales: the magnitude, float32, that stands for the largest code of each
+            group; otherwise None.
     """
 
     name: str
@@ -51,6 +53,7 @@ class QuantizedParameter:
     activations: str | None = None
     scale: str = "absmax"
     input_scale: float | None = None
+    absmax: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no grid or checkpoint can hold.
@@ -99,6 +102,11 @@ class QuantizedParameter:
             self.group_size,
         )
         require(self.scale in SCALES, f"scale must be one of {SCALES}", self.scale)
+        require(
+            (self.scale == "learned") == (self.absmax is not None),
+            "absmax must be given if the scale is learned, and only then",
+            self.scale,
+        )
         require(
             self.scale_dtype is None or self.scale_dtype in SCALE_DTYPES,
             "scale_dtype must be float32, float16 or bfloat16",

@@ -8,9 +8,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from moq.config import MoQConfig, QuantSpec, Rule, Timing
 from moq.strict import suggestion
@@ -31,6 +33,8 @@ SIBLINGS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What wrappers of a module insert into the names of its parameters.
 _WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module")
+# What torch.nn.utils.parametrize makes of a parameter's name.
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\.original$")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,18 @@ class MatchedParameter:
             return "per_rows", rows // groups
         return "per_group", self.in_features // max(1, groups // rows)
 
+    def groups(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns a weight of this parameter's shape as [groups, elements that share a scale]."""
+        matrix = weight.t() if self.transposed else weight
+        granularity, size = self._grouping
+        count = {
+            "per_tensor": 1,
+            "per_channel": self.out_features,
+            "per_group": self.out_features * (self.in_features // max(size, 1)),
+            "per_rows": self.out_features // max(size, 1),
+        }[granularity]
+        return matrix.reshape(count, matrix.numel() // max(count, 1))
+
     @property
     def can_have_groups(self) -> bool:
         """Says whether `groups` per matrix are whole output features or divide one."""
@@ -122,8 +138,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """Removes what torch.compile and activation checkpointing put into names."""
+    """Removes what torch.compile, activation checkpointing and parametrizations put into names."""
+    name = _PARAMETRIZED.sub(r"\1\2", name)
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Returns the parameter ``weight`` of a module, also one that moq simulates in the forward."""
+    weight = module._parameters.get("weight")
+    if weight is None and parametrize.is_parametrized(module, "weight"):
+        chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+        if any(getattr(step, "is_weight_simulator", False) for step in chain):
+            original: nn.Parameter = chain.original
+            return original
+    return weight
 
 
 def match_parameters(
@@ -171,12 +199,12 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     modules = [
         (plain_name(name), module) for name, module in model.named_modules(remove_duplicate=False)
     ]
-    embeddings = {id(m.weight) for _, m in modules if isinstance(m, nn.Embedding)}
+    embeddings = {id(own_weight(m)) for _, m in modules if isinstance(m, nn.Embedding)} - {id(None)}
     declared = getattr(model, "get_output_embeddings", None)
     output = declared() if callable(declared) else None
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     for name, module in modules:
-        weight = module._parameters.get("weight")
+        weight = own_weight(module)
         if weight is None:
             continue
         if isinstance(module, nn.Embedding):

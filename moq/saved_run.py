@@ -96,6 +96,11 @@ def save_run(
         stored = [(n, value) for n, value in exported.state.items() if n not in exported.aliases]
         _C.write_safetensors(str(staged / "model.safetensors"), stored, {"format": "pt"})
         masters = [(name, p.master.detach()) for name, p in exported.quantized.items()]
+        masters += [
+            (f"{name}_absmax", p.absmax.detach())
+            for name, p in exported.quantized.items()
+            if p.absmax is not None
+        ]
         _C.write_safetensors(str(staged / MASTERS_NAME), masters, {"format": "pt"})
         write_json(staged / CONFIG_NAME, exported.config({}))
         save_generation_config(staged, model)
@@ -151,7 +156,10 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
     for name, entry in run["quantized"].items():
         if name not in masters or name not in state:
             raise FormatError(f"{path / MASTERS_NAME}: {name}: expected by {RUN_NAME}, missing")
-        quantized.append(_parameter(name, entry, masters[name], state[name], path / RUN_NAME))
+        absmax = masters.get(f"{name}_absmax")
+        quantized.append(
+            _parameter(name, entry, masters[name], state[name], absmax, path / RUN_NAME)
+        )
     return SavedRun(model, quantized, run["history"], path)
 
 
@@ -187,12 +195,17 @@ def _model_class(config: Path) -> Any:
 
 
 def _parameter(
-    name: str, entry: object, master: torch.Tensor, simulated: torch.Tensor, path: Path
+    name: str,
+    entry: object,
+    master: torch.Tensor,
+    simulated: torch.Tensor,
+    absmax: torch.Tensor | None,
+    path: Path,
 ) -> QuantizedParameter:
     """One parameter of a run, from its entry in run.json."""
     try:
         fields = _Entry.from_dict(entry, "quantized").to_dict()
         fields["scale_dtype"] = getattr(torch, fields["scale_dtype"])
-        return QuantizedParameter(name, master, simulated, **fields)
+        return QuantizedParameter(name, master, simulated, absmax=absmax, **fields)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{path}: {name}: {error}") from error

@@ -127,8 +127,10 @@ def _codes(masters: Masters) -> list[torch.Tensor]:
     """
     schedule, step = masters.trainer.schedule, masters.trainer.step_seen
     return [
-        torch.ops.moq.quantize(
-            local_tensor(m.parameter.detach()),
+        masters.simulators.of(m).codes(m.parameter.detach(), schedule.bits_at(block, step))
+        if masters.simulators is not None and m.spec.scale == "learned"
+        else torch.ops.moq.quantize(
+            local_tensor(masters.simulated(m)),
             schedule.bits_at(block, step),
             granularity=m.granularity,
             group_size=m.group_size,
@@ -143,11 +145,11 @@ def _measure(masters: Masters, before: list[torch.Tensor]) -> torch.Tensor:
     """Returns completed steps and the sums of each block, [1 + SUMS * blocks], float64."""
     step = masters.trainer.step_on_device
     sums: list[list[torch.Tensor]] = [[] for _ in masters.blocks.names]
-    for (parameter, master), old, new, block in zip(
-        masters.pairs(), before, _codes(masters), masters.blocks.numbers, strict=True
+    for (m, block), (_, master), old, new in zip(
+        masters.placed(), masters.pairs(), before, _codes(masters), strict=True
     ):
         whole = local_tensor(master.detach())
-        error = local_tensor(parameter.detach()).to(whole.dtype) - whole
+        error = local_tensor(masters.simulated(m)).to(whole.dtype) - whole
         row = [
             torch.linalg.vector_norm(error, dtype=torch.float64).square(),
             torch.linalg.vector_norm(whole, dtype=torch.float64).square(),

@@ -14,7 +14,7 @@ void bind_export(py::module_& m) {
       [](const std::string& name, const at::Tensor& master, const at::Tensor& simulated,
          int num_bits, const std::string& mode, const std::string& granularity,
          std::int64_t group_size, bool transposed, at::ScalarType scale_dtype,
-         const std::string& scale_rule) {
+         const std::string& scale_rule, const std::optional<at::Tensor>& absmax) {
         const exporter::GridSpec spec{
             .num_bits = num_bits,
             .mode = parse_mode("recover_codes", mode),
@@ -26,7 +26,8 @@ void bind_export(py::module_& m) {
         exporter::StoredCodes stored;
         {
           const py::gil_scoped_release release;
-          stored = exporter::recover_codes(name, master, simulated, spec);
+          stored =
+              exporter::recover_codes(name, master, simulated, spec, absmax.value_or(at::Tensor()));
         }
         py::object zero_points = py::none();
         if (stored.zero_points.defined()) {
@@ -36,7 +37,7 @@ void bind_export(py::module_& m) {
       },
       py::arg("name"), py::arg("master"), py::arg("simulated"), py::kw_only(), py::arg("num_bits"),
       py::arg("mode"), py::arg("granularity"), py::arg("group_size"), py::arg("transposed"),
-      py::arg("scale_dtype"), py::arg("scale_rule") = "absmax",
+      py::arg("scale_dtype"), py::arg("scale_rule") = "absmax", py::arg("absmax") = py::none(),
       "Codes int8 [out, in], scales [out, groups], zero points int8 [out, groups] (None: "
       "symmetric) "
       "and relative quantization error of a trained weight. Raises moq._C.Error naming the "

@@ -52,9 +52,10 @@ void bind_trainer(pybind11::module_& m) {
   py::class_<Trainer>(m, "Trainer",
                       "Keeps simulated weights in step with their masters: begin_step, the inner "
                       "optimizer's step, end_step.")
-      .def(py::init<std::vector<TrainedParameter>, schedule::Schedule, std::uint64_t,
-                    std::int64_t>(),
-           py::arg("parameters"), py::arg("schedule"), py::arg("seed"), py::arg("step") = 0)
+      .def(py::init<std::vector<TrainedParameter>, schedule::Schedule, std::uint64_t, std::int64_t,
+                    bool>(),
+           py::arg("parameters"), py::arg("schedule"), py::arg("seed"), py::arg("step") = 0,
+           py::arg("in_place") = true)
       // Gradients may be tensor subclasses, whose operators run in Python: the GIL stays held.
       .def("begin_step", &Trainer::begin_step, "Gives each master the gradient of its parameter.")
       .def("end_step", &Trainer::end_step, py::arg("found_inf") = py::none(),
@@ -77,6 +78,19 @@ void bind_trainer(pybind11::module_& m) {
            "Re-plans what lies after the current step; one number in [0, 1] per block.")
       .def("restore", &Trainer::restore, py::arg("schedule"), py::arg("step"),
            "Continues at `step` with the plan of `schedule`.")
+      .def(
+          "control_of",
+          [](const Trainer& trainer, std::int64_t parameter) {
+            const Trainer::OnDevice control = trainer.control_of(parameter);
+            py::object blend_ratio = py::none();
+            if (control.blend_ratio.defined()) {
+              blend_ratio = py::cast(control.blend_ratio);
+            }
+            return py::make_tuple(control.num_bits, blend_ratio, control.step);
+          },
+          py::arg("parameter"),
+          "Width, blend ratio (None: nothing blends) and step of a parameter, each [1], on its "
+          "device.")
       .def("num_bits", &Trainer::num_bits, py::arg("parameter"),
            "Width of a parameter after the current step.")
       .def_property_readonly("schedule", &Trainer::schedule, py::return_value_policy::copy)

@@ -141,7 +141,8 @@ float stored_value(std::int32_t code, const GridParams& grid, DType dtype) {
 }  // namespace
 
 StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
-                          const at::Tensor& simulated, const GridSpec& spec) {
+                          const at::Tensor& simulated, const GridSpec& spec,
+                          const at::Tensor& absmax) {
   MOQ_CHECK(master.dim() == 2 && master.sizes() == simulated.sizes(), name,
             ": expected two matrices of one shape, got ", master.sizes(), " and ",
             simulated.sizes());
@@ -164,7 +165,14 @@ StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
   refuse_nonfinite(source, name, "master");
   refuse_nonfinite(target, name, "simulated");
 
-  const kernels::FakeQuantizeTensor trained = describe(source, spec, name);
+  kernels::FakeQuantizeTensor trained = describe(source, spec, name);
+  if (spec.scale_rule == ScaleRule::kGiven) {
+    MOQ_CHECK(absmax.defined() && absmax.scalar_type() == c10::ScalarType::Float &&
+                  absmax.is_cpu() && absmax.is_contiguous() &&
+                  absmax.numel() == kernels::num_groups(trained),
+              name, ": expected ", kernels::num_groups(trained), " learned scales of float32");
+    trained.given_absmax = absmax.const_data_ptr<float>();
+  }
   const Grids grids = grids_of(trained, spec);
   const std::int64_t groups_per_row = kernels::groups_per_row(trained);
   const std::int64_t group_cols = kernels::columns_per_group(trained);

@@ -41,10 +41,13 @@ struct StoredCodes {
 /// @param name       names the parameter in errors
 /// @param master     2-D, float32, float16 or bfloat16, host memory, any strides
 /// @param simulated  its shape; float32, float16 or bfloat16, host memory, any strides
+/// @param absmax     [num_groups], float32, host memory, contiguous; of kGiven scales, else
+///                   undefined
 /// @throws moq::Error naming the parameter and the element for a NaN or an infinity in either
 ///         tensor, or a simulated value that is not a point of the grid
 StoredCodes recover_codes(const std::string& name, const at::Tensor& master,
-                          const at::Tensor& simulated, const GridSpec& spec);
+                          const at::Tensor& simulated, const GridSpec& spec,
+                          const at::Tensor& absmax = {});
 
 /// Packs int8 codes [rows, columns] into int32 [rows, ceil(columns * num_bits / 32)]: packing.h.
 at::Tensor pack_codes(const at::Tensor& codes, int num_bits);

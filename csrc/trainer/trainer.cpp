@@ -29,10 +29,11 @@ void check_widths(const TrainedParameter& parameter, const schedule::Schedule& s
 }  // namespace
 
 Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule,
-                 std::uint64_t seed, std::int64_t step)
+                 std::uint64_t seed, std::int64_t step, bool in_place)
     : parameters_(std::move(parameters)),
       schedule_(std::move(schedule)),
       seed_(seed),
+      in_place_(in_place),
       versions_(parameters_.size()),
       addresses_(parameters_.size()) {
   std::vector<std::pair<c10::Device, std::vector<std::size_t>>> devices;
@@ -71,6 +72,9 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
 
 void Trainer::begin_step() {
   const at::NoGradGuard no_grad;
+  if (!in_place_) {
+    return;  // the optimizer works on the parameters themselves
+  }
   std::vector<at::Tensor> gradients;
   std::vector<at::Tensor> casts;
   for (TrainedParameter& parameter : parameters_) {
@@ -112,6 +116,9 @@ void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
 }
 
 void Trainer::abandon_step() {
+  if (!in_place_) {
+    return;
+  }
   for (TrainedParameter& parameter : parameters_) {
     parameter.master.mutable_grad().reset();
   }
@@ -125,6 +132,9 @@ void Trainer::write_simulated() {
 }
 
 void Trainer::write_masters() {
+  if (!in_place_) {
+    return;
+  }
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> targets;
   std::vector<at::Tensor> sources;
@@ -144,6 +154,9 @@ void Trainer::write_masters() {
 std::vector<std::int64_t> Trainer::overwritten() {
   const at::NoGradGuard no_grad;
   std::vector<std::int64_t> changed;
+  if (!in_place_) {
+    return changed;  // whatever the parameters hold are the masters
+  }
   for (const DeviceGroup& group : groups_) {
     for (std::size_t index = 0; index < group.members.size(); ++index) {
       const std::size_t p = group.members[index];
@@ -236,6 +249,22 @@ std::int64_t Trainer::num_bits(std::int64_t parameter) const {
   return schedule_.bits_at(parameters_.at(static_cast<std::size_t>(parameter)).block, step());
 }
 
+Trainer::OnDevice Trainer::control_of(std::int64_t parameter) const {
+  const auto wanted = static_cast<std::size_t>(parameter);
+  for (const DeviceGroup& group : groups_) {
+    const auto found = std::ranges::find(group.members, wanted);
+    if (found != group.members.end()) {
+      const auto index = static_cast<std::int64_t>(found - group.members.begin());
+      const Control& control = group.control;
+      return {control.num_bits().narrow(0, index, 1),
+              control.blend_ratio().defined() ? control.blend_ratio().narrow(0, index, 1)
+                                              : at::Tensor(),
+              control.step()};
+    }
+  }
+  MOQ_CHECK(false, "Trainer: there is no parameter ", parameter);
+}
+
 void Trainer::check_memory(const TrainedParameter& parameter) const {
   const at::Tensor& simulated = parameter.simulated;
   const at::Tensor& full_precision = parameter.full_precision;
@@ -285,6 +314,9 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
 }
 
 void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf) {
+  if (!in_place_) {
+    return;
+  }
   std::vector<kernels::FakeQuantizeTensor> tensors;
   tensors.reserve(group.members.size());
   for (const std::size_t p : group.members) {

@@ -45,6 +45,9 @@ struct TrainedParameter {
 
 /// Keeps the simulated values of a model's quantized parameters in step with their masters.
 ///
+/// In place, that is writing them into the parameters; or only the control data, where the forward
+/// pass simulates by itself and a parameter is its own master.
+///
 /// One optimizer step is: begin_step, the inner optimizer's step on the masters, end_step.
 /// Time is the number of completed steps; an overflow step is none.
 class Trainer {
@@ -53,7 +56,7 @@ class Trainer {
   /// @throws moq::Error if a block number lies outside the schedule, or a planned width outside
   ///     those that have a grid in the parameter's mode.
   Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule, std::uint64_t seed,
-          std::int64_t step = 0);
+          std::int64_t step = 0, bool in_place = true);
 
   /// Gives each master the gradient of its parameter: the gradient at the simulated value, applied
   /// to the master, is the straight-through estimator. Same dtype: by reference; otherwise cast,
@@ -105,6 +108,15 @@ class Trainer {
   std::int64_t step_seen() const;
   /// Completed steps, [1], int64, in the memory of the first parameter's device.
   const at::Tensor& step_on_device() const { return groups_.front().control.step(); }
+  /// What a parameter's own simulation reads, in the memory of its device: width ([1], int32),
+  /// blend ratio ([1], float32; undefined if nothing blends) and completed steps ([1], int64). They
+  /// stay where they are, and change at the end of each step.
+  struct OnDevice {
+    at::Tensor num_bits;
+    at::Tensor blend_ratio;
+    at::Tensor step;
+  };
+  OnDevice control_of(std::int64_t parameter) const;
   /// Width of a parameter after the current step; waits for the device.
   std::int64_t num_bits(std::int64_t parameter) const;
 
@@ -126,6 +138,7 @@ class Trainer {
   std::vector<TrainedParameter> parameters_;
   schedule::Schedule schedule_;
   std::uint64_t seed_;
+  bool in_place_;
   std::vector<DeviceGroup> groups_;
   bool shows_masters_ = false;
   /// Version counter and address of each simulated value when it was written last.

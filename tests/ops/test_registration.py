@@ -31,6 +31,16 @@ SAMPLES = {
         (random_weight(6, 32, transposed=True).requires_grad_(), 8),
         dict(transposed=True),
     ),
+    "simulate": lambda: (
+        ops.simulate,
+        (random_weight(6, 32).requires_grad_(), torch.tensor([4], dtype=torch.int32)),
+        dict(blend_ratio=torch.tensor([0.5]), step=torch.tensor([3]), rounding="stochastic"),
+    ),
+    "simulate_learned": lambda: (
+        ops.simulate,
+        (random_weight(6, 32, transposed=True).requires_grad_(), torch.tensor([3]).int()),
+        dict(absmax=torch.full((6,), 0.03, requires_grad=True), transposed=True),
+    ),
     "foreach_fake_quantize": lambda: (
         ops.foreach_fake_quantize,
         ([random_weight(6, 32), random_weight(3, 8)], torch.tensor([8, 0], dtype=torch.int32)),

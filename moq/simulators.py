@@ -1,0 +1,178 @@
+"""The second form of simulation: weights put on their grid inside the forward pass.
+
+A parametrization computes the simulated weight wherever the model reads it. No second copy of the
+weights is kept, and scales can be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from moq._C import Trainer
+from moq.rules import MatchedParameter, own_weight
+from moq.sharding import is_sharded
+
+
+class WeightSimulator(nn.Module):
+    """Parametrization of one weight; reads its width, blend ratio and step on the device.
+
+    Args:
+        matched: The parameter.
+        seed: Key of stochastic rounding.
+    """
+
+    is_weight_simulator = True
+    num_bits: torch.Tensor
+    blend_ratio: torch.Tensor | None
+    step: torch.Tensor
+
+    def __init__(self, matched: MatchedParameter, seed: int) -> None:
+        """Learned scales begin at the largest magnitude of each group."""
+        super().__init__()
+        spec = matched.spec
+        self.enabled = True
+        self.arguments = {
+            "granularity": matched.granularity,
+            "group_size": matched.group_size,
+            "mode": spec.mode,
+            "rounding": spec.rounding,
+            "seed": seed,
+            "name_hash": _name_hash(matched.name),
+            "transposed": matched.transposed,
+            "scale_rule": "absmax" if spec.scale == "learned" else spec.scale,
+        }
+        self.absmax: nn.Parameter | None = None
+        self.group_elements = 1
+        if spec.scale == "learned":
+            groups = matched.groups(matched.parameter.detach())
+            self.group_elements = groups.shape[1]
+            self.absmax = nn.Parameter(
+                groups.abs().amax(1).float(), requires_grad=matched.parameter.requires_grad
+            )
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the simulated weight.
+
+        The gradient of a learned scale is divided by the square root of the number of weights that
+        share it, as in LSQ (Esser et al., 2020): it is a sum over them.
+        """
+        if not self.enabled:
+            return weight
+        absmax = self.absmax
+        if absmax is not None and absmax.requires_grad:
+            value = absmax.detach()  # exactly the value: the difference is 0
+            absmax = value + (absmax - value) * self.group_elements**-0.5
+        simulated: torch.Tensor = torch.ops.moq.simulate(
+            weight,
+            self.num_bits,
+            absmax=absmax,
+            blend_ratio=self.blend_ratio,
+            step=self.step,
+            **self.arguments,
+        )
+        return simulated
+
+    def learned(self) -> torch.Tensor | None:
+        """Returns the magnitude of the largest code of each group, if it is learned."""
+        return None if self.absmax is None else self.absmax.detach().abs()
+
+    def codes(self, weight: torch.Tensor, num_bits: int) -> torch.Tensor:
+        """Returns the integers of a weight with learned scales, in its groups."""
+        assert self.absmax is not None
+        scale = self.absmax.detach().abs() / (2 ** (num_bits - 1) - 1)
+        with torch.no_grad():
+            simulated: torch.Tensor = self(weight)
+        matrix = simulated.t() if self.arguments["transposed"] else simulated
+        groups = matrix.reshape(len(scale), -1).float()
+        codes: torch.Tensor = (groups / scale[:, None]).round().to(torch.int32)
+        return codes
+
+
+class WeightSimulators:
+    """The parametrizations of a model.
+
+    Args:
+        model: The model, unwrapped.
+        seed: Key of stochastic rounding.
+        master_dtype: As in MoQConfig.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, master_dtype: str) -> None:
+        """Places nothing yet."""
+        self.model = model
+        self.seed = seed
+        self.master_dtype = master_dtype
+        self._of: dict[torch.Tensor, WeightSimulator] = {}
+
+    def require_possible(self, matched: Sequence[MatchedParameter]) -> None:
+        """Refuses parameters that cannot be simulated in the forward pass.
+
+        Raises:
+            ValueError: naming the parameter and the reason.
+        """
+        for m in matched:
+            if is_sharded(m.parameter):
+                raise ValueError(
+                    f"{m.name}: simulate must be 'in_place' for sharded parameters, got 'autograd'"
+                )
+            if self.master_dtype == "float32" and m.parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{m.name}: with simulate 'autograd' the parameters are the masters: they must "
+                    f"be float32 (use autocast), got {m.parameter.dtype}; master_dtype 'parameter' "
+                    "trains them as they are"
+                )
+
+    def place(
+        self, matched: Sequence[MatchedParameter], inner: torch.optim.Optimizer
+    ) -> list[nn.Parameter]:
+        """Parametrizes the modules of new parameters; learned scales join the inner optimizer.
+
+        Returns:
+            The learned scales.
+        """
+        new = {id(m.parameter): WeightSimulator(m, self.seed) for m in matched}
+        owners = [
+            (module, new[id(own_weight(module))])
+            for module in self.model.modules()
+            if id(own_weight(module)) in new
+        ]
+        for module, simulator in owners:
+            parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
+        learned = []
+        for m in matched:
+            simulator = self._of[m.parameter] = new[id(m.parameter)]
+            if simulator.absmax is not None:
+                learned.append(simulator.absmax)
+        if learned:
+            group: dict[str, object] = {"params": learned}
+            if "weight_decay" in inner.defaults:
+                group["weight_decay"] = 0.0  # a scale has no reason to shrink
+            inner.add_param_group(group)
+        return learned
+
+    def connect(self, matched: Sequence[MatchedParameter], trainer: Trainer) -> None:
+        """Points every parametrization at the control data of its parameter."""
+        for index, m in enumerate(matched):
+            simulator = self._of[m.parameter]
+            simulator.num_bits, simulator.blend_ratio, simulator.step = trainer.control_of(index)
+
+    def of(self, m: MatchedParameter) -> WeightSimulator:
+        """Returns the parametrization of a parameter."""
+        return self._of[m.parameter]
+
+    def enable(self, enabled: bool) -> None:
+        """Shows the simulated weights, or the parameters as they are."""
+        for simulator in self._of.values():
+            simulator.enabled = enabled
+
+
+def _name_hash(name: str) -> int:
+    """FNV-1a, 32 bits, of a parameter's name."""
+    value = 2166136261
+    for byte in name.encode():
+        value = (value ^ byte) * 16777619 % 2**32
+    return value

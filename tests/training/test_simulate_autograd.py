@@ -1,0 +1,317 @@
+"""simulate "autograd": weights simulated inside the forward pass, and scales that are learned."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_same, batch, loss_of, train_step, weights, wrap
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+import moq  # noqa: E402
+from moq import cli  # noqa: E402
+from moq.saved_run import load_run  # noqa: E402
+from moq.verify import verify_checkpoint  # noqa: E402
+
+STEPS = 8
+FALLING = {"start_bits": 9, "target_bits": 3, "schedule": {"finish_at": 0.75}}
+LEARNED = FALLING | {"scale": "learned", "simulate": "autograd"}
+GRIDS = {
+    "nearest": {},
+    "stochastic": {"rounding": "stochastic", "seed": 4},
+    "asymmetric groups": {"mode": "asymmetric", "granularity": "per_group", "group_size": 4},
+    "blend": {"blend_steps": 2},
+    "binary": {"mode": "binary", "target_bits": 1, "granularity": "per_group", "groups": 4},
+    "mse": {"scale": "mse", "granularity": "per_tensor"},
+}
+
+
+def masters_of(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
+    return {
+        m.name: master.detach().clone()
+        for m, (_, master) in zip(
+            optimizer._masters.matched, optimizer._masters.pairs(), strict=True
+        )
+    }
+
+
+def simulated_of(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
+    return {m.name: optimizer._masters.simulated(m).clone() for m in optimizer._masters.matched}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_both_forms_train_the_same_weights(decoder, grid):
+    config = FALLING | GRIDS[grid]
+    models = decoder(), decoder()
+    in_place = wrap(models[0], config, STEPS)
+    autograd = wrap(models[1], config | {"simulate": "autograd"}, STEPS)
+    for step in range(STEPS):
+        losses = [
+            train_step(model, optimizer, step)
+            for model, optimizer in zip(models, (in_place, autograd), strict=True)
+        ]
+        assert losses[0] == losses[1]
+        assert_same(masters_of(autograd), masters_of(in_place))
+        assert_same(simulated_of(autograd), simulated_of(in_place))
+    assert autograd.num_bits == in_place.num_bits
+
+
+def test_there_is_one_copy_of_the_weights(decoder):
+    model = decoder()
+    before = {id(p) for p in model.parameters()}
+    optimizer = wrap(model, FALLING | {"simulate": "autograd"}, STEPS)
+    assert {id(p) for p in model.parameters()} == before
+    for parameter, master in optimizer._masters.pairs():
+        assert master is parameter
+
+
+def test_full_precision_shows_the_parameters(decoder):
+    model, plain = decoder(), decoder()
+    optimizer = wrap(model, {"start_bits": 3, "target_bits": 3, "simulate": "autograd"}, STEPS)
+    with optimizer.full_precision():
+        assert torch.equal(model(batch(0)), plain(batch(0)))
+    assert not torch.equal(model(batch(0)), plain(batch(0)))
+
+
+@pytest.mark.parametrize("scale", ["absmax", "learned"])
+def test_a_resumed_run_continues_bit_for_bit(decoder, scale):
+    config = FALLING | {"simulate": "autograd", "scale": scale}
+    straight, first = decoder(), decoder()
+    optimizer, interrupted = wrap(straight, config, STEPS), wrap(first, config, STEPS)
+    for step in range(3):
+        train_step(straight, optimizer, step)
+        train_step(first, interrupted, step)
+    state = copy.deepcopy(interrupted.state_dict())
+    resumed = decoder()
+    second = wrap(resumed, config, STEPS)
+    second.load_state_dict(state)
+    for (name, p), q in zip(first.named_parameters(), resumed.parameters(), strict=True):
+        if "parametrizations" not in name:
+            q.data.copy_(p.data)  # those that are not quantized are the model's own affair
+    for step in range(3, STEPS):
+        assert train_step(straight, optimizer, step) == train_step(resumed, second, step)
+    assert_same(weights(resumed), weights(straight))
+
+
+def test_a_state_of_the_other_form_is_refused(decoder):
+    one = wrap(decoder(), FALLING, STEPS)
+    other = wrap(decoder(), FALLING | {"simulate": "autograd"}, STEPS)
+    with pytest.raises(ValueError, match="simulate 'autograd' .saved: 'in_place'"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_tied_weights_have_one_parametrization():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = wrap(model, LEARNED, STEPS)
+    simulators = [layer.parametrizations["weight"][0] for layer in model]
+    assert simulators[0] is simulators[1]
+    assert len(optimizer.param_groups[-1]["params"]) == 1
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, model[1].weight)
+
+
+def test_a_drop_compiles_nothing_again(decoder):
+    from torch._dynamo.testing import CompileCounter
+
+    model = decoder()
+    optimizer = wrap(model, LEARNED | {"activations": "dynamic"}, STEPS)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(STEPS):
+        loss_of(compiled, batch(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(optimizer.num_bits.values()) == {3}
+    assert counter.frame_count == 1
+    torch._dynamo.reset()  # another decoder has the same code
+
+
+def test_a_probe_measures_the_simulated_model(decoder):
+    config = {"start_bits": 8, "target_bits": 4, "schedule": {"finish_at": 0.75}}
+    found = []
+    for simulate in ("in_place", "autograd"):
+        model = decoder()
+        optimizer = wrap(model, config | {"simulate": simulate}, STEPS)
+        found.append(optimizer.probe(lambda b, model=model: loss_of(model, b), [batch(0)]))
+    assert found[0].blocks == found[1].blocks
+    torch.testing.assert_close(torch.tensor(found[0].values), torch.tensor(found[1].values))
+
+
+def test_a_group_added_later_is_simulated():
+    first, later = nn.Linear(6, 6), nn.Linear(6, 4)
+    model = nn.Sequential(first, later)
+    sgd = torch.optim.SGD(first.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="in no param group"):
+        optimizer = moq.MoQOptimizer(
+            sgd, model, LEARNED | {"start_bits": 3}, total_steps=STEPS, verbose=False
+        )
+    optimizer.add_param_group({"params": list(later.parameters())})
+    assert optimizer.num_bits == {"0.weight": 3, "1.weight": 3}
+    rows = later.weight.detach()
+    assert max(len(row.unique()) for row in rows) <= 7
+
+
+# ------------------------------------------------------------------------- learned step sizes
+
+
+def test_learned_scales_begin_at_the_largest_weight_and_are_trained(decoder):
+    model = decoder()
+    optimizer = wrap(model, LEARNED, STEPS)
+    ranges = [p for p in optimizer.param_groups[-1]["params"]]
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.0
+    assert len(ranges) == len(optimizer.num_bits)
+    for p, m in zip(ranges, optimizer._masters.matched, strict=True):
+        assert torch.equal(p.detach(), m.parameter.detach().abs().amax(1))
+    before = [p.detach().clone() for p in ranges]
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+    assert all(not torch.equal(p.detach(), old) for p, old in zip(ranges, before, strict=True))
+
+
+def test_learning_finds_a_better_scale_than_the_largest_weight():
+    torch.manual_seed(0)
+    target = torch.randn(8, 64)
+    x = torch.randn(256, 64)
+    errors = {}
+    for scale in ("absmax", "learned"):
+        layer = nn.Linear(64, 8, bias=False)
+        layer.weight.data.copy_(target)
+        layer.weight.requires_grad_(True)
+        config = {"start_bits": 3, "target_bits": 3, "simulate": "autograd", "scale": scale}
+        optimizer = wrap(layer, config, 200, lr=1e-2)
+        for _ in range(200):
+            loss = (layer(x) - x @ target.t()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        errors[scale] = loss.item()
+    assert errors["learned"] < 0.8 * errors["absmax"]
+
+
+def test_logged_scalars_are_those_of_the_simulated_weights(decoder):
+    class Recorder:
+        def __init__(self):
+            self.rows = []
+
+        def log(self, scalars, step):
+            self.rows.append(scalars)
+
+    recorders = {}
+    for simulate in ("in_place", "autograd"):
+        model = decoder()
+        recorder = recorders[simulate] = Recorder()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = moq.MoQOptimizer(
+            adamw,
+            model,
+            FALLING | {"simulate": simulate},
+            total_steps=STEPS,
+            verbose=False,
+            loggers=recorder,
+            log_every=1,
+        )
+        for step in range(3):
+            train_step(model, optimizer, step)
+        optimizer.flush_logs()
+    assert recorders["in_place"].rows == recorders["autograd"].rows
+
+
+# ------------------------------------------------------------------------------------- export
+
+
+def tiny_llama(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor", "per_group", "groups"])
+@pytest.mark.parametrize("scale", ["absmax", "learned"])
+def test_the_checkpoint_holds_what_the_forward_saw(tmp_path, scale, granularity, dtype):
+    sizes = {"per_group": {"group_size": 8}, "groups": {"groups": 4}}.get(granularity, {})
+    config = {
+        "start_bits": 6,
+        "target_bits": 4,
+        "simulate": "autograd",
+        "scale": scale,
+        "granularity": "per_group" if granularity == "groups" else granularity,
+        "master_dtype": "parameter",
+        "schedule": {"finish_at": 0.5},
+    } | sizes
+    model = tiny_llama(dtype)
+    optimizer = wrap(model, config, STEPS)
+    for step in range(STEPS):
+        model(batch(step), labels=batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.export(tmp_path / "out")
+    checks = verify_checkpoint(tmp_path / "out")
+    # The engine multiplies codes and scales exactly, where BF16 weights are rounded products.
+    known = 4 if dtype == torch.float32 else 3
+    assert all(check.passed for check in checks[:known]), checks
+    optimizer.save(tmp_path / "run")
+    read = load_run(tmp_path / "run")
+    for mine, theirs in zip(optimizer.quantized_parameters(), read.quantized, strict=True):
+        assert mine.name == theirs.name
+        assert torch.equal(mine.simulated, theirs.simulated)
+        assert torch.equal(mine.master, theirs.master)
+        assert (mine.absmax is None) == (scale == "absmax")
+        assert mine.absmax is None or torch.equal(mine.absmax, theirs.absmax)
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "later")]) == 0
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "later" / path.name).read_bytes() == path.read_bytes(), path.name
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    model.eval()
+    assert torch.equal(found.eval()(batch(0)).logits, model(batch(0)).logits)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scale": "learned"}, r"simulate must be 'autograd' for scales that are learned"),
+        (
+            {"rules": [{"match": "*", "scale": "learned"}]},
+            r"simulate must be 'autograd' for scales that are learned",
+        ),
+        (LEARNED | {"mode": "asymmetric"}, r"scale must be 'absmax' or 'mse' unless mode is"),
+        (LEARNED | {"rounding": "stochastic"}, r"scale must be 'absmax' or 'mse' unless mode is"),
+        ({"simulate": "forward"}, r"simulate must be one of"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(decoder, config, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(decoder(), config, STEPS)
+
+
+def test_half_precision_parameters_cannot_be_their_own_masters_unnoticed(decoder):
+    with pytest.raises(ValueError, match="parameters are the masters: they must be float32"):
+        wrap(decoder(torch.bfloat16), FALLING | {"simulate": "autograd"}, STEPS)
+
+
+def test_distributed_data_parallel_comes_after_learned_scales(decoder, tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = decoder()
+        with pytest.raises(ValueError, match="wrap that in DistributedDataParallel afterwards"):
+            wrap(nn.parallel.DistributedDataParallel(model), LEARNED, STEPS)
+        optimizer = wrap(model, LEARNED, STEPS)
+        train_step(nn.parallel.DistributedDataParallel(model), optimizer, 0)
+    finally:
+        torch.distributed.destroy_process_group()
