@@ -23,8 +23,29 @@ class Spec:
     scale: str = "absmax"
 
 
+def learned_absmax(master: torch.Tensor, spec: Spec, transposed: bool) -> torch.Tensor:
+    """What training might have learned: magnitudes that clip some weights."""
+    _, scales, _ = torch.ops.moq.quantize(
+        master.float(),
+        8,
+        granularity=spec.granularity,
+        group_size=spec.group_size if spec.granularity in ("per_group", "per_rows") else 0,
+        transposed=transposed,
+    )
+    return (scales.flatten() * 127 * 0.7).contiguous()
+
+
 def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torch.Tensor:
     """The trained value of a master: the operator that training runs."""
+    if spec.scale == "learned":
+        return torch.ops.moq.simulate(
+            master,
+            torch.tensor([spec.num_bits], dtype=torch.int32),
+            absmax=learned_absmax(master, spec, transposed),
+            granularity=spec.granularity,
+            group_size=spec.group_size if spec.granularity in ("per_group", "per_rows") else 0,
+            transposed=transposed,
+        )
     return torch.ops.moq.fake_quantize(
         master,
         spec.num_bits,
@@ -62,6 +83,10 @@ def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[Qua
                 transposed,
                 activations=spec.activations,
                 scale=spec.scale,
+                input_scale=0.03125 if spec.activations == "static" else None,
+                absmax=learned_absmax(master, spec, transposed)
+                if spec.scale == "learned"
+                else None,
             )
         )
     return quantized
