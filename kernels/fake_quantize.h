@@ -42,6 +42,9 @@ struct FakeQuantizeTensor {
   std::int64_t group_size = 0;
   /// [num_groups], float32; kGiven only: what takes the place of each group's absmax.
   const float* given_absmax = nullptr;
+  /// [num_groups], where rows share scales: written by collect_groups, read by fake_quantize
+  /// instead of collecting by itself. For a matrix that is a part of a group with other holders.
+  GroupCollection* collected = nullptr;
   /// Stochastic rounding draws by the number of an element within the whole parameter, counted
   /// row-major over [rows, cols] whatever the storage, so that every sharding of a parameter draws
   /// the same bits: element (i, j) of this matrix has number first_element + i * unsharded_cols +
@@ -92,7 +95,17 @@ struct FakeQuantizeArgs {
   void* workspace = nullptr;
 };
 
+/// Collects what a grid follows from, of the tensors that have `collected` (which must hold zeros
+/// before stage 0): in stage 0 the extents of their groups, in stage 1 + i what the sweeps of stage
+/// i of grid_search.h sum up. Holders of parts of one group combine what they collected before the
+/// next stage and before fake_quantize: the minimum of `lowest`, the maximum of `highest`, sums by
+/// addition. Stages without work (of wider widths, of grids of the extent) add zeros.
+constexpr int kCollectStages = 1 + kSweepStages;
+
 namespace cpu {
+/// As below.
+void collect_groups(const FakeQuantizeArgs& args, int stage);
+
 /// All pointers are host memory.
 /// @throws moq::Error for an unsupported dtype, a group_size that does not divide cols, a bit width
 ///         outside the grid or too wide for codes_dtype, a blend ratio outside [0, 1].
@@ -103,9 +116,13 @@ namespace cuda {
 /// Bytes that FakeQuantizeArgs::workspace must have: some for each scale that rows share, else 0.
 std::size_t fake_quantize_workspace_size(std::span<const FakeQuantizeTensor> tensors);
 
+/// Reads num_bits and skip of the arguments, and needs no workspace.
+/// @throws as fake_quantize
+void collect_groups(const FakeQuantizeArgs& args, int stage, CUstream_st* stream);
+
 /// Tensor data, num_bits, blend_ratio, step and skip are memory of the current device.
 ///
-/// One launch carries up to 224 tensors; what describes them travels by value in the launch's own
+/// One launch carries up to 208 tensors; what describes them travels by value in the launch's own
 /// parameters, so a captured CUDA graph owns it and nothing on the host must outlive the call.
 /// Scales that rows share need all of the rows before any of them: only where there are some, more
 /// nodes (a memset, a launch for the extents, and one or two for what grid_search.h sums up) come

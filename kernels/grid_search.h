@@ -77,8 +77,20 @@ MOQ_HOST_DEVICE inline void add(SweepSums& sums, const Sweep& sweep, float value
   }
 }
 
+/// Sweeps are made in stages: those of one stage do not wait for each other's sums.
+constexpr int kSweepStages = 2;
+MOQ_HOST_DEVICE constexpr int stage_of_sweep(const GridSpec& spec, int index) {
+  return has_sign_codes(spec.mode, spec.num_bits) ? index : 0;
+}
+
+/// What is collected of one group.
+struct GroupCollection {
+  GroupStatistics extent;
+  SweepSums sums[kMseCandidates];
+};
+
 /// Finds the grid of one group: take(i, what sweep(i) gave) for each i below num_sweeps in order,
-/// then grid(). The sweeps of a squared error do not depend on each other's sums.
+/// then grid().
 class GridSearch {
  public:
   GridSearch() = default;

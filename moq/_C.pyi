@@ -119,6 +119,8 @@ class Schedule:
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Schedule: ...
 
+COLLECTION_WORDS: int
+
 class TrainedParameter:
     def __init__(
         self,
@@ -138,6 +140,7 @@ class TrainedParameter:
         first_element: int,
         unsharded_cols: int,
         scale_rule: str = "absmax",
+        collected: Tensor | None = None,
     ) -> None: ...
 
 class Trainer:
@@ -153,6 +156,7 @@ class Trainer:
         step: int = 0,
         in_place: bool = True,
     ) -> None: ...
+    def set_reduction(self, reduce: Callable[[int], None]) -> None: ...
     def control_of(self, parameter: int) -> tuple[Tensor, Tensor | None, Tensor]: ...
     def begin_step(self) -> None: ...
     def end_step(self, found_inf: Tensor | None = None) -> None: ...

@@ -17,6 +17,7 @@ from moq.config import MoQConfig
 from moq.record import MASTER_KEY
 from moq.rules import MatchedParameter
 from moq.sharding import first_element, is_sharded, local_tensor, whole_tensor
+from moq.shared_scales import SharedScales
 
 if TYPE_CHECKING:
     from moq.activations import ActivationQuantizers
@@ -323,6 +324,7 @@ class Masters:
     def _make_trainer(self, schedule: Schedule, step: int) -> None:
         """Makes the C++ object that does a step's work."""
         trained = []
+        shared = SharedScales(self.matched)
         for m, block in self.placed():
             master = self._of[m.parameter]
             element, columns = first_element(m)
@@ -343,10 +345,12 @@ class Masters:
                     blend_steps=m.spec.blend_steps,
                     first_element=element,
                     unsharded_cols=columns,
+                    collected=shared.row(m.parameter),
                 )
             )
         in_place = self.simulators is None
         self.trainer = Trainer(trained, schedule, self.config.seed, step, in_place)
+        self.trainer.set_reduction(shared.reduce)
         if self.simulators is not None:
             self.simulators.connect(self.matched, self.trainer)
 

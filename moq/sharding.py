@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -27,6 +27,18 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor gathered from all ranks, which must all call; a plain one as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_groups(parameter: DTensor) -> list[Any]:
+    """Returns the process groups over which a parameter is split, one a mesh dimension."""
+    from torch.distributed.tensor import Shard
+
+    mesh = parameter.device_mesh
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(parameter.placements)
+        if type(placement) is Shard and mesh.size(dim) > 1
+    ]
 
 
 def first_element(matched: MatchedParameter) -> tuple[int, int]:
@@ -65,11 +77,8 @@ def _require_whole_groups(
 ) -> None:
     """Refuses a sharding that splits a group of weights with one scale."""
     where = f"{matched.name} is sharded over ranks as {matched.parameter.placements}"  # type: ignore[attr-defined]
-    if matched.granularity == "per_tensor" and sharded:
-        raise ValueError(
-            f"{where}, and per_tensor has one scale for all of it: granularity must be "
-            "'per_channel' or 'per_group', whose scales stay within a rank"
-        )
+    if matched.granularity == "per_tensor":
+        return  # its one scale is brought together over the ranks
     ranks = sharded.get(1 - column_dim, 1)
     if matched.granularity == "per_rows" and (
         column_dim in sharded or matched.out_features % (ranks * matched.group_size)

@@ -1,5 +1,6 @@
 #include "csrc/trainer/trainer.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -25,7 +26,8 @@ void bind_trainer(pybind11::module_& m) {
                        const std::string& granularity, const std::string& mode,
                        const std::string& rounding, std::int64_t group_size, bool transposed,
                        std::int64_t blend_steps, std::int64_t first_element,
-                       std::int64_t unsharded_cols, const std::string& scale_rule) {
+                       std::int64_t unsharded_cols, const std::string& scale_rule,
+                       const std::optional<at::Tensor>& collected) {
              return TrainedParameter{
                  .name = std::move(name),
                  .parameter = std::move(parameter),
@@ -40,6 +42,7 @@ void bind_trainer(pybind11::module_& m) {
                  .group_size = group_size,
                  .transposed = transposed,
                  .blend_steps = blend_steps,
+                 .collected = collected.value_or(at::Tensor()),
                  .first_element = first_element,
                  .unsharded_cols = unsharded_cols};
            }),
@@ -47,7 +50,10 @@ void bind_trainer(pybind11::module_& m) {
            py::arg("simulated"), py::arg("full_precision"), py::arg("block"),
            py::arg("granularity"), py::arg("mode"), py::arg("rounding"), py::arg("group_size"),
            py::arg("transposed"), py::arg("blend_steps"), py::arg("first_element"),
-           py::arg("unsharded_cols"), py::arg("scale_rule") = "absmax");
+           py::arg("unsharded_cols"), py::arg("scale_rule") = "absmax",
+           py::arg("collected") = py::none());
+
+  m.attr("COLLECTION_WORDS") = trainer::kCollectionWords;
 
   py::class_<Trainer>(m, "Trainer",
                       "Keeps simulated weights in step with their masters: begin_step, the inner "
@@ -56,6 +62,8 @@ void bind_trainer(pybind11::module_& m) {
                     bool>(),
            py::arg("parameters"), py::arg("schedule"), py::arg("seed"), py::arg("step") = 0,
            py::arg("in_place") = true)
+      .def("set_reduction", &Trainer::set_reduction, py::arg("reduce"),
+           "Sets what brings together over the ranks what `collected` holds after each stage.")
       // Gradients may be tensor subclasses, whose operators run in Python: the GIL stays held.
       .def("begin_step", &Trainer::begin_step, "Gives each master the gradient of its parameter.")
       .def("end_step", &Trainer::end_step, py::arg("found_inf") = py::none(),

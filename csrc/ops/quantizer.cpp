@@ -140,6 +140,12 @@ void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {
       });
 }
 
+void run_collect_groups(const kernels::FakeQuantizeArgs& args, int stage, at::Device device) {
+  run_on(
+      "collect_groups", device, [&] { kernels::cpu::collect_groups(args, stage); },
+      [&](auto stream) { kernels::cuda::collect_groups(args, stage, stream); });
+}
+
 void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
                        const Quantizer& quantizer) {
   const auto options = at::TensorOptions(weight.device());

@@ -61,6 +61,9 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
 /// @throws NotImplementedError (Python's) for a device without a kernel.
 void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device);
 
+/// One stage of the kernels' collect_groups, likewise.
+void run_collect_groups(const kernels::FakeQuantizeArgs& args, int stage, at::Device device);
+
 /// The same for one described weight, outputs filled in, whose quantizer holds everything.
 void run_fake_quantize(const at::Tensor& weight, const kernels::FakeQuantizeTensor& matrix,
                        const Quantizer& quantizer);

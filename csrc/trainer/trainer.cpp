@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 
 #include <span>
 #include <utility>
@@ -44,6 +45,14 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
               "), got ", parameter.block);
     check_widths(parameter, schedule_);
     check_memory(parameter);
+    MOQ_CHECK(!parameter.collected.defined() ||
+                  (parameter.collected.scalar_type() == at::kLong &&
+                   parameter.collected.numel() == kCollectionWords &&
+                   parameter.collected.is_contiguous() &&
+                   parameter.collected.device() == parameter.simulated.device() &&
+                   parameter.granularity == kernels::Granularity::kPerTensor),
+              "Trainer: collected of ", parameter.name, " must be int64 [", kCollectionWords,
+              "] on its device, of a parameter with one scale");
     const c10::Device device = parameter.simulated.device();
     auto entry = std::ranges::find(devices, device, &decltype(devices)::value_type::first);
     if (entry == devices.end()) {
@@ -183,6 +192,7 @@ std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
   tensor.input_dtype = tensor.output_dtype;
   tensor.output = snapped.mutable_data_ptr();
   tensor.rounding = Rounding::kNearest;
+  tensor.collected = nullptr;  // that is of the masters
   for (int num_bits = min_bits(checked.mode); num_bits <= kMaxBits; ++num_bits) {
     const at::Tensor width = at::full({1}, num_bits, snapped.options().dtype(at::kInt));
     ops::run_fake_quantize(
@@ -300,6 +310,10 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
           .row_stride = master.stride(row_dim),
           .col_stride = master.stride(1 - row_dim),
           .group_size = parameter.group_size,
+          .collected = parameter.collected.defined()
+                           ? reinterpret_cast<GroupCollection*>(
+                                 parameter.collected.mutable_data_ptr<std::int64_t>())
+                           : nullptr,
           .first_element = parameter.first_element,
           .unsharded_cols = parameter.unsharded_cols,
           .name_hash = parameter.name_hash,
@@ -313,10 +327,39 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
           .scale_rule = parameter.scale_rule};
 }
 
+/// Collects what scales follow from that shards of other ranks share. A skipped step does it too:
+/// its masters are the same, and so is what they give.
+void Trainer::collect_shared(const DeviceGroup& group) {
+  std::vector<kernels::FakeQuantizeTensor> tensors;
+  std::vector<std::int64_t> members;
+  bool sweeps = false;
+  for (std::size_t index = 0; index < group.members.size(); ++index) {
+    const TrainedParameter& parameter = parameters_[group.members[index]];
+    if (parameter.collected.defined()) {
+      parameter.collected.zero_();
+      tensors.push_back(describe(parameter));
+      members.push_back(static_cast<std::int64_t>(index));
+      sweeps = sweeps || may_sweep(parameter.mode, parameter.scale_rule);
+    }
+  }
+  if (tensors.empty()) {
+    return;
+  }
+  const at::Device device = group.control.step().device();
+  const at::Tensor num_bits =
+      group.control.num_bits().index_select(0, at::tensor(members, at::kLong).to(device));
+  for (int stage = 0; stage < (sweeps ? kernels::kCollectStages : 1); ++stage) {
+    ops::run_collect_groups(
+        {.tensors = tensors, .num_bits = num_bits.const_data_ptr<std::int32_t>()}, stage, device);
+    reduce_(stage);
+  }
+}
+
 void Trainer::fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf) {
   if (!in_place_) {
     return;
   }
+  collect_shared(group);
   std::vector<kernels::FakeQuantizeTensor> tensors;
   tensors.reserve(group.members.size());
   for (const std::size_t p : group.members) {

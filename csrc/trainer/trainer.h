@@ -3,8 +3,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/schedule/schedule.h"
@@ -38,10 +40,17 @@ struct TrainedParameter {
   /// After a drop the weight fades from full precision to the grid: the blend ratio is
   /// max(0, 1 - (step - step of the drop) / blend_steps).
   std::int64_t blend_steps = 0;
+  /// What ranks bring together where all shards of the parameter share one scale: int64
+  /// [kCollectionWords] on its device, rewritten at each step. Undefined: no scale is shared.
+  at::Tensor collected;
   /// Where this rank's shard lies in the whole parameter; FakeQuantizeTensor says how.
   std::int64_t first_element = 0;
   std::int64_t unsharded_cols = 0;
 };
+
+/// Words of a GroupCollection: two int32 of the extent, then a sum and a count for each sweep.
+constexpr std::int64_t kCollectionWords =
+    static_cast<std::int64_t>(sizeof(GroupCollection) / sizeof(std::int64_t));
 
 /// Keeps the simulated values of a model's quantized parameters in step with their masters.
 ///
@@ -57,6 +66,11 @@ class Trainer {
   ///     those that have a grid in the parameter's mode.
   Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule schedule, std::uint64_t seed,
           std::int64_t step = 0, bool in_place = true);
+
+  /// Sets what brings together over the ranks, after stage `stage` of collect_groups, what the
+  /// parameters' `collected` hold. Every rank must then make the same calls that write simulated
+  /// values.
+  void set_reduction(std::function<void(int stage)> reduce) { reduce_ = std::move(reduce); }
 
   /// Gives each master the gradient of its parameter: the gradient at the simulated value, applied
   /// to the master, is the straight-through estimator. Same dtype: by reference; otherwise cast,
@@ -131,6 +145,7 @@ class Trainer {
   void check_memory(const TrainedParameter& parameter) const;
   void set_plan(DeviceGroup& group) const;
   kernels::FakeQuantizeTensor describe(const TrainedParameter& parameter) const;
+  void collect_shared(const DeviceGroup& group);
   void fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf);
   at::Tensor expected_value(const DeviceGroup& group, std::size_t index) const;
   void record_written(std::size_t parameter);
@@ -139,6 +154,7 @@ class Trainer {
   schedule::Schedule schedule_;
   std::uint64_t seed_;
   bool in_place_;
+  std::function<void(int stage)> reduce_;
   std::vector<DeviceGroup> groups_;
   bool shows_masters_ = false;
   /// Version counter and address of each simulated value when it was written last.

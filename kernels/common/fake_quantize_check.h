@@ -37,6 +37,9 @@ inline void check_fake_quantize_tensor(const FakeQuantizeTensor& matrix, std::si
                 matrix.mode == QuantMode::kAsymmetric,
             "fake_quantize: ternary and binary codes of tensor ", i,
             " are signs: rounding must be nearest, got stochastic");
+  MOQ_CHECK(matrix.collected == nullptr || rows_share_scales(matrix),
+            "fake_quantize: collected groups of tensor ", i,
+            " must be those of a matrix whose rows share scales");
   MOQ_CHECK(matrix.scale_rule != ScaleRule::kGiven || matrix.given_absmax != nullptr ||
                 num_groups(matrix) == 0,
             "fake_quantize: given_absmax of tensor ", i, " must not be null");

@@ -13,149 +13,16 @@
 #include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/parallel.h"
 #include "kernels/common/visit.h"
+#include "kernels/cpu/fake_quantize_units.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/simd/fake_quantize.h"
 
 namespace moq::kernels::cpu {
 namespace {
 
-/// Elements of one unit of work: long enough that handing it out costs nothing, short enough that
-/// threads finish together.
-constexpr std::int64_t kUnitElements = 64 * 1024;
-
-/// Rows of a unit when columns are contiguous, so that memory is still read in long pieces.
-constexpr std::int64_t kUnitLanes = 256;
-
 /// Outputs of at least this many bytes in one call are stored past the caches: they would push out
 /// of them what comes next, and a streaming store does not first read the line it overwrites.
 constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
-
-bool rows_are_contiguous(const FakeQuantizeTensor& matrix) {
-  return matrix.col_stride == 1 || matrix.cols == 1;
-}
-
-bool columns_are_contiguous(const FakeQuantizeTensor& matrix) {
-  return matrix.row_stride == 1 || matrix.rows == 1;
-}
-
-/// Neither: the instruction sets get a contiguous copy.
-bool is_staged(const FakeQuantizeTensor& matrix) {
-  return !rows_are_contiguous(matrix) && !columns_are_contiguous(matrix);
-}
-
-/// A range of one matrix's rows; rows that share a scale with others share it with all of these.
-struct Unit {
-  std::size_t tensor;
-  std::int64_t begin;
-  std::int64_t end;
-};
-
-template <typename Element>
-void advance(Element*& pointer, std::int64_t elements) {
-  if (pointer != nullptr) {
-    pointer += elements;
-  }
-}
-
-template <typename Void>
-void advance(Void*& pointer, std::int64_t elements, DType dtype) {
-  using Byte = std::conditional_t<std::is_const_v<Void>, const std::byte, std::byte>;
-  if (pointer != nullptr) {
-    pointer = static_cast<Byte*>(pointer) + elements * static_cast<std::int64_t>(size_of(dtype));
-  }
-}
-
-/// The rows [begin, end) of a matrix, as a matrix.
-FakeQuantizeTensor rows_of(FakeQuantizeTensor matrix, std::int64_t begin, std::int64_t end) {
-  // Scales that rows share are stored elsewhere.
-  const std::int64_t first_group = rows_share_scales(matrix) ? 0 : begin * groups_per_row(matrix);
-  advance(matrix.input, begin * matrix.row_stride, matrix.input_dtype);
-  advance(matrix.output, begin * matrix.row_stride, matrix.output_dtype);
-  advance(matrix.codes, begin * matrix.cols, matrix.codes_dtype);
-  advance(matrix.scales, first_group, matrix.scale_dtype);
-  advance(matrix.zero_points, first_group);
-  advance(matrix.given_absmax, first_group);
-  matrix.unsharded_cols = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
-  matrix.first_element += begin * matrix.unsharded_cols;
-  matrix.rows = end - begin;
-  return matrix;
-}
-
-std::vector<Unit> units_of(std::span<const FakeQuantizeTensor> tensors) {
-  std::vector<Unit> units;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const FakeQuantizeTensor& matrix = tensors[i];
-    std::int64_t rows = kUnitElements / std::max<std::int64_t>(matrix.cols, 1);
-    rows = std::max<std::int64_t>(rows, 1);
-    if (!rows_are_contiguous(matrix) && columns_are_contiguous(matrix)) {
-      rows = std::max(kUnitLanes, rows / kUnitLanes * kUnitLanes);
-    }
-    const std::int64_t share = rows_share_scales(matrix) ? rows_per_group(matrix) : matrix.rows;
-    for (std::int64_t begin = 0; begin < matrix.rows;) {
-      const std::int64_t share_end = (begin / share + 1) * share;
-      const std::int64_t end = std::min({begin + rows, matrix.rows, share_end});
-      units.push_back({i, begin, end});
-      begin = end;
-    }
-  }
-  return units;
-}
-
-/// Copies a matrix of `element_size`-byte elements from one pair of strides to another.
-void copy_strided(const std::byte* input, std::int64_t input_row_stride,
-                  std::int64_t input_col_stride, std::byte* output, std::int64_t output_row_stride,
-                  std::int64_t output_col_stride, std::int64_t rows, std::int64_t cols,
-                  std::int64_t element_size) {
-  for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t col = 0; col < cols; ++col) {
-      std::memcpy(output + (row * output_row_stride + col * output_col_stride) * element_size,
-                  input + (row * input_row_stride + col * input_col_stride) * element_size,
-                  static_cast<std::size_t>(element_size));
-    }
-  }
-}
-
-/// Calls body(matrix with contiguous rows) for a matrix whose rows and columns are both scattered.
-template <typename Body>
-void staged(const FakeQuantizeTensor& matrix, const Body& body) {
-  const auto input_size = static_cast<std::int64_t>(size_of(matrix.input_dtype));
-  const auto output_size = static_cast<std::int64_t>(size_of(matrix.output_dtype));
-  std::vector<std::byte> input(static_cast<std::size_t>(matrix.rows * matrix.cols * input_size));
-  std::vector<std::byte> output(
-      matrix.output != nullptr ? static_cast<std::size_t>(matrix.rows * matrix.cols * output_size)
-                               : 0);
-  copy_strided(static_cast<const std::byte*>(matrix.input), matrix.row_stride, matrix.col_stride,
-               input.data(), matrix.cols, 1, matrix.rows, matrix.cols, input_size);
-  FakeQuantizeTensor contiguous = matrix;
-  contiguous.input = input.data();
-  contiguous.output = matrix.output != nullptr ? output.data() : nullptr;
-  contiguous.row_stride = matrix.cols;
-  contiguous.col_stride = 1;
-  body(contiguous);
-  if (matrix.output != nullptr) {
-    copy_strided(output.data(), matrix.cols, 1, static_cast<std::byte*>(matrix.output),
-                 matrix.row_stride, matrix.col_stride, matrix.rows, matrix.cols, output_size);
-  }
-}
-
-/// The same elements with the names of rows and columns exchanged: for work that treats all alike.
-FakeQuantizeTensor transposed(FakeQuantizeTensor matrix) {
-  std::swap(matrix.rows, matrix.cols);
-  std::swap(matrix.row_stride, matrix.col_stride);
-  return matrix;
-}
-
-/// Calls body(matrix with contiguous rows) for work that treats all elements alike.
-template <typename Body>
-void in_any_order(const FakeQuantizeTensor& matrix, const Body& body) {
-  if (rows_are_contiguous(matrix)) {
-    body(matrix);
-  } else if (columns_are_contiguous(matrix)) {
-    body(transposed(matrix));
-  } else {
-    staged(matrix, body);
-  }
-}
 
 GroupStatistics statistics_of_unit(FakeQuantizeTensor matrix) {
   matrix.output = nullptr;  // or staging would write it, and it may be the input
@@ -196,34 +63,60 @@ void fake_quantize_unit(const FakeQuantizeTensor& matrix, const FakeQuantizeStep
   }
 }
 
-/// Finds the grids that rows share, and writes their scales and zero points.
-class SharedGrids {
+/// Collects what the grids follow from that rows share.
+class Collector {
  public:
-  SharedGrids(const FakeQuantizeArgs& args, std::span<const Unit> units)
+  /// Of the tensors that are wanted; units of others are passed over.
+  template <typename Wanted>
+  Collector(const FakeQuantizeArgs& args, std::span<const Unit> units, const Wanted& wanted)
       : args_(args), units_(units) {
     std::int64_t groups = 0;
     for (std::size_t i = 0; i < args.tensors.size(); ++i) {
       first_group_.push_back(groups);
       const bool shared = rows_share_scales(args.tensors[i]) && args.num_bits[i] != 0;
-      groups += shared ? num_groups(args.tensors[i]) : 0;
+      groups += shared && wanted(args.tensors[i]) ? num_groups(args.tensors[i]) : 0;
     }
     first_group_.push_back(groups);
-    if (groups != 0) {
-      find();
-    }
+    collections_.resize(static_cast<std::size_t>(groups));
   }
 
-  /// The grid of a unit's rows; null if they share none.
-  const GridParams* of(const Unit& unit) const {
-    return shares(unit.tensor) ? &grids_[group_of(unit)] : nullptr;
-  }
-
- private:
   bool shares(std::size_t tensor) const { return first_group_[tensor] != first_group_[tensor + 1]; }
   std::size_t group_of(const Unit& unit) const {
     return static_cast<std::size_t>(first_group_[unit.tensor] +
                                     unit.begin / rows_per_group(args_.tensors[unit.tensor]));
   }
+  GroupCollection& collection(std::size_t group) { return collections_[group]; }
+
+  /// Calls body(tensor, number of the group within it, number of the group among all).
+  template <typename Body>
+  void for_each_group(const Body& body) const {
+    for (std::size_t tensor = 0; tensor + 1 < first_group_.size(); ++tensor) {
+      for (std::int64_t group = first_group_[tensor]; group < first_group_[tensor + 1]; ++group) {
+        body(tensor, group - first_group_[tensor], static_cast<std::size_t>(group));
+      }
+    }
+  }
+
+  /// One stage of collect_groups, for the tensors that are wanted.
+  template <typename Wanted>
+  void collect(int stage, const Wanted& wanted) {
+    if (stage == 0) {
+      collect_extents(wanted);
+    } else {
+      collect_sums(stage - 1, wanted);
+    }
+  }
+
+  GridParams grid(std::size_t tensor, std::size_t group) const {
+    const GridSpec spec = spec_of(tensor);
+    GridSearch search(collections_[group].extent, spec);
+    for (int i = 0; i < num_sweeps(spec); ++i) {
+      search.take(i, collections_[group].sums[i]);
+    }
+    return search.grid();
+  }
+
+ private:
   GridSpec spec_of(std::size_t tensor) const {
     const FakeQuantizeTensor& matrix = args_.tensors[tensor];
     return {args_.num_bits[tensor], matrix.mode, matrix.scale_rule, matrix.scale_dtype};
@@ -254,66 +147,92 @@ class SharedGrids {
     }
   }
 
-  std::vector<GroupStatistics> statistics() const {
-    std::vector<GroupStatistics> all(static_cast<std::size_t>(first_group_.back()));
+  template <typename Wanted>
+  void collect_extents(const Wanted& wanted) {
     for_each_unit(
-        [&](std::size_t tensor) { return args_.tensors[tensor].scale_rule != ScaleRule::kGiven; },
+        [&](std::size_t tensor) {
+          return args_.tensors[tensor].scale_rule != ScaleRule::kGiven &&
+                 wanted(args_.tensors[tensor]);
+        },
         [](const Unit&, const FakeQuantizeTensor& rows) { return statistics_of_unit(rows); },
         [&](std::size_t group, const GroupStatistics& part) {
-          all[group].lowest = std::min(all[group].lowest, part.lowest);
-          all[group].highest = std::max(all[group].highest, part.highest);
+          GroupStatistics& all = collections_[group].extent;
+          all.lowest = std::min(all.lowest, part.lowest);
+          all.highest = std::max(all.highest, part.highest);
         });
     for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
       if (args_.tensors[tensor].scale_rule == ScaleRule::kGiven) {
-        all[group] = given_statistics(args_.tensors[tensor], within);
+        collections_[group].extent = given_statistics(args_.tensors[tensor], within);
       }
     });
-    return all;
   }
 
-  /// Calls body(tensor, number of the group within it, number of the group among all).
-  template <typename Body>
-  void for_each_group(const Body& body) const {
-    for (std::size_t tensor = 0; tensor + 1 < first_group_.size(); ++tensor) {
-      for (std::int64_t group = first_group_[tensor]; group < first_group_[tensor + 1]; ++group) {
-        body(tensor, group - first_group_[tensor], static_cast<std::size_t>(group));
-      }
-    }
-  }
-
-  void find() {
-    const std::vector<GroupStatistics> extents = statistics();
-    std::vector<GridSearch> searches(extents.size());
-    int sweeps = 0;
-    for_each_group([&](std::size_t tensor, std::int64_t, std::size_t group) {
-      searches[group] = {extents[group], spec_of(tensor)};
-      sweeps = std::max(sweeps, num_sweeps(spec_of(tensor)));
-    });
-    for (int sweep = 0; sweep < sweeps; ++sweep) {
-      std::vector<SweepSums> sums(extents.size());
-      const auto wanted = [&](std::size_t tensor) { return sweep < num_sweeps(spec_of(tensor)); };
-      for_each_unit(
-          wanted,
-          [&](const Unit& unit, const FakeQuantizeTensor& rows) {
-            return sums_of_unit(rows, searches[group_of(unit)].sweep(sweep));
-          },
-          [&](std::size_t group, const SweepSums& part) {
-            sums[group].sum += part.sum;
-            sums[group].count += part.count;
-          });
+  template <typename Wanted>
+  void collect_sums(int stage, const Wanted& wanted) {
+    for (int sweep = 0; sweep < kMseCandidates; ++sweep) {
+      const auto sweeps_now = [&](std::size_t tensor) {
+        const GridSpec spec = spec_of(tensor);
+        return sweep < num_sweeps(spec) && stage_of_sweep(spec, sweep) == stage &&
+               wanted(args_.tensors[tensor]);
+      };
+      std::vector<Sweep> next(collections_.size());
+      bool any = false;
       for_each_group([&](std::size_t tensor, std::int64_t, std::size_t group) {
-        if (wanted(tensor)) {
-          searches[group].take(sweep, sums[group]);
+        if (sweeps_now(tensor)) {
+          any = true;
+          GridSearch search(collections_[group].extent, spec_of(tensor));
+          for (int i = 0; i < sweep && stage_of_sweep(spec_of(tensor), i) < stage; ++i) {
+            search.take(i, collections_[group].sums[i]);
+          }
+          next[group] = search.sweep(sweep);
         }
       });
+      if (!any) {
+        continue;
+      }
+      for_each_unit(
+          sweeps_now,
+          [&](const Unit& unit, const FakeQuantizeTensor& rows) {
+            return sums_of_unit(rows, next[group_of(unit)]);
+          },
+          [&](std::size_t group, const SweepSums& part) {
+            collections_[group].sums[sweep].sum += part.sum;
+            collections_[group].sums[sweep].count += part.count;
+          });
     }
-    grids_.resize(extents.size());
-    for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
-      grids_[group] = searches[group].grid();
-      store(args_.tensors[tensor], grids_[group], within);
+  }
+
+  const FakeQuantizeArgs& args_;
+  std::span<const Unit> units_;
+  std::vector<std::int64_t> first_group_;  // of each tensor among all; then the number of all
+  std::vector<GroupCollection> collections_;
+};
+
+/// Finds the grids that rows share, and writes their scales and zero points.
+class SharedGrids {
+ public:
+  SharedGrids(const FakeQuantizeArgs& args, std::span<const Unit> units)
+      : collector_(args, units, [](const FakeQuantizeTensor&) { return true; }) {
+    const auto here = [](const FakeQuantizeTensor& matrix) { return matrix.collected == nullptr; };
+    for (int stage = 0; stage < kCollectStages; ++stage) {
+      collector_.collect(stage, here);
+    }
+    collector_.for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
+      const FakeQuantizeTensor& matrix = args.tensors[tensor];
+      if (matrix.collected != nullptr) {
+        collector_.collection(group) = matrix.collected[within];
+      }
+      grids_.push_back(collector_.grid(tensor, group));
+      store(matrix, grids_.back(), within);
     });
   }
 
+  /// The grid of a unit's rows; null if they share none.
+  const GridParams* of(const Unit& unit) const {
+    return collector_.shares(unit.tensor) ? &grids_[collector_.group_of(unit)] : nullptr;
+  }
+
+ private:
   static void store(const FakeQuantizeTensor& matrix, const GridParams& grid, std::int64_t group) {
     if (matrix.scales != nullptr) {
       visit_float(matrix.scale_dtype, [&]<typename Scale>(Scale) {
@@ -325,9 +244,7 @@ class SharedGrids {
     }
   }
 
-  const FakeQuantizeArgs& args_;
-  std::span<const Unit> units_;
-  std::vector<std::int64_t> first_group_;  // of each tensor among all; then the number of all
+  Collector collector_;
   std::vector<GridParams> grids_;
 };
 
@@ -353,6 +270,25 @@ void check(const FakeQuantizeTensor& matrix, int num_bits, float blend_ratio, st
 }
 
 }  // namespace
+
+void collect_groups(const FakeQuantizeArgs& args, int stage) {
+  for (std::size_t i = 0; i < args.tensors.size(); ++i) {
+    check(args.tensors[i], args.num_bits[i], 0.0F, i);
+  }
+  if (args.skip != nullptr && *args.skip != 0.0F) {
+    return;
+  }
+  const std::vector<Unit> units = units_of(args.tensors);
+  const auto wanted = [](const FakeQuantizeTensor& matrix) { return matrix.collected != nullptr; };
+  Collector collector(args, units, wanted);
+  collector.for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
+    collector.collection(group) = args.tensors[tensor].collected[within];
+  });
+  collector.collect(stage, wanted);
+  collector.for_each_group([&](std::size_t tensor, std::int64_t within, std::size_t group) {
+    args.tensors[tensor].collected[within] = collector.collection(group);
+  });
+}
 
 void fake_quantize(const FakeQuantizeArgs& args) {
   const auto blend_ratio = [&](std::size_t i) {

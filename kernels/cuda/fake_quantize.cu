@@ -22,7 +22,7 @@ namespace {
 
 // ------------------------------------------------------------------------------ launch parameters
 
-constexpr int kTableSize = 224;
+constexpr int kTableSize = 208;
 
 /// The matrices of one launch. It travels by value: a launch may carry 32,764 bytes of parameters,
 /// and a captured graph keeps them with its node.
@@ -34,19 +34,13 @@ struct Table {
   std::int32_t size;
 };
 
-/// What is collected of a group of several rows: extent, then what each sweep sums up.
-struct Slot {
-  GroupStatistics extent;
-  SweepSums sums[kMseCandidates];
-};
-
 /// What a call has besides the matrices. All pointers are device memory.
 struct Step {
   const std::int32_t* num_bits;  // [tensors of the call]
   const float* blend_ratio;      // likewise, or null
   const std::int64_t* step;      // [1] or null
   const float* skip;             // [1] or null
-  Slot* slots;
+  GroupCollection* slots;        // of the groups of several rows that this call collects
   std::uint64_t seed;
 };
 
@@ -74,10 +68,10 @@ __device__ GridParams search_grid(const FakeQuantizeTensor& matrix, int num_bits
   return search.grid();
 }
 
-/// The launch that collects sweep i of groups of several rows: those of a squared error do not wait
-/// for each other.
-__device__ int stage_of_sweep(const FakeQuantizeTensor& matrix, int num_bits, int i) {
-  return has_sign_codes(matrix.mode, num_bits) ? i : 0;
+/// What is collected of a matrix's groups of several rows.
+__device__ GroupCollection* slots_of(const Table& table, const Step& step, int tensor) {
+  const FakeQuantizeTensor& matrix = table.tensors[tensor];
+  return matrix.collected != nullptr ? matrix.collected : step.slots + table.first_slot[tensor];
 }
 
 /// Grid of a group that lies in one row. Every thread of the block takes part.
@@ -100,7 +94,7 @@ __device__ GridParams grid_of_run(const FakeQuantizeTensor& matrix, const Tiling
 
 /// Grid of a group of several rows, once everything of it is collected.
 template <bool kSweeps>
-__device__ GridParams grid_of_slot(const FakeQuantizeTensor& matrix, const Slot* slots,
+__device__ GridParams grid_of_slot(const FakeQuantizeTensor& matrix, const GroupCollection* slots,
                                    std::int64_t group, int num_bits) {
   const GroupStatistics extent = matrix.scale_rule == ScaleRule::kGiven
                                      ? given_statistics(matrix, group)
@@ -133,7 +127,7 @@ __device__ void for_each_tile(const Table& table, const Body& body) {
 /// a part of.
 template <typename Collected, typename Merge>
 __device__ void merge_into_slots(const FakeQuantizeTensor& matrix, const Tiling& tiling,
-                                 const Place& place, Slot* slots, Collected collected,
+                                 const Place& place, GroupCollection* slots, Collected collected,
                                  const Merge& merge) {
   const bool lanes_differ =
       tiling.team == Team::kLane && matrix.granularity == Granularity::kPerRows;
@@ -157,9 +151,9 @@ __global__ void __launch_bounds__(kThreads)
       return;
     }
     const Place place = place_of(matrix, tiling, tile, static_cast<int>(threadIdx.x));
-    merge_into_slots(matrix, tiling, place, step.slots + table.first_slot[tensor],
+    merge_into_slots(matrix, tiling, place, slots_of(table, step, tensor),
                      place.active ? own_statistics(matrix, place) : GroupStatistics{},
-                     [](Slot& slot, const GroupStatistics& part) {
+                     [](GroupCollection& slot, const GroupStatistics& part) {
                        atomicMin(&slot.extent.lowest, part.lowest);
                        atomicMax(&slot.extent.highest, part.highest);
                      });
@@ -177,14 +171,15 @@ __global__ void __launch_bounds__(kThreads)
     const FakeQuantizeTensor& matrix = table.tensors[tensor];
     const Place place = place_of(matrix, tiling, tile, static_cast<int>(threadIdx.x));
     const int num_bits = step.num_bits[table.number[tensor]];
-    Slot* slots = step.slots + table.first_slot[tensor];
+    GroupCollection* slots = slots_of(table, step, tensor);
     const std::int64_t group = place.active ? place.row / rows_per_group(matrix) : 0;
     search_grid<true>(matrix, num_bits, slots[group].extent, [&](int i, const Sweep& sweep) {
-      const int sweep_stage = stage_of_sweep(matrix, num_bits, i);
+      const int sweep_stage =
+          stage_of_sweep({num_bits, matrix.mode, matrix.scale_rule, matrix.scale_dtype}, i);
       if (sweep_stage == stage) {
         merge_into_slots(matrix, tiling, place, slots,
                          place.active ? own_sums(matrix, place, sweep) : SweepSums{},
-                         [&](Slot& slot, const SweepSums& part) {
+                         [&](GroupCollection& slot, const SweepSums& part) {
                            using Word = unsigned long long;
                            atomicAdd(reinterpret_cast<Word*>(&slot.sums[i].sum),
                                      static_cast<Word>(part.sum));
@@ -218,8 +213,7 @@ __global__ void __launch_bounds__(kThreads)
       if (rows_share_scales(matrix)) {
         group = place.active ? place.row / rows_per_group(matrix) : 0;
         stores_grid = stores_grid && place.run == 0 && place.row % rows_per_group(matrix) == 0;
-        grid =
-            grid_of_slot<kSweeps>(matrix, step.slots + table.first_slot[tensor], group, num_bits);
+        grid = grid_of_slot<kSweeps>(matrix, slots_of(table, step, tensor), group, num_bits);
       } else {
         grid = grid_of_run<kSweeps>(matrix, tiling, place, num_bits);
       }
@@ -251,10 +245,9 @@ __global__ void empty_parameters_kernel(const __grid_constant__ Table table,
       continue;
     }
     for (std::int64_t group = 0; group < num_groups(matrix); ++group) {
-      store_parameters(
-          matrix,
-          grid_of_slot<true>(matrix, step.slots + table.first_slot[tensor], group, num_bits),
-          group);
+      store_parameters(matrix,
+                       grid_of_slot<true>(matrix, slots_of(table, step, tensor), group, num_bits),
+                       group);
     }
   }
 }
@@ -281,6 +274,10 @@ void launch(Kernel kernel, const Table& table, const Step& step, int multiproces
   MOQ_CUDA_CHECK(cudaGetLastError());
 }
 
+bool is_collected_here(const FakeQuantizeTensor& matrix) {
+  return rows_share_scales(matrix) && matrix.collected == nullptr;
+}
+
 /// Calls body(table) for tables of the matrices that are wanted.
 template <typename Wanted, typename Body>
 void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& wanted,
@@ -296,7 +293,7 @@ void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& w
       table.first_tile[table.size + 1] = table.first_tile[table.size] + tiling_of(matrix).tiles;
       ++table.size;
     }
-    slot += rows_share_scales(matrix) ? num_groups(matrix) : 0;
+    slot += is_collected_here(matrix) ? num_groups(matrix) : 0;
     if (table.size == kTableSize || (table.size > 0 && i + 1 == tensors.size())) {
       body(table);
       table = {};
@@ -306,6 +303,24 @@ void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& w
 
 bool sweeps(const FakeQuantizeTensor& matrix) {
   return may_sweep(matrix.mode, matrix.scale_rule);
+}
+
+/// Launches one stage of collect_groups for the matrices that are wanted.
+template <typename Wanted>
+void launch_stage(const FakeQuantizeArgs& args, const Step& step, int stage, int multiprocessors,
+                  cudaStream_t stream, const Wanted& wanted) {
+  if (stage == 0) {
+    for_each_table(args.tensors, wanted, [&](const Table& table) {
+      launch(statistics_kernel, table, step, multiprocessors, stream);
+    });
+  } else {
+    for_each_table(
+        args.tensors,
+        [&](const FakeQuantizeTensor& matrix) { return wanted(matrix) && sweeps(matrix); },
+        [&](const Table& table) {
+          launch(sweep_kernel, table, step, multiprocessors, stream, stage - 1);
+        });
+  }
 }
 
 /// Fills every slot of the workspace from the groups of several rows.
@@ -318,19 +333,23 @@ void launch_collecting(const FakeQuantizeArgs& args, const Step& step, int multi
   MOQ_CHECK(args.workspace != nullptr, "fake_quantize: scales that rows share need a workspace of ",
             bytes, " bytes, got null");
   MOQ_CUDA_CHECK(cudaMemsetAsync(args.workspace, 0, bytes, stream));
-  for_each_table(args.tensors, rows_share_scales, [&](const Table& table) {
-    launch(statistics_kernel, table, step, multiprocessors, stream);
-  });
-  constexpr int kStages = 2;
-  for (int stage = 0; stage < kStages; ++stage) {
-    for_each_table(
-        args.tensors,
-        [](const FakeQuantizeTensor& matrix) {
-          return rows_share_scales(matrix) && sweeps(matrix);
-        },
-        [&](const Table& table) {
-          launch(sweep_kernel, table, step, multiprocessors, stream, stage);
-        });
+  for (int stage = 0; stage < kCollectStages; ++stage) {
+    launch_stage(args, step, stage, multiprocessors, stream, is_collected_here);
+  }
+}
+
+Step step_of(const FakeQuantizeArgs& args) {
+  return {.num_bits = args.num_bits,
+          .blend_ratio = args.blend_ratio,
+          .step = args.step,
+          .skip = args.skip,
+          .slots = static_cast<GroupCollection*>(args.workspace),
+          .seed = args.seed};
+}
+
+void check(const FakeQuantizeArgs& args) {
+  for (std::size_t i = 0; i < args.tensors.size(); ++i) {
+    check_fake_quantize_tensor(args.tensors[i], i);
   }
 }
 
@@ -339,25 +358,24 @@ void launch_collecting(const FakeQuantizeArgs& args, const Step& step, int multi
 std::size_t fake_quantize_workspace_size(std::span<const FakeQuantizeTensor> tensors) {
   std::size_t slots = 0;
   for (const FakeQuantizeTensor& matrix : tensors) {
-    slots += rows_share_scales(matrix) ? static_cast<std::size_t>(num_groups(matrix)) : 0;
+    slots += is_collected_here(matrix) ? static_cast<std::size_t>(num_groups(matrix)) : 0;
   }
-  return slots * sizeof(Slot);
+  return slots * sizeof(GroupCollection);
+}
+
+void collect_groups(const FakeQuantizeArgs& args, int stage, CUstream_st* stream) {
+  check(args);
+  launch_stage(args, step_of(args), stage, multiprocessors(), stream,
+               [](const FakeQuantizeTensor& matrix) { return matrix.collected != nullptr; });
 }
 
 void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream) {
-  for (std::size_t i = 0; i < args.tensors.size(); ++i) {
-    check_fake_quantize_tensor(args.tensors[i], i);
-  }
+  check(args);
   if (args.tensors.empty()) {
     return;
   }
   const int sm_count = multiprocessors();
-  const Step step{.num_bits = args.num_bits,
-                  .blend_ratio = args.blend_ratio,
-                  .step = args.step,
-                  .skip = args.skip,
-                  .slots = static_cast<Slot*>(args.workspace),
-                  .seed = args.seed};
+  const Step step = step_of(args);
   launch_collecting(args, step, sm_count, stream);
   const auto all = [](const FakeQuantizeTensor&) { return true; };
   for_each_table(args.tensors, all, [&](const Table& table) {

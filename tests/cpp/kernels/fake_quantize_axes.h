@@ -92,6 +92,26 @@ inline const auto kSearches =
                       Search{QuantMode::kSymmetric, ScaleRule::kGiven, 4},
                       Search{QuantMode::kSymmetric, ScaleRule::kGiven, 6, Rounding::kStochastic});
 
+/// Matrices with one scale, of which several holders have rows.
+using Parts = std::tuple<Shape, Storage, Search>;
+
+inline Case case_of(const Parts& axes) {
+  const auto& [shape, storage, search] = axes;
+  return case_of(Searches{shape, storage, Granularity::kPerTensor, DType::kFloat32, search});
+}
+
+inline std::string parts_name(const ::testing::TestParamInfo<Parts>& info) {
+  return describe(case_of(info.param));
+}
+
+inline const auto kPartsSearches =
+    ::testing::Values(Search{QuantMode::kSymmetric, ScaleRule::kExtent, 4, Rounding::kStochastic},
+                      Search{QuantMode::kAsymmetric, ScaleRule::kExtent, 8},
+                      Search{QuantMode::kTernary, ScaleRule::kExtent, 2},
+                      Search{QuantMode::kBinary, ScaleRule::kExtent, 1},
+                      Search{QuantMode::kBinary, ScaleRule::kExtent, 5},
+                      Search{QuantMode::kAsymmetric, ScaleRule::kMse, 3});
+
 using DTypes = std::tuple<DType, DType, Storage, Rounding>;
 
 inline Case case_of(const DTypes& dtypes) {

@@ -341,6 +341,47 @@ TEST(FakeQuantizeCuda, ACapturedGraphFollowsABinaryWeightThroughAllItsGrids) {
   }
 }
 
+class FakeQuantizeCudaParts : public ::testing::TestWithParam<Parts> {};
+
+TEST_P(FakeQuantizeCudaParts, OfOneGroupGiveTheBitsOfTheWhole) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Problem problem(case_of(GetParam()));
+  const Case& c = problem.parameters;
+  const DeviceProblem device{problem};
+  const std::vector<std::int64_t> ends = ends_of_parts(c.rows);
+  std::vector<GroupCollection> collected(ends.size() - 1);
+  const Buffer on_device(collected);
+  const Buffer num_bits(&c.num_bits, sizeof(int));
+  const Buffer step(&c.step, sizeof(std::int64_t));
+  const auto call = [&](std::size_t i, const auto& function) {
+    FakeQuantizeTensor part = part_of(device.tensor(), ends[i], ends[i + 1]);
+    part.collected = on_device.as<GroupCollection>() + i;
+    function(FakeQuantizeArgs{.tensors = {&part, 1},
+                              .num_bits = num_bits.as<std::int32_t>(),
+                              .seed = c.seed,
+                              .step = step.as<std::int64_t>()});
+  };
+  for (int stage = 0; stage < kCollectStages; ++stage) {
+    const GroupCollection before = collected[0];
+    for (std::size_t i = 0; i < collected.size(); ++i) {
+      call(i, [&](const FakeQuantizeArgs& args) { cuda::collect_groups(args, stage, nullptr); });
+    }
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    on_device.copy_to(collected);
+    combine(collected, before);
+    MOQ_CUDA_CHECK(cudaMemcpy(on_device.data(), collected.data(),
+                              collected.size() * sizeof(GroupCollection), cudaMemcpyHostToDevice));
+  }
+  for (std::size_t i = 0; i < collected.size(); ++i) {
+    call(i, [](const FakeQuantizeArgs& args) { cuda::fake_quantize(args, nullptr); });
+  }
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  EXPECT_EQ(device.result(), reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeCudaParts,
+                         ::testing::Combine(kSearchShapes, kStorages, kPartsSearches), parts_name);
+
 TEST(FakeQuantizeCuda, HugeMatricesBeyondTwoToThe31ElementsAreReached) {
   MOQ_SKIP_WITHOUT_GPU();
   constexpr std::int64_t kCols = 4099;

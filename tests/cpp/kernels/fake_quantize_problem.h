@@ -7,6 +7,7 @@
 #include <limits>
 #include <ostream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/common/half.h"
@@ -210,6 +211,43 @@ struct Problem {
                   result.zero_points.data());
   }
 };
+
+/// The rows [begin, end) of a matrix whose rows share one scale, for one of several holders.
+inline FakeQuantizeTensor part_of(FakeQuantizeTensor matrix, std::int64_t begin, std::int64_t end) {
+  const auto offset = [](auto pointer, std::int64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(pointer)>>,
+                                    const std::byte, std::byte>;
+    return static_cast<Byte*>(pointer) + bytes;
+  };
+  const auto size = [](DType dtype) { return static_cast<std::int64_t>(size_of(dtype)); };
+  const std::int64_t first = begin * matrix.row_stride;
+  matrix.input = offset(matrix.input, first * size(matrix.input_dtype));
+  matrix.output = offset(matrix.output, first * size(matrix.output_dtype));
+  matrix.codes = offset(matrix.codes, begin * matrix.cols * size(matrix.codes_dtype));
+  matrix.unsharded_cols = matrix.cols;
+  matrix.first_element += begin * matrix.cols;
+  matrix.rows = end - begin;
+  return matrix;
+}
+
+/// Where the parts of a matrix end that several holders have.
+inline std::vector<std::int64_t> ends_of_parts(std::int64_t rows) {
+  return {0, rows / 3, rows / 3, rows / 2, rows};
+}
+
+/// Brings together what holders of parts have collected; `before` is what all had before the stage.
+inline void combine(std::vector<GroupCollection>& parts, const GroupCollection& before) {
+  GroupCollection all = before;
+  for (const GroupCollection& part : parts) {
+    all.extent.lowest = std::min(all.extent.lowest, part.extent.lowest);
+    all.extent.highest = std::max(all.extent.highest, part.extent.highest);
+    for (int i = 0; i < kMseCandidates; ++i) {
+      all.sums[i].sum += part.sums[i].sum - before.sums[i].sum;
+      all.sums[i].count += part.sums[i].count - before.sums[i].count;
+    }
+  }
+  std::ranges::fill(parts, all);
+}
 
 /// Draw of one element.
 inline float reference_uniform(const Case& c, std::int64_t row, std::int64_t col) {

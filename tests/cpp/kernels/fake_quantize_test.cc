@@ -286,6 +286,38 @@ TEST(FakeQuantize, SumsOfLongGroupsDoNotOverflowTheirHalves) {
   }
 }
 
+class FakeQuantizeParts : public ::testing::TestWithParam<Parts> {};
+
+TEST_P(FakeQuantizeParts, OfOneGroupGiveTheBitsOfTheWhole) {
+  const Problem problem(case_of(GetParam()));
+  const Case& c = problem.parameters;
+  Result result = problem.blank;
+  const FakeQuantizeTensor whole = problem.tensor(result);
+  const std::vector<std::int64_t> ends = ends_of_parts(c.rows);
+  std::vector<GroupCollection> collected(ends.size() - 1);
+  const std::int32_t num_bits = c.num_bits;
+  const auto call = [&](std::size_t i, const auto& function) {
+    FakeQuantizeTensor part = part_of(whole, ends[i], ends[i + 1]);
+    part.collected = &collected[i];
+    function(FakeQuantizeArgs{
+        .tensors = {&part, 1}, .num_bits = &num_bits, .seed = c.seed, .step = &c.step});
+  };
+  for (int stage = 0; stage < kCollectStages; ++stage) {
+    const GroupCollection before = collected[0];
+    for (std::size_t i = 0; i < collected.size(); ++i) {
+      call(i, [&](const FakeQuantizeArgs& args) { cpu::collect_groups(args, stage); });
+    }
+    combine(collected, before);
+  }
+  for (std::size_t i = 0; i < collected.size(); ++i) {
+    call(i, cpu::fake_quantize);
+  }
+  EXPECT_EQ(result, reference(problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FakeQuantizeParts,
+                         ::testing::Combine(kSearchShapes, kStorages, kPartsSearches), parts_name);
+
 TEST(FakeQuantize, EveryShardDrawsAsTheWholeParameterDoes) {
   // One scale for all rows of the whole and of the shard: the largest weight is in every column.
   const Case whole{.rows = 12,

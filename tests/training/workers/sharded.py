@@ -115,17 +115,19 @@ def check_gradient_clipping() -> None:
     assert 0 < torch.stack([change.norm() for change in moved]).norm() <= 1.01e-3
 
 
-def check_one_scale_over_all_shards_is_refused() -> None:
-    if dist.get_world_size() == 1:
-        train_both(FALLING | {"granularity": "per_tensor"})
-        return
-    try:
-        wrap(sharded_decoder(), FALLING | {"granularity": "per_tensor"}, STEPS)
-    except ValueError as error:
-        assert "layers.0.q_proj.weight is sharded over ranks" in str(error)
-        assert "granularity must be 'per_channel' or 'per_group'" in str(error)
-    else:
-        raise AssertionError("per_tensor over shards was accepted")
+def check_one_scale_over_all_shards_is_that_of_the_whole() -> None:
+    one = FALLING | {"granularity": "per_tensor"}
+    nearest = {key: value for key, value in one.items() if key != "rounding"}
+    train_both(one)
+    train_both(one | {"mode": "asymmetric"}, torch.bfloat16)
+    train_both(nearest | {"mode": "binary", "target_bits": 1})
+    train_both(one | {"mode": "asymmetric", "scale": "mse"})
+
+
+def check_one_scale_over_replicated_shards() -> None:
+    ranks = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicas", "shards"))
+    train_both(FALLING | {"granularity": "per_tensor"}, mesh=mesh)
 
 
 def check_binary_and_searched_grids() -> None:
