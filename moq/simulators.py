@@ -49,9 +49,10 @@ class WeightSimulator(nn.Module):
         self.group_elements = 1
         if spec.scale == "learned":
             groups = matched.groups(matched.parameter.detach())
-            self.group_elements = groups.shape[1]
+            self.group_elements = max(1, groups.shape[1])
+            largest = groups.abs().amax(1) if groups.shape[1] else groups.new_zeros(len(groups))
             self.absmax = nn.Parameter(
-                groups.abs().amax(1).float(), requires_grad=matched.parameter.requires_grad
+                largest.float(), requires_grad=matched.parameter.requires_grad
             )
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -154,6 +155,10 @@ class Simulate : public torch::autograd::Function<Simulate> {
     result[0] = gradient;
     const torch::autograd::variable_list saved = context->get_saved_variables();
     if (saved.empty()) {
+      return result;
+    }
+    if (saved[2].sym_numel() == 0) {
+      result[2] = at::zeros_like(saved[2]);  // no scale, no weight
       return result;
     }
     const bool transposed = context->saved_data["transposed"].toBool();

@@ -1,6 +1,7 @@
 """simulate "autograd": weights simulated inside the forward pass, and scales that are learned."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -276,6 +277,20 @@ def test_the_checkpoint_holds_what_the_forward_saw(tmp_path, scale, granularity,
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
     model.eval()
     assert torch.equal(found.eval()(batch(0)).logits, model(batch(0)).logits)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1)])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_empty_and_single_weights_are_trained(granularity, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: initialising an empty matrix does nothing
+        layer = nn.Linear(shape[1], shape[0], bias=False)
+    other = nn.Linear(4, 2)
+    model = nn.ModuleList([layer, other])
+    optimizer = wrap(model, LEARNED | {"granularity": granularity}, STEPS)
+    (layer(torch.ones(2, shape[1])).sum() + other(torch.ones(1, 4)).sum()).backward()
+    optimizer.step()
+    assert optimizer.quantized_parameters()[0].simulated.shape == shape
 
 
 # ------------------------------------------------------------------------------------- errors
