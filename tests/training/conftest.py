@@ -64,6 +64,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    tokens = tokens.to(next(model.parameters()).device)
     logits = model(tokens[:, :-1]).float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -103,14 +104,14 @@ def name_hash(name: str) -> int:
 
 
 def snapped(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
-    """What the simulated values must be: the masters through the operator, one by one."""
+    """What the simulated values must be: the masters through the CPU's operator, one by one."""
     matched = {m.name: m for m in optimizer._masters.matched}
     result = {}
     for name, master in masters(optimizer).items():
         m = matched[name]
         dtype = optimizer.model.get_parameter(name).dtype
         result[name] = torch.ops.moq.fake_quantize(
-            master.detach(),
+            master.detach().cpu(),
             optimizer.num_bits[name],
             granularity=m.granularity,
             group_size=m.group_size,
@@ -141,4 +142,5 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_simulated(optimizer: moq.MoQOptimizer) -> None:
     """Asserts that the model holds exactly the masters' points on the grid."""
     expected = snapped(optimizer)
-    assert_same({name: optimizer.model.get_parameter(name).detach() for name in expected}, expected)
+    actual = {name: optimizer.model.get_parameter(name).detach().cpu() for name in expected}
+    assert_same(actual, expected)

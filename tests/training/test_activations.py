@@ -11,6 +11,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
+import moq  # noqa: E402
 from moq.activations import ActivationQuantizer, static_scale  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.verify import verify_checkpoint  # noqa: E402
@@ -59,17 +60,18 @@ def test_embeddings_cannot_have_them(decoder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_multiplies_the_points_of_the_grid(kind, keyword, dtype):
+def test_a_layer_multiplies_the_points_of_the_grid(device, kind, keyword, dtype):
     torch.manual_seed(0)
     layer = nn.Linear(16, 4).to(dtype)
-    wrap(layer, W8 | {"activations": kind})
     x = torch.randn(3, 5, 16, dtype=dtype)
+    layer.to(device)
+    wrap(layer, W8 | {"activations": kind})
     scale = None
     if kind == "static":  # the first batch is its own measure
         scale = (x.abs().max().float() / 127).to(dtype).float().reshape(1)
-    rounded = reference.fake_quantize_activation(x, scale)
+    rounded = reference.fake_quantize_activation(x, scale).to(device)
     expected = nn.functional.linear(rounded, layer.weight, layer.bias)
-    found = layer(input=x) if keyword else layer(x)
+    found = layer(input=x.to(device)) if keyword else layer(x.to(device))
     assert torch.equal(found, expected)
 
 
@@ -89,6 +91,52 @@ def test_the_int8_kernel_multiplies_the_same_codes():
     torch.testing.assert_close(served, layer(x).detach())
 
 
+@pytest.mark.parametrize("simulate", ["in_place", "autograd"])
+def test_a_captured_step_follows_drops_and_the_observer(decoder, device, simulate):
+    if device == "cpu":
+        pytest.skip("the CPU has no graphs")
+    config = {
+        "start_bits": 8,
+        "target_bits": 4,
+        "activations": "static",
+        "simulate": simulate,
+        "schedule": {"finish_at": 0.75},
+    }
+    models = decoder().to(device), decoder().to(device)
+    optimizers = [
+        moq.MoQOptimizer(
+            torch.optim.AdamW(model.parameters(), capturable=True),
+            model,
+            config,
+            total_steps=STEPS,
+            verbose=False,
+        )
+        for model in models
+    ]
+    tokens = batch(0).to(device)
+
+    def step(model, optimizer):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(models[0], optimizers[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(models[0], optimizers[0])
+    for _ in range(STEPS - 2):
+        graph.replay()
+    for _ in range(STEPS):
+        step(models[1], optimizers[1])
+    assert optimizers[0].num_bits == optimizers[1].num_bits
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_passes_but_where_a_static_scale_clips():
     layer = nn.Linear(4, 1, bias=False)
     optimizer = wrap(layer, W8 | {"activations": "static"}, lr=0.0)
@@ -104,8 +152,8 @@ def test_the_gradient_passes_but_where_a_static_scale_clips():
 
 
 @pytest.fixture
-def observed():
-    layer = nn.Linear(4, 2)
+def observed(device):
+    layer = nn.Linear(4, 2).to(device)
     observer = {"momentum": 0.75, "freeze_at": 0.5}
     return layer, wrap(layer, W8 | {"activations": "static", "observer": observer}, STEPS)
 
@@ -116,7 +164,7 @@ def average_of(layer: nn.Module) -> float:
 
 def step_over(layer, optimizer, *largest: float) -> float:
     for value in largest:
-        layer(torch.full((2, 4), value)).sum().backward()
+        layer(torch.full((2, 4), value, device=layer.weight.device)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return average_of(layer)
@@ -137,7 +185,7 @@ def test_evaluation_is_not_observed(observed):
     layer, optimizer = observed
     step_over(layer, optimizer, 2.0)
     layer.eval()
-    layer(torch.full((2, 4), 50.0))
+    layer(torch.full((2, 4), 50.0, device=layer.weight.device))
     layer.train()
     assert step_over(layer, optimizer, 2.0) == 2.0
 
@@ -145,11 +193,13 @@ def test_evaluation_is_not_observed(observed):
 def test_a_step_with_an_overflow_is_not_observed(observed):
     layer, optimizer = observed
     step_over(layer, optimizer, 2.0)
-    layer(torch.full((2, 4), 50.0))
-    optimizer._activations.update(torch.tensor([2]), torch.tensor(1.0))
+    device = layer.weight.device
+    layer(torch.full((2, 4), 50.0, device=device))
+    two = torch.tensor([2], device=device)
+    optimizer._activations.update(two, torch.tensor(1.0, device=device))
     assert average_of(layer) == 2.0
-    layer(torch.full((2, 4), float("inf")))
-    optimizer._activations.update(torch.tensor([2]), None)
+    layer(torch.full((2, 4), float("inf"), device=device))
+    optimizer._activations.update(two, None)
     assert average_of(layer) == 2.0
 
 
@@ -237,10 +287,10 @@ def test_activation_checkpointing_computes_the_same(decoder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiling_does_not_compile_again_at_a_drop(decoder, kind):
+def test_compiling_does_not_compile_again_at_a_drop(decoder, device, kind):
     from torch._dynamo.testing import CompileCounter
 
-    model = decoder()
+    model = decoder().to(device)
     optimizer = wrap(model, {"start_bits": 9, "target_bits": 5, "activations": kind}, STEPS)
     counter = CompileCounter()
     torch._dynamo.reset()

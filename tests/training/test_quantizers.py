@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_simulated, train_step, wrap
+from conftest import assert_simulated, batch, train_step, wrap
 from torch import nn
 
 import moq
@@ -29,9 +29,9 @@ GROUPINGS = {
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_every_step_leaves_the_points_of_the_grid(decoder, grid, grouping):
+def test_every_step_leaves_the_points_of_the_grid(decoder, device, grid, grouping):
     widths = {"start_bits": 6, "schedule": {"finish_at": 0.75}}
-    optimizer = wrap(decoder(), widths | GRIDS[grid] | GROUPINGS[grouping], STEPS)
+    optimizer = wrap(decoder().to(device), widths | GRIDS[grid] | GROUPINGS[grouping], STEPS)
     for step in range(STEPS):
         assert_simulated(optimizer)
         train_step(optimizer.model, optimizer, step)
@@ -42,14 +42,37 @@ def test_every_step_leaves_the_points_of_the_grid(decoder, grid, grouping):
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_what_was_trained_is_exported_and_verified(tmp_path, decoder, grid, grouping, dtype):
+def test_what_was_trained_is_exported_and_verified(
+    tmp_path, decoder, device, grid, grouping, dtype
+):
     config = {"start_bits": 6, "schedule": {"finish_at": 0.5}}
-    optimizer = wrap(decoder(dtype), config | GRIDS[grid] | GROUPINGS[grouping], STEPS)
+    optimizer = wrap(decoder(dtype).to(device), config | GRIDS[grid] | GROUPINGS[grouping], STEPS)
     for step in range(STEPS):
         train_step(optimizer.model, optimizer, step)
     optimizer.export(tmp_path / "out")
     checks = verify_checkpoint(tmp_path / "out")
     assert [check.passed for check in checks[:3]] == [True, True, True], checks
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_engine_answers_as_what_was_trained(tmp_path, grid, grouping):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    bits = {"start_bits": GRIDS[grid]["target_bits"]}
+    optimizer = wrap(model, bits | GRIDS[grid] | GROUPINGS[grouping], STEPS)
+    model(batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    optimizer.export(tmp_path / "out")
+    checks = verify_checkpoint(tmp_path / "out")
+    assert all(check.passed for check in checks), checks
 
 
 def test_a_layer_of_zeros_stays_zero_in_every_mode():

@@ -42,9 +42,9 @@ def simulated_of(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_both_forms_train_the_same_weights(decoder, grid):
+def test_both_forms_train_the_same_weights(decoder, device, grid):
     config = FALLING | GRIDS[grid]
-    models = decoder(), decoder()
+    models = decoder().to(device), decoder().to(device)
     in_place = wrap(models[0], config, STEPS)
     autograd = wrap(models[1], config | {"simulate": "autograd"}, STEPS)
     for step in range(STEPS):
@@ -114,10 +114,10 @@ def test_tied_weights_have_one_parametrization():
     assert torch.equal(model[0].weight, model[1].weight)
 
 
-def test_a_drop_compiles_nothing_again(decoder):
+def test_a_drop_compiles_nothing_again(decoder, device):
     from torch._dynamo.testing import CompileCounter
 
-    model = decoder()
+    model = decoder().to(device)
     optimizer = wrap(model, LEARNED | {"activations": "dynamic"}, STEPS)
     counter = CompileCounter()
     torch._dynamo.reset()
@@ -159,8 +159,8 @@ def test_a_group_added_later_is_simulated():
 # ------------------------------------------------------------------------- learned step sizes
 
 
-def test_learned_scales_begin_at_the_largest_weight_and_are_trained(decoder):
-    model = decoder()
+def test_learned_scales_begin_at_the_largest_weight_and_are_trained(decoder, device):
+    model = decoder().to(device)
     optimizer = wrap(model, LEARNED, STEPS)
     ranges = [p for p in optimizer.param_groups[-1]["params"]]
     assert optimizer.param_groups[-1]["weight_decay"] == 0.0
