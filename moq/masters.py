@@ -324,7 +324,7 @@ class Masters:
     def _make_trainer(self, schedule: Schedule, step: int) -> None:
         """Makes the C++ object that does a step's work."""
         trained = []
-        shared = SharedScales(self.matched)
+        shared = self.shared_scales = SharedScales(self.matched)
         for m, block in self.placed():
             master = self._of[m.parameter]
             element, columns = first_element(m)

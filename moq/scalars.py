@@ -126,19 +126,26 @@ def _codes(masters: Masters) -> list[torch.Tensor]:
     device's; codes of one step are then counted on the grid next to theirs.
     """
     schedule, step = masters.trainer.schedule, masters.trainer.step_seen
-    return [
-        masters.simulators.of(m).codes(m.parameter.detach(), schedule.bits_at(block, step))
-        if masters.simulators is not None and m.spec.scale == "learned"
-        else torch.ops.moq.quantize(
-            local_tensor(masters.simulated(m)),
-            schedule.bits_at(block, step),
+    codes = []
+    for m, block in masters.placed():
+        num_bits = schedule.bits_at(block, step)
+        if masters.simulators is not None and m.spec.scale == "learned":
+            codes.append(masters.simulators.of(m).codes(m.parameter.detach(), num_bits))
+            continue
+        weight, transposed, extremes = local_tensor(masters.simulated(m)), m.transposed, 0
+        if masters.shared_scales.row(m.parameter) is not None:
+            weight = masters.shared_scales.with_extremes(m.parameter, weight)
+            transposed, extremes = False, 2
+        found = torch.ops.moq.quantize(
+            weight,
+            num_bits,
             granularity=m.granularity,
             group_size=m.group_size,
             mode=m.spec.mode,
-            transposed=m.transposed,
+            transposed=transposed,
         )[0]
-        for m, block in masters.placed()
-    ]
+        codes.append(found[:, : found.shape[1] - extremes])
+    return codes
 
 
 def _measure(masters: Masters, before: list[torch.Tensor]) -> torch.Tensor:

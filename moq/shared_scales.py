@@ -34,15 +34,33 @@ class SharedScales:
                     device = m.parameter.to_local().device
                     by_groups[(device, *groups)].append(m.parameter)
         self._rows: dict[torch.Tensor, torch.Tensor] = {}
+        self._groups: dict[torch.Tensor, list[Any]] = {}
         self._memory = []
         for (device, *groups), parameters in by_groups.items():
             words = torch.zeros(len(parameters), COLLECTION_WORDS, dtype=torch.int64, device=device)
             self._rows |= dict(zip(parameters, words, strict=True))
+            self._groups |= dict.fromkeys(parameters, groups)
             self._memory.append((words, torch.zeros_like(words), groups))
 
     def row(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Returns where a parameter's scale is collected, or None if no other rank shares it."""
         return self._rows.get(parameter)
+
+    @torch.no_grad()
+    def with_extremes(self, parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's elements and the smallest and largest of all ranks, [1, n + 2].
+
+        All ranks must call it.
+        """
+        groups = self._groups[parameter]
+        elements = local.reshape(-1)
+        extremes = elements.new_zeros(2)
+        if len(elements):
+            extremes = torch.stack([(-elements).amax(), elements.amax()])
+        for group in groups:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        extremes[0].neg_()
+        return torch.cat([elements, extremes])[None]
 
     @torch.no_grad()
     def reduce(self, stage: int) -> None:

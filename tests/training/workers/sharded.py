@@ -318,10 +318,15 @@ class Recorder:
 
 
 def check_rank_0_tells_the_numbers_of_all_shards() -> None:
+    for granularity in ("per_channel", "per_tensor"):
+        tell_the_numbers_of_all_shards(FALLING | {"granularity": granularity})
+
+
+def tell_the_numbers_of_all_shards(config: dict) -> None:
     told, expected = Recorder(), Recorder()
     model, reference = sharded_decoder(), whole_decoder()
-    optimizer = wrap(model, FALLING, STEPS, loggers=told, log_every=2)
-    whole = wrap(reference, FALLING, STEPS, loggers=expected, log_every=2)
+    optimizer = wrap(model, config, STEPS, loggers=told, log_every=2)
+    whole = wrap(reference, config, STEPS, loggers=expected, log_every=2)
     for step in range(STEPS):
         train_step(model, optimizer, step)
         train_step(reference, whole, step)
