@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moq._C import Schedule, TrainedParameter, Trainer
 from moq.blocks import Blocks
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from moq.quantized_parameter import QuantizedParameter
     from moq.simulators import WeightSimulators
 
+_OWNERS = WeakTensorKeyDictionary()
+"""Parameter -> weak reference to the Masters that write its simulated values."""
+
 
 class Masters:
     """Masters of a model's quantized parameters.
@@ -37,7 +43,8 @@ class Masters:
         simulators: Where the forward pass simulates, and parameters are their own masters.
 
     Raises:
-        ValueError: naming the parameter, if it is not finite or its sharding splits a scale.
+        ValueError: naming the parameter, if it is not finite, if its memory has gaps, if another
+            training has masters of it, or if its sharding splits a scale.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Masters:
         self.inner = inner
         self.simulators = simulators
         self._of: dict[torch.Tensor, torch.Tensor] = {}
+        self._dtypes: dict[torch.Tensor, torch.dtype] = {}
         self.matched: Sequence[MatchedParameter] = ()
         self.extend(matched, blocks, schedule)
 
@@ -65,9 +73,12 @@ class Masters:
         Raises:
             ValueError: as the constructor; then nothing has changed.
         """
-        added = [m for m in matched if m.parameter not in self._of]
+        added = new = [m for m in matched if m.parameter not in self._of]
         for m in added:
+            self._require_unowned(m)
             _require_finite(m)
+            if self.simulators is None:
+                _require_dense(m)
             first_element(m)
         if self.simulators is not None:
             self.simulators.require_possible(added)
@@ -83,6 +94,9 @@ class Masters:
         self.blocks = blocks
         self.sharded = any(is_sharded(m.parameter) for m in matched)
         self._make_trainer(schedule, step)
+        for m in new:
+            self._dtypes[m.parameter] = m.parameter.dtype
+            _OWNERS[m.parameter] = weakref.ref(self)
 
     def get(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Returns the master of a parameter, or None if it is not quantized."""
@@ -182,7 +196,18 @@ class Masters:
         """Follows the parameters to where they lie now: fully_shard and Module.to move them.
 
         Masters move along, and so does the state that the inner optimizer has of them.
+
+        Raises:
+            RuntimeError: if one has lost its values or become another dtype; masters stay.
         """
+        for m in self.matched:
+            dtype, device = m.parameter.dtype, m.parameter.device
+            if dtype != self._dtypes[m.parameter] or device.type not in ("cpu", "cuda"):
+                raise RuntimeError(
+                    f"MoQOptimizer: {m.name} must stay {self._dtypes[m.parameter]} on a CPU or a "
+                    f"CUDA device, got {dtype} on {device}: convert the model before MoQOptimizer "
+                    "is made. The masters are as they were, and state_dict() still gives them"
+                )
         pairs = self.pairs()
         moved = [pair for pair in pairs if pair[0].device != pair[1].device]
         for parameter, master in moved:
@@ -354,6 +379,23 @@ class Masters:
         if self.simulators is not None:
             self.simulators.connect(self.matched, self.trainer)
 
+    def _require_unowned(self, m: MatchedParameter) -> None:
+        """Refuses a parameter whose simulated values another training writes.
+
+        Raises:
+            ValueError: naming it.
+        """
+        for collect in (gc.collect, None):
+            owner = _OWNERS[m.parameter] if m.parameter in _OWNERS else None
+            if owner is None or owner() in (None, self):
+                return
+            if collect is not None:
+                collect()  # the other training may be over
+        raise ValueError(
+            f"{m.name}: must have one MoQOptimizer, and another one holds its full-precision "
+            "master: give all its param groups to one optimizer, or drop the other one (del) first"
+        )
+
     def _take_over_state(self, parameter: torch.Tensor, master: torch.Tensor) -> None:
         """Moves state that the inner optimizer has already from a parameter to its master."""
         state = self.inner.state.pop(parameter, None)
@@ -374,6 +416,16 @@ def _require_finite(matched: MatchedParameter) -> None:
         raise ValueError(
             f"{matched.name}: weights must be finite, got {int(local.isnan().sum())} NaN and "
             f"{int(local.isinf().sum())} infinite of {local.numel()}"
+        )
+
+
+def _require_dense(matched: MatchedParameter) -> None:
+    local = local_tensor(matched.parameter.detach())
+    if local.numel() and torch.empty_like(local, device="meta").stride() != local.stride():
+        raise ValueError(
+            f"{matched.name}: a weight must lie in memory without gaps or overlaps, as a "
+            f"contiguous or a transposed one does, got strides {local.stride()} of shape "
+            f"{list(local.shape)}: assign nn.Parameter(weight.detach().contiguous()) to its module"
         )
 
 

@@ -69,7 +69,8 @@ class MoQOptimizer(OptimizerWrapper):
     Raises:
         TypeError: if an argument has another type, or the configuration holds a wrong one.
         ValueError: for a configuration that names what does not exist, weights that have no grid
-            (NaN, infinity, other dtypes), or an optimizer that cannot be wrapped.
+            (NaN, infinity, other dtypes) or another MoQOptimizer already, or an optimizer that
+            cannot be wrapped.
         moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
 
     Example:
@@ -183,6 +184,8 @@ class MoQOptimizer(OptimizerWrapper):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one optimizer step: masters, then schedule, then simulated values.
 
+        Without a single gradient it is none: nothing changes, the schedule included.
+
         Args:
             closure: Evaluates the loss once, at the simulated values, before the step.
 
@@ -190,7 +193,8 @@ class MoQOptimizer(OptimizerWrapper):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: inside `full_precision`.
+            RuntimeError: inside `full_precision`, or if a quantized parameter has become another
+                dtype.
             ValueError: if a quantized parameter has a sparse gradient.
         """
         if self._shows_masters:
@@ -206,6 +210,8 @@ class MoQOptimizer(OptimizerWrapper):
             self._require_state()
             return loss
         self._masters.catch_up()
+        if all(parameter.grad is None for parameter in self.parameters()):
+            return loss
         if self._blank_state:
             self.inner.state.clear()
             self._blank_state = False
