@@ -83,7 +83,7 @@ def export_checkpoint(
         write_json(staged / CONFIG_NAME, config)
         save_tokenizer(staged, tokenizer)
         save_generation_config(staged, model)
-        answer, reason = measure_probe(model, probe, parameters.state)
+        answer, reason = measure_probe(model, probe, parameters.exact_state())
         manifest = {
             "format_version": FORMAT_VERSION,
             "written_by": {

@@ -24,6 +24,8 @@ class ExportedModel:
         state: the model's state dict.
         aliases: name of each tied parameter -> the name that is stored.
         quantized: stored name -> quantized parameter.
+        products: stored name -> scale * (code - zero_point) in float32, of weights that a 16-bit
+            dtype rounds; filled by `convert`.
     """
 
     def __init__(self, model: torch.nn.Module, quantized: Sequence[QuantizedParameter]) -> None:
@@ -34,6 +36,7 @@ class ExportedModel:
                 the others in dtype.
         """
         self.model = model
+        self.products: dict[str, torch.Tensor] = {}
         # A wrapper and what it wraps have one name then; the inner module comes last and stays.
         self.modules = {plain_name(name): module for name, module in model.named_modules()}
         self.state = {
@@ -104,9 +107,18 @@ class ExportedModel:
                 tensors[name] = self.state[name].cpu()
             else:
                 module = self.modules[name.rpartition(".")[0]]
-                weights[name], converted = _convert_weight(name, parameter, _class_name(module))
+                weights[name], converted, products = _convert_weight(
+                    name, parameter, _class_name(module)
+                )
                 tensors |= converted
+                if products is not None:
+                    self.products[name] = products
         return tensors, weights
+
+    def exact_state(self) -> dict[str, torch.Tensor]:
+        """Returns the state of a model that multiplies codes by scales without rounding."""
+        state = self.state | self.products
+        return state | {alias: state[name] for alias, name in self.aliases.items()}
 
     def config(self, weights: Mapping[str, StoredWeight]) -> dict[str, Any]:
         """Returns config.json: the model's own, its true dtype, and where its integers are."""
@@ -150,14 +162,15 @@ def _refuse_nonfinite(name: str, value: torch.Tensor) -> None:
 
 def _convert_weight(
     name: str, parameter: QuantizedParameter, module_class: str
-) -> tuple[StoredWeight, dict[str, torch.Tensor]]:
-    """One weight matrix as a checkpoint stores it."""
+) -> tuple[StoredWeight, dict[str, torch.Tensor], torch.Tensor | None]:
+    """One weight matrix as a checkpoint stores it, and ExportedModel.products of it."""
     module = name.rpartition(".")[0]
     dtype = parameter.simulated.dtype
     dense = parameter.num_bits > 8
     weight_format = DENSE if dense else INTEGER if parameter.activations else PACKED
     master, simulated = parameter.master.detach().cpu(), parameter.simulated.detach().cpu()
     tensors: dict[str, torch.Tensor] = {}
+    products = None
     if dense:
         for which in (master, simulated):
             _refuse_nonfinite(name, which)
@@ -180,6 +193,8 @@ def _convert_weight(
             absmax=None if parameter.absmax is None else parameter.absmax.detach().cpu(),
         )
         tensors[f"{name}_scale"] = scales
+        if dtype != torch.float32:
+            products = _products(codes, scales, zero_points, parameter.transposed)
         if weight_format == INTEGER:
             tensors[name] = codes
             if parameter.input_scale is not None:
@@ -212,4 +227,25 @@ def _convert_weight(
         activations=None if dense else parameter.activations,
         quantization_error=error,
     )
-    return StoredWeight.from_dict(stored, name), tensors
+    return StoredWeight.from_dict(stored, name), tensors, products
+
+
+def _products(
+    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, transposed: bool
+) -> torch.Tensor:
+    """Multiplies scale * (code - zero_point) in float32, as the module stores its weight.
+
+    Args:
+        codes: [out, in].
+        scales: [out, groups].
+        zero_points: as scales; None: zeros.
+        transposed: the module's weight is [in, out].
+    """
+    size = codes.shape[1] // max(1, scales.shape[1])
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.float().repeat_interleave(size, dim=1)
+
+    offsets = codes.float() if zero_points is None else codes.float() - spread(zero_points)
+    products = spread(scales) * offsets
+    return products.t() if transposed else products

@@ -1,5 +1,8 @@
 """The logit probe: a few tokens and what the simulated model answers in FP32.
 
+A 16-bit model rounds every product of a scale and a code. The engine does not, and neither does the
+model that is asked here.
+
 `moq.export` stores it, and `moq verify` asks the engine the same question.
 """
 
@@ -33,8 +36,9 @@ def _in_single_precision(
 ) -> PreTrainedModel:
     """The model itself if it is FP32, otherwise one of the same weights that computes in FP32.
 
-    It is built anew: tables that a model computes once (rotary frequencies) have lost bits if the
-    model was cast to a 16-bit dtype, and a cast back would not return them.
+    Weights that are wider in `state` stay as wide. It is built anew: tables that a model computes
+    once (rotary frequencies) have lost bits if the model was cast to a 16-bit dtype, and a cast
+    back would not return them.
     """
     if all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()):
         return model
@@ -51,7 +55,8 @@ def measure_probe(
     Args:
         model: a model that holds its simulated weights.
         tokens: token ids; None: DEFAULT_LENGTH ids spread over the vocabulary.
-        state: the model's state dict under its plain names, with simulated values.
+        state: the model's state dict under its plain names, with simulated values, those of a
+            16-bit model before the rounding to its dtype.
 
     Returns:
         The manifest's ``probe`` and an empty reason; or None and the reason why the model has no

@@ -381,6 +381,26 @@ def test_probe_tokens_that_the_model_refuses_are_an_error(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(),
+        Spec(4, granularity="per_group", group_size=24),
+        Spec(4, "asymmetric", "per_group", 12),
+        Spec(8, "asymmetric", "per_tensor"),
+    ],
+    ids=["int8", "grouped_int4", "asymmetric_int4", "one_scale"],
+)
+def test_the_probe_of_a_16_bit_model_is_that_of_products_without_rounding(
+    tmp_path, dtype, spec, capsys
+):
+    model = tiny_llama(dtype)
+    quantized = quantize_modules(model, dict.fromkeys(LLAMA_LINEARS, spec))
+    export_checkpoint(tmp_path / "out", model, quantized)
+    assert probe_of(tmp_path / "out", capsys=capsys)["passed"] is True
+
+
 def test_an_export_leaves_no_trace_in_the_model_and_the_random_state(tmp_path):
     model = tiny_llama(torch.bfloat16).train()
     quantized = quantize_modules(model, dict.fromkeys(LLAMA_LINEARS, Spec()))
