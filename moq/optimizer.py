@@ -435,9 +435,13 @@ class MoQOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: as `quantized_parameters`, if parameters are sharded, or if rank 0 failed.
             ValueError: if the directory holds something else already.
+
+        Warns:
+            UserWarning: if some weights have not fallen to their target width yet.
         """
         from moq.export import export_checkpoint
 
+        self._warn_of_early_export()
         self._write(export_checkpoint, directory, tokenizer)
 
     # ------------------------------------------------------------------ inside
@@ -475,6 +479,23 @@ class MoQOptimizer(OptimizerWrapper):
             if is_main_process():
                 history = self._record().summary()
                 write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
+
+    def _warn_of_early_export(self) -> None:
+        """Says which weights are exported before they have their target width."""
+        widths = self.num_bits
+        early = [
+            f"{m.name} at {widths[m.name]} of {m.spec.target_bits} bits"
+            for m, _ in self._masters.placed()
+            if widths[m.name] > m.spec.target_bits
+        ]
+        if early and is_main_process():
+            warnings.warn(
+                f"MoQOptimizer.export: {len(early)} of {len(widths)} weights have not reached "
+                f"their target after {self.steps} steps ({early[0]}): they are written at the "
+                "width that they have, above 8 bits in the model's dtype. Train on until all have "
+                "it: print(optimizer.schedule()) shows when",
+                stacklevel=3,
+            )
 
     def _show_full_precision(self, shown: bool) -> None:
         """Switches what simulates within the forward pass."""

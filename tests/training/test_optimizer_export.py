@@ -106,6 +106,17 @@ def test_the_exported_checkpoint_tells_its_history(trained, tmp_path):
     assert manifest["history"]["seed"] == 0
 
 
+def test_an_export_before_the_target_width_says_so(tmp_path):
+    _, optimizer = tiny_llama_in_training()
+    with pytest.warns(UserWarning, match=r"14 of 14 weights .* after 0 steps \(.* at 9 of 8 bits"):
+        optimizer.export(tmp_path / "early")
+
+
+def test_an_export_at_the_target_width_warns_of_nothing(trained, tmp_path, recwarn):
+    trained[1].export(tmp_path / "out")
+    assert not [w for w in recwarn if "target" in str(w.message)]
+
+
 def planned(capsys, *arguments: str) -> list[list[str]]:
     assert cli.main(["schedule", *arguments]) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines()]
