@@ -85,7 +85,7 @@ def test_activations_are_placed_by_a_rule(names):
     placed = [name for name, m in names["model"].named_modules() if hasattr(m, "input_quantizer")]
     assert len(placed) == 9
     assert all(".mlp." in name for name in placed)
-    exec(block_with("optimizer.probe("), names)
+    exec(block_with("optimizer.probe("), names | {"model": llama()})
     assert optimizer.config.observer == moq.config.ObserverConfig(momentum=0.9, freeze_at=0.5)
 
 
