@@ -53,8 +53,9 @@ class MoQOptimizer(OptimizerWrapper):
     the model's parameters.
 
     Args:
-        optimizer: A constructed torch optimizer over parameters of `model`; from now on use only
-            the wrapper. Warm state is kept.
+        optimizer: A constructed torch optimizer over parameters of `model`, or an object with its
+            param_groups, state, step, state_dict and load_state_dict; from now on use only the
+            wrapper. Warm state is kept.
         model: The model; DistributedDataParallel and torch.compile may be around it, fully_shard
             must have been applied.
         config: A MoQConfig, a dict, the path of a JSON or YAML file, or None for the defaults:
@@ -210,7 +211,7 @@ class MoQOptimizer(OptimizerWrapper):
             self._require_state()
             return loss
         self._masters.catch_up()
-        if all(parameter.grad is None for parameter in self.parameters()):
+        if self.skips() or all(parameter.grad is None for parameter in self.parameters()):
             return loss
         if self._blank_state:
             self.inner.state.clear()
@@ -220,6 +221,7 @@ class MoQOptimizer(OptimizerWrapper):
         trainer.begin_step()
         try:
             with self.grad_scaling() as found_inf, self._masters.in_groups():
+                self.unscale()
                 self.inner.step()
         except BaseException:
             trainer.abandon_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+#: What an inner optimizer must have.
+_INTERFACE = ("param_groups", "state", "step", "state_dict", "load_state_dict")
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -34,7 +38,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """Default hyperparameters of the inner optimizer."""
-        return self.inner.defaults
+        defaults: dict[str, Any] = getattr(self.inner, "defaults", {})
+        return defaults
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """Yields the parameters of all param groups."""
@@ -42,8 +47,40 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells GradScaler to leave unscaling and the overflow check to a fused inner optimizer."""
+        """Tells GradScaler to leave unscaling and the skipping of an overflow to `step`.
+
+        That is for fused inner optimizers, and for float16 parameters: GradScaler refuses those.
+        """
+        return self._inner_scales or any(p.dtype == torch.float16 for p in self.parameters())
+
+    @property
+    def _inner_scales(self) -> bool:
+        """True for the fused optimizers of torch."""
         return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    def skips(self) -> bool:
+        """Says whether GradScaler has found an overflow that the inner optimizer would not skip.
+
+        Waits for the device, as GradScaler does.
+        """
+        found_inf = None if self._inner_scales else getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf != 0)
+
+    def unscale(self) -> None:
+        """Divides the gradients in the param groups by GradScaler's scale, if nobody else does."""
+        scale = None if self._inner_scales else getattr(self, "grad_scale", None)
+        if scale is None:
+            return
+        alike: defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]]
+        alike = defaultdict(list)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                alike[parameter.grad.device, parameter.grad.dtype].append(parameter.grad)
+        for (device, _), gradients in alike.items():
+            inverse = scale.to(device).double().reciprocal().float()
+            torch._amp_foreach_non_finite_check_and_unscale_(
+                gradients, torch.zeros_like(inverse), inverse
+            )
 
     @contextmanager
     def grad_scaling(self) -> Iterator[torch.Tensor | None]:
@@ -53,7 +90,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             The tensor that is non-zero if the inner optimizer skips this step; None if it cannot.
         """
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not self._step_supports_amp_scaling:
+        if found_inf is None or not self._inner_scales:
             yield None
             return
         given = {"found_inf": found_inf, "grad_scale": getattr(self, "grad_scale", None)}
@@ -82,10 +119,12 @@ def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_
         ValueError: for an optimizer or a number of steps that cannot work, with the reason.
     """
     where = "MoQOptimizer"
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    missing = [name for name in _INTERFACE if not hasattr(optimizer, name)]
+    if missing:
         raise TypeError(
-            f"{where}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
-            "the order is MoQOptimizer(optimizer, model, config)"
+            f"{where}: optimizer must be a torch.optim.Optimizer, or have what one has, got "
+            f"{type(optimizer).__name__} without {', '.join(missing)}: the order is "
+            "MoQOptimizer(optimizer, model, config)"
         )
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
