@@ -536,7 +536,8 @@ def _require_gradients_reduced(matched: Sequence[MatchedParameter], model: nn.Mo
         ValueError: naming the first of them.
     """
     learned = [m.name for m in matched if m.spec.scale == "learned"]
-    if learned and isinstance(model, nn.parallel.DistributedDataParallel):
+    parallel = nn.parallel.DistributedDataParallel
+    if learned and any(isinstance(module, parallel) for module in model.modules()):
         raise ValueError(
             f"{learned[0]}: with scale 'learned' make MoQOptimizer of the plain model and wrap "
             "that in DistributedDataParallel afterwards: it reduces the gradients of the "

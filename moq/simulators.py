@@ -7,6 +7,7 @@ weights is kept, and scales can be learned.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,7 +143,7 @@ class WeightSimulators:
             if id(own_weight(module)) in new
         ]
         for module, simulator in owners:
-            parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
+            _parametrize(module, simulator)
         learned = []
         for m in matched:
             simulator = self._of[m.parameter] = new[id(m.parameter)]
@@ -169,6 +170,20 @@ class WeightSimulators:
         """Shows the simulated weights, or the parameters as they are."""
         for simulator in self._of.values():
             simulator.enabled = enabled
+
+
+def _parametrize(module: nn.Module, simulator: WeightSimulator) -> None:
+    """Puts a simulator before a module's weight, and leaves the Parameter as it is.
+
+    torch resets the gradient accumulator of what it parametrizes, and DistributedDataParallel has
+    its hooks there: it gets a stand-in for the time of the call.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    module._parameters["weight"] = nn.Parameter(weight.detach(), weight.requires_grad)
+    parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
+    chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+    chain.original = weight
 
 
 def _name_hash(name: str) -> int:

@@ -326,6 +326,8 @@ def test_distributed_data_parallel_comes_after_learned_scales(decoder, tmp_path)
         model = decoder()
         with pytest.raises(ValueError, match="wrap that in DistributedDataParallel afterwards"):
             wrap(nn.parallel.DistributedDataParallel(model), LEARNED, STEPS)
+        with pytest.raises(ValueError, match="wrap that in DistributedDataParallel afterwards"):
+            wrap(torch.compile(nn.parallel.DistributedDataParallel(model)), LEARNED, STEPS)
         optimizer = wrap(model, LEARNED, STEPS)
         train_step(nn.parallel.DistributedDataParallel(model), optimizer, 0)
     finally:

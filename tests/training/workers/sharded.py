@@ -378,6 +378,24 @@ def check_replicas_stay_equal_under_ddp() -> None:
     assert isinstance(optimizer, moq.MoQOptimizer)
 
 
+def check_ddp_averages_the_gradients_of_weights_simulated_in_the_forward_pass() -> None:
+    config = FALLING | {"simulate": "autograd"}
+    batches = [batch(100 * rank) for rank in range(dist.get_world_size())]
+    for before in (True, False):
+        model, reference = whole_decoder(), whole_decoder()
+        outer = nn.parallel.DistributedDataParallel(model) if before else model
+        optimizer = wrap(outer, config, STEPS)
+        if not before:
+            outer = nn.parallel.DistributedDataParallel(model)
+        wrap(reference, config, STEPS)
+        loss_of(outer, batches[dist.get_rank()]).backward()
+        for tokens in batches:
+            (loss_of(reference, tokens) / len(batches)).backward()
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}")
+        optimizer.step()
+
+
 class Counting(Decoder):
     """A decoder with a buffer, which DistributedDataParallel broadcasts before each forward."""
 
