@@ -171,8 +171,9 @@ struct DeviceLinearArgs {
   bool gated = false;
   bool float32_output = false;  ///< output is float32, whatever dtype is; without a residual
   DeviceQkvOutput qkv = {};     ///< without activation, residual, gated or float32_output
-  /// Reads the weight before the kernels ahead in the stream have ended. Only for a weight that
-  /// none of them writes: it was packed, and the stream synchronized, earlier.
+  /// Reads the weight, the bias and the norm's weight and bias before the kernels ahead in the
+  /// stream have ended. Only if none of them writes any of these: the weight was packed, and the
+  /// stream synchronized, earlier.
   bool weight_is_ready = false;
 };
 
@@ -200,9 +201,10 @@ void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 /// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
 /// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
 /// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
-/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for all m <= 8; not
-/// on the row's place. Statistics of a norm are float32, the mean first, then the variance of the
-/// differences.
+/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for 2 <= m <= 8,
+/// and for m = 1 too unless the input is so wide that only one token of it fits; not on the row's
+/// place. Statistics of a norm are float32: the mean first, then the variance of the differences;
+/// where the weight is streamed, both in one pass over differences from one of the numbers.
 ///
 /// On compute capability 9.0 up to 8 tokens stream the weight through shared memory by bulk copies,
 /// and normalise what they multiply. More tokens, and without a norm older GPUs, multiply tiles on

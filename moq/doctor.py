@@ -55,12 +55,14 @@ def _cuda_finding(info: dict[str, str | None]) -> Finding:
     devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     oldest = min(int(name.rstrip("af")) for name in architectures.split(","))
     suitable = all(major * 10 + minor >= oldest for major, minor in devices)
+    major, minor = devices[0]
+    build = f"{major}{minor}{'a' if major == 9 else ''}"  # wgmma is of 9.0 alone
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(len(devices)))
     return Finding(
         "CUDA kernels",
         f"built for {architectures}, found {names}",
         suitable,
-        f"build for this GPU: MOQ_CUDA_ARCHITECTURES='{devices[0][0]}{devices[0][1]}' make build",
+        f"build for this GPU: MOQ_CUDA_ARCHITECTURES='{build}' make build",
     )
 
 

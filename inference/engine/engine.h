@@ -63,8 +63,8 @@ class Engine {
   std::vector<KernelRecord> decode_kernels() const;
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
   const std::string& policy_name() const { return policy_name_; }
-  std::string activations()
-      const;  ///< "dynamic" or "static" if any layer reads INT8, or "weight_only"
+  /// "dynamic" or "static" if any layer reads INT8, or "weight_only".
+  std::string activations() const;
   std::string weight_format() const;  ///< of the layers' projections
   std::string head_format() const;    ///< of the language-model head; empty without one
 

@@ -60,7 +60,7 @@ void check_device() {
             " of compute capability ", properties.major, ".", properties.minor, " (",
             cudaGetErrorString(status),
             "): build moq again with MOQ_CUDA_ARCHITECTURES=", properties.major, properties.minor,
-            " (80 is the oldest)");
+            properties.major == 9 ? "a" : "", " (80 is the oldest)");
 }
 
 int architecture_of(const void* kernel) {

@@ -88,7 +88,7 @@ void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPla
 }  // namespace
 
 int stream_split(const DeviceLayout& layout, int m) {
-  const int tokens = m == 1 ? 1 : static_cast<int>(kStreamTokens);
+  const std::int64_t tokens = m == 1 ? 1 : kStreamTokens;
   int split = 1;
   while (split <= kMaxSplit && tokens * staged_stride(layout, split) * 2 > kMaxSliceBytes) {
     split *= 2;

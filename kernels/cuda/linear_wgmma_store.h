@@ -85,8 +85,8 @@ class WgmmaStore {
   /// scale: of the sums of rows g and g + 8.
   __device__ __forceinline__ void store(const WgmmaSums<T>& sums, const float2& scale) {
     if constexpr (kParts % 2 == 1) {
-      meet<kWarpgroup>(
-          barrier_);  // the last part of a tile and the first of the next share a place
+      // The last part of a tile and the first of the next share a place.
+      meet<kWarpgroup>(barrier_);
     }
     if (args_.activation == Activation::kNone && args_.row_scales == nullptr) {
       [&]<int... kPart>(std::integer_sequence<int, kPart...>) {

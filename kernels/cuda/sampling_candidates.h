@@ -10,7 +10,8 @@ namespace moq::kernels::cuda {
 
 constexpr int kCandidates = 1024;     // at most
 constexpr int kWarpCandidates = 128;  // of a warp's share of the tokens, at most
-/// That are asked for: half of the threads' largest scores at most, as others would be far below.
+/// That are asked for: at most half of the threads' largest scores, and 512, as others would be far
+/// below.
 template <typename Team>
 constexpr int kWantedCandidates =
     Team::kBlocks* kSampleThreads / 2 < 512 ? Team::kBlocks* kSampleThreads / 2 : 512;
