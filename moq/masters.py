@@ -135,13 +135,15 @@ class Masters:
         }
 
     def fingerprint(self) -> str:
-        """Returns a digest of masters and plan that ranks can compare."""
+        """Returns a digest of masters, learned scales and plan that ranks can compare."""
         digest = hashlib.sha256(repr(self.trainer.schedule.plan()).encode())
         for m in () if self.sharded else self.matched:
-            # Sums of bit patterns: integers are the same in whatever order a device adds them.
-            master = self._of[m.parameter].detach()
-            bits = master.view(torch.int32 if master.itemsize == 4 else torch.int16)
-            digest.update(f"{m.name} {int(bits.sum(dtype=torch.int64))}".encode())
+            scales = self.simulators.of(m).absmax if self.simulators else None
+            for value in (self._of[m.parameter], scales):
+                if value is not None:
+                    # Sums of bit patterns: the same in whatever order a device adds integers.
+                    bits = value.detach().view(torch.int32 if value.itemsize == 4 else torch.int16)
+                    digest.update(f"{m.name} {int(bits.sum(dtype=torch.int64))}".encode())
         return digest.hexdigest()[:16]
 
     @contextmanager

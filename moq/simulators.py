@@ -17,6 +17,9 @@ from moq._C import Trainer
 from moq.rules import MatchedParameter, own_weight
 from moq.sharding import is_sharded
 
+#: How the names of learned scales end in a model.
+LEARNED_SCALE = "parametrizations.weight.0.absmax"
+
 
 class WeightSimulator(nn.Module):
     """Parametrization of one weight; reads its width, blend ratio and step on the device.

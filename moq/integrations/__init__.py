@@ -109,19 +109,25 @@ class Training:
                 f"MoQOptimizer: {self.tool} begins at step {made}, and the optimizer has made "
                 f"{steps} already: make a new MoQOptimizer for each training"
             )
-        if len(set(all_gather(self.optimizer.fingerprint()))) > 1:
-            raise RuntimeError(
-                "MoQOptimizer: the ranks must begin with the same weights, got different ones: "
-                f"{self.tool} broadcasts the simulated weights, not the full-precision masters. "
-                "Load or seed the model alike on all ranks before MoQOptimizer is made"
-            )
+        self._require_equal_ranks(
+            f"begin with the same weights, got different ones: {self.tool} broadcasts the "
+            "simulated weights, not the full-precision masters. Load or seed the model alike on "
+            "all ranks before MoQOptimizer is made"
+        )
 
     def end(self) -> None:
         """Flushes the loggers, says what did not arrive, and exports.
 
         A training may end early, or lose steps to overflows.
+
+        Raises:
+            RuntimeError: if ranks hold different weights; then nothing is exported.
         """
         self.optimizer.flush_logs()
+        self._require_equal_ranks(
+            "end with the same weights, got different ones, as when nothing averages the "
+            f"gradients: {self.tool} or the model must do it for all parameters of the optimizer"
+        )
         schedule, steps = self.optimizer.schedule(), self.optimizer.steps
         above = [
             name
@@ -137,3 +143,7 @@ class Training:
             )
         if self.export is not None:
             self.optimizer.export(self.export, tokenizer=self.tokenizer)
+
+    def _require_equal_ranks(self, rule: str) -> None:
+        if len(set(all_gather(self.optimizer.fingerprint()))) > 1:
+            raise RuntimeError(f"MoQOptimizer: the ranks must {rule}")

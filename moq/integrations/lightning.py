@@ -18,10 +18,13 @@ import os
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from moq import MoQOptimizer
 from moq.integrations import Training, unwrap_optimizer
+from moq.simulators import LEARNED_SCALE
 
 
 class MoQCallback(Callback):
@@ -49,7 +52,7 @@ class MoQCallback(Callback):
         self.training: Training | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses steps that are not those of the schedule."""
+        """Refuses steps that are not those of the schedule, and scales that ranks do not share."""
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 "MoQCallback: the module must configure one optimizer, a MoQOptimizer, got "
@@ -58,6 +61,7 @@ class MoQCallback(Callback):
         self.training = Training(
             unwrap_optimizer(trainer.optimizers[0]), "Lightning", **self._options
         )
+        _require_gradients_reduced(self.training.optimizer, trainer.strategy.model)
         self.training.begin(trainer.global_step, trainer.estimated_stepping_batches)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
@@ -89,3 +93,21 @@ class MoQCallback(Callback):
         if fresh is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(fresh[1], step=fresh[0])
+
+
+def _require_gradients_reduced(optimizer: MoQOptimizer, model: object) -> None:
+    """Refuses learned scales that DistributedDataParallel knows nothing of.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return
+    reduced = {id(parameter) for parameter in model._module_parameters}
+    for name, parameter in optimizer.model.named_parameters():
+        if id(parameter) not in reduced and name.endswith(LEARNED_SCALE):
+            raise ValueError(
+                "MoQCallback: DistributedDataParallel must reduce the gradients of learned scales, "
+                f"and {name} was made after it: make MoQOptimizer in configure_model, which "
+                "Lightning calls first, and return that optimizer from configure_optimizers"
+            )

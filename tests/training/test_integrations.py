@@ -321,12 +321,13 @@ LightningModule = lightning.LightningModule if lightning else nn.Module
 class Module(LightningModule):
     """The decoder in the form that Lightning trains."""
 
-    def __init__(self, total_steps=None, optimizers=1) -> None:
+    def __init__(self, total_steps=None, optimizers=1, config=FALLING) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.decoder = Decoder()
         self.total_steps = total_steps
         self.optimizers_wanted = optimizers
+        self.config = config
 
     def training_step(self, tokens, index):
         return loss_of(self.decoder, tokens)
@@ -337,7 +338,7 @@ class Module(LightningModule):
             self.automatic_optimization = False
             halves = [self.decoder.layers[i].parameters() for i in range(2)]
             return [torch.optim.SGD(half, lr=0.1) for half in halves]
-        return wrap(self, FALLING, steps, log_every=1)
+        return wrap(self, self.config, steps, log_every=1)
 
 
 BATCHES = DataLoader([batch(step) for step in range(STEPS)], batch_size=None)

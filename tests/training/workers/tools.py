@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import batch, loss_of, masters, wrap
+from conftest import Decoder, batch, loss_of, masters, wrap
 
 from moq import MoQOptimizer
-from moq.integrations import unwrap_optimizer
+from moq.integrations import Training, unwrap_optimizer
 
 DIRECTORY = Path(sys.argv[1])
 FALLING = {
@@ -117,11 +117,8 @@ def check_accelerate() -> None:
     require_equal_on_all_ranks(unwrap_optimizer(prepared))
 
 
-def check_lightning() -> None:
-    try:
-        import lightning
-    except ImportError:
-        return
+def fit_lightning(config: dict, make=lambda module: module, **options):
+    import lightning
     from test_integrations import BATCHES, Module
 
     from moq.integrations.lightning import MoQCallback
@@ -137,13 +134,86 @@ def check_lightning() -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=DIRECTORY,
-        callbacks=[MoQCallback(export=DIRECTORY / "lightning")],
+        callbacks=[MoQCallback(**options)],
     )
-    trainer.fit(Module(), BATCHES)
+    module = make(Module)(config=config)
+    # Each rank has its own batches.
+    own = [batch(step + 100 * dist.get_rank()) for step in range(len(BATCHES))]
+    trainer.fit(module, DataLoader(own, batch_size=None))
     optimizer = unwrap_optimizer(trainer.optimizers[0])
     assert optimizer.steps == optimizer.total_steps == len(BATCHES)
     require_equal_on_all_ranks(optimizer)
+    return optimizer
+
+
+def without_lightning() -> bool:
+    try:
+        import lightning  # noqa: F401
+    except ImportError:
+        return True
+    return False
+
+
+def check_lightning() -> None:
+    if without_lightning():
+        return
+    fit_lightning(FALLING, export=DIRECTORY / "lightning")
     assert (DIRECTORY / "lightning" / "SHA256SUMS").exists()
+
+
+def check_lightning_with_weights_simulated_in_the_forward_pass() -> None:
+    if not without_lightning():
+        fit_lightning(FALLING | {"simulate": "autograd"})
+
+
+def check_lightning_with_learned_scales() -> None:
+    if without_lightning():
+        return
+    config = {key: value for key, value in FALLING.items() if key != "rounding"}
+    config |= {"simulate": "autograd", "scale": "learned"}
+    try:
+        fit_lightning(config)
+    except ValueError as error:
+        assert "make MoQOptimizer in configure_model" in str(error)
+    else:
+        raise AssertionError("scales that DistributedDataParallel does not know were accepted")
+
+    def early(module_class: type) -> type:
+        class Early(module_class):
+            def configure_model(self):
+                self.total_steps = 8
+                self.made = super().configure_optimizers()
+
+            def configure_optimizers(self):
+                return self.made
+
+        return Early
+
+    optimizer = fit_lightning(config, early)
+    fingerprints = [""] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, optimizer.fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+
+
+def check_ranks_that_trained_apart_do_not_export() -> None:
+    for config in (FALLING, {"simulate": "autograd", "scale": "learned"}):
+        torch.manual_seed(0)
+        model = Decoder()
+        optimizer = wrap(model, config, 4)
+        training = Training(optimizer, "test", export=DIRECTORY / "apart")
+        training.begin(0, 4)
+        loss_of(model, batch(dist.get_rank())).backward()
+        for parameter in model.parameters():
+            if config is not FALLING and parameter.dim() > 1:
+                parameter.grad = None  # scales alone differ
+        optimizer.step()
+        try:
+            training.end()
+        except RuntimeError as error:
+            assert "the ranks must end with the same weights" in str(error)
+        else:
+            raise AssertionError("one rank's weights were exported")
+    assert not (DIRECTORY / "apart").exists()
 
 
 def main() -> None:
