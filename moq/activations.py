@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moq.config import ObserverConfig
+from moq.leftovers import is_left_over, remember
 from moq.rules import MatchedParameter, own_weight, plain_name
 
 #: Name under which a layer holds the quantizer of its input.
@@ -92,17 +93,25 @@ class ActivationQuantizers:
         self.by_name: dict[str, ActivationQuantizer] = {}
 
     def place(self, matched: Sequence[MatchedParameter]) -> None:
-        """Puts a quantizer before every layer whose rule asks for one and that has none yet."""
+        """Puts a quantizer before every layer whose rule asks for one and that has none yet.
+
+        Those that an earlier training has left are removed.
+        """
         kinds = {id(m.parameter): m for m in matched if m.spec.activations != "none"}
         for name, module in self.model.named_modules():
+            found = module._modules.get(ATTRIBUTE)
+            if isinstance(found, ActivationQuantizer) and is_left_over(found):
+                delattr(module, ATTRIBUTE)
             m = kinds.get(id(own_weight(module)))
             if m is None or ATTRIBUTE in module._modules:
                 continue
             parameter = m.parameter
             quantizer = ActivationQuantizer(m.spec.activations, parameter.dtype, parameter.device)
             quantizer.train(module.training)
+            remember(quantizer, self)
             module.add_module(ATTRIBUTE, quantizer)
-            module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+            if _quantize_input not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
             self.by_name[plain_name(name)] = quantizer
 
     def enable(self, enabled: bool) -> None:
@@ -187,8 +196,10 @@ class ActivationQuantizers:
 def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hook of a layer: its first argument, quantized."""
-    quantizer: Any = module._modules[ATTRIBUTE]
+    """Hook of a layer: its first argument, quantized, unless its quantizer has been removed."""
+    quantizer: Any = module._modules.get(ATTRIBUTE)
+    if quantizer is None:
+        return args, kwargs
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))

@@ -31,7 +31,7 @@ from moq.record import MASTER_KEY, RECORD_KEY, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
-from moq.simulators import WeightSimulators
+from moq.simulators import WeightSimulators, remove_left_over_simulators
 from moq.state_creation import is_state_creation, make_blank_state
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
@@ -120,6 +120,7 @@ class MoQOptimizer(OptimizerWrapper):
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
         self._activations = ActivationQuantizers(self.model, self.config.observer, total_steps)
+        remove_left_over_simulators(self.model)
         self._simulators = None
         if self.config.simulate == "autograd":
             self._simulators = WeightSimulators(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from moq._C import Trainer
+from moq.leftovers import is_left_over, remember, remove_parametrization
 from moq.rules import MatchedParameter, own_weight
 from moq.sharding import is_sharded
 
@@ -150,6 +151,7 @@ class WeightSimulators:
         learned = []
         for m in matched:
             simulator = self._of[m.parameter] = new[id(m.parameter)]
+            remember(simulator, self)
             if simulator.absmax is not None:
                 learned.append(simulator.absmax)
         if learned:
@@ -187,6 +189,19 @@ def _parametrize(module: nn.Module, simulator: WeightSimulator) -> None:
     parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
     chain: Any = module.parametrizations["weight"]  # type: ignore[index]
     chain.original = weight
+
+
+def remove_left_over_simulators(model: nn.Module) -> None:
+    """Removes the parametrizations that an earlier training has left in a model."""
+    for module in model.modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        chain: Any = module.parametrizations["weight"]  # type: ignore[index]
+        left = [s for s in chain if isinstance(s, WeightSimulator) and is_left_over(s)]
+        for simulator in left:
+            simulator.enabled = False
+        if len(left) == len(chain):
+            remove_parametrization(module, "weight")
 
 
 def _name_hash(name: str) -> int:

@@ -51,6 +51,43 @@ def test_the_models_own_state_knows_nothing_of_them(decoder):
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_model_is_wrapped_again_as_if_for_the_first_time(decoder, kind, copied):
+    model = decoder()
+    first = wrap(model, W8 | {"activations": "static"})
+    train_step(model, first, 0)
+    if copied:  # while the first training goes on
+        model = copy.deepcopy(model)
+    else:
+        del first
+    fresh = decoder()
+    fresh.load_state_dict(model.state_dict())
+    rules = [{"match": "layers.0.*", "activations": "none"}]
+    config = W8 | {"target_bits": 4, "activations": kind, "rules": rules}
+    optimizers = wrap(model, config), wrap(fresh, config)
+    for step in range(1, 4):
+        losses = map(train_step, (model, fresh), optimizers, (step, step))
+        assert len(set(losses)) == 1
+    assert {name: q.kind for name, q in quantizers(model).items()} == {
+        name: q.kind for name, q in quantizers(fresh).items()
+    }
+
+
+def test_two_trainings_of_one_model_leave_each_others_alone(decoder):
+    model = decoder()
+    config = W8 | {"activations": "dynamic"}
+    with pytest.warns(UserWarning, match="in no param group"):
+        optimizers = [
+            moq.MoQOptimizer(
+                torch.optim.AdamW(layer.parameters()), model, config, total_steps=4, verbose=False
+            )
+            for layer in model.layers
+        ]
+    assert len(quantizers(model)) == 12
+    assert [len(optimizer._activations.by_name) for optimizer in optimizers] == [6, 6]
+
+
 def test_embeddings_cannot_have_them(decoder):
     rule = {"match": "embedding", "activations": "dynamic"}
     with pytest.raises(ValueError, match=r"embedding\.weight .*: activations must be 'none'"):

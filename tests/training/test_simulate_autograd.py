@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import moq  # noqa: E402
 from moq import cli  # noqa: E402
+from moq.rules import plain_name  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.verify import verify_checkpoint  # noqa: E402
 
@@ -332,3 +333,27 @@ def test_distributed_data_parallel_comes_after_learned_scales(decoder, tmp_path)
         train_step(nn.parallel.DistributedDataParallel(model), optimizer, 0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("simulate", ["in_place", "autograd"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_model_is_wrapped_again_as_if_for_the_first_time(decoder, simulate, copied):
+    model = decoder()
+    first = wrap(model, LEARNED)
+    train_step(model, first, 0)
+    original = model
+    if copied:  # while the first training goes on
+        model = copy.deepcopy(model)
+    fresh = decoder()
+    if not copied:
+        del first
+    config = FALLING | {"simulate": simulate, "blend_steps": 2}
+    values = {plain_name(name): p for name, p in model.named_parameters()}
+    fresh.load_state_dict({name: values[name] for name in fresh.state_dict()})
+    optimizers = wrap(model, config, STEPS), wrap(fresh, config, STEPS)
+    for step in range(STEPS):
+        losses = map(train_step, (model, fresh), optimizers, (step, step))
+        assert len(set(losses)) == 1
+    assert sorted(model.state_dict()) == sorted(fresh.state_dict())
+    if copied:
+        train_step(original, first, 1)
