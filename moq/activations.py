@@ -53,7 +53,7 @@ class ActivationQuantizer(nn.Module):
     absmax: torch.Tensor
     """[1]: moving average of the largest magnitude of a step; 0 before the first."""
     seen: torch.Tensor
-    """[1]: largest magnitude since the last update."""
+    """[1]: largest finite magnitude since the last update."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x on its grid; in training a static quantizer also takes its measure."""
@@ -65,7 +65,9 @@ class ActivationQuantizer(nn.Module):
         with torch.no_grad():
             own = x.detach().abs().amax().float().reshape(1) if x.numel() else self.seen
             if self.training:
-                self.seen.copy_(torch.maximum(self.seen, own))
+                # A batch that overflows is no measure, nor may it spoil that of the next step.
+                finite = torch.where(own.isfinite(), own, self.seen)
+                self.seen.copy_(torch.maximum(self.seen, finite))
             largest = torch.where(self.absmax > 0, self.absmax, own)
             scale = static_scale(largest, self.dtype)
         rounded = torch.ops.moq.fake_quantize_activation(x, scale)
@@ -126,8 +128,9 @@ class ActivationQuantizers:
     def update(self, step: torch.Tensor, found_inf: torch.Tensor | None) -> None:
         """Moves the averages on by what was seen since the last step, on all ranks alike.
 
-        Nothing moves after the step at which they freeze, nor in a step that was skipped. Waits for
-        no device.
+        Nothing moves after the step at which they freeze, nor in a step that was skipped. A step
+        that GradScaler skips by not making it comes to nobody's notice: its batches count to the
+        next one. Waits for no device.
 
         Args:
             step: Completed optimizer steps, [1], on a device.
@@ -143,12 +146,17 @@ class ActivationQuantizers:
         old = torch.cat([q.absmax.to(device) for q in static])
         momentum = self.config.momentum
         average = torch.where(old > 0, momentum * old + (1 - momentum) * seen, seen)
-        moves = (seen > 0) & seen.isfinite() & (step <= self.freeze_step)
+        moves = (seen > 0) & (step <= self.freeze_step)
         if found_inf is not None:
             moves &= found_inf.to(device).eq(0)
         new = torch.where(moves, average, old)
         torch._foreach_copy_([q.absmax for q in static], list(torch.split(new, 1)))
         torch._foreach_zero_([q.seen for q in static])
+
+    def forget(self) -> None:
+        """Drops what was seen since the last update."""
+        for quantizer in self._static().values():
+            quantizer.seen.zero_()
 
     def state(self) -> dict[str, float]:
         """Returns the averages by name of the layer; waits for the device.

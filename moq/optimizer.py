@@ -212,7 +212,10 @@ class MoQOptimizer(OptimizerWrapper):
             self._require_state()
             return loss
         self._masters.catch_up()
-        if self.skips() or all(parameter.grad is None for parameter in self.parameters()):
+        if self.skips():
+            self._activations.forget()
+            return loss
+        if all(parameter.grad is None for parameter in self.parameters()):
             return loss
         if self._blank_state:
             self.inner.state.clear()

@@ -240,6 +240,37 @@ def test_a_step_with_an_overflow_is_not_observed(observed):
     assert average_of(layer) == 2.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_spoils_no_measure(fused, dtype):
+    layer = nn.Linear(4, 2).to(dtype)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.0, fused=fused)
+    config = W8 | {"activations": "static", "observer": {"momentum": 0.0, "freeze_at": 1.0}}
+    optimizer = moq.MoQOptimizer(sgd, layer, config, total_steps=STEPS, verbose=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    # (largest input, whether its gradient overflows) -> average after the step
+    skipped = (
+        4.0 if fused or dtype == torch.float16 else 16.0
+    )  # a step that is not made leaves its batch to the next one
+    for value, overflow, expected in [
+        (4.0, False, 4.0),
+        (float("inf"), True, 4.0),
+        (2.0, False, 2.0),
+        (4.0, False, 4.0),
+        (16.0, True, 4.0),
+        (4.0, False, skipped),
+        (4.0, False, 4.0),
+    ]:
+        scaler.scale(layer(torch.full((2, 4), value, dtype=dtype)).sum()).backward()
+        if overflow:
+            layer.weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert average_of(layer) == expected
+    assert optimizer.steps == 5
+
+
 def test_full_precision_shows_the_activations_too(decoder):
     model = decoder()
     plain = copy.deepcopy(model)
