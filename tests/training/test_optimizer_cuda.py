@@ -218,3 +218,105 @@ def test_a_captured_step_replays_across_bit_drops(decoder):
     assert set(replayed.num_bits.values()) == {4}
     assert_same(actual, expected)
     assert_simulated(replayed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, dtype):
+    """Forward, backward, GradScaler and step in one graph: only the device knows what overflows."""
+
+    def trained(captured: bool) -> tuple[dict, MoQOptimizer, float]:
+        model = decoder(dtype).cuda()
+        optimizer = MoQOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, capturable=True),
+            model,
+            FALLING,
+            total_steps=12,
+            verbose=False,
+        )
+        scaler = torch.amp.GradScaler("cuda", init_scale=64.0, growth_interval=1000)
+        tokens, factor = batch(0).cuda(), torch.ones((), device="cuda")
+
+        def step() -> None:
+            scaler.scale(factor * loss_of(model, tokens)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=False)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        call = step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            call = graph.replay
+        for number in range(11):
+            factor.fill_(float("inf") if number in (1, 5, 6) else 1.0)
+            before = weights(model)
+            call()
+            if number in (1, 5, 6):
+                assert_same(weights(model), before)
+        torch.cuda.synchronize()
+        return weights(model), optimizer, scaler.get_scale()
+
+    expected, eager, scale = trained(captured=False)
+    actual, replayed, replayed_scale = trained(captured=True)
+    assert replayed.steps == eager.steps == 11
+    assert scale == replayed_scale == 8.0
+    assert set(replayed.num_bits.values()) == {4}
+    assert_same(actual, expected)
+    assert_simulated(replayed)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_float16_model_trains_with_gradscaler(decoder, fused):
+    model = decoder(torch.float16).cuda()
+    optimizer = MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=fused),
+        model,
+        FALLING,
+        total_steps=8,
+        verbose=False,
+    )
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0, growth_interval=100)
+    for step in range(10):
+        before = weights(model)
+        scaler.scale(loss_of(model, batch(step).cuda())).backward()
+        if step in (2, 6):
+            model.layers[1].up_proj.weight.grad[0, 1] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert_simulated(optimizer)
+        if step in (2, 6):
+            assert_same(weights(model), before)
+    assert optimizer.steps == 8
+    assert scaler.get_scale() == 64.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masters_and_a_cast_of_gradients_are_all_the_memory(decoder, dtype):
+    """The rest is control data: a width, a row of drops and a ratio for each parameter."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8)))
+    model = model.to("cuda", dtype)
+    numel = 8 * 1024 * 1024
+    free = torch.cuda.memory_allocated()
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = MoQOptimizer(sgd, model, FALLING, total_steps=12, verbose=False)
+    assert 4 * numel <= torch.cuda.memory_allocated() - free < 4 * numel + 2**20
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    cast = 0 if dtype == torch.float32 else 4 * numel
+    # The allocator rounds to 512 bytes; the inner optimizer works in lists of its own.
+    assert torch.cuda.max_memory_allocated() - held <= cast + 2**20
+    assert torch.cuda.memory_allocated() - held < 2**20
