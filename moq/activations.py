@@ -91,7 +91,8 @@ class ActivationQuantizers:
         """Places nothing yet."""
         self.model = model
         self.config = config
-        self.freeze_step = int(config.freeze_at * total_steps + 1e-6)
+        # The first step counts even where that share of the steps is less than one.
+        self.freeze_step = max(1, int(config.freeze_at * total_steps + 1e-6))
         self.by_name: dict[str, ActivationQuantizer] = {}
 
     def place(self, matched: Sequence[MatchedParameter]) -> None:
@@ -195,8 +196,9 @@ class ActivationQuantizers:
             return None
         if not bool(quantizer.absmax > 0):
             raise RuntimeError(
-                f"MoQOptimizer: {module}: a static scale of activations must have seen inputs "
-                "other than 0, got none: export after a training step that runs the layer"
+                f"MoQOptimizer: {module or 'the model'}: a static scale of activations must have "
+                "seen inputs other than 0, got none: export after a training step that runs the "
+                "layer"
             )
         return float(static_scale(quantizer.absmax, quantizer.dtype))
 

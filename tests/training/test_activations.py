@@ -285,6 +285,15 @@ def test_a_static_scale_that_saw_nothing_is_not_exported(observed):
         observed[1].quantized_parameters()
 
 
+def test_one_step_is_enough_to_be_observed():
+    layer = nn.Linear(4, 2)
+    optimizer = wrap(layer, W8 | {"activations": "static"}, total_steps=1)
+    with pytest.raises(RuntimeError, match="^MoQOptimizer: the model: a static scale"):
+        optimizer.quantized_parameters()
+    assert step_over(layer, optimizer, 2.0) == 2.0
+    assert optimizer.quantized_parameters()[0].input_scale == float(torch.tensor(2.0) / 127)
+
+
 def test_a_scale_is_a_number_of_the_dtype_that_stores_it():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         scale = static_scale(torch.tensor([3.3]), dtype)
