@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from moq.config import MoQConfig, QuantSpec, Rule, Timing
@@ -317,6 +318,13 @@ def _checked(
     require(
         spec.activations == "none" or candidate.kind != "embedding",
         "activations must be 'none': an embedding reads token ids",
+        repr(spec.activations),
+    )
+    require(
+        spec.activations == "none"
+        or not isinstance(candidate.module, NonDynamicallyQuantizableLinear),
+        "activations must be 'none': its owner, as MultiheadAttention, reads the weight and never "
+        "calls the layer, whose inputs nobody could round",
         repr(spec.activations),
     )
     require(

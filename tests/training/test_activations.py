@@ -94,6 +94,18 @@ def test_embeddings_cannot_have_them(decoder):
         wrap(decoder(), W8 | {"rules": [rule]})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_is_never_called_cannot_have_them(kind):
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(
+        ValueError, match=r"self_attn\.out_proj\.weight .*: activations must be 'no"
+    ):
+        wrap(model, W8 | {"activations": kind})
+    rules = [{"match": "self_attn.out_proj", "activations": "none"}]
+    wrap(model, W8 | {"activations": kind, "rules": rules})
+    assert list(quantizers(model)) == ["linear1", "linear2"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
