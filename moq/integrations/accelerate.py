@@ -39,11 +39,14 @@ def num_training_steps(accelerator: Accelerator, loader: Sized, epochs: int = 1)
         ValueError: if there is nothing to train on.
     """
     processes = 1 if accelerator.split_batches else accelerator.num_processes
-    batches = math.ceil(len(loader) / processes)
+    # What is left when the processes have had equally many batches is theirs again, or dropped.
+    sampler = getattr(loader, "batch_sampler", None)
+    drops_last = getattr(loader if sampler is None else sampler, "drop_last", False)
+    batches = len(loader) // processes if drops_last else math.ceil(len(loader) / processes)
     if batches < 1 or epochs < 1:
         raise ValueError(
             f"num_training_steps: loader and epochs must not be empty, got {len(loader)} batches "
-            f"and {epochs} epochs"
+            f"and {epochs} epochs on {processes} processes"
         )
     # accelerate makes a step at the end of each epoch, however few batches have accumulated.
     return epochs * math.ceil(batches / int(accelerator.gradient_accumulation_steps))

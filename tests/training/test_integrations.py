@@ -299,6 +299,26 @@ def test_accelerate_makes_the_steps_that_were_counted(decoder, fresh_accelerator
     assert set(optimizer.num_bits.values()) == {4}
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_steps_of_accelerate_are_those_of_one_process(processes, drop_last):
+    from types import SimpleNamespace
+
+    from accelerate.data_loader import BatchSamplerShard
+
+    from moq.integrations.accelerate import num_training_steps
+
+    accelerator = SimpleNamespace(
+        split_batches=False, num_processes=processes, gradient_accumulation_steps=1
+    )
+    for rows in range(13, 29):
+        loader = DataLoader(list(range(rows)), batch_size=4, drop_last=drop_last)
+        steps = num_training_steps(accelerator, loader)
+        for process in range(processes):
+            shard = BatchSamplerShard(loader.batch_sampler, processes, process)
+            assert steps == len(shard) == len(list(shard))
+
+
 def test_nothing_to_train_on_is_refused(fresh_accelerator):
     from accelerate import Accelerator
 
