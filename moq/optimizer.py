@@ -168,7 +168,9 @@ class MoQOptimizer(OptimizerWrapper):
         Raises:
             ValueError: as the constructor, or if the schedule with the new blocks contradicts what
                 has happened already.
+            RuntimeError: inside `full_precision`.
         """
+        self._require_simulated("add_param_group")
         self.inner.add_param_group(param_group)
         try:
             matched, blocks = self._match()

@@ -172,6 +172,26 @@ def test_param_groups_added_later_are_quantized_by_the_same_rules(decoder):
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
 
 
+def test_a_param_group_is_added_outside_full_precision_and_to_what_the_model_holds(decoder):
+    model = decoder()
+    with pytest.warns(UserWarning, match="no param group"):
+        adamw = torch.optim.AdamW(model.layers[0].parameters())
+        optimizer = MoQOptimizer(adamw, model, FALLING, total_steps=12, verbose=False)
+    group = {"params": list(model.layers[1].parameters())}
+    with optimizer.full_precision():
+        with pytest.raises(RuntimeError, match="add_param_group: must be called outside full_prec"):
+            optimizer.add_param_group(group)
+        assert_same(masters(optimizer), {n: weights(model)[n] for n in masters(optimizer)})
+    assert len(optimizer.param_groups) == 1
+    replaced = torch.full_like(model.layers[0].q_proj.weight, 0.25)
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.copy_(replaced)
+    with pytest.warns(UserWarning, match="were replaced from outside"):
+        optimizer.add_param_group(group)
+    assert torch.equal(masters(optimizer)["layers.0.q_proj.weight"], replaced)
+    assert_simulated(optimizer)
+
+
 def test_a_param_group_that_is_refused_leaves_everything_as_it_was(decoder):
     model = decoder()
     first = [p for name, p in model.named_parameters() if not name.startswith("layers.1")]
