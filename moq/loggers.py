@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
 
@@ -79,19 +79,16 @@ class CsvLogger:
         if found is not None and tuple(found) != self.COLUMNS:
             self._file.close()
             raise ValueError(f"{path}: must have the columns {list(self.COLUMNS)}, got {found}")
-        self._file.seek(0, os.SEEK_END)
         self._writer = csv.writer(self._file)
-        if found is None:
-            self._write([self.COLUMNS])
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Writes the scalars of one step."""
-        self._write([(step, name, repr(value)) for name, value in scalars.items()])
+        """Writes the scalars of one step, into an empty file after the names of the columns."""
+        self._file.seek(0, os.SEEK_END)
+        if self._file.tell() == 0:  # not when it is opened: every rank does that, one logs
+            self._writer.writerow(self.COLUMNS)
+        self._writer.writerows((step, name, repr(value)) for name, value in scalars.items())
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file; what has been logged is in it after every call already."""
         self._file.close()
-
-    def _write(self, rows: Iterable[Sequence[object]]) -> None:
-        self._writer.writerows(rows)
-        self._file.flush()

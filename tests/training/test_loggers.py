@@ -225,6 +225,16 @@ def test_a_csv_file_has_a_row_for_each_scalar_and_is_continued(decoder, tmp_path
     assert not any(row == rows[0] for row in rows[1:])
 
 
+def test_a_csv_file_that_two_ranks_open_has_one_header(tmp_path):
+    path = tmp_path / "run.csv"
+    loggers = [CsvLogger(path), CsvLogger(path)]
+    assert path.read_text() == ""  # whoever opens it next finds no other columns
+    for step, logger in enumerate((loggers[1], loggers[0], loggers[1])):
+        logger.log({"moq/bits": 8.0}, step=step)
+    rows = [f"{step},moq/bits,8.0" for step in range(3)]
+    assert path.read_text().split() == ["step,name,value", *rows]
+
+
 def test_another_csv_file_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("epoch,loss\n1,2\n")
