@@ -1,4 +1,4 @@
-"""What a training with the wrapper allocates: masters, a cast of the gradients, and nothing else."""
+"""What training with the wrapper allocates: masters, a cast of the gradients, and no more."""
 
 from collections.abc import Callable
 
