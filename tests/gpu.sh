@@ -4,6 +4,7 @@
 #   tests/gpu.sh                         every part that is not done yet, tests first
 #   tests/gpu.sh --build                 build the extension and the C++ tests with CUDA into build/gpu
 #   tests/gpu.sh --part tests            kernels (C++), operators, training and engine on the GPU
+#   tests/gpu.sh --part ranks            training over NCCL, where there are two GPUs
 #   tests/gpu.sh --part sanitizer        the C++ tests under compute-sanitizer: memcheck, racecheck, initcheck
 #   tests/gpu.sh --part decode           generation beside compiled PyTorch and transformers
 #   tests/gpu.sh --part regions          the fused regions of a layer beside unfused kernels
@@ -44,7 +45,7 @@ package() {
 
 case ${1:-} in
   --build) build ;;
-  -h | --help) sed -n '2,20p' "$0" | cut -c3- ;;
+  -h | --help) sed -n '2,21p' "$0" | cut -c3- ;;
   # -P keeps the checkout, which has no build for this interpreter, from being imported instead.
   *) package && exec "$PYTHON" -P tests/gpu_parts.py "$@" ;;
 esac

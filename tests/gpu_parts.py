@@ -52,9 +52,11 @@ def steps() -> list[Step]:
     found = [
         Step("tests", "kernels", [KERNELS, "--gtest_brief=1", f"--gtest_filter={CUDA_TESTS}"]),
         Step("tests", "operators", pytest("tests/ops", "-m", "gpu")),
-        Step("tests", "training", pytest("tests/training/test_optimizer_cuda.py")),
+        Step("tests", "training", pytest("tests/training", "-m", "gpu")),
         Step("tests", "engine", pytest("tests/inference", "-m", "gpu")),
     ]
+    ranks = pytest("tests/training/test_optimizer_sharded.py", "-m", "gpu")
+    found.append(Step("ranks", "training", ranks))
     for tool in ("memcheck", "racecheck", "initcheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         command = [*sanitizer, KERNELS, "--gtest_brief=1", f"--gtest_filter={SANITIZED}"]

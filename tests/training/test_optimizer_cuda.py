@@ -7,7 +7,10 @@ from torch import nn
 
 from moq import MoQOptimizer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 FALLING = {
     "start_bits": 9,

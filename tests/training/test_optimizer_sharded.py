@@ -1,4 +1,6 @@
-"""fully_shard, DistributedDataParallel: one and two gloo processes give what one process gives.
+"""fully_shard, DistributedDataParallel: one and two processes give what one process gives.
+
+They talk through gloo on the CPU, and through NCCL where there are two GPUs.
 
 Starting ranks costs seconds, so each number of ranks is started once and makes all the checks of
 workers/sharded.py; the tests here report them one by one.
@@ -13,17 +15,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 WORKER = Path(__file__).parent / "workers" / "sharded.py"
 CHECKS = re.findall(r"^def check_(\w+)", WORKER.read_text(), re.MULTILINE)
 
 
-def in_processes(world_size: int, directory: Path) -> list[dict[str, str]]:
+def in_processes(world_size: int, directory: Path, backend: str) -> list[dict[str, str]]:
     """Starts every rank; they meet through a file."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(directory), str(rank), str(world_size)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, str(WORKER), str(directory), str(rank), str(world_size), backend],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -43,12 +46,24 @@ def in_processes(world_size: int, directory: Path) -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+RANKS = [
+    pytest.param((1, "gloo"), id="1 rank"),
+    pytest.param((2, "gloo"), id="2 ranks"),
+    pytest.param((2, "nccl"), id="2 GPUs", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=RANKS)
 def results(request, tmp_path_factory) -> list[dict[str, str]]:
+    ranks, backend = request.param
     directory = tmp_path_factory.mktemp("ranks")
-    if request.param == 1:
+    if backend == "nccl":
+        request.getfixturevalue("gpu")
+        if torch.cuda.device_count() < ranks:
+            pytest.skip(f"{torch.cuda.device_count()} of {ranks} GPUs: not tested with NCCL")
+    if ranks == 1:
         return [runpy.run_path(str(WORKER))["run_checks"](directory, 0, 1)]
-    return in_processes(request.param, directory)
+    return in_processes(ranks, directory, backend)
 
 
 @pytest.mark.parametrize("check", CHECKS)

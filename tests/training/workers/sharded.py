@@ -1,8 +1,9 @@
 """The checks of test_optimizer_sharded.py, as one rank of a job makes them.
 
-As a program: DIRECTORY RANK WORLD_SIZE; writes {check: error or ""} into the directory.
+As a program: DIRECTORY RANK WORLD_SIZE BACKEND; writes {check: error or ""} into the directory.
 """
 
+import functools
 import json
 import os
 import sys
@@ -41,9 +42,14 @@ STEPS = 6
 UNEVEN = {"hidden": 11, "intermediate": 5}  # no dimension divides by two
 
 
+def device() -> torch.device:
+    """Where this rank's parameters are: NCCL knows only GPUs."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
 def whole_decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
-    return Decoder(**UNEVEN).to(dtype)
+    return Decoder(**UNEVEN).to(device(), dtype)
 
 
 def sharded_decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **options) -> Decoder:
@@ -91,7 +97,7 @@ def check_asymmetric_groups_within_rows() -> None:
 def check_mixed_precision_policy_trains() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     torch.manual_seed(0)
-    model = Decoder(hidden=40, intermediate=5)
+    model = Decoder(hidden=40, intermediate=5).to(device())
     fully_shard(model, mp_policy=policy)
     optimizer = wrap(model, FALLING, STEPS)
     for step in range(STEPS):
@@ -126,7 +132,7 @@ def check_one_scale_over_all_shards_is_that_of_the_whole() -> None:
 
 def check_one_scale_over_replicated_shards() -> None:
     ranks = dist.get_world_size()
-    mesh = dist.init_device_mesh("cpu", (1, ranks), mesh_dim_names=("replicas", "shards"))
+    mesh = dist.init_device_mesh(device().type, (1, ranks), mesh_dim_names=("replicas", "shards"))
     train_both(FALLING | {"granularity": "per_tensor"}, mesh=mesh)
 
 
@@ -139,7 +145,7 @@ def check_binary_and_searched_grids() -> None:
 def check_groups_of_whole_output_features() -> None:
     def build() -> Decoder:
         torch.manual_seed(0)
-        return Decoder(hidden=12, intermediate=20)
+        return Decoder(hidden=12, intermediate=20).to(device())
 
     config = FALLING | {"granularity": "per_group", "groups": 4}
     model, reference = build(), build()
@@ -177,9 +183,7 @@ def check_static_scales_see_the_batches_of_all_ranks() -> None:
         train_step(model, optimizer, step + 100 * dist.get_rank())
     averages = optimizer._activations.state()
     assert all(value > 0 for value in averages.values())
-    everywhere: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, averages)
-    assert all(other == averages for other in everywhere)
+    assert all(other == averages for other in everywhere(averages))
     torch.manual_seed(0)
     alone = whole_decoder()
     single = wrap(alone, config, STEPS)
@@ -199,7 +203,7 @@ def conv1d_model() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
-    return nn.Sequential(Conv1D(7, 6), Conv1D(3, 7))
+    return nn.Sequential(Conv1D(7, 6), Conv1D(3, 7)).to(device())
 
 
 def check_scales_over_split_input_features_are_refused() -> None:
@@ -225,12 +229,12 @@ def check_the_remedy_for_split_input_features_works() -> None:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(Conv1D(8, 6), Conv1D(4, 8))
+        return nn.Sequential(Conv1D(8, 6), Conv1D(4, 8)).to(device())
 
     model, reference = fully_shard(build(), shard_placement_fn=placement), build()
     optimizer, expected = wrap(model, FALLING, STEPS), wrap(reference, FALLING, STEPS)
     for step in range(STEPS):
-        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step)).to(device())
         for m, o in ((model, optimizer), (reference, expected)):
             m(x).square().mean().backward()
             o.step()
@@ -244,14 +248,14 @@ def check_groups_of_split_input_features() -> None:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+        return nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).to(device())
 
     model, reference = build(), build()
     fully_shard(model, shard_placement_fn=placement)
     config = FALLING | {"granularity": "per_group", "group_size": 1}
     optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
     for step in range(STEPS):
-        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).to(device())
         for m, o in ((model, optimizer), (reference, expected)):
             m(x).square().mean().backward()
             o.step()
@@ -366,16 +370,104 @@ def check_sharding_after_wrapping_is_refused() -> None:
         raise AssertionError("replaced parameters were not noticed")
 
 
-def check_replicas_stay_equal_under_ddp() -> None:
-    model = nn.parallel.DistributedDataParallel(whole_decoder(seed=dist.get_rank()))
-    optimizer = wrap(model, FALLING, STEPS)
-    for step in range(STEPS):
-        train_step(model, optimizer, step + 100 * dist.get_rank())
-    for p in model.parameters():
+def everywhere(value: object) -> list:
+    """The values of all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def require_equal_replicas(model: nn.Module, optimizer: moq.MoQOptimizer) -> None:
+    """Weights, masters, widths and plans are the same on all ranks, bit for bit."""
+    kept = [*model.parameters(), *masters(optimizer).values()]
+    for p in kept:
         copies = [torch.empty_like(p) for _ in range(dist.get_world_size())]
         dist.all_gather(copies, p.detach())
         assert all(torch.equal(copy, p) for copy in copies)
-    assert isinstance(optimizer, moq.MoQOptimizer)
+    for other in everywhere((optimizer.num_bits, optimizer.schedule().plan(), optimizer.steps)):
+        assert other == (optimizer.num_bits, optimizer.schedule().plan(), optimizer.steps)
+
+
+def check_replicas_stay_equal_under_ddp() -> None:
+    for config in (FALLING, FALLING | {"simulate": "autograd"}):
+        model = nn.parallel.DistributedDataParallel(whole_decoder(seed=dist.get_rank()))
+        optimizer = wrap(model, config, STEPS)
+        own = [batch(50 + dist.get_rank())]  # each rank measures something else
+        optimizer.probe(lambda tokens, model=model: loss_of(model, tokens), own, max_products=4)
+        for step in range(STEPS):
+            train_step(model, optimizer, step + 100 * dist.get_rank())
+            require_equal_replicas(model, optimizer)
+        assert set(optimizer.num_bits.values()) == {4}
+
+
+def check_bfloat16_replicas_stay_equal_under_ddp() -> None:
+    model = nn.parallel.DistributedDataParallel(whole_decoder(torch.bfloat16))
+    optimizer = wrap(model, FALLING, STEPS)
+    for step in range(STEPS):
+        train_step(model, optimizer, step + 100 * dist.get_rank())
+        require_equal_replicas(model, optimizer)
+
+
+def check_compiled_replicas_compile_nothing_at_a_drop() -> None:
+    torch._dynamo.reset()
+    model = nn.parallel.DistributedDataParallel(whole_decoder())
+    optimizer = wrap(model, FALLING, STEPS)
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(STEPS):
+            train_step(compiled, optimizer, step + 100 * dist.get_rank())
+    require_equal_replicas(model, optimizer)
+    assert set(optimizer.num_bits.values()) == {4}
+    torch._dynamo.reset()
+
+
+def scaled_step(model: nn.Module, optimizer, scaler, step: int, overflow: bool) -> None:
+    """A step whose gradients overflow, if at all, in memory of the last rank only."""
+    scaler.scale(loss_of(model, batch(step))).backward()
+    if overflow and dist.get_rank() == dist.get_world_size() - 1:
+        gradient = next(layer.v_proj.weight for layer in model.layers).grad
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local[-1, -1] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def check_all_shards_skip_what_overflows_in_one() -> None:
+    for dtype, fused in ((torch.float32, False), (torch.float32, True), (torch.float16, False)):
+        model = sharded_decoder(dtype)
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=fused)
+        optimizer = moq.MoQOptimizer(adamw, model, FALLING, total_steps=STEPS, verbose=False)
+        scaler = torch.amp.GradScaler(device().type, init_scale=64.0, growth_interval=100)
+        for step, overflow in enumerate([False, True, False]):
+            before = [full(p).clone() for p in model.parameters()]
+            steps = optimizer.steps
+            scaled_step(model, optimizer, scaler, step, overflow)
+            same = all(
+                torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True)
+            )
+            case = dtype, fused, step
+            assert (
+                everywhere((optimizer.steps, same))
+                == [(steps + (not overflow), overflow)] * dist.get_world_size()
+            ), case
+            assert scaler.get_scale() == (64.0 if step == 0 else 32.0), case
+
+
+def check_checkpointed_layers_train_sharded_as_whole() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, reference = whole_decoder(), whole_decoder()
+    for layer in model.layers:
+        inner = layer.forward
+        layer.forward = functools.partial(checkpoint, inner, use_reentrant=False)
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer, expected = wrap(model, FALLING, STEPS), wrap(reference, FALLING, STEPS)
+    for step in range(STEPS):
+        train_step(model, optimizer, step)
+        train_step(reference, expected, step)
+        require_same_weights(model, reference)
 
 
 def check_ddp_averages_the_gradients_of_weights_simulated_in_the_forward_pass() -> None:
@@ -411,8 +503,8 @@ class Counting(Decoder):
 def check_a_probe_under_ddp_takes_any_number_of_batches_on_each_rank() -> None:
     ranks = dist.get_world_size()
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(Counting())
-    reference = Counting()
+    model = nn.parallel.DistributedDataParallel(Counting().to(device()))
+    reference = Counting().to(device())
     reference.load_state_dict(model.module.state_dict())
     optimizer, expected = wrap(model, FALLING, STEPS), wrap(reference, FALLING, STEPS)
     train_step(model, optimizer, 0)  # after it DistributedDataParallel has buckets to rebuild
@@ -466,11 +558,15 @@ def check_all_ranks_hear_of_an_error_of_the_one_that_writes() -> None:
     assert (directory / "out" / "SHA256SUMS").exists()  # on every rank: the others have waited
 
 
-def run_checks(directory: Path, rank: int, world_size: int) -> dict[str, str]:
+def run_checks(
+    directory: Path, rank: int, world_size: int, backend: str = "gloo"
+) -> dict[str, str]:
     """Makes every check; returns the traceback of each that failed, "" for the others."""
     os.environ["MOQ_TEST_DIRECTORY"] = str(directory)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
+        backend, init_method=f"file://{directory}/store", rank=rank, world_size=world_size
     )
     outcomes = {}
     for name, check in sorted(globals().items()):
@@ -486,6 +582,7 @@ def run_checks(directory: Path, rank: int, world_size: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     where, own_rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    (where / f"results-{own_rank}.json").write_text(json.dumps(run_checks(where, own_rank, ranks)))
+    found = run_checks(where, own_rank, ranks, sys.argv[4])
+    (where / f"results-{own_rank}.json").write_text(json.dumps(found))
     # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
     os._exit(0)
