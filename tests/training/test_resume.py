@@ -213,7 +213,7 @@ def test_a_run_resumed_at_any_of_20_random_steps_is_the_uninterrupted_one(
 
 
 def test_a_process_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_path):
-    """Each process goes on from the newest complete checkpoint; the killer does not look."""
+    """Each process goes on from the newest complete checkpoint; each is killed past that one."""
 
     def start(directory: Path) -> subprocess.Popen:
         return subprocess.Popen(
@@ -224,17 +224,29 @@ def test_a_process_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp
             text=True,
         )
 
+    def time_of(checkpoint: Path) -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
     rng = random.Random(5)
     killed = tmp_path / "killed"
     killed.mkdir()
+    checkpoint = killed / "checkpoint.pt"
     for _ in range(3):
+        before = time_of(checkpoint)
         process = start(killed)
-        # Its first line says that it trains; then it dies wherever it is.
+        # Its first line says that it trains; then it saves at least once and dies wherever it is.
         assert process.stdout.readline() == "training\n", process.communicate()[1][-3000:]
-        time.sleep(rng.uniform(0.0, 0.25))
+        deadline = time.monotonic() + 120
+        while time_of(checkpoint) == before and process.poll() is None:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.03))
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+    saved_at = torch.load(checkpoint, weights_only=True)["step"]
+    assert saved_at >= 3  # each of the three has trained
     whole = tmp_path / "whole"
     whole.mkdir()
     for directory in (killed, whole):
@@ -242,4 +254,4 @@ def test_a_process_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp
         assert "done" in output, errors[-3000:]
     digests = [json.loads((d / "result.json").read_text()) for d in (killed, whole)]
     assert digests[0]["final"] == digests[1]["final"]
-    assert digests[1]["resumed_at"] == 0
+    assert [digest["resumed_at"] for digest in digests] == [saved_at, 0]
