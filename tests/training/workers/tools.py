@@ -3,10 +3,13 @@
 As a program: DIRECTORY; writes results-RANK.json, {check: error or ""}, into the directory.
 """
 
+import contextlib
+import faulthandler
 import json
 import os
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -217,19 +220,27 @@ def check_ranks_that_trained_apart_do_not_export() -> None:
 
 
 def main() -> None:
-    """Makes every check, in one process group that the tools share."""
-    dist.init_process_group("gloo")
-    outcomes = {}
-    for name, check in sorted(globals().items()):
-        if name.startswith("check_"):
-            try:
-                check()
-                outcomes[name] = ""
-            except Exception:
-                outcomes[name] = traceback.format_exc()
+    """Makes every check, in one process group that the tools share.
+
+    A rank that fails alone leaves at once, and the other one fails with it instead of waiting: what
+    follows the first failure is not made.
+    """
+    faulthandler.dump_traceback_later(240, exit=True)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    checks = {name: f for name, f in sorted(globals().items()) if name.startswith("check_")}
+    outcomes = dict.fromkeys(checks, "not made: one before it failed")
+    for name, check in checks.items():
+        try:
+            check()
+            outcomes[name] = ""
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+            break
     rank = dist.get_rank()
     (DIRECTORY / f"results-{rank}.json").write_text(json.dumps(outcomes))
-    dist.barrier()
+    if not any(outcomes.values()):
+        with contextlib.suppress(RuntimeError):  # the other rank has failed and left
+            dist.barrier()
     # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
     os._exit(0)
 
