@@ -187,6 +187,7 @@ def match_parameters(
         if decided is None:
             continue
         if id(names[0].parameter) in held_ids:
+            _require_one_input(names, *decided[:2])
             matched.append(_checked(names[0], *decided, config))
         else:
             unheld.append(f"{names[0].name}.weight")
@@ -341,6 +342,21 @@ def _checked(
             spec.group_size,
         )
     return matched
+
+
+def _require_one_input(names: list[_Candidate], spec: QuantSpec, rule: str) -> None:
+    """Refuses a static scale for the inputs of several modules: a weight is exported with one.
+
+    Raises:
+        ValueError: naming two of them.
+    """
+    modules = list({id(c.module): c.name for c in names if c.kind != "embedding"}.values())
+    if spec.activations == "static" and len(modules) > 1:
+        raise ValueError(
+            f"{modules[0]}.weight (rule {rule!r}): activations must not be 'static': {modules[1]} "
+            "has the same weight and inputs of its own, and a weight is exported with one scale; "
+            "'dynamic' needs none"
+        )
 
 
 def _require_equal_siblings(candidates: list[_Candidate], matched: list[MatchedParameter]) -> None:

@@ -94,6 +94,19 @@ def test_embeddings_cannot_have_them(decoder):
         wrap(decoder(), W8 | {"rules": [rule]})
 
 
+def test_layers_of_one_weight_cannot_have_one_static_scale(decoder):
+    model = decoder()
+    model.layers[1].down_proj.weight = model.layers[0].down_proj.weight
+    model.alias = model.layers[0].up_proj  # one layer under two names has one input
+    both = r"layers\.0\.down_proj\.weight .*must not be 'static': layers\.1\.down_proj has the same"
+    with pytest.raises(ValueError, match=both):
+        wrap(model, W8 | {"activations": "static"})
+    rules = [{"match": "*.down_proj", "activations": "dynamic"}]
+    wrap(model, W8 | {"activations": "static", "rules": rules})
+    kinds = [q.kind for name, q in quantizers(model).items() if "down_proj" in name]
+    assert kinds == ["dynamic", "dynamic"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_is_never_called_cannot_have_them(kind):
     model = nn.TransformerEncoderLayer(16, 2, 32)
