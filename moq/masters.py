@@ -170,20 +170,25 @@ class Masters:
             for group, parameters in zip(self.inner.param_groups, shown, strict=True):
                 group["params"] = parameters
 
-    def catch_up(self) -> None:
+    def catch_up(self, *, before_write: bool = False) -> None:
         """Follows what happened to the model's weights since they were written last.
 
         They may have moved to another device, or have been replaced (`model.load_state_dict`): then
         the masters start from the new values, with a warning, and the model holds simulated ones
         again.
+
+        Args:
+            before_write: All weights are written next in any case, on all ranks. Where ranks share
+                scales they agree on writing only without it, which waits for the device.
         """
         self.find_memory()
         changed = self.trainer.overwritten()
-        if not changed:
-            return
         for index in changed:
             self.trainer.adopt(index)
-        self.trainer.write_simulated()
+        if not before_write and self.shared_scales.on_any_rank(bool(changed)):
+            self.trainer.write_simulated()
+        if not changed:
+            return
         warnings.warn(
             f"MoQOptimizer: the weights of {_some([self.matched[i].name for i in changed])} were "
             "replaced from outside, as model.load_state_dict does: training goes on from the new "

@@ -213,11 +213,12 @@ class MoQOptimizer(OptimizerWrapper):
         if is_state_creation(self.param_groups):
             self._require_state()
             return loss
-        self._masters.catch_up()
-        if self.skips():
+        skipped = self.skips()
+        idle = skipped or all(parameter.grad is None for parameter in self.parameters())
+        self._masters.catch_up(before_write=bool(self._masters.shared_scales) and not idle)
+        if skipped:
             self._activations.forget()
-            return loss
-        if all(parameter.grad is None for parameter in self.parameters()):
+        if idle:
             return loss
         if self._blank_state:
             self.inner.state.clear()
@@ -266,8 +267,10 @@ class MoQOptimizer(OptimizerWrapper):
         self._masters.find_memory()
         # accelerate loads an optimizer's own state into it. If the model's weights were replaced
         # just before, they must stay: the next step adopts them as masters, with a warning.
-        own_state = record == own and self._masters.equal_those_of(state_dict)
-        keep_weights = own_state and bool(self._masters.trainer.overwritten())
+        on_any_rank = self._masters.shared_scales.on_any_rank
+        other_state = record != own or not self._masters.equal_those_of(state_dict)
+        replaced = on_any_rank(bool(self._masters.trainer.overwritten()))
+        keep_weights = replaced and not on_any_rank(other_state)
         self._masters.load(state_dict)
         self._masters.trainer.restore(schedule, record.step)
         self._activations.load(record.activations)
@@ -322,14 +325,14 @@ class MoQOptimizer(OptimizerWrapper):
         """
         if self._shows_masters:
             raise RuntimeError("MoQOptimizer.full_precision: must not be nested")
-        self._masters.catch_up()
+        self._masters.catch_up(before_write=True)
         self._shows_masters = True
         self._show_full_precision(True)
         self._masters.trainer.write_masters()
         try:
             yield
         finally:
-            self._masters.catch_up()
+            self._masters.catch_up(before_write=True)
             self._shows_masters = False
             self._show_full_precision(False)
             self._masters.trainer.write_simulated()

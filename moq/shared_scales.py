@@ -42,6 +42,22 @@ class SharedScales:
             self._groups |= dict.fromkeys(parameters, groups)
             self._memory.append((words, torch.zeros_like(words), groups))
 
+    def __bool__(self) -> bool:
+        """Says whether ranks share a scale: then they must write simulated values together."""
+        return bool(self._memory)
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """Returns whether a flag is set on any of the ranks that share scales with this one.
+
+        All of them must call it; it waits for the device.
+        """
+        for words, _, groups in self._memory:
+            told = torch.tensor(int(flag), device=words.device)
+            for group in groups:
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
+            flag = bool(told)
+        return flag
+
     def row(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """Returns where a parameter's scale is collected, or None if no other rank shares it."""
         return self._rows.get(parameter)

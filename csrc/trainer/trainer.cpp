@@ -112,6 +112,8 @@ void Trainer::begin_step() {
 
 void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
   abandon_step();
+  // A skipped step need not write what is there already. Adopted masters are not.
+  const bool must_write = std::exchange(adopted_, false);
   for (DeviceGroup& group : groups_) {
     const at::Tensor& step = group.control.step();
     std::optional<at::Tensor> found;
@@ -119,7 +121,7 @@ void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
       found = found_inf->to(step.device());
     }
     group.control.advance(found);
-    fake_quantize(group, found);
+    fake_quantize(group, must_write ? std::nullopt : found);
     group.step_on_host.copy_(step, /*non_blocking=*/true);
   }
 }
@@ -135,6 +137,7 @@ void Trainer::abandon_step() {
 
 void Trainer::write_simulated() {
   shows_masters_ = false;
+  adopted_ = false;
   for (const DeviceGroup& group : groups_) {
     fake_quantize(group, std::nullopt);
   }
@@ -209,6 +212,7 @@ void Trainer::adopt(std::int64_t parameter) {
   const at::NoGradGuard no_grad;
   TrainedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
   adopted.full_precision.copy_(adopted.simulated);
+  adopted_ = true;
   record_written(static_cast<std::size_t>(parameter));
 }
 

@@ -80,7 +80,7 @@ class Trainer {
 
   /// Drops the masters' gradients, advances the schedule and writes the simulated values.
   /// @param found_inf  [1] or scalar, float32: non-zero if the inner optimizer skipped this step;
-  ///                   then nothing changes
+  ///                   then nothing changes, but that adopted masters are simulated
   void end_step(const std::optional<at::Tensor>& found_inf = std::nullopt);
 
   /// Drops the masters' gradients after an inner step that failed.
@@ -100,7 +100,8 @@ class Trainer {
   /// Random weights lie on none, unless fewer than a handful of them share a scale.
   std::optional<int> grid_width(std::int64_t parameter) const;
 
-  /// Makes what is in the parameter now its master.
+  /// Makes what is in the parameter now its master. The next call that writes simulated values puts
+  /// it on the grid.
   void adopt(std::int64_t parameter);
 
   /// Points at the memory that holds the values now (FSDP and Module.to replace it).
@@ -157,6 +158,7 @@ class Trainer {
   std::function<void(int stage)> reduce_;
   std::vector<DeviceGroup> groups_;
   bool shows_masters_ = false;
+  bool adopted_ = false;  // since simulated values were written last
   /// Version counter and address of each simulated value when it was written last.
   std::vector<std::uint32_t> versions_;
   std::vector<const void*> addresses_;

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import moq
+from moq.sharding import whole_tensor
 
 VOCABULARY = 13
 
@@ -111,7 +112,7 @@ def snapped(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
         m = matched[name]
         dtype = optimizer.model.get_parameter(name).dtype
         result[name] = torch.ops.moq.fake_quantize(
-            master.detach().cpu(),
+            whole_tensor(master.detach()).cpu(),
             optimizer.num_bits[name],
             granularity=m.granularity,
             group_size=m.group_size,
@@ -142,5 +143,6 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def assert_simulated(optimizer: moq.MoQOptimizer) -> None:
     """Asserts that the model holds exactly the masters' points on the grid."""
     expected = snapped(optimizer)
-    actual = {name: optimizer.model.get_parameter(name).detach().cpu() for name in expected}
+    parameters = {name: optimizer.model.get_parameter(name).detach() for name in expected}
+    actual = {name: whole_tensor(parameter).cpu() for name, parameter in parameters.items()}
     assert_same(actual, expected)

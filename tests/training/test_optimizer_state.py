@@ -291,6 +291,20 @@ def test_replaced_weights_are_brought_back_to_the_grid_by_whatever_reads_them(de
     assert_same(*[{n: w[n] for n in expected} for w in (seen[0], expected)]) if seen else None
 
 
+def test_adopted_weights_are_put_on_the_grid_by_a_skipped_step_too(decoder):
+    model = decoder()
+    optimizer = wrap(model, {"start_bits": 4, "target_bits": 4})
+    trainer = optimizer._masters.trainer
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.normal_()
+    (changed,) = trainer.overwritten()
+    trainer.adopt(changed)
+    trainer.begin_step()
+    trainer.end_step(torch.ones(1))
+    assert optimizer.steps == 0
+    assert_simulated(optimizer)
+
+
 def test_weights_that_were_written_back_unchanged_do_not_warn(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed.checkpoint as dcp
-from conftest import Decoder, batch, loss_of, masters, train_step, wrap
+from conftest import Decoder, assert_simulated, batch, loss_of, masters, train_step, wrap
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -134,6 +135,34 @@ def check_one_scale_over_replicated_shards() -> None:
     ranks = dist.get_world_size()
     mesh = dist.init_device_mesh(device().type, (1, ranks), mesh_dim_names=("replicas", "shards"))
     train_both(FALLING | {"granularity": "per_tensor"}, mesh=mesh)
+
+
+def check_one_scale_when_only_some_ranks_see_other_weights() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING | {"granularity": "per_tensor"}, STEPS)
+    weight = model.layers[0].q_proj.weight
+
+    def look_into_full_precision() -> None:
+        with optimizer.full_precision():
+            pass
+
+    looks = {
+        "step": lambda: train_step(model, optimizer, 0),
+        "export": optimizer.quantized_parameters,
+        "full_precision": look_into_full_precision,
+        "load": lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    }
+    for name, look in looks.items():
+        largest = full(weight.detach())[-1].abs().max()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            with torch.no_grad():
+                weight.to_local().mul_(2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*were replaced from outside")
+            look()
+            optimizer.quantized_parameters()  # what load_state_dict leaves to the next use
+        assert_simulated(optimizer)
+        assert full(weight.detach())[-1].abs().max() > 1.5 * largest, name
 
 
 def check_binary_and_searched_grids() -> None:
