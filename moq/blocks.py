@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,13 @@ class Blocks:
 
     Attributes:
         names: Name of each block, unique.
+        layers: Layer of each block; one layer is several blocks if its paces differ.
         paces: Widths and timing of each block.
         numbers: Block of each parameter, in the order of the parameters.
     """
 
     names: list[str]
+    layers: list[str]
     paces: list[Pace]
     numbers: list[int]
 
@@ -47,6 +49,15 @@ class Blocks:
         for m, block in zip(matched, self.numbers, strict=True):
             blocks[self.names[block]].append(m.parameter)
         return blocks
+
+    def names_in(self, other: Blocks) -> dict[str, str]:
+        """Returns the name that each block has among others that hold it too.
+
+        A block of one layer's only pace has the layer's name, and another one once there are two.
+        """
+        others = list(zip(other.layers, other.paces, strict=True))
+        places = map(others.index, zip(self.layers, self.paces, strict=True))
+        return dict(zip(self.names, (other.names[place] for place in places), strict=True))
 
 
 def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:
@@ -65,7 +76,12 @@ def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:
     for index, name in enumerate(names):
         if same := names[:index].count(name):
             names[index] = f"{name} #{same + 1}"
-    return Blocks(names, [pace for _, pace in unique], [unique.index(key) for key in keys])
+    return Blocks(
+        names,
+        [layer for layer, _ in unique],
+        [pace for _, pace in unique],
+        [unique.index(key) for key in keys],
+    )
 
 
 def _suffix(paces: Sequence[Pace], pace: Pace, rule: str) -> str:
@@ -102,30 +118,47 @@ def follows_sensitivities(blocks: Blocks, config: MoQConfig) -> bool:
     return any((pace.timing or config.schedule).table is None for pace in blocks.paces)
 
 
-def extend_schedule(schedule: Schedule, previous: Schedule, steps: int) -> Schedule:
+def extend_schedule(
+    schedule: Schedule, previous: Schedule, steps: int, renamed: Mapping[str, str]
+) -> Schedule:
     """Carries the measurements of `previous` over to a schedule with more blocks.
 
     Args:
         schedule: The new one, without measurements; holds every block of `previous`.
         previous: The one that has been followed so far.
         steps: Completed steps.
+        renamed: Name in `schedule` of every block of `previous`.
 
     Raises:
         ValueError: if the new one says that something else has happened by now.
     """
     state, before = schedule.state_dict(), previous.state_dict()
+    names = [renamed[name] for name in previous.block_names]
     for measurement in before["measurements"]:
-        known = dict(zip(previous.block_names, measurement["sensitivities"], strict=True))
+        known = dict(zip(names, measurement["sensitivities"], strict=True))
         state["measurements"].append(
             measurement | {"sensitivities": [known.get(name, 0.0) for name in schedule.block_names]}
         )
     extended = Schedule.from_state_dict(state)
-    require_same_past(previous, extended, steps, "MoQOptimizer.add_param_group")
+    require_same_past(previous, extended, steps, "MoQOptimizer.add_param_group", renamed)
     return extended
 
 
-def require_same_past(saved: Schedule, present: Schedule, steps: int, where: str) -> None:
+def require_same_past(
+    saved: Schedule,
+    present: Schedule,
+    steps: int,
+    where: str,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
     """Refuses a schedule that contradicts what another one did during the first `steps` steps.
+
+    Args:
+        saved: What happened.
+        present: What is to go on.
+        steps: Completed steps.
+        where: Begins the message.
+        renamed: Name in `present` of every block of `saved`; None: the same.
 
     Raises:
         ValueError: naming the block and both sequences of (step, bits).
@@ -133,7 +166,8 @@ def require_same_past(saved: Schedule, present: Schedule, steps: int, where: str
     plans = dict(zip(present.block_names, present.plan(), strict=True))
     for name, plan in zip(saved.block_names, saved.plan(), strict=True):
         past = [drop for drop in plan if drop[0] <= steps]
-        now = [drop for drop in plans.get(name, []) if drop[0] <= steps]
+        now = plans.get(name if renamed is None else renamed[name], [])
+        now = [drop for drop in now if drop[0] <= steps]
         if past != now:
             raise ValueError(
                 f"{where}: the schedule must agree with what happened during the first {steps} "

@@ -175,7 +175,8 @@ class MoQOptimizer(OptimizerWrapper):
         try:
             matched, blocks = self._match()
             schedule = make_schedule(blocks, self.config, self.total_steps)
-            schedule = extend_schedule(schedule, self.schedule(), self.steps)
+            renamed = self._masters.blocks.names_in(blocks)
+            schedule = extend_schedule(schedule, self.schedule(), self.steps, renamed)
             require_blends_end(matched, blocks, schedule)
             self._masters.extend(matched, blocks, schedule, self.steps)
             self._activations.place(matched)

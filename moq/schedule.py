@@ -199,7 +199,8 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
         if not rule.exclude:
             spec = config.spec(rule)
             paces[rule.match] = Pace(spec.start_bits, spec.target_bits, rule.schedule)
-    blocks = Blocks(list(paces) * 2, list(paces.values()) * 2, [])
+    names = list(paces) * 2
+    blocks = Blocks(names, layers=names, paces=list(paces.values()) * 2, numbers=[])
     return outlook_of(make_schedule(blocks, config, total_steps))[: len(paces)]
 
 

@@ -172,6 +172,30 @@ def test_param_groups_added_later_are_quantized_by_the_same_rules(decoder):
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
 
 
+def test_a_param_group_may_bring_another_pace_into_a_known_layer(decoder):
+    config = FALLING | {"rules": [{"match": "*.down_proj", "target_bits": 6}]}
+    model, whole = decoder(), decoder()
+    later = [layer.down_proj for layer in model.layers]
+    held = {id(p) for layer in later for p in layer.parameters()}
+    with pytest.warns(UserWarning, match="no param group"):
+        adamw = torch.optim.AdamW(p for p in model.parameters() if id(p) not in held)
+        optimizer = MoQOptimizer(adamw, model, config, total_steps=12, verbose=False)
+    optimizer._masters.trainer.set_sensitivities([0.25, 0.75])
+    train_step(model, optimizer, 0)
+    optimizer.add_param_group({"params": [p for layer in later for p in layer.parameters()]})
+    expected = wrap(whole, config)
+    names = optimizer.schedule().block_names
+    assert names == expected.schedule().block_names
+    assert names[0] == "layers.0 (9 to 4 bits)"
+    assert optimizer.schedule().state_dict()["measurements"][0]["sensitivities"] == [
+        0.25 * ("layers.0 (9 to 4" in name) + 0.75 * ("layers.1 (9 to 4" in name) for name in names
+    ]
+    for step in range(1, 12):
+        train_step(model, optimizer, step)
+    assert {bits for name, bits in optimizer.num_bits.items() if "down" in name} == {6}
+    assert {bits for name, bits in optimizer.num_bits.items() if "down" not in name} == {4}
+
+
 def test_a_param_group_is_added_outside_full_precision_and_to_what_the_model_holds(decoder):
     model = decoder()
     with pytest.warns(UserWarning, match="no param group"):
