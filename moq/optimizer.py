@@ -178,6 +178,7 @@ class MoQOptimizer(OptimizerWrapper):
             renamed = self._masters.blocks.names_in(blocks)
             schedule = extend_schedule(schedule, self.schedule(), self.steps, renamed)
             require_blends_end(matched, blocks, schedule)
+            self.flush_logs()  # what is on its way is of the present blocks
             self._masters.extend(matched, blocks, schedule, self.steps)
             self._activations.place(matched)
         except Exception:

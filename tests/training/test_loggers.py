@@ -9,6 +9,7 @@ from torch import nn
 
 from moq import MoQOptimizer
 from moq.loggers import CsvLogger, Logger, TensorBoardLogger
+from moq.scalars import _Measurement
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
@@ -204,6 +205,32 @@ def test_a_logger_added_later_is_told_from_then_on(decoder):
     optimizer.add_logger(recorder)
     train_step(model, optimizer, 1)
     assert list(recorder.steps) == [2]
+
+
+def test_what_is_on_its_way_is_told_before_a_param_group_brings_blocks(decoder, monkeypatch):
+    class Late:
+        """Stands for an event of a device that is behind."""
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr("moq.scalars._to_host", lambda values: _Measurement(values, Late()))
+    model, recorder = decoder(), Recorder()
+    adamw = torch.optim.AdamW(model.layers[1].parameters())
+    with pytest.warns(UserWarning, match="in no param group"):
+        optimizer = MoQOptimizer(
+            adamw, model, FALLING, total_steps=12, verbose=False, loggers=recorder, log_every=1
+        )
+    train_step(model, optimizer, 0)
+    assert recorder.steps == {}
+    optimizer.add_param_group({"params": list(model.layers[0].parameters())})
+    train_step(model, optimizer, 1)
+    optimizer.flush_logs()
+    blocks = [[name for name in told if "/bits/" in name] for told in recorder.steps.values()]
+    assert blocks == [["moq/bits/layers.1"], ["moq/bits/layers.0", "moq/bits/layers.1"]]
 
 
 def test_a_csv_file_has_a_row_for_each_scalar_and_is_continued(decoder, tmp_path):
