@@ -116,6 +116,19 @@ class ActivationQuantizers:
             if _quantize_input not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
             self.by_name[plain_name(name)] = quantizer
+            if quantizer.kind == "static":
+                self._keep_from_ddp(f"{name}.{ATTRIBUTE}.seen".removeprefix("."))
+
+    def _keep_from_ddp(self, buffer: str) -> None:
+        """Excludes a buffer from what a DistributedDataParallel made later broadcasts.
+
+        It does so before every forward pass, and what a rank has seen is its own. The second name
+        is the one in a compiled model.
+        """
+        ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+        self.model._ddp_params_and_buffers_to_ignore = list(  # type: ignore[assignment]
+            dict.fromkeys([*ignored, buffer, f"_orig_mod.{buffer}"])
+        )
 
     def enable(self, enabled: bool) -> None:
         """Switches all of them on or off."""

@@ -228,6 +228,20 @@ def check_static_scales_see_the_batches_of_all_ranks() -> None:
             assert found[name] == first[name], name
 
 
+def check_what_a_rank_has_seen_stays_its_own_until_the_step() -> None:
+    config = FALLING | {"activations": "static"}
+    for compiled in (False, True):
+        model, reference = whole_decoder(), whole_decoder()
+        optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
+        outer = torch.compile(model, backend="eager") if compiled else model
+        outer = nn.parallel.DistributedDataParallel(outer)
+        for micro_batch in range(3):
+            for each in (outer, reference):
+                loss_of(each, batch(micro_batch + 100 * dist.get_rank())).backward()
+        for name, quantizer in expected._activations.by_name.items():
+            assert torch.equal(optimizer._activations.by_name[name].seen, quantizer.seen), name
+
+
 def conv1d_model() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
