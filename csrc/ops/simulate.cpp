@@ -176,7 +176,9 @@ class Simulate : public torch::autograd::Function<Simulate> {
       }
       return groups.reshape_symint({weight.sym_size(1), weight.sym_size(0)}).t();
     };
-    const Tensor qmax = at::pow(2.0, saved[1].sub(1)).sub(1).to(at::kFloat);
+    // In float32: of integers pow would make the process's default dtype, in which 2^b - 1 may
+    // round.
+    const Tensor qmax = at::pow(2.0, saved[1].sub(1).to(at::kFloat)).sub(1);
     const double least = min_scale(dtype_of(scale_dtype));
     const double most = max_scale(dtype_of(scale_dtype));
     const Tensor scale =

@@ -153,6 +153,24 @@ def test_learned_scales_take_the_place_of_absmax(device, num_bits, dtype):
     assert_same_bits(found, expected)
 
 
+@pytest.mark.parametrize("num_bits", [4, 12, 16])
+def test_the_gradient_of_a_learned_scale_follows_no_default_dtype(device, num_bits):
+    weight = random_weight(4, 16).to(device)
+    start = learned(random_weight(4, 16), "per_channel", 0).to(device)
+
+    def gradient():
+        absmax = start.clone().requires_grad_()
+        simulate(weight, absmax=absmax, **control(device, num_bits)).sum().backward()
+        return absmax.grad
+
+    expected = gradient()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert_same_bits(gradient(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_negative_range_learns_as_its_magnitude(device):
     weight, absmax = (
         random_weight(4, 16).to(device),
