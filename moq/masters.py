@@ -243,7 +243,11 @@ class Masters:
             for parameter in chain.from_iterable(g["params"] for g in self.inner.param_groups)
             if parameter in self._of
         ]
-        return len(saved) == len(present) and all(map(torch.equal, saved, present))
+        # accelerate moves a state to its device, and perhaps the model only afterwards.
+        return len(saved) == len(present) and all(
+            torch.equal(value.to(master.device), master)
+            for value, master in zip(saved, present, strict=True)
+        )
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Loads masters and the inner optimizer's state.

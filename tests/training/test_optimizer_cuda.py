@@ -1,5 +1,7 @@
 """The optimizer on a GPU: the same bits as on the CPU, no host synchronisation, CUDA graphs."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import assert_same, assert_simulated, batch, loss_of, masters, weights, wrap
@@ -51,6 +53,25 @@ def test_a_model_moved_after_wrapping_takes_its_masters_along(decoder):
     assert {m.device.type for m in masters(optimizer).values()} == {"cuda"}
     assert_same({name: m.detach().cpu() for name, m in masters(optimizer).items()}, state)
     assert_same({name: w.cpu() for name, w in weights(model).items()}, on_cpu)
+    step_on_gpu(model, optimizer, 1)
+    assert optimizer.steps == 2
+    assert_simulated(optimizer)
+
+
+def test_a_state_that_accelerate_has_moved_before_the_model_is_the_optimizers_own(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry.update({key: value.cuda() for key, value in entry.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(state)
+    model.cuda()
+    optimizer.load_state_dict(optimizer.state_dict())
     step_on_gpu(model, optimizer, 1)
     assert optimizer.steps == 2
     assert_simulated(optimizer)
