@@ -62,6 +62,7 @@ class Masters:
         self.simulators = simulators
         self._of: dict[torch.Tensor, torch.Tensor] = {}
         self._dtypes: dict[torch.Tensor, torch.dtype] = {}
+        self._devices: dict[torch.Tensor, torch.device] = {}
         self.matched: Sequence[MatchedParameter] = ()
         self.extend(matched, blocks, schedule)
 
@@ -94,6 +95,7 @@ class Masters:
         self.blocks = blocks
         self.sharded = any(is_sharded(m.parameter) for m in matched)
         self._make_trainer(schedule, step)
+        self._devices = {parameter: parameter.device for parameter in self._of}
         for m in new:
             self._dtypes[m.parameter] = m.parameter.dtype
             _OWNERS[m.parameter] = weakref.ref(self)
@@ -215,10 +217,12 @@ class Masters:
                     f"CUDA device, got {dtype} on {device}: convert the model before MoQOptimizer "
                     "is made. The masters are as they were, and state_dict() still gives them"
                 )
-        pairs = self.pairs()
-        moved = [pair for pair in pairs if pair[0].device != pair[1].device]
-        for parameter, master in moved:
-            master.data = master.data.to(parameter.device)
+        moved = [p for p, device in self._devices.items() if p.device != device]
+        for parameter in moved:
+            self._devices[parameter] = parameter.device
+            master = self._of[parameter]
+            if master is not parameter:
+                master.data = master.data.to(parameter.device)
             state = self.inner.state.get(master, {})
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == master.shape:
@@ -226,6 +230,7 @@ class Masters:
         if moved:
             self._make_trainer(self.trainer.schedule, self.trainer.step)
         elif self.sharded:
+            pairs = self.pairs()
             self.trainer.rebind(
                 [local_tensor(parameter) for parameter, _ in pairs],
                 [local_tensor(master) for _, master in pairs],

@@ -65,6 +65,8 @@ class WeightSimulator(nn.Module):
 
         The gradient of a learned scale is divided by the square root of the number of weights that
         share it, as in LSQ (Esser et al., 2020): it is a sum over them.
+
+        The weight may have moved to another device since the last step, which moves the rest.
         """
         if not self.enabled:
             return weight
@@ -74,10 +76,10 @@ class WeightSimulator(nn.Module):
             absmax = value + (absmax - value) * self.group_elements**-0.5
         simulated: torch.Tensor = torch.ops.moq.simulate(
             weight,
-            self.num_bits,
+            self.num_bits.to(weight.device),
             absmax=absmax,
-            blend_ratio=self.blend_ratio,
-            step=self.step,
+            blend_ratio=None if self.blend_ratio is None else self.blend_ratio.to(weight.device),
+            step=self.step.to(weight.device),
             **self.arguments,
         )
         return simulated

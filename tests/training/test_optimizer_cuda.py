@@ -58,6 +58,32 @@ def test_a_model_moved_after_wrapping_takes_its_masters_along(decoder):
     assert_simulated(optimizer)
 
 
+@pytest.mark.parametrize("scale", ["absmax", "learned"])
+def test_a_model_that_simulates_in_its_forward_pass_moves_too(decoder, scale):
+    config = FALLING | {"rounding": "nearest", "simulate": "autograd", "scale": scale}
+    model, expected = decoder(), decoder()
+    optimizer, reference = wrap(model, config, eps=1e-4), wrap(expected, config, eps=1e-4)
+    for step in range(2):
+        for m, o in ((model, optimizer), (expected, reference)):
+            loss_of(m, batch(step)).backward()
+            o.step()
+            o.zero_grad()
+    model.cuda()
+    for p, state in optimizer.inner.state.items():
+        if optimizer._masters.get(p) is None:  # which nobody else moves
+            state.update({k: v.cuda() for k, v in state.items() if v.dim()})
+    for step in range(2, 6):
+        step_on_gpu(model, optimizer, step)
+        loss_of(expected, batch(step)).backward()
+        reference.step()
+        reference.zero_grad()
+    assert optimizer.steps == reference.steps == 6
+    assert optimizer.num_bits == reference.num_bits
+    assert {m.device.type for m in masters(optimizer).values()} == {"cuda"}
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value.cpu(), weights(expected)[name], atol=1e-2, rtol=0)
+
+
 def test_a_state_that_accelerate_has_moved_before_the_model_is_the_optimizers_own(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)

@@ -157,6 +157,17 @@ def test_a_group_added_later_is_simulated():
     assert max(len(row.unique()) for row in rows) <= 7
 
 
+@pytest.mark.parametrize(
+    "config", [FALLING | {"blend_steps": 2}, LEARNED], ids=["blend", "learned"]
+)
+def test_the_forward_pass_follows_a_model_to_another_device(decoder, config):
+    model = decoder()
+    optimizer = wrap(model, config | {"simulate": "autograd"}, STEPS)
+    train_step(model, optimizer, 0)
+    model.to("meta")
+    assert loss_of(model, batch(1)).device.type == "meta"
+
+
 # ------------------------------------------------------------------------- learned step sizes
 
 
