@@ -83,7 +83,7 @@ demo: build
 bench: build
 	$(BIN)/python tests/benchmarks/cpu_gemm.py
 	$(BIN)/python tests/benchmarks/cpu_decode.py
-	$(BIN)/python tests/benchmarks/train_step_cpu.py
+	$(BIN)/python tests/benchmarks/train_step.py
 	$(BIN)/python tests/benchmarks/all_reduce.py
 
 lint: build

@@ -11,6 +11,7 @@
 #   tests/gpu.sh --part gemm             INT8 products beside the read bandwidth and cuBLAS
 #   tests/gpu.sh --part encoder          BERT beside transformers in a CUDA graph and compiled PyTorch
 #   tests/gpu.sh --part fake_quantize    the training step's kernel beside a copy
+#   tests/gpu.sh --part train_step       training steps with moq and without
 #
 # A part takes at most 8 minutes on 16 cores. Its steps (tests/gpu_parts.py --list) append what they find to
 # build/gpu/results.jsonl, one JSON object a line with machine, versions and commit; a step that is in there for the
@@ -45,7 +46,7 @@ package() {
 
 case ${1:-} in
   --build) build ;;
-  -h | --help) sed -n '2,21p' "$0" | cut -c3- ;;
+  -h | --help) sed -n '2,22p' "$0" | cut -c3- ;;
   # -P keeps the checkout, which has no build for this interpreter, from being imported instead.
   *) package && exec "$PYTHON" -P tests/gpu_parts.py "$@" ;;
 esac

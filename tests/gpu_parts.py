@@ -71,6 +71,9 @@ def steps() -> list[Step]:
         found.append(Step("encoder", model, benchmark("gpu_encoder", "--models", model)))
     command = benchmark("fake_quantize", "--device", "cuda")
     found.append(Step("fake_quantize", "models", command))
+    for mode in ("eager", "compiled"):
+        command = benchmark("train_step", "--device", "cuda", "--modes", mode)
+        found.append(Step("train_step", mode, command))
     return found
 
 

@@ -1,13 +1,16 @@
-"""Speed of one multi-tensor fake-quantize over all linear weights of the demo's models.
+"""Speed of one multi-tensor fake-quantize over all linear weights of a model.
 
-The training step reads the masters and writes the simulated weights once, so a plain copy of the
-same tensors is what it can at best cost. Peers, in turn:
+The training step reads the masters and writes the simulated weights once, so what it can at best
+cost is a copy of as many bytes: one copy between two large buffers in the same run. Peers:
 
-  copy   torch._foreach_copy_ of the weights
-  torch  torch.fake_quantize_per_channel_affine, with the scales' absmax, weight by weight
+  copy      the copy bandwidth; beside it torch._foreach_copy_ of the same tensors
+  torch     torch.fake_quantize_per_channel_affine, with the scales' absmax, weight by weight
+  compiled  the same arithmetic under torch.compile, weight by weight (GPU)
 
-Values are drawn at random; what counts is the shapes. Competitors take turns, the best turn of each
-is printed.
+"BF16" reads float32 masters and writes bfloat16 weights; "FP32" and "BF16 masters" have one dtype.
+Values are drawn at random; what counts is the shapes. Competitors take turns. On a CPU the best
+turn of each counts, because other processes disturb the rest; on a GPU the median of CUDA graphs
+whose calls rotate through copies of the weights that exceed four times the L2 cache.
 """
 
 import argparse
@@ -15,103 +18,204 @@ import sys
 import time
 from collections.abc import Callable
 
+import gpu
 import torch
-from report import Row, print_rows
+from report import Row, machine, print_rows
 
 import moq  # noqa: F401  (registers the operators)
 
 # Output and input features of the linear layers, and how often they occur.
 MODELS = {
-    "SmolLM2-135M": {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30},
     "MiniLM-L6": {(384, 384): 24, (1536, 384): 6, (384, 1536): 6},
+    "SmolLM2-135M": {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30},
+    "BERT-base": {(768, 768): 48, (3072, 768): 12, (768, 3072): 12},
+    "decoder-1.3B": {(2048, 2048): 96, (8192, 2048): 24, (2048, 8192): 24},
+}
+DEFAULT_MODELS = {
+    "cpu": ["MiniLM-L6", "SmolLM2-135M", "BERT-base"],
+    "cuda": ["BERT-base", "decoder-1.3B"],
+}
+DTYPES = {  # of the masters and of the simulated weights
+    "FP32": (torch.float32, torch.float32),
+    "BF16": (torch.float32, torch.bfloat16),
+    "BF16 masters": (torch.bfloat16, torch.bfloat16),
 }
 CASES = {
     "nearest": {},
+    "stochastic": {"rounding": "stochastic"},
     "nearest, Conv1D storage": {"transposed": True},
     "nearest, asymmetric": {"quant_mode": "asymmetric"},
     "nearest, per group of 64": {"granularity": "per_group", "group_size": 64},
     "nearest, per tensor": {"granularity": "per_tensor"},
-    "stochastic": {"rounding": "stochastic"},
 }
+MAIN_CASES = ("nearest", "stochastic")  # those of every dtype; the others in FP32
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
-Call = Callable[[], object]
-
-
-def weights_of(model: str, device: str) -> list[torch.Tensor]:
-    """One float32 weight [out_features, in_features] for each linear layer."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (0.02 * torch.randn(*shape, generator=generator)).to(device)
-        for shape, count in MODELS[model].items()
-        for _ in range(count)
-    ]
+Tensors = list[torch.Tensor]
+Call = Callable[[int], object]
+Times = dict[str, float]
 
 
-def best_of_turns(competitors: dict[str, Call], turns: int, device: str) -> dict[str, float]:
-    """Best milliseconds of each competitor; every turn calls each once, the first uncounted."""
-    best = dict.fromkeys(competitors, float("inf"))
+class Weights:
+    """A model's masters and the tensors that simulated weights are written to, some copies of them.
+
+    Args:
+        model: one of MODELS.
+        dtypes: one of DTYPES.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, model: str, dtypes: str, device: str) -> None:
+        """Draws the values."""
+        source, target = DTYPES[dtypes]
+        shapes = [shape for shape, count in MODELS[model].items() for _ in range(count)]
+        numel = sum(rows * columns for rows, columns in shapes)
+        self.num_bytes = numel * (source.itemsize + target.itemsize)
+        # A call that itself moves four times the cache leaves nothing of it to the next.
+        self.copies = max(gpu.copies_of(self.num_bytes) - 1, 1) if device == "cuda" else 1
+        self.out_dtype = target
+        generator = torch.Generator(device).manual_seed(0)
+        self.masters: list[Tensors] = [
+            [
+                (0.02 * torch.randn(*shape, device=device, generator=generator)).to(source)
+                for shape in shapes
+            ]
+            for _ in range(self.copies)
+        ]
+        self.device = device
+
+    def outputs(self) -> list[Tensors]:
+        """Where to write."""
+        return [[torch.empty_like(w, dtype=self.out_dtype) for w in ws] for ws in self.masters]
+
+    def moq(self, arguments: dict[str, object]) -> Call:
+        """One call of moq's kernel; Conv1D storage is that of the transposed weights."""
+        stored = self.masters
+        if "transposed" in arguments:
+            stored = [[weight.t().contiguous() for weight in weights] for weights in stored]
+        out = [[torch.empty_like(w, dtype=self.out_dtype) for w in ws] for ws in stored]
+        num_bits = torch.full((len(stored[0]),), 8, dtype=torch.int32, device=self.device)
+        step = torch.ones(1, dtype=torch.int64, device=self.device)
+        arguments = arguments | {"step": step, "scale_dtype": self.out_dtype}
+        op = torch.ops.moq.foreach_fake_quantize
+        return lambda i: op(stored[i], num_bits, **arguments, out=out[i])
+
+    def copy(self) -> Call:
+        """The same tensors copied."""
+        out = self.outputs()
+        return lambda i: torch._foreach_copy_(out[i], self.masters[i])
+
+    def torch(self) -> Call:
+        """The same simulated weights from torch's own operator."""
+        return lambda i: [_per_channel_affine(weight) for weight in self.masters[i]]
+
+    def compiled(self) -> Call:
+        """The same arithmetic from inductor, one kernel for each shape."""
+        out = self.outputs()
+        torch._dynamo.reset()  # shapes and dtypes count against one limit
+        call = torch.compile(_fake_quantize, dynamic=False)
+        return lambda i: [call(w, o) for w, o in zip(self.masters[i], out[i], strict=True)]
+
+
+def _per_channel_affine(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().amax(1) / 127
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -127, 127)
+
+
+def _fake_quantize(weight: torch.Tensor, out: torch.Tensor) -> None:
+    weight = weight.float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    out.copy_((weight / scale).round().clamp(-127, 127) * scale)
+
+
+def seconds_of(calls: dict[str, Call], copies: int, turns: int, device: str) -> Times:
+    """Seconds of one call of each competitor; every turn calls each once, the first uncounted."""
+    if device == "cuda":
+        return gpu.median_of_calls(calls, copies, turns)
+    best = dict.fromkeys(calls, float("inf"))
     for turn in range(turns + 1):
-        for name, call in competitors.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            call(0)
             if turn > 0:
-                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+                best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
-def per_channel_affine(weights: list[torch.Tensor]) -> None:
-    """The same simulated weights from torch's own operator."""
-    for weight in weights:
-        scale = weight.abs().amax(1) / 127
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -127, 127)
-
-
-def moq_call(weights: list[torch.Tensor], arguments: dict[str, object]) -> Call:
-    """One call of moq's kernel; Conv1D storage is that of the transposed weights."""
-    stored = (
-        [weight.t().contiguous() for weight in weights] if "transposed" in arguments else weights
-    )
-    out = [torch.empty_like(weight) for weight in stored]
-    num_bits = torch.full((len(weights),), 8, dtype=torch.int32, device=weights[0].device)
-    return lambda: torch.ops.moq.foreach_fake_quantize(stored, num_bits, **arguments, out=out)
+def launches(call: Call) -> int:
+    """Kernels of one call on the GPU."""
+    call(0)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call(0)
+        torch.cuda.synchronize()
+    kinds = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in kinds)
 
 
 def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
-    """Rows against the copy and rows against torch."""
-    weights = weights_of(model, device)
-    copies = [torch.empty_like(weight) for weight in weights]
-    against_copy = []
-    for case, arguments in CASES.items():
-        competitors = {
-            "moq": moq_call(weights, arguments),
-            "copy": lambda: torch._foreach_copy_(copies, weights),
-        }
-        best = best_of_turns(competitors, turns, device)
-        against_copy.append(Row(f"{model} {case}", best["moq"], best["copy"], "ms"))
-    competitors = {"moq": moq_call(weights, {}), "torch": lambda: per_channel_affine(weights)}
-    best = best_of_turns(competitors, turns, device)
-    return against_copy, [Row(f"{model} nearest", best["moq"], best["torch"], "ms")]
+    """Rows against the copy bandwidth and rows against the other peers."""
+    against_copy, against_others = [], []
+    large = torch.zeros(COPY_BYTES[device] // 4, device=device)
+    target = torch.empty_like(large)
+    for dtypes in DTYPES:
+        weights = Weights(model, dtypes, device)
+        for case, arguments in CASES.items():
+            if case not in MAIN_CASES and dtypes != "FP32":
+                continue
+            calls = {
+                "moq": weights.moq(arguments),
+                "copy": lambda i: target.copy_(large),
+                "foreach": weights.copy(),
+            }
+            seconds = seconds_of(calls, weights.copies, turns, device)
+            copied = 2 * COPY_BYTES[device] / seconds["copy"]
+            rates = {name: weights.num_bytes / seconds[name] / 1e9 for name in ("moq", "foreach")}
+            note = f"({1e3 * seconds['moq']:.3f} ms; foreach_copy {rates['foreach']:.0f} GB/s"
+            if device == "cuda":
+                note += f"; launches: {launches(calls['moq'])}"
+            row = Row(f"{model} {dtypes} {case}", rates["moq"], copied / 1e9, "GB/s", f"{note})")
+            against_copy.append(row)
+            del calls
+        peers: dict[str, Call] = {}
+        if dtypes == "FP32":  # torch's has no other
+            peers["torch"] = weights.torch()
+        if device == "cuda":
+            peers["compiled"] = weights.compiled()
+        calls = {"moq": weights.moq({})} | peers
+        seconds = seconds_of(calls, weights.copies, turns, device) if peers else {}
+        for peer in peers:
+            times = (1e3 * seconds["moq"], 1e3 * seconds[peer])
+            against_others.append(Row(f"{model} {dtypes} nearest, {peer}", *times, "ms"))
+        del weights, calls, peers
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        gpu.progress(f"{model} {dtypes}")
+    return against_copy, against_others
 
 
 def main() -> int:
     """Measures and prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (CPU)")
-    parser.add_argument("--turns", type=int, default=7, help="turns that each number is best of")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    gpu.arguments(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    where = "GPU" if options.device == "cuda" else f"{options.threads} threads"
+    if options.device == "cuda":
+        gpu.require()
+        facts = gpu.facts()
+    else:
+        torch.set_num_threads(options.threads)
+        facts = {"machine": f"{machine()}, {options.threads} threads"}
     tables: tuple[list[Row], list[Row]] = ([], [])
-    for model in MODELS:
+    for model in options.models or DEFAULT_MODELS[options.device]:
         for table, rows in zip(tables, measure(model, options.turns, options.device), strict=True):
             table.extend(rows)
-    print_rows(f"Fake-quantize against a copy, {where}", "copy", tables[0], options.json)
-    print_rows(f"Fake-quantize against torch, {where}", "torch", tables[1], options.json)
+    print_rows("Fake-quantize against the copy bandwidth", "copy", tables[0], options.json, facts)
+    if tables[1]:
+        print_rows("Fake-quantize against torch", "torch", tables[1], options.json, facts)
     return 0
 
 

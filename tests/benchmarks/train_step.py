@@ -1,0 +1,284 @@
+"""What moq adds to a training step.
+
+Models of the same weights take turns on the same batch, so that load of the machine hits all alike:
+
+  moq             MoQOptimizer around the optimizer, all linear weights falling
+  plain           the optimizer with the same master precision: what moq's masters cost anyway
+  pure            the optimizer on the model's parameters (half-precision models only)
+  eager modules   fake-quantize modules in the forward pass, as eager QAT has them (CPU)
+
+CPU: BERT-base's shape, FP32, batch 8 x 128, AdamW; wall time is what counts, and processor time,
+which other processes disturb less, tells what a busy machine's wall time hides. GPU: GPT-2 medium's
+shape (355M), BF16, batch 8 x 512, fused AdamW, eager and compiled; time between CUDA events around
+a run of steps, and the memory of each.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import gpu
+import torch
+from report import Row, machine, print_rows
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+import moq
+
+NUM_LABELS = 26
+MINILM = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 6,
+}
+ENCODERS = {"bert-base": ({}, (8, 128)), "minilm-l6": (MINILM, (32, 32))}
+DECODER = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+DECODER_BATCH = (8, 512)
+CPU_CASES = ["nearest", "stochastic", "eager modules"]
+GPU_MODES = ["eager", "compiled"]
+LEARNING_RATE = 2e-5
+RUN = 4  # steps between two CUDA events
+
+Step = Callable[[], None]
+
+
+def encoder(name: str) -> BertForSequenceClassification:
+    """An encoder with the same random weights each time."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**ENCODERS[name][0], num_labels=NUM_LABELS))
+
+
+def decoder() -> GPT2LMHeadModel:
+    """A decoder with the same random weights each time, BF16."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = GPT2LMHeadModel(GPT2Config(**DECODER, use_cache=False))
+    return model.to(torch.bfloat16)
+
+
+def wrap(model: nn.Module, rounding: str, steps: int, **adamw: bool) -> moq.MoQOptimizer:
+    """The wrapper, 16 to 8 bits falling throughout."""
+    return moq.MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **adamw),
+        model,
+        {"rounding": rounding, "schedule": {"finish_at": 1.0}},
+        total_steps=steps,
+        verbose=False,
+    )
+
+
+class FakeQuantizedWeight(nn.Module):
+    """8 bits per channel in the forward pass, by torch's operator."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the simulated weight."""
+        scale = weight.detach().abs().amax(1) / 127
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -127, 127)
+
+
+def with_fake_quantize_modules(model: nn.Module) -> nn.Module:
+    """The model with every linear weight parametrized but the head's."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "classifier":
+            parametrize.register_parametrization(module, "weight", FakeQuantizedWeight())
+    return model
+
+
+class MasterAdamW:
+    """Fused AdamW over float32 masters of some parameters, as mixed-precision training has them."""
+
+    def __init__(self, model: nn.Module, names: set[str]) -> None:
+        """Makes masters of the parameters named; the others are updated as they are."""
+        named = dict(model.named_parameters())
+        self.parameters = [p for name, p in named.items() if name in names]
+        self.masters = [p.detach().float() for p in self.parameters]
+        self.others = [p for name, p in named.items() if name not in names]
+        trained = self.masters + self.others
+        self.adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Casts the gradients, steps, and casts the masters back."""
+        gradients = [p.grad for p in self.parameters]
+        casts = [torch.empty_like(g, dtype=torch.float32) for g in gradients]
+        torch._foreach_copy_(casts, gradients)
+        for master, cast in zip(self.masters, casts, strict=True):
+            master.grad = cast
+        self.adamw.step()
+        for master in self.masters:
+            master.grad = None
+        torch._foreach_copy_(self.parameters, self.masters)
+
+    def zero_grad(self) -> None:
+        """Frees the gradients."""
+        for p in self.parameters + self.others:
+            p.grad = None
+
+
+def step_of(called: nn.Module, optimizer: object, batch: dict[str, torch.Tensor]) -> Step:
+    """One training step."""
+
+    def step() -> None:
+        called(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------- CPU
+
+
+def cpu_rows(name: str, cases: list[str], steps: int) -> Iterator[tuple[str, Row]]:
+    """Rows of one encoder, with the table each belongs to."""
+    config, (size, length) = encoder(name).config, ENCODERS[name][1]
+    torch.manual_seed(1)
+    batch = {
+        "input_ids": torch.randint(config.vocab_size, (size, length)),
+        "labels": torch.randint(NUM_LABELS, (size,)),
+    }
+    for rounding in cases:
+        models = {"plain": encoder(name), rounding: encoder(name)}
+        plain, other = models.values()
+        optimizers = {"plain": torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE)}
+        if rounding == "eager modules":
+            with_fake_quantize_modules(other)
+            optimizers[rounding] = torch.optim.AdamW(other.parameters(), lr=LEARNING_RATE)
+        else:
+            optimizers[rounding] = wrap(other, rounding, steps + 1)
+        calls = {key: step_of(models[key], optimizers[key], batch) for key in models}
+        times = clocked(calls, steps)
+        case = f"{name} batch {size} x {length}, {rounding}"
+        table = "eager fake-quantize modules" if rounding == "eager modules" else "training step"
+        for clock, kind in enumerate(("wall", "processor")):
+            own, reference = ([t[clock] * 1e3 for t in times[key]] for key in (rounding, "plain"))
+            for statistic in (min, statistics.median):
+                label = "best" if statistic is min else "median"
+                values = statistic(own), statistic(reference)
+                note = f"({values[0] / values[1]:.3f} times the plain step)"
+                text = f"{case}, {kind} time, {label} of {steps}"
+                yield table, Row(text, *values, "ms", note)
+        gpu.progress(case)
+        del models, optimizers, calls, plain, other
+        gc.collect()
+
+
+def clocked(calls: dict[str, Step], steps: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and processor seconds of every step; the first of each competitor is not counted."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(steps + 1):
+        order = list(calls) if turn % 2 else list(calls)[::-1]
+        for name in order:
+            wall, processor = time.perf_counter(), time.process_time()
+            calls[name]()
+            if turn:
+                elapsed = time.perf_counter() - wall, time.process_time() - processor
+                times[name].append(elapsed)
+    return times
+
+
+# ----------------------------------------------------------------------------------------- GPU
+
+
+def gpu_rows(turns: int, compiled: bool, rounding: str) -> Iterator[Row]:
+    """Rows of the decoder against the plain step of the same precision and against pure BF16."""
+    torch.manual_seed(1)
+    tokens = torch.randint(GPT2Config().vocab_size, DECODER_BATCH, device="cuda")
+    batch = {"input_ids": tokens, "labels": tokens}
+    calls: dict[str, Step] = {}
+    memory: dict[str, tuple[int, int]] = {}
+    names: set[str] = set()
+    for name in ("moq", "plain", "pure"):
+        held = torch.cuda.memory_allocated()
+        model = decoder()
+        if name == "moq":
+            optimizer = wrap(model, rounding, 4 + RUN * (turns + 1), fused=True)
+            names = set(optimizer.num_bits)
+        elif name == "plain":
+            optimizer = MasterAdamW(model, names)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        called = torch.compile(model) if compiled else model
+        calls[name] = step_of(called, optimizer, batch)
+        for _ in range(3):
+            calls[name]()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        at_rest = torch.cuda.memory_allocated()
+        calls[name]()
+        memory[name] = (at_rest - held, torch.cuda.max_memory_allocated() - at_rest)
+        gpu.progress(f"{name}, {'compiled' if compiled else 'eager'}: ready")
+    seconds = timed(calls, turns)
+    case = f"355M BF16 batch 8 x 512, {'compiled' if compiled else 'eager'}, {rounding}"
+    numel = sum(p.numel() for n, p in model.named_parameters() if n in names)
+    for peer, label in (("plain", "plain step, same masters"), ("pure", "pure BF16 step")):
+        times = 1e3 * seconds["moq"], 1e3 * seconds[peer]
+        rest, peak = ((memory["moq"][i] - memory[peer][i]) / 2**20 for i in range(2))
+        note = f"({times[0] / times[1]:.3f} times; memory {rest:+.0f} MiB kept, {peak:+.0f} MiB in "
+        note += f"a step; the masters are {numel / 2**18:.0f} MiB)"
+        yield Row(f"{case}, {label}", *times, "ms", note)
+
+
+def timed(calls: dict[str, Step], turns: int) -> dict[str, float]:
+    """Median seconds of a step of each competitor, in runs of some steps, host included."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(RUN):
+                call()
+            end.record()
+            end.synchronize()
+            if turn:
+                seconds[name].append(start.elapsed_time(end) / 1e3 / RUN)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> int:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", choices=list(ENCODERS), default=["bert-base"])
+    parser.add_argument("--cases", nargs="+", choices=CPU_CASES, default=CPU_CASES, help="(CPU)")
+    parser.add_argument("--modes", nargs="+", choices=GPU_MODES, default=GPU_MODES, help="(GPU)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (CPU)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each competitor (CPU)")
+    gpu.arguments(parser)
+    options = parser.parse_args()
+    if options.device == "cuda":
+        gpu.require()
+        facts = gpu.facts()
+        rows = []
+        for mode in options.modes:
+            for rounding in ("nearest", "stochastic"):
+                rows += gpu_rows(options.turns, mode == "compiled", rounding)
+                gc.collect()
+                torch.cuda.empty_cache()
+        print_rows("training step", "peer", rows, options.json, facts)
+        return 0
+    torch.set_num_threads(options.threads)
+    facts = {"machine": f"{machine()}, {options.threads} threads"}
+    tables: dict[str, list[Row]] = {}
+    for name in options.models:
+        for table, row in cpu_rows(name, options.cases, options.steps):
+            tables.setdefault(table, []).append(row)
+    for table, rows in tables.items():
+        print_rows(table, "plain step", rows, options.json, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
