@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/equal.h>
@@ -72,6 +73,17 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
                       .control = Control(device, blend_steps),
                       .step_on_host = at::empty(
                           {1}, at::TensorOptions(at::kLong).pinned_memory(device.is_cuda()))};
+    std::vector<std::int64_t> places;
+    for (std::size_t index = 0; index < group.members.size(); ++index) {
+      const std::size_t p = group.members[index];
+      if (parameters_[p].collected.defined()) {
+        group.sharing.push_back(p);
+        group.collected.push_back(parameters_[p].collected);
+        places.push_back(static_cast<std::int64_t>(index));
+      }
+    }
+    // Here and not at each step: the copy waits for the device.
+    group.sharing_index = at::tensor(places, at::kLong).to(device);
     set_plan(group);
     group.control.set_step(step);
     group.step_on_host.fill_(step);
@@ -334,24 +346,18 @@ kernels::FakeQuantizeTensor Trainer::describe(const TrainedParameter& parameter)
 /// Collects what scales follow from that shards of other ranks share. A skipped step does it too:
 /// its masters are the same, and so is what they give.
 void Trainer::collect_shared(const DeviceGroup& group) {
-  std::vector<kernels::FakeQuantizeTensor> tensors;
-  std::vector<std::int64_t> members;
-  bool sweeps = false;
-  for (std::size_t index = 0; index < group.members.size(); ++index) {
-    const TrainedParameter& parameter = parameters_[group.members[index]];
-    if (parameter.collected.defined()) {
-      parameter.collected.zero_();
-      tensors.push_back(describe(parameter));
-      members.push_back(static_cast<std::int64_t>(index));
-      sweeps = sweeps || may_sweep(parameter.mode, parameter.scale_rule);
-    }
-  }
-  if (tensors.empty()) {
+  if (group.sharing.empty()) {
     return;
   }
+  std::vector<kernels::FakeQuantizeTensor> tensors;
+  bool sweeps = false;
+  for (const std::size_t p : group.sharing) {
+    tensors.push_back(describe(parameters_[p]));
+    sweeps = sweeps || may_sweep(parameters_[p].mode, parameters_[p].scale_rule);
+  }
+  at::_foreach_zero_(group.collected);
   const at::Device device = group.control.step().device();
-  const at::Tensor num_bits =
-      group.control.num_bits().index_select(0, at::tensor(members, at::kLong).to(device));
+  const at::Tensor num_bits = group.control.num_bits().index_select(0, group.sharing_index);
   for (int stage = 0; stage < (sweeps ? kernels::kCollectStages : 1); ++stage) {
     ops::run_collect_groups(
         {.tensors = tensors, .num_bits = num_bits.const_data_ptr<std::int32_t>()}, stage, device);

@@ -141,6 +141,9 @@ class Trainer {
     std::vector<std::size_t> members;  // numbers of its parameters
     Control control;
     at::Tensor step_on_host;  // [1], int64: copy of control.step(), pinned and asynchronous on CUDA
+    std::vector<std::size_t> sharing{};   // those of `members` whose scale is shared
+    std::vector<at::Tensor> collected{};  // theirs
+    at::Tensor sharing_index{};           // [sharing], int64: their places in `members`
   };
 
   void check_memory(const TrainedParameter& parameter) const;

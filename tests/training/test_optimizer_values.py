@@ -16,7 +16,7 @@ from conftest import (
 from torch import nn
 
 import moq
-from moq import MoQOptimizer
+from moq import _C, MoQOptimizer
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 NOTHING = {"rules": [{"match": "*", "exclude": True}]}
@@ -45,6 +45,58 @@ def test_simulated_values_are_the_masters_on_the_grid_after_every_step(
         train_step(model, optimizer, step)
         assert_simulated(optimizer)
     assert set(optimizer.num_bits.values()) == {4}
+
+
+@pytest.mark.parametrize("scale_rule", ["absmax", "mse"])
+def test_scales_that_ranks_share_are_collected_without_waiting_for_the_device(device, scale_rule):
+    torch.manual_seed(0)
+    bits = {"row": 8, "one": 5, "two": 3}  # "row" has scales of its own
+    granularity = {name: "per_channel" if name == "row" else "per_tensor" for name in bits}
+    masters = {name: torch.randn(6, 10, device=device) for name in bits}
+    weights = {name: nn.Parameter(torch.zeros_like(master)) for name, master in masters.items()}
+
+    def trained(block, name):
+        words = torch.zeros(_C.COLLECTION_WORDS, dtype=torch.int64, device=device)
+        return _C.TrainedParameter(
+            name=name,
+            parameter=weights[name],
+            master=masters[name],
+            simulated=weights[name].detach(),
+            full_precision=masters[name],
+            block=block,
+            granularity=granularity[name],
+            mode="symmetric",
+            rounding="nearest",
+            group_size=0,
+            transposed=False,
+            blend_steps=0,
+            first_element=0,
+            unsharded_cols=10,
+            scale_rule=scale_rule,
+            collected=None if name == "row" else words,
+        )
+
+    blocks = [_C.ScheduledBlock.from_table(name, {0: width}) for name, width in bits.items()]
+    parameters = [trained(block, name) for block, name in enumerate(bits)]
+    trainer = _C.Trainer(parameters, _C.Schedule(blocks, 4), seed=0)
+    stages = []
+    trainer.set_reduction(stages.append)
+    trainer.write_simulated()
+    for master in masters.values():
+        master.mul_(1.5)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.begin_step()
+        trainer.end_step()
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(stages) > 1
+    for name, weight in weights.items():
+        arguments = {"granularity": granularity[name], "scale_rule": scale_rule}
+        expected = torch.ops.moq.fake_quantize(masters[name], bits[name], **arguments)
+        assert torch.equal(weight, expected), name
 
 
 def test_conv1d_is_quantized_along_its_output_features():
