@@ -121,6 +121,8 @@ class Schedule:
 
 COLLECTION_WORDS: int
 
+def name_hash(name: str) -> int: ...
+
 class TrainedParameter:
     def __init__(
         self,

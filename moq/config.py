@@ -37,9 +37,9 @@ class QuantSpec(Strict):
         start_bits: Width at the first step, at most 16.
         target_bits: Width at the end, 2 to start_bits; 2 for ``ternary``, 1 for ``binary``.
         mode: ``symmetric`` (zero point 0, codes in [-qmax, qmax]), ``asymmetric``, ``ternary`` or
-            ``binary``. The last two are symmetric until their end: at 2 bits {-a, 0, a} with a
-            the mean of the magnitudes above 0.7 times their mean, at 1 bit {-a, a} with a the mean
-            magnitude (an exact 0 stays 0).
+            ``binary``. The last two are symmetric down to 3 bits, then both {-a, 0, a} with a the
+            mean of the magnitudes above 0.7 times their mean; ``binary`` goes on to 1 bit, {-a, a}
+            with a the mean magnitude (an exact 0 stays 0).
         granularity: Which weights share a scale: ``per_tensor``, ``per_channel`` (one scale per
             output feature) or ``per_group`` (`group_size` consecutive input features, or `groups`
             scales a matrix).

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from moq._C import Trainer
+from moq._C import Trainer, name_hash
 from moq.leftovers import is_left_over, remember, remove_parametrization
 from moq.rules import MatchedParameter, own_weight
 from moq.sharding import is_sharded
@@ -46,7 +46,7 @@ class WeightSimulator(nn.Module):
             "mode": spec.mode,
             "rounding": spec.rounding,
             "seed": seed,
-            "name_hash": _name_hash(matched.name),
+            "name_hash": name_hash(matched.name),
             "transposed": matched.transposed,
             "scale_rule": "absmax" if spec.scale == "learned" else spec.scale,
         }
@@ -204,11 +204,3 @@ def remove_left_over_simulators(model: nn.Module) -> None:
             simulator.enabled = False
         if len(left) == len(chain):
             remove_parametrization(module, "weight")
-
-
-def _name_hash(name: str) -> int:
-    """FNV-1a, 32 bits, of a parameter's name."""
-    value = 2166136261
-    for byte in name.encode():
-        value = (value ^ byte) * 16777619 % 2**32
-    return value

@@ -10,6 +10,7 @@
 
 #include "csrc/bindings/bindings.h"
 #include "csrc/grid_names.h"
+#include "kernels/common/name_hash.h"
 
 namespace moq::bindings {
 
@@ -54,6 +55,8 @@ void bind_trainer(pybind11::module_& m) {
            py::arg("collected") = py::none());
 
   m.attr("COLLECTION_WORDS") = trainer::kCollectionWords;
+  m.def("name_hash", &name_hash, py::arg("name"),
+        "What a parameter's name is in the key of its random stream: 32 bits.");
 
   py::class_<Trainer>(m, "Trainer",
                       "Keeps simulated weights in step with their masters: begin_step, the inner "

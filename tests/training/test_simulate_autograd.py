@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_same, batch, loss_of, train_step, weights, wrap
+from conftest import assert_same, batch, loss_of, name_hash, train_step, weights, wrap
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -57,6 +57,11 @@ def test_both_forms_train_the_same_weights(decoder, device, grid):
         assert_same(masters_of(autograd), masters_of(in_place))
         assert_same(simulated_of(autograd), simulated_of(in_place))
     assert autograd.num_bits == in_place.num_bits
+
+
+@pytest.mark.parametrize("name", ["", "layers.0.q_proj.weight", "gewöhnlich", "重み"])
+def test_both_forms_key_their_random_streams_alike(name):
+    assert moq._C.name_hash(name) == name_hash(name)
 
 
 def test_there_is_one_copy_of_the_weights(decoder):
