@@ -23,6 +23,8 @@ from conftest import (
 )
 from torch import nn
 
+from moq import MoQOptimizer
+
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 12
 FORMS = ["in_place", "autograd"]
@@ -277,8 +279,6 @@ def test_a_group_that_another_wrapper_has_is_refused_and_leaves_both_as_they_wer
 
 
 def wrap_parts(model, parameters):
-    from moq import MoQOptimizer
-
     adamw = torch.optim.AdamW(parameters, lr=1e-2)
     return MoQOptimizer(adamw, model, FALLING, total_steps=STEPS, verbose=False)
 
@@ -300,3 +300,61 @@ def test_a_wrapper_that_is_gone_holds_no_parameter(decoder):
     assert_same(
         {name: model.get_parameter(name).detach() for name in second.num_bits}, snapped(second)
     )
+
+
+# ------------------------------------------------------------------------ what is refused at start
+
+
+def put_nan(model):
+    with torch.no_grad():
+        model.layers[1].down_proj.weight[0, 0] = float("nan")
+
+
+def put_gaps(model):
+    weight = model.layers[1].down_proj.weight
+    weight.data = torch.zeros(12, 40)[:, ::2].copy_(weight.detach())
+
+
+def put_half(model):
+    model.layers[1].down_proj.bfloat16()
+
+
+def nothing(model):
+    pass
+
+
+REFUSED = {
+    "NaN": (put_nan, {}),
+    "NaN, autograd": (put_nan, {"simulate": "autograd"}),
+    "gaps": (put_gaps, {}),
+    "half, autograd": (put_half, {"simulate": "autograd"}),
+    "group_size": (nothing, {"granularity": "per_group", "group_size": 5}),
+    "unfinished": (nothing, {"schedule": {"period": 50}, "sensitivity": {"rule": "none"}}),
+    "no such layer": (nothing, {"rules": [{"match": "layers.7.*"}]}),
+    "no such key": (nothing, {"target_bit": 4}),
+}
+
+
+@pytest.mark.parametrize(("change", "config"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_wrapper_leaves_model_and_optimizer_as_they_were(decoder, change, config):
+    model = decoder()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train_step(model, adamw, 0)
+    change(model)
+    names = [name for name, _ in model.named_modules()]
+    before, state = weights(model), copy.deepcopy(adamw.state_dict())
+    with pytest.raises((ValueError, RuntimeError)):
+        MoQOptimizer(adamw, model, FALLING | config, total_steps=STEPS, verbose=False)
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for name, value in weights(model).items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+    after = adamw.state_dict()
+    assert after["param_groups"] == state["param_groups"]
+    for key, entry in state["state"].items():
+        assert all(torch.equal(after["state"][key][k], value) for k, value in entry.items())
+    if change is nothing:
+        train_step(model, adamw, 1)
+        remedied = MoQOptimizer(adamw, model, FALLING, total_steps=STEPS, verbose=False)
+        train_step(model, remedied, 2)
+        assert_simulated(remedied)
