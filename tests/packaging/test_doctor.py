@@ -31,7 +31,7 @@ def test_this_installation_is_what_it_was_built_for(monkeypatch, capsys):
     ("info", "subject", "remedy"),
     [
         ({"torch": "1.2.3"}, "torch", "pip install torch==1.2.3"),
-        ({"cuda_architectures": "100"}, "CUDA kernels", "MOQ_CUDA_ARCHITECTURES='90' make build"),
+        ({"cuda_architectures": "100"}, "CUDA kernels", "MOQ_CUDA_ARCHITECTURES='90a' make build"),
         ({"cuda_architectures": None}, "CUDA kernels", "MOQ_CUDA=on make build"),
     ],
 )
