@@ -109,9 +109,8 @@ __device__ inline void add_moments(const float (&x)[kChunk], float& sum, float& 
 }
 
 /// What NormShared tells of a warp's columns, of the lanes' sums of differences from a pivot and of
-/// their squares; for an RMS norm of numbers and their squares, about zero. The pivot is one of the
-/// numbers, hence no further from their mean than sqrt(columns - 1) standard deviations: no large
-/// mean drowns the variance.
+/// their squares; for an RMS norm of numbers and their squares, about zero. The pivot is the
+/// middle one of three of the numbers: neither a large mean nor an outlier drowns the variance.
 __device__ inline float4 warp_part(bool centres, float pivot, float sum, float squares, float cols,
                                    float inverse_cols) {
   if (!centres) {

@@ -38,7 +38,7 @@ class Products {
 
   /// Adds the products of blocks [begin, end) of a piece at `held`, whose first is the first-th of
   /// the warp's. They are taken two by two, the operands of the next two under way; in place of one
-  /// behind the end, the last is multiplied by zero.
+  /// behind the end, zeros are multiplied.
   __device__ void add(std::uint32_t held, int begin, int end, int first,
                       const std::uint32_t (&zero)[2]) {
     std::uint32_t block = held + lane_bytes_ + begin * kBlockBytes;
@@ -73,7 +73,7 @@ class Products {
 
     __device__ void load(std::uint32_t block, std::uint32_t input, int left, std::uint32_t zeros) {
       weights[0] = load_shared_quad(block);
-      weights[1] = load_shared_quad(left > 1 ? block + kBlockBytes : block);
+      weights[1] = load_shared_quad(left > 1 ? block + kBlockBytes : zeros);
       load_matrices(input, inputs[0]);
       load_matrices(left > 1 ? input + kInputBytes : zeros, inputs[1]);
     }

@@ -189,13 +189,21 @@ class InputStage {
       place += kThreads * static_cast<int>(sizeof(Chunk));
       if (centres) {
         if (first < kThreads) {
-          pivot = __shfl_sync(0xffffffffU, x[0], 0);
+          pivot = middle_of(x[0], min(31, chunks_ - 1 - first));
         }
         subtract(exists ? pivot : 0.0F, first, x);
       }
       add_moments(x, sum, squares);
     }
     return warp_part(centres, pivot, sum, squares, cols_, inverse_cols_);
+  }
+
+  /// The middle one of three lanes' numbers, of lanes up to `last`: one number may be an outlier.
+  __device__ static float middle_of(float own, int last) {
+    const float a = __shfl_sync(0xffffffffU, own, 0);
+    const float b = __shfl_sync(0xffffffffU, own, last / 2);
+    const float c = __shfl_sync(0xffffffffU, own, last);
+    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
   }
 
   /// Takes the pivot from columns that exist; those behind the last are 0 and stay it.

@@ -180,6 +180,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_activations(0);
       }
       wait_async_groups<0>();
+      if (clustered) {
+        wait_for_cluster();  // the barriers of all blocks have been made
+      }
       if (normalises) {
         const auto cols_of = [&](int of_rank) {
           const int first = slice_begin(of_rank) * kBlockCols;
@@ -262,9 +265,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         // A slot is used again when all blocks of the cluster have taken what was in it. They are
         // told only of slots that they will use again: nobody is told anything after his end.
         const int slot = turn % kSlots;
-        if (turn == 0) {
-          wait_for_cluster();  // the barriers of all blocks have been made
-        }
         if (turn >= 2 && turn + 2 < turns && thread < plan.split) {
           arrive_in_cluster(shared_address(&taken[(turn - 2) % kSlots]), thread);
         }

@@ -181,7 +181,7 @@ TEST_P(LinearCudaTurns, FinishEveryRow) {
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearCudaTurns,
                          ::testing::Combine(::testing::Values<std::int64_t>(1, 3, 8, 12, 16),
-                                            ::testing::Values<std::int64_t>(96, 6160)));
+                                            ::testing::Values<std::int64_t>(96, 6160, 8200)));
 
 TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
   MOQ_SKIP_WITHOUT_GPU();
@@ -195,6 +195,19 @@ TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
       one.input.assign(many.input.begin() + i * k, many.input.begin() + (i + 1) * k);
       EXPECT_EQ(multiply(one, call).output,
                 std::vector<float>(all.begin() + i * 75, all.begin() + (i + 1) * 75));
+    }
+  }
+}
+
+TEST(LinearCudaNorm, AnOutlierDoesNotSpoilTheVariance) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const std::int64_t k : {320, 4256, 8200}) {
+    for (const std::int64_t place : {std::int64_t{0}, std::int64_t{9}, k - 1}) {
+      LinearProblem problem = LinearProblem::random(2, 75, k);
+      for (std::int64_t i = 0; i < problem.m; ++i) {
+        problem.input[i * k + place] = 300.0F;
+      }
+      expect_close(multiply(problem, {.norm = NormKind::kLayerNorm}));
     }
   }
 }
