@@ -15,6 +15,7 @@
 // what the rings hold, and one exchange of sums.
 #include <cuda_runtime.h>
 
+#include "kernels/common/check.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
@@ -32,6 +33,7 @@ namespace {
 
 constexpr int kWarps = kStreamWarps;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kOtherBytes = 4 << 10;  // of shared memory: what the kernel declares, and CUDA's own
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
 /// several scales, each of whole blocks, or zero points.
@@ -326,6 +328,10 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const std::int64_t clusters =
       split == 1 ? device_limits().multiprocessors : active_clusters(kernel, config);
+  MOQ_CHECK(clusters > 0, "linear: the GPU must be able to run clusters of ", split,
+            " thread blocks with ", kMaxSharedBytes >> 10,
+            " KiB of shared memory each, got none: give the process a larger share of the GPU, or "
+            "set MOQ_GPU_ARCH=80");
   const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters);
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
   config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
@@ -346,7 +352,8 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   return args.m <= kStreamTokens && suits_tensor_cores(args, layout) &&
          stream_split(layout, static_cast<int>(args.m)) <= kMaxSplit &&
-         architecture_of(stream_kernel<false, 1, false>) >= 90;
+         architecture_of(stream_kernel<false, 1, false>) >= 90 &&
+         device_limits().shared_bytes_per_multiprocessor >= kMaxSharedBytes + kOtherBytes;
 }
 
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
