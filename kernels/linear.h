@@ -209,9 +209,9 @@ void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 /// On compute capability 9.0 up to 8 tokens stream the weight through shared memory by bulk copies,
 /// and normalise what they multiply. More tokens, and without a norm older GPUs, multiply tiles on
 /// tensor cores where k and input_stride are multiples of 8 and the input is aligned to 16 bytes;
-/// with more than 64 tokens compute capability 9.0 has tiles of its own, for any k. Otherwise, and
-/// for what tensor cores do not multiply (float32; a float weight of another dtype than the
-/// activations; groups that are no multiple of 32 columns), a plain kernel computes in float32.
+/// compute capability 9.0 has tiles of its own, for any k. Otherwise, and for what tensor cores do
+/// not multiply (float32; a float weight of another dtype than the activations; groups that are no
+/// multiple of 32 columns), a plain kernel computes in float32.
 /// @throws moq::Error for inconsistent sizes, strides or combinations, a null pointer to something
 ///         non-empty, a packed weight that is not aligned, or a launch that fails.
 void linear(const DeviceLinearArgs& args, CUstream_st* stream);

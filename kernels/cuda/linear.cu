@@ -247,7 +247,7 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   if (can_stream(args, layout)) {
     return stream_linear(args, layout, stream);
   }
-  if (args.m > kTileTokens && can_wgmma(args, layout)) {
+  if ((args.m > kTileTokens || layout.n * layout.k <= kTileWeights) && can_wgmma(args, layout)) {
     return wgmma_linear(args, layout, choose_wgmma(args, layout), stream);
   }
   if (can_tile(args, layout) && args.norm.kind == NormKind::kNone) {

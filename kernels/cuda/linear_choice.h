@@ -6,13 +6,15 @@
 #include "kernels/cuda/linear_wgmma.h"
 
 /// Which kernel multiplies how many tokens by how large a weight. Measured with INT8 weights that
-/// no cache holds, in a CUDA graph, on an H100 80GB HBM3 on 2026-11-25.
+/// no cache holds, in a CUDA graph: tile_linear on an H100 80GB HBM3 on 2026-11-25, wgmma_linear on
+/// an H200 on 2026-11-26.
 namespace moq::kernels::cuda {
 
-/// Tokens that stream_linear takes (compute capability 9.0), and up to which tile_linear takes
-/// those that are left; wgmma_linear takes more (sm_90a).
+/// Tokens that stream_linear takes (compute capability 9.0). wgmma_linear takes more (sm_90a), but
+/// few tokens times many weights (n * k), which tile_linear reads faster.
 constexpr std::int64_t kStreamTokens = 8;
-constexpr std::int64_t kTileTokens = 64;
+constexpr std::int64_t kTileTokens = 32;
+constexpr std::int64_t kTileWeights = 100'000'000;
 
 /// Tiles of tile_linear, by their rows and tokens.
 enum class TileSize : std::uint8_t { k64x32, k64x64, k128x32, k128x64, k128x128 };
@@ -46,7 +48,7 @@ struct WgmmaCost {
   bool groups;  ///< of weights that have them
   int rows;
   int tokens;
-  double blocks;        ///< of a multiprocessor
+  double blocks;        ///< of a multiprocessor; fewer where clusters find no place for more
   double tile;          ///< beside its steps, with a share of the launch
   double step_alone;    ///< 64 columns, where no multiprocessor has two blocks
   double step_crowded;  ///< and where some have as many as they can
@@ -56,21 +58,31 @@ struct WgmmaCost {
 /// weights; those of 16 bits cost about the same, and so do products in bfloat16.
 // clang-format off
 constexpr WgmmaCost kWgmmaCosts[] = {
-    {{WgmmaTile::k128x256, 2, 1}, false, 128, 256, 1.0, 3.3, 0.65, 0.65},
-    {{WgmmaTile::k128x192, 2, 1}, false, 128, 192, 1.0, 2.5, 0.58, 0.58},
-    {{WgmmaTile::k128x128, 2, 1}, false, 128, 128, 1.0, 1.7, 0.47, 0.47},
-    {{WgmmaTile::k64x128, 1, 1}, false, 64, 128, 2.0, 1.8, 0.39, 0.47},
-    {{WgmmaTile::k64x96, 1, 1}, false, 64, 96, 2.0, 2.3, 0.24, 0.36},
-    {{WgmmaTile::k64x64, 1, 1}, false, 64, 64, 2.0, 3.0, 0.23, 0.32},
-    {{WgmmaTile::k64x64, 1, 2}, false, 64, 64, 2.0, 3.2, 0.21, 0.30},
-    {{WgmmaTile::k64x64, 1, 4}, false, 64, 64, 2.0, 3.7, 0.17, 0.25},
-    {{WgmmaTile::k64x64, 1, 8}, false, 64, 64, 1.8, 4.0, 0.13, 0.13},
-    {{WgmmaTile::k128x192, 2, 1}, true, 128, 160, 1.0, 2.5, 0.57, 0.57},
-    {{WgmmaTile::k128x128, 2, 1}, true, 128, 128, 1.0, 1.7, 0.55, 0.55},
-    {{WgmmaTile::k64x64, 1, 1}, true, 64, 64, 2.0, 3.0, 0.27, 0.38},
-    {{WgmmaTile::k64x64, 1, 2}, true, 64, 64, 2.0, 3.2, 0.25, 0.35},
-    {{WgmmaTile::k64x64, 1, 4}, true, 64, 64, 2.0, 3.7, 0.20, 0.30},
-    {{WgmmaTile::k64x64, 1, 8}, true, 64, 64, 1.8, 4.0, 0.16, 0.16},
+    {{WgmmaTile::k128x256, 1, 1}, false, 128, 256, 1.0, 6.4, 0.56, 0.56},
+    {{WgmmaTile::k128x192, 1, 1}, false, 128, 192, 1.0, 4.5, 0.42, 0.42},
+    {{WgmmaTile::k192x128, 1, 1}, false, 192, 128, 1.0, 5.1, 0.47, 0.47},
+    {{WgmmaTile::k128x128, 1, 1}, false, 128, 128, 1.0, 5.0, 0.34, 0.34},
+    {{WgmmaTile::k128x128, 1, 2}, false, 128, 128, 1.0, 5.0, 0.34, 0.34},
+    {{WgmmaTile::k128x128, 1, 4}, false, 128, 128, 0.9, 5.2, 0.32, 0.32},
+    {{WgmmaTile::k64x128, 1, 1}, false, 64, 128, 2.0, 3.1, 0.30, 0.41},
+    {{WgmmaTile::k64x96, 1, 1}, false, 64, 96, 2.0, 3.1, 0.23, 0.32},
+    {{WgmmaTile::k64x64, 1, 1}, false, 64, 64, 2.0, 3.4, 0.21, 0.29},
+    {{WgmmaTile::k64x64, 1, 2}, false, 64, 64, 2.0, 3.2, 0.22, 0.30},
+    {{WgmmaTile::k64x64, 1, 4}, false, 64, 64, 1.8, 3.4, 0.25, 0.28},
+    {{WgmmaTile::k64x64, 1, 8}, false, 64, 64, 1.8, 3.4, 0.30, 0.30},
+    {{WgmmaTile::k64x32, 1, 1}, false, 64, 32, 3.0, 1.7, 0.24, 0.36},
+    {{WgmmaTile::k64x32, 1, 2}, false, 64, 32, 3.0, 3.1, 0.24, 0.33},
+    {{WgmmaTile::k64x32, 1, 4}, false, 64, 32, 2.4, 2.8, 0.33, 0.33},
+    {{WgmmaTile::k128x192, 1, 1}, true, 128, 160, 1.0, 4.5, 0.57, 0.57},
+    {{WgmmaTile::k128x128, 1, 1}, true, 128, 128, 1.0, 5.0, 0.45, 0.45},
+    {{WgmmaTile::k128x128, 1, 2}, true, 128, 128, 1.0, 5.0, 0.45, 0.45},
+    {{WgmmaTile::k64x64, 1, 1}, true, 64, 64, 2.0, 3.4, 0.25, 0.34},
+    {{WgmmaTile::k64x64, 1, 2}, true, 64, 64, 2.0, 3.2, 0.26, 0.35},
+    {{WgmmaTile::k64x64, 1, 4}, true, 64, 64, 1.8, 3.4, 0.30, 0.33},
+    {{WgmmaTile::k64x64, 1, 8}, true, 64, 64, 1.8, 3.4, 0.35, 0.35},
+    {{WgmmaTile::k64x32, 1, 1}, true, 64, 32, 3.0, 1.7, 0.28, 0.42},
+    {{WgmmaTile::k64x32, 1, 2}, true, 64, 32, 3.0, 3.1, 0.28, 0.39},
+    {{WgmmaTile::k64x32, 1, 4}, true, 64, 32, 2.4, 2.8, 0.39, 0.39},
 };
 // clang-format on
 

@@ -1,15 +1,17 @@
-// Many tokens times a weight by wgmma (compute capability 9.0, sm_90a): the loop over the columns
-// is in linear_wgmma_tile.h, what becomes of the sums in linear_wgmma_store.h and
-// linear_wgmma_write.h; here is what surrounds them.
+// Many tokens times a weight by wgmma (compute capability 9.0, sm_90a): the ring that feeds it is
+// in linear_wgmma_tile.h, the loop over the columns in linear_wgmma_sums.h, what becomes of the
+// sums in linear_wgmma_store.h, linear_wgmma_write.h and linear_wgmma_share.h; here is what
+// surrounds them.
 //
 // One warp of a block fetches, the others multiply and write. Blocks stay on their multiprocessor
 // and take one tile after the other, the ring running on between them. Where the tiles are too few,
-// small ones split the columns over a cluster, whose blocks add up what they have in each other's
-// shared memory, in one order.
+// blocks take one each and split the columns over a cluster, in which they send each other what
+// they have.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cuda/cuda_check.h"
@@ -17,7 +19,9 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "kernels/cuda/linear_wgmma.h"
+#include "kernels/cuda/linear_wgmma_share.h"
 #include "kernels/cuda/linear_wgmma_store.h"
+#include "kernels/cuda/linear_wgmma_sums.h"
 #include "kernels/cuda/linear_wgmma_tile.h"
 #include "kernels/cuda/linear_wgmma_write.h"
 
@@ -28,9 +32,10 @@ namespace {
 
 constexpr int kResultsBarrier = 1;  // number of the first warpgroup's
 
-// Registers of a thread, of the 168 that three warpgroups start with.
+// Registers of a thread, of the 168 that three warpgroups start with, or the 128 of four.
 constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
+template <int kConsumers>
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
 /// Fetches the columns [first, first + steps) of the tiles of a cluster.
 template <typename T>
@@ -44,15 +49,16 @@ __device__ __forceinline__ void produce(const WgmmaProducer<T>& producer, const 
     producer.fetch_weights(place_of<T>(walk, first_tile, producer.rank), first + i, i);
   }
   wait_for_previous_kernels();
-  std::uint32_t place = 0;
+  WgmmaSlot<T> slot;
+  int fetched = 0;
   for (int index = first_tile; index < tiles; index += walk.clusters) {
     const WgmmaPlace tile = place_of<T>(walk, index, producer.rank);
-    for (int i = 0; i < steps; ++i, ++place) {
-      if (place >= early) {
-        wait_barrier(producer.ring.empty(place), producer.ring.round(place) ^ 1);
-        producer.fetch_weights(tile, first + i, place);
+    for (int i = 0; i < steps; ++i, ++fetched, slot.advance()) {
+      if (fetched >= early) {
+        wait_barrier(producer.ring.empty(slot.stage), slot.parity ^ 1);
+        producer.fetch_weights(tile, first + i, slot.stage);
       }
-      producer.fetch_tokens(tile, first + i, place);
+      producer.fetch_tokens(tile, first + i, slot.stage);
     }
   }
 }
@@ -78,9 +84,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const int first_tile = static_cast<int>(cluster_index());
   const WgmmaRing<T> ring{shared_address(shared)};
   if (threadIdx.x == 0) {
-    ring.init(walk.sharing);
+    ring.init(walk.sharing, walk.split);
   }
   walk.sharing == 1 ? __syncthreads() : meet_cluster();
+  if constexpr (T::kSplits) {
+    arrive_at_cluster();  // write_share waits
+  }
   allow_next_kernel();
 
   if (warp >= T::kConsumers * 4) {
@@ -89,59 +98,62 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     }
     if (threadIdx.x == T::kConsumers * kWarpgroup) {
       const auto ranks = static_cast<std::uint16_t>(((1 << walk.sharing) - 1) << first_rank);
-      produce(WgmmaProducer<T>{ring, maps, layout, row_rank, walk.sharing, ranks}, walk, first_tile,
-              first_step, steps, args.weight_is_ready);
+      produce(WgmmaProducer<T>{ring, maps, layout, row_rank, walk.sharing, ranks, walk.token_bytes},
+              walk, first_tile, first_step, steps, args.weight_is_ready);
     }
     __syncwarp();
     if constexpr (T::kSplits) {
-      synchronize_cluster();  // as in write_share
+      wait_for_cluster();  // as in write_share
     }
   } else {
     if constexpr (T::kMovesRegisters) {
-      grow_registers<kConsumerRegisters>();
+      grow_registers<kConsumerRegisters<T::kConsumers>>();
     }
     const int consumer = warp / 4;
     const int barrier = kResultsBarrier + consumer;
-    const int row_block = consumer * 4 + warp % 4;  // of a tile
+    const WgmmaRows rows{consumer * 4 + warp % 4, first_rank, walk.sharing};
     auto* results =
         reinterpret_cast<float*>(shared + T::kResultsOffset + consumer * T::kResultBytes);
     wait_for_previous_kernels();
-    std::uint32_t place = 0;
+    WgmmaSlot<T> slot;
     for (int index = first_tile; index < walk.row_tiles * walk.token_tiles;
-         index += walk.clusters, place += steps) {
+         index += walk.clusters) {
       const WgmmaPlace tile = place_of<T>(walk, index, row_rank);
       const int first_row = tile.row_block * kBlockRows + consumer * kGroupRows;
-      float2 scale{1.0F, 1.0F};
-      if (T::kElementBytes == 1 && !T::kGroups && tile.row_block + row_block < layout.row_blocks) {
-        const auto* scales =
-            reinterpret_cast<const float*>(static_cast<const char*>(args.weight.data) +
-                                           layout.scales_offset) +
-            static_cast<std::int64_t>(tile.row_block + row_block) * kBlockRows +
-            threadIdx.x % kWarpSize / 4;
-        scale = {scales[0], scales[8]};
+      Grids grids{{1.0F, 1.0F}, {}};
+      if (T::kElementBytes == 1 && !T::kGroups &&
+          tile.row_block + rows.row_block < layout.row_blocks) {
+        grids = load_grids<T::kBFloat16>(args.weight.data, layout, tile.row_block + rows.row_block,
+                                         0, static_cast<int>(threadIdx.x) % kWarpSize / 4);
       }
-      const auto multiply = [&](WgmmaSums<T>& sums) {
-        sums.multiply(ring, layout, first_step, first_step + steps, place, row_block, first_rank,
-                      walk.sharing);
+      const float2 scale{grids.scale[0], grids.scale[1]};
+      std::conditional_t<T::kGroups, WgmmaGroupSums<T>, WgmmaSums<T>> sums;
+      const auto multiply = [&] {
+        if constexpr (T::kGroups) {
+          sums.multiply(ring, slot, first_step, steps, rows, layout);
+        } else {
+          sums.multiply(ring, slot, steps, rows, grids.zero);
+        }
       };
-      WgmmaSums<T> sums;
       if constexpr (T::kSplits) {
-        multiply(sums);
+        multiply();
         write_share<T>(walk.split, args, layout.n, tile.token, first_row, results, sums, scale,
-                       barrier, part, row_rank, walk.sharing);
+                       barrier, ring.received(consumer), WgmmaShare{part, row_rank, walk.sharing});
       } else if (walk.stores) {
         WgmmaStore<T> store(args, layout.n, shared_address(results), barrier, tile.token,
                             first_row);
-        multiply(sums);
+        multiply();
         store.store(sums, scale);
       } else {
-        multiply(sums);
+        multiply();
         write_results<T>(args, layout.n, tile.token, first_row, results, sums, scale, barrier);
       }
     }
     __syncwarp();
   }
-  meet_cluster();  // nobody leaves while others read, or free a stage
+  if (walk.sharing > 1) {
+    meet_cluster();  // nobody leaves while others free its stages, or fetch tokens for it
+  }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #error "compute capability 9.0 is built as 90a"
 #endif
@@ -172,12 +184,19 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
                  .clusters = 0,
                  .sharing = choice.sharing,
                  .split = 1,
+                 .token_bytes = T::kTokenBytes,
                  .stores = can_store(args, layout)};
   const std::int64_t tiles = static_cast<std::int64_t>(walk.row_tiles) * walk.token_tiles;
   walk.split = T::kSplits ? choice.split : 1;
-  while (walk.split > walk.steps) {
+  while (walk.split > std::min(walk.steps, T::kMostParts)) {
     walk.split /= 2;
   }
+  // Tokens that do not exist are not asked for: the memory of those that a tile lacks is read, but
+  // what comes of them is not written.
+  const int box_tokens = walk.sharing == 1
+                             ? static_cast<int>(std::min<std::int64_t>(args.m, T::kTokens))
+                             : T::kTokens / walk.sharing;
+  walk.token_bytes = box_tokens * walk.sharing * kStepCols * 2;
   const int cluster = walk.sharing * walk.split;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -191,14 +210,13 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 1;
-  // A cluster that splits columns takes one tile: its results lie where its ring was.
+  // A cluster that splits columns takes one tile: what its blocks send each other comes once.
   walk.clusters =
       static_cast<int>(T::kSplits ? tiles : std::min(tiles, active_clusters(kernel, config)));
   config.gridDim = dim3(static_cast<unsigned>(walk.clusters * cluster));
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const WgmmaMaps maps = wgmma_maps(
-      args, layout,
-      {.tokens = T::kTokens / walk.sharing, .row_blocks = T::kRowBlocks, .groups = T::kGridGroups});
+      args, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = T::kGridGroups});
   MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, args, layout, walk));
 }
 
@@ -217,8 +235,13 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
       [[fallthrough]];
     case WgmmaTile::k128x192:
       return with(WgmmaArrangement<2, kTokens192, false>());
+    case WgmmaTile::k192x128:
+      if constexpr (!kGroups) {
+        return with(WgmmaArrangement<3, 128, false>());
+      }
+      [[fallthrough]];
     case WgmmaTile::k128x128:
-      return with(WgmmaArrangement<2, 128, false>());
+      return with(WgmmaArrangement<2, 128, true>());
     case WgmmaTile::k64x128:
       if constexpr (!kGroups) {
         return with(WgmmaArrangement<1, 128, false>());
@@ -231,6 +254,8 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
       [[fallthrough]];
     case WgmmaTile::k64x64:
       return with(WgmmaArrangement<1, 64, true>());
+    case WgmmaTile::k64x32:
+      return with(WgmmaArrangement<1, 32, true>());
   }
 }
 
@@ -259,7 +284,8 @@ WgmmaChoice choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layou
   const WgmmaCost* best = nullptr;
   double best_time = 0.0;
   for (const WgmmaCost& cost : kWgmmaCosts) {
-    if (cost.groups != (layout.groups > 1)) {
+    const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
+    if (cost.groups != (layout.groups > 1) || (for_few && args.m > cost.tokens)) {
       continue;
     }
     const auto& [sharing, split] = std::pair(cost.choice.sharing, cost.choice.split);

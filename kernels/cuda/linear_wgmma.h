@@ -8,16 +8,25 @@
 /// Many tokens times a weight on the tensor cores of compute capability 9.0 (sm_90a).
 namespace moq::kernels::cuda {
 
-/// Tiles of wgmma_linear, by rows of the weight and tokens. Those of 128 rows are shared by two
-/// warpgroups. A weight with groups has 160 tokens in place of 192 and 256, and k64x64 in place of
-/// k64x96 and k64x128.
-enum class WgmmaTile : std::uint8_t { k128x256, k128x192, k128x128, k64x128, k64x96, k64x64 };
+/// Tiles of wgmma_linear, by rows of the weight and tokens. Each 64 rows are a warpgroup's. A
+/// weight with groups has k128x160 in place of k128x256 and k128x192, k128x128 in place of
+/// k192x128, and k64x64 in place of k64x128 and k64x96.
+enum class WgmmaTile : std::uint8_t {
+  k128x256,
+  k128x192,
+  k192x128,
+  k128x128,
+  k64x128,
+  k64x96,
+  k64x64,
+  k64x32
+};
 
 struct WgmmaChoice {
   WgmmaTile tile;
   int sharing;  ///< blocks of a cluster, 1, 2 or 4, that fetch tokens for each other
-  /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k64x64; fewer where there are not
-  /// 64 columns for each. sharing * split <= 8.
+  /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k128x128, k64x64 or k64x32 (at
+  /// most 4); fewer where there are not 64 columns for each. sharing * split <= 8.
   int split;
 };
 

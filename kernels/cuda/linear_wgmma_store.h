@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels/cuda/linear_epilogue.h"
+#include "kernels/cuda/linear_fragments.h"
 #include "kernels/cuda/linear_wgmma_tile.h"
 #include "kernels/cuda/vectors.h"
 
@@ -83,7 +84,8 @@ class WgmmaStore {
   }
 
   /// scale: of the sums of rows g and g + 8.
-  __device__ __forceinline__ void store(const WgmmaSums<T>& sums, const float2& scale) {
+  template <typename Sums>
+  __device__ __forceinline__ void store(const Sums& sums, const float2& scale) {
     if constexpr (kParts % 2 == 1) {
       // The last part of a tile and the first of the next share a place.
       meet<kWarpgroup>(barrier_);
@@ -140,8 +142,8 @@ class WgmmaStore {
     return chunk_offset(lane / 16 * 8 + lane % 8, thread / kWarpSize * 2 + lane / 8 % 2);
   }
 
-  template <int kPart>
-  __device__ __forceinline__ void take(const WgmmaSums<T>& sums, const float2& scale,
+  template <int kPart, typename Sums>
+  __device__ __forceinline__ void take(const Sums& sums, const float2& scale,
                                        float (&values)[kValues]) const {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {

@@ -7,8 +7,8 @@
 #include "kernels/cuda/linear_wgmma_tile.h"
 #include "kernels/cuda/vectors.h"
 
-/// What wgmma_linear does with finished sums that do not go to the output as they are, or that a
-/// cluster adds up first. Device code only.
+/// What wgmma_linear does with finished sums that do not go to the output as they are. Device code
+/// only.
 ///
 /// They cross shared memory as float32, so that a lane gets four neighbouring rows of a token, the
 /// same rows of every token that it writes. Where these rows do not lie as they must to be accessed
@@ -195,10 +195,9 @@ class WgmmaWriter {
   uint2 added_[kCount] = {};
 };
 
-/// Sums of tokens [kFirst, kFirst + kCount), scaled, to shared memory: [token, row].
-template <typename T, int kFirst, int kCount>
-__device__ __forceinline__ void put_results(float* results, const WgmmaSums<T>& sums,
-                                            const float2& scale) {
+/// Sums of kCount tokens, scaled, to shared memory: [token, row]. `sum`: sum(i) of a lane.
+template <typename T, int kCount, typename Sum>
+__device__ __forceinline__ void put_results(float* results, const Sum& sum, const float2& scale) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize % 4;
   float* own = results + lane % 4 * 2 * T::kResultStride + warp * kBlockRows + lane / 4;
@@ -206,16 +205,15 @@ __device__ __forceinline__ void put_results(float* results, const WgmmaSums<T>& 
   for (int i = 0; i < kCount / 2; ++i) {
     const bool upper = i % 4 / 2 == 0;
     own[(i / 4 * 8 + i % 2) * T::kResultStride + (upper ? 0 : 8)] =
-        sums.result(kFirst / 2 + i) * (upper ? scale.x : scale.y);
+        sum(i) * (upper ? scale.x : scale.y);
   }
 }
 
 /// All that a warpgroup has, some tokens at a time.
-template <typename T>
+template <typename T, typename Sums>
 __device__ __forceinline__ void write_results(const DeviceLinearArgs& args, std::int64_t n,
                                               int first_token, int first_row, float* results,
-                                              const WgmmaSums<T>& sums, const float2& scale,
-                                              int barrier) {
+                                              const Sums& sums, const float2& scale, int barrier) {
   constexpr int kCount = kPartTokens / kTokenStep;
   WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token, first_row);
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
@@ -226,7 +224,8 @@ __device__ __forceinline__ void write_results(const DeviceLinearArgs& args, std:
     meet<kWarpgroup>(barrier);  // what was there is written
     const float2 factor = inside_loop(scale);
     with_index<T::kTokens / kPartTokens>(first / kPartTokens, [&]<int kPart>() {
-      put_results<T, kPart * kPartTokens, kPartTokens>(results, sums, factor);
+      put_results<T, kPartTokens>(
+          results, [&](int i) { return sums.result(kPart * kPartTokens / 2 + i); }, factor);
     });
     meet<kWarpgroup>(barrier);
     float4 fours[kCount];
@@ -235,61 +234,6 @@ __device__ __forceinline__ void write_results(const DeviceLinearArgs& args, std:
       fours[u] = *reinterpret_cast<const float4*>(own + u * kTokenStep * T::kResultStride);
     }
     writer.write(first, fours);
-  }
-}
-
-/// This block's share of a tile's tokens, summed over the cluster in the order of its parts: part p
-/// of the columns is with block p * sharing + row_rank.
-template <typename T, int kSplit>
-__device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::int64_t n,
-                                            int first_token, int first_row, float* results,
-                                            const WgmmaSums<T>& sums, const float2& scale,
-                                            int barrier, int part, int row_rank, int sharing) {
-  constexpr int kShare = T::kTokens / kSplit;  // tokens
-  constexpr int kCount = kShare / kTokenStep;
-  WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + part * kShare, first_row);
-  writer.load(0);
-  meet<kWarpgroup>(barrier);  // the ring is read
-  put_results<T, 0, T::kTokens>(results, sums, scale);
-  synchronize_cluster();
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const float* own =
-      results + (part * kShare + thread / kQuads) * T::kResultStride + thread % kQuads * kQuad;
-  float4 theirs[kSplit][kCount];
-#pragma unroll
-  for (int p = 0; p < kSplit; ++p) {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      theirs[p][u] = load_from_cluster(
-          reinterpret_cast<const float4*>(own + u * kTokenStep * T::kResultStride),
-          p * sharing + row_rank);
-    }
-  }
-#pragma unroll
-  for (int p = 1; p < kSplit; ++p) {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      theirs[0][u].x += theirs[p][u].x;
-      theirs[0][u].y += theirs[p][u].y;
-      theirs[0][u].z += theirs[p][u].z;
-      theirs[0][u].w += theirs[p][u].w;
-    }
-  }
-  writer.write(0, theirs[0]);
-}
-
-/// As many parts as they are: 1, 2, 4 or 8.
-template <typename T, typename... Arguments>
-__device__ __forceinline__ void write_share(int split, const Arguments&... arguments) {
-  switch (split) {
-    case 1:
-      return write_share<T, 1>(arguments...);
-    case 2:
-      return write_share<T, 2>(arguments...);
-    case 4:
-      return write_share<T, 4>(arguments...);
-    default:
-      return write_share<T, 8>(arguments...);
   }
 }
 

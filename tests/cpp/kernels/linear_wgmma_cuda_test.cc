@@ -21,9 +21,11 @@ using cuda::WgmmaChoice;
 using cuda::WgmmaTile;
 
 constexpr WgmmaChoice kChoices[] = {
-    {WgmmaTile::k128x256, 2, 1}, {WgmmaTile::k128x192, 1, 1}, {WgmmaTile::k128x128, 4, 1},
+    {WgmmaTile::k128x256, 2, 1}, {WgmmaTile::k128x192, 1, 1}, {WgmmaTile::k192x128, 2, 1},
+    {WgmmaTile::k192x128, 1, 1}, {WgmmaTile::k128x128, 4, 1}, {WgmmaTile::k128x128, 1, 2},
     {WgmmaTile::k64x128, 2, 1},  {WgmmaTile::k64x96, 4, 1},   {WgmmaTile::k64x64, 1, 1},
-    {WgmmaTile::k64x64, 2, 2},   {WgmmaTile::k64x64, 1, 4},   {WgmmaTile::k64x64, 1, 8}};
+    {WgmmaTile::k64x64, 2, 2},   {WgmmaTile::k64x64, 1, 4},   {WgmmaTile::k64x64, 1, 8},
+    {WgmmaTile::k64x32, 1, 1},   {WgmmaTile::k64x32, 2, 2},   {WgmmaTile::k64x32, 1, 4}};
 
 void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) {
   const auto layout = cuda::device_layout(problem.shape);
@@ -70,9 +72,9 @@ TEST_P(LinearWgmmaCuda, IsTheDefinitionInEveryTile) {
       {.dtype = dtype, .padding = shape.k % 8 == 0 ? 8 : 16 - shape.k % 8});
 }
 
-const auto kShapes =
-    ::testing::Values(Shape{65, 24, 40}, Shape{127, 200, 72}, Shape{128, 264, 520},
-                      Shape{129, 136, 776}, Shape{255, 88, 200}, Shape{300, 77, 91});
+const auto kShapes = ::testing::Values(Shape{65, 24, 40}, Shape{127, 200, 72}, Shape{128, 264, 520},
+                                       Shape{129, 136, 776}, Shape{255, 88, 200},
+                                       Shape{300, 77, 91}, Shape{13, 150, 968});
 const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16);
 
 INSTANTIATE_TEST_SUITE_P(Rows, LinearWgmmaCuda,

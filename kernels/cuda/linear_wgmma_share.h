@@ -1,0 +1,123 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/linear_wgmma_tile.h"
+#include "kernels/cuda/linear_wgmma_write.h"
+#include "kernels/cuda/ptx.h"
+
+/// How the blocks of a cluster that share the columns of a tile add up what they have, and write
+/// it. Device code only.
+///
+/// Each finishes the same share of the tile's tokens. The others send it their sums, which its
+/// lanes find where they left them, and it adds them in the order of the columns. Nobody waits but
+/// for what it is sent, and a block may end while its own is under way.
+namespace moq::kernels::cuda {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// A block's place among those that share columns.
+struct WgmmaShare {
+  int part;      ///< of the columns
+  int row_rank;  ///< part p is with block p * sharing + row_rank of the cluster
+  int sharing;
+};
+
+/// results: of the warpgroup, the same place in every block; received: its barrier.
+template <typename T, int kSplit, typename Sums>
+__device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::int64_t n,
+                                            int first_token, int first_row, float* results,
+                                            const Sums& sums, const float2& scale, int barrier,
+                                            std::uint32_t received, const WgmmaShare& share) {
+  constexpr int kShare = T::kTokens / kSplit;  // tokens
+  constexpr int kOwn = kShare / 2;             // sums of a lane
+  constexpr int kCount = std::min(kShare / kTokenStep, 4);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + share.part * kShare, first_row);
+  writer.load(0);
+  float total[kOwn];
+  with_index<kSplit>(share.part, [&]<int kPart>() {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      total[i] = sums.result(kPart * kOwn + i);
+    }
+  });
+  wait_for_cluster();  // the barriers of all blocks have been made
+  if constexpr (kSplit > 1) {
+    // [part, four sums, lane]
+    auto* const fours = reinterpret_cast<float4*>(results) + thread;
+    const std::uint32_t own = shared_address(fours + share.part * (kOwn / 4) * kWarpgroup);
+#pragma unroll
+    for (int p = 0; p < kSplit; ++p) {
+      if (p != share.part) {
+#pragma unroll
+        for (int i = 0; i < kOwn; i += 4) {
+          const int first = p * kOwn + i;
+          send_to_cluster(own + i / 4 * kWarpgroup * 16,
+                          float4{sums.result(first), sums.result(first + 1), sums.result(first + 2),
+                                 sums.result(first + 3)},
+                          received, p * share.sharing + share.row_rank);
+        }
+      }
+    }
+    wait_barrier(received, 0);
+    float added[kOwn] = {};
+#pragma unroll
+    for (int p = 0; p < kSplit; ++p) {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 4) {
+        const float4 theirs = p == share.part
+                                  ? float4{total[i], total[i + 1], total[i + 2], total[i + 3]}
+                                  : fours[(p * kOwn + i) / 4 * kWarpgroup];
+        added[i] += theirs.x;
+        added[i + 1] += theirs.y;
+        added[i + 2] += theirs.z;
+        added[i + 3] += theirs.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      total[i] = added[i];
+    }
+    meet<kWarpgroup>(barrier);  // what was sent is read
+  }
+  put_results<T, kShare>(
+      results, [&](int i) { return total[i]; }, scale);
+  meet<kWarpgroup>(barrier);
+  const float* place = results + thread / kQuads * T::kResultStride + thread % kQuads * kQuad;
+#pragma unroll 1
+  for (int first = 0; first < kShare; first += kCount * kTokenStep) {
+    if (first > 0) {
+      writer.load(first);
+    }
+    float4 numbers[kCount];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      numbers[u] =
+          *reinterpret_cast<const float4*>(place + (first + u * kTokenStep) * T::kResultStride);
+    }
+    writer.write(first, numbers);
+  }
+}
+
+/// As many parts as they are: 1, 2, 4 or 8.
+template <typename T, typename... Arguments>
+__device__ __forceinline__ void write_share(int split, const Arguments&... arguments) {
+  if (split == 1) {
+    return write_share<T, 1>(arguments...);
+  }
+  if (split == 2) {
+    return write_share<T, 2>(arguments...);
+  }
+  if constexpr (T::kMostParts == 8) {
+    if (split == 8) {
+      return write_share<T, 8>(arguments...);
+    }
+  }
+  write_share<T, 4>(arguments...);
+}
+
+#endif
+
+}  // namespace moq::kernels::cuda
