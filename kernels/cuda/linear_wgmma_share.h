@@ -24,7 +24,8 @@ struct WgmmaShare {
   int sharing;
 };
 
-/// results: of the warpgroup, the same place in every block; received: its barrier.
+/// results: of the warpgroup, the same place in every block, with room for the sums of a tile, a
+/// part behind the other; received: its barrier.
 template <typename T, int kSplit, typename Sums>
 __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::int64_t n,
                                             int first_token, int first_row, float* results,
@@ -44,17 +45,16 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
     }
   });
   wait_for_cluster();  // the barriers of all blocks have been made
+  float* const place = results + share.part * kShare * kGroupRows;  // of this block's part
   if constexpr (kSplit > 1) {
-    // [part, four sums, lane]
-    auto* const fours = reinterpret_cast<float4*>(results) + thread;
-    const std::uint32_t own = shared_address(fours + share.part * (kOwn / 4) * kWarpgroup);
+    const std::uint32_t target = shared_address(place + thread * 4);
 #pragma unroll
     for (int p = 0; p < kSplit; ++p) {
       if (p != share.part) {
 #pragma unroll
         for (int i = 0; i < kOwn; i += 4) {
           const int first = p * kOwn + i;
-          send_to_cluster(own + i / 4 * kWarpgroup * 16,
+          send_to_cluster(target + i * kWarpgroup * 4,
                           float4{sums.result(first), sums.result(first + 1), sums.result(first + 2),
                                  sums.result(first + 3)},
                           received, p * share.sharing + share.row_rank);
@@ -67,9 +67,11 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
     for (int p = 0; p < kSplit; ++p) {
 #pragma unroll
       for (int i = 0; i < kOwn; i += 4) {
-        const float4 theirs = p == share.part
-                                  ? float4{total[i], total[i + 1], total[i + 2], total[i + 3]}
-                                  : fours[(p * kOwn + i) / 4 * kWarpgroup];
+        float4 theirs{total[i], total[i + 1], total[i + 2], total[i + 3]};
+        if (p != share.part) {
+          theirs =
+              *reinterpret_cast<const float4*>(results + (p * kOwn + i) * kWarpgroup + thread * 4);
+        }
         added[i] += theirs.x;
         added[i + 1] += theirs.y;
         added[i + 2] += theirs.z;
@@ -80,12 +82,21 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
     for (int i = 0; i < kOwn; ++i) {
       total[i] = added[i];
     }
-    meet<kWarpgroup>(barrier);  // what was sent is read
   }
-  put_results<T, kShare>(
-      results, [&](int i) { return total[i]; }, scale);
+
+  // Where nobody sends anything: [token, row], rows exchanged so that no two lanes meet in a bank.
+  const int t = thread % 4;
+  const int row = thread / kWarpSize * kBlockRows + thread % kWarpSize / 4;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const bool upper = i % 4 / 2 == 0;
+    place[(i / 4 * 8 + 2 * t + i % 2) * kGroupRows + ((upper ? row : row + 8) ^ t * 8)] =
+        total[i] * (upper ? scale.x : scale.y);
+  }
   meet<kWarpgroup>(barrier);
-  const float* place = results + thread / kQuads * T::kResultStride + thread % kQuads * kQuad;
+  static_assert(kTokenStep == 8);
+  const int token = thread / kQuads;
+  const float* quad = place + token * kGroupRows + (thread % kQuads * kQuad ^ token / 2 * 8);
 #pragma unroll 1
   for (int first = 0; first < kShare; first += kCount * kTokenStep) {
     if (first > 0) {
@@ -94,8 +105,7 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
     float4 numbers[kCount];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      numbers[u] =
-          *reinterpret_cast<const float4*>(place + (first + u * kTokenStep) * T::kResultStride);
+      numbers[u] = *reinterpret_cast<const float4*>(quad + (first + u * kTokenStep) * kGroupRows);
     }
     writer.write(first, numbers);
   }

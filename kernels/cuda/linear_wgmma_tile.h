@@ -57,14 +57,13 @@ struct WgmmaTileOf : A {
   static constexpr int kGridBytes = kRowBlocks * kGridGroups * kBlockRows * 4;
   static constexpr int kGridsBytes = kGroups ? 2 * kGridBytes : 0;
 
-  // Results of a warpgroup on their way out: float32 [token, row], all of a tile where columns are
-  // split, after what other blocks have sent for it, else kPartTokens tokens; or rounded, twice so
-  // many.
-  static constexpr int kResultTokens = kSplits ? A::kTokens : kPartTokens;
+  // Results of a warpgroup on their way out: kPartTokens tokens, float32 [token, row], or rounded,
+  // twice so many; where columns are split, float32 of all tokens.
   static constexpr int kResultStride = kGroupRows + 4;  // floats: no two lanes meet in a bank
   static constexpr int kPartBytes = kPartTokens * kGroupRows * 2;
   static constexpr int kResultBytes =
-      (std::max(kResultTokens * kResultStride * 4, 2 * kPartBytes) + 1023) / 1024 * 1024;
+      kSplits ? A::kTokens * kGroupRows * 4
+              : (std::max(kPartTokens * kResultStride * 4, 2 * kPartBytes) + 1023) / 1024 * 1024;
   static constexpr int kMostParts = A::kTokens < 64 ? 4 : kMaxSplit;  // of the columns
   static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers) * 8;
   static constexpr int kOwnResults = A::kConsumers * kResultBytes;
