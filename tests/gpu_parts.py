@@ -1,14 +1,18 @@
 """Runs the parts of tests/gpu.sh: a list of steps each, whose results are appended to one file."""
 
 import argparse
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,9 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 LIMIT = 480  # seconds of a part
 KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
 CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
-# Of linear's tests one for each case: under racecheck the whole of them takes too long.
-SANITIZED = f"{CUDA_TESTS}:-*Huge*:*LinearCuda.Reads*:*LinearCuda.Gives*"
+PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
+# Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
+SANITIZED = {"memcheck": 7, "racecheck": 37, "initcheck": 11}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Step:
     part: str
     name: str
     command: Sequence[str]
-    environment: dict[str, str] = field(default_factory=dict)
+    every: int = 0  # of the kernel tests one in so many, in PROCESSES processes; 0: no such tests
 
     @property
     def key(self) -> str:
@@ -39,7 +44,10 @@ class Step:
 
 def pytest(*arguments: str) -> list[str]:
     """A test run that says what it skipped, and why."""
-    return [sys.executable, "-P", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *arguments]
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(PROCESSES)]
+    return [sys.executable, "-P", "-m", "pytest", *options, *arguments]
 
 
 def benchmark(script: str, *arguments: str) -> list[str]:
@@ -50,17 +58,16 @@ def benchmark(script: str, *arguments: str) -> list[str]:
 def steps() -> list[Step]:
     """Every step in the order in which they run."""
     found = [
-        Step("tests", "kernels", [KERNELS, "--gtest_brief=1", f"--gtest_filter={CUDA_TESTS}"]),
-        Step("tests", "operators", pytest("tests/ops", "-m", "gpu")),
-        Step("tests", "training", pytest("tests/training", "-m", "gpu")),
-        Step("tests", "engine", pytest("tests/inference", "-m", "gpu")),
+        Step("tests", "kernels", [KERNELS], every=1),
+        Step("tests", "operators", pytest("tests/ops")),
+        Step("tests", "training", pytest("tests/training")),
+        Step("tests", "engine", pytest("tests/inference")),
+        Step("ranks", "training", pytest("tests/training/test_optimizer_sharded.py")),
+        Step("ranks", "engine", pytest("tests/inference/test_parallel_gpu.py")),
     ]
-    ranks = pytest("tests/training/test_optimizer_sharded.py", "-m", "gpu")
-    found.append(Step("ranks", "training", ranks))
-    for tool in ("memcheck", "racecheck", "initcheck"):
+    for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        command = [*sanitizer, KERNELS, "--gtest_brief=1", f"--gtest_filter={SANITIZED}"]
-        found.append(Step("sanitizer", tool, command))
+        found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every))
     for region in ("1", "2", "3", "4a", "4b"):
         found.append(Step("regions", region, benchmark("gpu_regions", "--regions", region)))
     for shape in ("49152x12288", "17024x4256", "4096x14336"):
@@ -99,15 +106,50 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def counts(output: str) -> dict[str, int]:
-    """Numbers of tests that a GoogleTest or a pytest run reports."""
-    found: dict[str, int] = {}
+def counts(output: str) -> Counter[str]:
+    """Numbers of tests that GoogleTest runs or a pytest run report."""
+    found: Counter[str] = Counter()
     last_line = output.rstrip().rpartition("\n")[2]
     for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", last_line):
-        found[what] = int(number)
+        found[what] += int(number)
     for what, number in re.findall(r"\[\s*(PASSED|FAILED|SKIPPED)\s*\] (\d+) test", output):
-        found[what.lower()] = int(number)
+        found[what.lower()] += int(number)
     return found
+
+
+def kernel_tests(every: int) -> list[str]:
+    """Names of the kernel tests on a GPU, one in so many of each suite, the first included."""
+    arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={CUDA_TESTS}"]
+    listed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    names, suite, count = [], "", 0
+    for line in listed.splitlines()[1:]:
+        if not line.startswith(" "):
+            suite, count = line.split()[0], 0
+            continue
+        if count % every == 0:
+            names.append(suite + line.split()[0])
+        count += 1
+    return names
+
+
+def in_shards(step: Step, directory: Path) -> list[str]:
+    """A command that runs the kernel tests of a step in several processes at once."""
+    chosen = directory / "tests.txt"
+    chosen.write_text("--gtest_filter=" + ":".join(kernel_tests(step.every)) + "\n")
+    command = shlex.join([*step.command, "--gtest_brief=1", f"--gtest_flagfile={chosen}"])
+    shards = range(PROCESSES)
+    log = shlex.quote(str(directory / "shard"))
+    start = [f"GTEST_SHARD_INDEX={i} {command} >{log}.{i} 2>&1 & pids+=($!)" for i in shards]
+    wait = 'status=0; for pid in "${pids[@]}"; do wait $pid || status=$?; done'
+    script = [
+        f"export GTEST_TOTAL_SHARDS={PROCESSES}",
+        "trap 'kill $(jobs -p)' TERM",
+        *start,
+        wait,
+        f"cat {log}.*",
+        "exit $status",
+    ]
+    return ["bash", "-c", "\n".join(script)]
 
 
 def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
@@ -115,17 +157,19 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
     print(f"== {step.key}", flush=True)
     start = time.monotonic()
     lines: list[str] = []
+    logs = tempfile.TemporaryDirectory()
+    command = in_shards(step, Path(logs.name)) if step.every else step.command
     process = subprocess.Popen(
-        ["timeout", "--kill-after=10", f"{max(limit, 1):.0f}", *step.command],
+        ["timeout", "--kill-after=10", f"{max(limit, 1):.0f}", *command],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
     assert process.stdout is not None
-    with results.open("a") as file:
+    with logs, results.open("a") as file:
         for line in process.stdout:
             lines.append(line)
             print(line, end="", flush=True)

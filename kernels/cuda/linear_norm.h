@@ -127,7 +127,7 @@ __device__ inline float4 warp_part(bool centres, float pivot, float sum, float s
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 /// Statistics of whole rows from those of the columns of each block of a cluster, cols_of(rank) of
-/// them, for one warp.
+/// them, for one warp. All blocks wait_for_cluster() before they end.
 template <typename ColsOf>
 __device__ void merge_moments(const DeviceNorm& norm, int m, int split, float inverse_k,
                               const ColsOf& cols_of, const Moments* moments,
@@ -149,6 +149,7 @@ __device__ void merge_moments(const DeviceNorm& norm, int m, int split, float in
       statistics[token] = {mean, rsqrtf(fmaf(squares, inverse_k, norm.epsilon))};
     }
   }
+  arrive_at_cluster();  // has read what others keep for it until then
 }
 #endif
 

@@ -301,6 +301,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       finish_pair<Element>(args, row_of(finished) + 1 < layout.n, {sum, next}, inputs);
     }
   }
+  if (clustered && normalises) {
+    wait_for_cluster();  // nobody leaves while others read its moments
+  }
 #endif
 }
 

@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   if (threadIdx.x == 0) {
     ring.init(walk.sharing, walk.split);
   }
-  walk.sharing == 1 ? __syncthreads() : meet_cluster();
+  __syncthreads();
+  if (walk.sharing > 1) {
+    meet_cluster();
+  }
   if constexpr (T::kSplits) {
     arrive_at_cluster();  // write_share waits
   }
