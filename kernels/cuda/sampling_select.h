@@ -118,6 +118,7 @@ __device__ void find_bucket(SelectSlots& slots, Histogram& own, bool is_first, A
   }
   from_here = sum_from_lane(there);
   chosen = last_lane(above + from_here >= wanted);
+  __syncwarp();  // all lanes have read what one writes
   if (lane == chosen) {
     slots.bucket = static_cast<std::uint32_t>(coarse * kFine + lane);
     slots.before = above + from_here - there;

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -99,7 +99,24 @@ def capture(call: Call, times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_seconds(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
+class Uncaptured:
+    """The same calls one by one, for a competitor that waits for the device and fits no graph."""
+
+    def __init__(self, call: Call, times: int) -> None:
+        """Calls once to warm up."""
+        self.call, self.times = call, times
+        self.replay()
+
+    def replay(self) -> None:
+        """Makes the calls."""
+        for i in range(self.times):
+            self.call(i)
+
+
+Replayed = torch.cuda.CUDAGraph | Uncaptured
+
+
+def replay_seconds(graph: Replayed, times: int = 1) -> float:
     """Device seconds of one replay, the mean of so many in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(400_000)  # the device waits while the host queues what is timed
@@ -111,7 +128,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-def median_of_turns(graphs: dict[str, torch.cuda.CUDAGraph], turns: int) -> dict[str, float]:
+def median_of_turns(graphs: Mapping[str, Replayed], turns: int) -> dict[str, float]:
     """Median seconds of each graph; in every turn each is replayed once, the first uncounted."""
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(turns + 2):
@@ -122,9 +139,14 @@ def median_of_turns(graphs: dict[str, torch.cuda.CUDAGraph], turns: int) -> dict
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def median_of_calls(calls: dict[str, Call], copies: int, turns: int) -> dict[str, float]:
+def median_of_calls(
+    calls: dict[str, Call], copies: int, turns: int, uncaptured: Sequence[str] = ()
+) -> dict[str, float]:
     """Median seconds of one call of each competitor, inside a graph of one call for each copy."""
-    graphs = {name: capture(call, copies) for name, call in calls.items()}
+    graphs = {
+        name: (Uncaptured if name in uncaptured else capture)(call, copies)
+        for name, call in calls.items()
+    }
     return {name: time / copies for name, time in median_of_turns(graphs, turns).items()}
 
 
