@@ -60,9 +60,9 @@ TORCH_LIBRARY(moq, m) {
       "format=\"int8\") -> Tensor");
   // activation(input @ weight.T + bias) + residual; or, gated, activation(gate) * up, where rows 2j
   // and 2j + 1 of the weight are gate and up of column j. input_mode "float32" (the input as it
-  // is), "dynamic_int8", or on the CPU "static_int8". dtype: the output's, the input's or float32.
-  // weight_is_ready: no kernel ahead in the stream writes weight, bias or norm: a GPU may read them
-  // before those have ended.
+  // is), "dynamic_int8" or, with input_scale, "static_int8": its rows are multiplied as the codes
+  // of quantize_activation. dtype: the output's, the input's or float32. weight_is_ready: no kernel
+  // ahead in the stream writes weight, bias or norm: a GPU may read them before those have ended.
   m.def(
       "linear(Tensor input, Tensor packed, int out_features, *, str format=\"int8\", int? "
       "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
@@ -77,8 +77,8 @@ TORCH_LIBRARY(moq, m) {
       "norm_linear(Tensor input, Tensor norm_weight, Tensor? norm_bias, Tensor packed, int "
       "out_features, *, str norm=\"layer_norm\", float epsilon=1e-5, str format=\"int8\", int? "
       "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
-      "gated=False, Tensor? residual=None, str input_mode=\"float32\", ScalarType? dtype=None, "
-      "bool weight_is_ready=False) -> Tensor");
+      "gated=False, Tensor? residual=None, str input_mode=\"float32\", float? input_scale=None, "
+      "ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
   // The projection of q, k and v on a GPU: normalises (norm None: not), multiplies, adds the bias,
   // rotates q and k (positions None: not) and writes k and v to the rows of a cache (cache_rows
   // below 0: nowhere). Returns [m, q | k | v], or [m, q] with a cache. To be rotated, rows 2i and

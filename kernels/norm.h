@@ -71,6 +71,8 @@ struct DeviceNorm {
 /// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
 /// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales
 /// the step sizes. That is the input of an INT8 linear layer with DeviceLinearArgs::row_scales.
+/// With a static scale the grid is that of the scale instead: larger magnitudes are limited to its
+/// ends, and the code of a NaN is a NaN, which makes all of the row's products one.
 struct DeviceNormArgs {
   const void* input = nullptr;         ///< [rows, hidden_size], dtype, rows input_stride apart
   std::int64_t input_stride = 0;       ///< elements
@@ -82,6 +84,9 @@ struct DeviceNormArgs {
   /// [num_tokens]: the absmax that each row's grid is made for, where the rows are parts of longer
   /// ones (row-parallel layers); null: the row's own. With row_scales only.
   const float* given_absmax = nullptr;
+  /// The step size of all rows, finite, >= min_scale(float32); 0: each row its own. With row_scales
+  /// only, and not with given_absmax.
+  float static_scale = 0.0F;
   /// [num_tokens]: receives the absmax of each result, and nothing else is written: neither output
   /// nor row_scales is given.
   float* row_absmax = nullptr;

@@ -44,6 +44,7 @@ LinearCall describe_norm_linear(const Tensor& input, const Tensor& norm_weight,
                                 bool asymmetric, const OptionalTensor& bias,
                                 std::string_view activation, bool gated,
                                 const OptionalTensor& residual, std::string_view input_mode,
+                                std::optional<double> input_scale,
                                 std::optional<at::ScalarType> dtype, bool weight_is_ready) {
   constexpr const char* kWhere = "norm_linear";
   LinearCall call{
@@ -56,6 +57,7 @@ LinearCall describe_norm_linear(const Tensor& input, const Tensor& norm_weight,
       .activation = parse_activation(kWhere, activation),
       .gated = gated,
       .input_mode = parse_input_mode(kWhere, input_mode),
+      .input_scale = input_scale.value_or(0.0),
       .norm = parse_norm(kWhere, norm),
       .norm_weight = norm_weight,
       .norm_bias = norm_bias,

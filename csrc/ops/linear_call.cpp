@@ -67,12 +67,14 @@ void check(const LinearCall& call) {
   TORCH_CHECK_VALUE(output == type || !call.residual.has_value(), call.where,
                     ": residual must not come with another dtype than the input's, got ",
                     name_of(output));
-  TORCH_CHECK_VALUE(device.is_cpu() || call.input_mode != InputMode::kStaticInt8, call.where,
-                    ": input_mode must be float32 or dynamic_int8 on a GPU, got static_int8");
   TORCH_CHECK_VALUE(
       call.input_mode == InputMode::kFloat32 || kernels::is_integer(call.shape.format), call.where,
       ": input_mode must be float32 with a float weight, got an INT8 mode and ",
       kernels::name_of(call.shape.format));
+  TORCH_CHECK_VALUE(call.input_mode != InputMode::kStaticInt8 ||
+                        exists(grid_of_scale(static_cast<float>(call.input_scale), 8)),
+                    call.where, ": input_scale must be finite and >= ", min_scale(DType::kFloat32),
+                    " for static_int8, got ", call.input_scale);
   if (call.norm != NormKind::kNone) {
     check_norm(call);
   }
@@ -146,7 +148,7 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                                  .epsilon = static_cast<float>(call.epsilon)};
   const std::int64_t m = rows.size(0);
   Tensor row_scales;
-  const bool rounds = call.input_mode == InputMode::kDynamicInt8;
+  const bool rounds = call.input_mode != InputMode::kFloat32;
   if (rounds || (call.norm != NormKind::kNone && !kernels::cuda::linear_takes_norm(m))) {
     Tensor normalised = at::empty({m, call.shape.k}, rows.options());
     if (rounds) {
@@ -160,6 +162,9 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                            .output = normalised.mutable_data_ptr(),
                            .output_stride = call.shape.k,
                            .row_scales = rounds ? row_scales.mutable_data_ptr<float>() : nullptr,
+                           .static_scale = call.input_mode == InputMode::kStaticInt8
+                                               ? static_cast<float>(call.input_scale)
+                                               : 0.0F,
                            .num_tokens = m,
                            .hidden_size = call.shape.k,
                            .dtype = dtype_of(rows.scalar_type())},

@@ -186,30 +186,27 @@ __device__ std::int32_t absmax_bits(Row<Element, kWidth, kHeld>& row, const Team
   return team.reduce(magnitude, slots, [](std::int32_t a, std::int32_t b) { return max(a, b); });
 }
 
-/// Writes a row of `result` (of a vector, its column and its number) as codes of the grid for an
-/// absmax, after absmax_bits.
+/// Writes a row of `result` (of a vector, its column and its number) as codes of a symmetric grid.
 template <typename Element, int kWidth, int kHeld, typename Result>
 __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team,
-                            std::int32_t magnitude, const Result& result, Element* output,
+                            const GridParams& grid, const Result& result, Element* output,
                             float* scale) {
   using Elements = Vector<Element, kWidth>;
-  const GridParams grid =
-      make_grid(GroupStatistics{0, magnitude}, 8, QuantMode::kSymmetric, DType::kFloat32);
   if (team.thread == 0) {
     *scale = grid.scale;
   }
-  // The codes of quantize_one: a magnitude of at most absmax needs no clamp, and adding 1.5 * 2^23
-  // rounds to an integer, +0 included.
+  // The codes of quantize_one, in float32: to limit first is the same, since the ends are integers,
+  // and adding 1.5 * 2^23 rounds to an integer then, +0 included. Comparisons keep a NaN.
   constexpr float kRound = 0x1.8p23F;
+  const auto qmax = static_cast<float>(grid.range.qmax);
   const bool has_grid = exists(grid);
   row.for_each_vector([&](Elements& vector, int col, int i) {
-    if constexpr (kHeld == 0) {
-      vector = result(vector, col, i);
-    }
+    vector = result(vector, col, i);
     Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
     for (float& number : numbers.unit) {
-      number = has_grid ? (number * grid.inverse_scale + kRound) - kRound : 0.0F;
+      const float limited = larger(-qmax, smaller(qmax, number * grid.inverse_scale));
+      number = has_grid ? (limited + kRound) - kRound : 0.0F;
     }
     vector = rounded<Element>(numbers);
     store_vector(output + col, vector);
@@ -280,6 +277,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     });
     return;
   }
+  if (args.static_scale > 0.0F) {
+    write_codes(row, team, grid_of_scale(args.static_scale, 8), result, output,
+                args.row_scales + token);
+    return;
+  }
   std::int32_t magnitude = absmax_bits(row, team, magnitudes, result);
   if (args.row_absmax != nullptr) {
     if (team.thread == 0) {
@@ -290,7 +292,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   if (args.given_absmax != nullptr) {
     magnitude = __float_as_int(args.given_absmax[token]) & kMagnitudeMask;
   }
-  write_codes(row, team, magnitude, result, output, args.row_scales + token);
+  const GridParams grid =
+      make_grid(GroupStatistics{0, magnitude}, 8, QuantMode::kSymmetric, DType::kFloat32);
+  const auto kept = [&](const Elements& vector, int col, int i) {
+    return kHeld > 0 ? vector : result(vector, col, i);
+  };
+  write_codes(row, team, grid, kept, output, args.row_scales + token);
 }
 
 // --------------------------------------------------------------------------------------- launchers
@@ -352,6 +359,13 @@ void check(const DeviceNormArgs& args) {
             "norm: row_absmax must be written alone, got output or row_scales too");
   MOQ_CHECK(args.given_absmax == nullptr || args.row_scales != nullptr,
             "norm: given_absmax needs row_scales");
+  if (args.static_scale != 0.0F) {
+    MOQ_CHECK(exists(grid_of_scale(args.static_scale, 8)),
+              "norm: static_scale must be finite and >= ", min_scale(DType::kFloat32), ", got ",
+              args.static_scale);
+    MOQ_CHECK(args.row_scales != nullptr && args.given_absmax == nullptr,
+              "norm: static_scale needs row_scales, and no given_absmax");
+  }
   MOQ_CHECK(args.norm.kind == NormKind::kNone || args.norm.weight != nullptr,
             "norm: a norm's weight must not be null");
   MOQ_CHECK(args.num_tokens == 1 || args.rows != nullptr || args.input_stride >= args.hidden_size,

@@ -1,10 +1,11 @@
 """Exports small models whose weights were rounded to a grid, without training them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from moq.export import export_checkpoint
@@ -38,9 +39,16 @@ GRIDS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 @torch.no_grad()
 def export(
-    model: PreTrainedModel, directory: Path, grid: str, activations: str | None = None
+    model: PreTrainedModel,
+    directory: Path,
+    grid: str,
+    activations: str | None = None,
+    input_scales: dict[str, float] | None = None,
 ) -> PreTrainedModel:
-    """Rounds the layers' matrices of `model` to a grid, in place, and exports it."""
+    """Rounds the layers' matrices of `model` to a grid, in place, and exports it.
+
+    Static activations have `input_scales`, by the name of the module.
+    """
     quantized = []
     for name, parameter in model.named_parameters():
         in_layer = any(part in name for part in (".h.", ".layers.", ".layer."))
@@ -64,9 +72,50 @@ def export(
                 simulated,
                 transposed=transposed,
                 activations=activations,
+                input_scale=input_scales[name.removesuffix(".weight")] if input_scales else None,
                 **options,
             )
         )
     assert quantized
     export_checkpoint(directory, model, quantized)
     return model
+
+
+@torch.no_grad()
+def static_input_scales(model: PreTrainedModel, row: list[int]) -> dict[str, float]:
+    """Step sizes for the inputs of the layers' projections that clip the largest of a sequence."""
+    scales: dict[str, float] = {}
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            scales[name] = (inputs[0].abs().amax() * 0.7 / 127).item()
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(measure(name)) for name, layer in _projections(model)]
+    model(torch.tensor([row]))
+    for hook in hooks:
+        hook.remove()
+    return scales
+
+
+def round_inputs(model: PreTrainedModel, scales: dict[str, float]) -> None:
+    """Makes the projections see their inputs as training with static activations shows them."""
+
+    def rounded(scale: float) -> Callable[..., tuple[torch.Tensor]]:
+        step = torch.tensor([scale])
+        return lambda module, inputs: (
+            torch.ops.moq.fake_quantize_activation(inputs[0], step.to(inputs[0].device)),
+        )
+
+    for name, layer in _projections(model):
+        layer.register_forward_pre_hook(rounded(scales[name]))
+
+
+def _projections(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose weights `export` rounds."""
+    for name, module in model.named_modules():
+        in_layer = any(part in name for part in (".h.", ".layers.", ".layer."))
+        if in_layer and isinstance(getattr(module, "weight", None), nn.Parameter):
+            if module.weight.dim() == 2:
+                yield name, module

@@ -18,6 +18,7 @@ CASES = {
     "groups cut by ranks": ("llama_even", "4 bits asymmetric per group", None, {}),
     "conv1d": ("gpt2", "8 bits per channel", None, {}),
     "trained activations": ("llama", "8 bits per channel", "dynamic", {}),
+    "static activations": ("llama", "8 bits per channel", "static", {}),
 }
 
 
@@ -28,7 +29,13 @@ def jobs(model_directory, tmp_path_factory):
         directory = model_directory(model)
         if grid is not None:
             directory = tmp_path_factory.mktemp("exported") / "out"
-            rounded_models.export(models.build(model), directory, grid, activations)
+            built = models.build(model)
+            scales = (
+                rounded_models.static_input_scales(built, ROWS[-1])
+                if activations == "static"
+                else None
+            )
+            rounded_models.export(built, directory, grid, activations, scales)
         made[name] = {"directory": str(directory), "options": options, "rows": ROWS}
     return made
 
@@ -60,7 +67,7 @@ def test_greedy_tokens_are_those_of_one_rank(case, ranks, alone):
         assert rank[case]["greedy"] == alone[case]["greedy"]
 
 
-@pytest.mark.parametrize("case", ["int8 activations", "trained activations"])
+@pytest.mark.parametrize("case", ["int8 activations", "trained activations", "static activations"])
 def test_int8_activations_err_as_on_one_rank(case, ranks, alone, jobs):
     # A sum in another order may move an activation over the edge between two codes, so the logits
     # differ; a grid of a rank's own part, instead of the whole row's, would err more.

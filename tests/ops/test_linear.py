@@ -64,15 +64,31 @@ def test_dynamic_int8_input_is_multiplied_as_its_codes(device, format):
     torch.testing.assert_close(output.cpu(), expected, rtol=2e-6, atol=1e-6)
 
 
-def test_static_int8_input_uses_the_given_scale():
-    codes, scales, _ = random_codes(37, 105, 1, 8)
-    x = random_input(3, 105)
-    output = linear(
-        x, pack_linear(codes, scales), 37, input_mode="static_int8", input_scale=0.0078125
-    )
-    quantized = torch.round(x / 0.0078125).clamp(-127, 127).double() * 0.0078125
-    expected = (quantized @ dequantized(codes, scales).T).float()
-    torch.testing.assert_close(output, expected, rtol=2e-7, atol=1e-9)
+@pytest.mark.parametrize("format", BITS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 37, 105), (21, 96, 512)])
+def test_static_int8_input_is_multiplied_as_the_codes_that_training_sees(place, format, m, n, k):
+    codes, scales, _ = random_codes(n, k, 1, BITS[format])
+    x = random_input(m, k, place)  # the largest are clipped
+    packed = pack_linear(codes.to(place[0]), scales.to(place[0]), format=format)
+    scale = torch.tensor([0.015], device=place[0])
+    output = linear(x, packed, n, format=format, input_mode="static_int8", input_scale=scale.item())
+    trained, _ = torch.ops.moq.quantize_activation(x, scale)
+    assert trained.abs().max() == 127 or m * k == 1
+    assert_is_product(output, trained.double() * scale.double(), dequantized(codes, scales))
+
+
+@pytest.mark.parametrize("m", [1, 12])
+def test_a_static_scale_limits_infinities_and_a_nan_spoils_its_row_alone(place, m):
+    packed, weight = packed_int8(37, 64, place[0])
+    x = random_input(m, 64, place)
+    x[0, 3], x[0, 5] = torch.inf, -torch.inf
+    output = linear(x, packed, 37, input_mode="static_int8", input_scale=0.03125)
+    limited = (x.double() / 0.03125).round().clamp(-127, 127) * 0.03125
+    assert_is_product(output, limited, weight)
+    x[0, 7] = torch.nan
+    spoilt = linear(x, packed, 37, input_mode="static_int8", input_scale=0.03125)
+    assert spoilt[0].isnan().all()
+    assert torch.equal(spoilt[1:], output[1:])
 
 
 @pytest.mark.parametrize("format", DTYPES)
@@ -307,12 +323,12 @@ class TestRefusals:
     def test_static_grids(self, device):
         packed, _ = packed_int8(4, 8, device)
         x = random_input(2, 8).to(device)
-        if device == "cpu":
-            message = "input_scale must be finite and >= 1.17549e-38, got 0"
-        else:
-            message = "input_mode must be float32 or dynamic_int8 on a GPU, got static_int8"
-        with pytest.raises((RuntimeError, ValueError), match=message):
+        message = "linear: input_scale must be finite and >= 1.17549e-38 for static_int8, got "
+        with pytest.raises(ValueError, match=message + "0"):
             linear(x, packed, 4, input_mode="static_int8")
+        for scale in (-1.0, 1e-39, torch.inf, torch.nan):
+            with pytest.raises(ValueError, match=message):
+                linear(x, packed, 4, input_mode="static_int8", input_scale=scale)
 
     def test_float16_on_the_cpu(self):
         packed, _ = packed_int8(4, 8)

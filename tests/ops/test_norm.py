@@ -75,6 +75,19 @@ def test_norm_linear_multiplies_the_normalised_rows(place, kind, m, n, k):
     assert error <= 2 * (naive - exact).abs().max() + rounding + 1e-6 * k**0.5
 
 
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("m", [1, 8, 9])
+def test_norm_linear_rounds_what_it_normalised_to_a_static_grid(place, kind, m):
+    x = random_input(m, 105, place) * 2 + 0.5
+    codes, scales, _ = random_codes(37, 105, 1, 8)
+    weight, bias = random_norm(105, kind, place[0])
+    packed = pack_linear(codes.to(place[0]), scales.to(place[0]))
+    static = {"input_mode": "static_int8", "input_scale": 0.0125}
+    rows = norm(x, weight, bias, norm=kind)
+    output = norm_linear(x, weight, bias, packed, 37, norm=kind, **static)
+    assert torch.equal(output, torch.ops.moq.linear(rows, packed, 37, **static))
+
+
 @pytest.mark.parametrize("m", [1, 12])
 def test_norm_linear_takes_every_epilogue(place, m):
     x = random_input(m, 64, place)

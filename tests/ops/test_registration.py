@@ -115,11 +115,21 @@ INFERENCE = {
         (torch.randn(3, 64), "weight", 40),
         dict(input_mode="dynamic_int8", dtype=torch.float32),
     ),
+    "linear_static": lambda: (
+        ops.linear,
+        (torch.randn(3, 64), "weight", 40),
+        dict(input_mode="static_int8", input_scale=0.02),
+    ),
     "norm": lambda: (ops.norm, (torch.randn(3, 8), torch.ones(8), torch.zeros(8)), dict()),
     "norm_linear": lambda: (
         ops.norm_linear,
         (torch.randn(3, 64), torch.ones(64), None, "weight", 40),
         dict(norm="rms_norm", activation="silu", gated=True),
+    ),
+    "norm_linear_static": lambda: (
+        ops.norm_linear,
+        (torch.randn(3, 64), torch.ones(64), None, "weight", 40),
+        dict(input_mode="static_int8", input_scale=0.02),
     ),
     "attention": lambda: (
         ops.attention,

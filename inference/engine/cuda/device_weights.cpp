@@ -122,12 +122,10 @@ kernels::DeviceNorm DeviceWeights::norm(const ModelSpec& spec, const Norm& norm,
 }
 
 DeviceProjection DeviceWeights::projection(const Linear& linear, bool splits_input) {
-  MOQ_CHECK(linear.input_mode != kernels::InputMode::kStaticInt8,
-            "engine: a GPU serves INT8 activations with a scale per token, and this checkpoint has "
-            "static ones: open it with activations=\"dynamic\", or on the CPU");
   return {.weight = linear.weight(),
           .bias = keep_rounded(linear.bias),
-          .int8_input = linear.input_mode == kernels::InputMode::kDynamicInt8,
+          .input_mode = linear.input_mode,
+          .input_scale = linear.input_scale,
           .splits_input = splits_input};
 }
 

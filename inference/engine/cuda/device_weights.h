@@ -20,8 +20,9 @@ StoredWeight pack_for_cuda(const UnpackedWeight& weight);
 struct DeviceProjection {
   kernels::PackedLinear weight;
   const void* bias = nullptr;  ///< [n], of the activations' dtype; null: none
-  bool int8_input = false;     ///< the input is rounded to 8 bits, a scale per token
-  bool splits_input = false;   ///< each rank has a part of the input (row-parallel)
+  kernels::InputMode input_mode = kernels::InputMode::kFloat32;
+  float input_scale = 0.0F;   ///< of kStaticInt8
+  bool splits_input = false;  ///< each rank has a part of the input (row-parallel)
 };
 
 struct DeviceLayer {

@@ -209,8 +209,9 @@ void CudaTransformer::project_and_add(const char* what, const void* input,
 void CudaTransformer::linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
                              const DeviceProjection& projection, kernels::DeviceLinearArgs args) {
   const kernels::LinearShape& shape = projection.weight.shape;
+  const bool rounds = projection.input_mode != kernels::InputMode::kFloat32;
   const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_takes_norm(args.m);
-  if (projection.int8_input || norm_apart) {
+  if (rounds || norm_apart) {
     kernels::DeviceNormArgs prepared{.input = input,
                                      .input_stride = shape.k,
                                      .norm = norm,
@@ -219,10 +220,12 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
                                      .num_tokens = args.m,
                                      .hidden_size = shape.k,
                                      .dtype = dtype_};
-    if (projection.int8_input) {
+    if (rounds) {
       prepared.output = workspace_.codes;
       prepared.row_scales = workspace_.row_scales;
-      if (projection.splits_input && group_) {
+      if (projection.input_mode == kernels::InputMode::kStaticInt8) {
+        prepared.static_scale = projection.input_scale;
+      } else if (projection.splits_input && group_) {
         prepared.given_absmax = shared_absmax(prepared);
       }
     }

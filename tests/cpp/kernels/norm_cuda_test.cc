@@ -44,6 +44,7 @@ struct Problem {
   std::vector<std::int32_t> rows = {};
   bool in_place = false;
   bool to_8_bits = false;
+  float static_scale = 0.0F;  ///< of all rows' grids
   float epsilon = 1e-5F;
 
   std::vector<float> input = {};
@@ -99,6 +100,7 @@ Result run(const Problem& problem) {
               .output = output.data() + offset_bytes,
               .output_stride = stride,
               .row_scales = problem.to_8_bits ? scales.data() : nullptr,
+              .static_scale = problem.static_scale,
               .num_tokens = num_tokens,
               .hidden_size = n,
               .dtype = problem.dtype},
@@ -185,12 +187,15 @@ void expect_accurate(const Problem& problem, const std::vector<float>& actual) {
 }
 
 /// The codes of rows that are already rounded to the dtype, by the CPU's quantization.
-void expect_codes(const Result& actual, const std::vector<float>& values, Shape shape) {
+void expect_codes(const Result& actual, const std::vector<float>& values, Shape shape,
+                  const float* static_scale = nullptr) {
   std::vector<std::int8_t> codes(values.size());
-  std::vector<float> scales(static_cast<std::size_t>(shape.num_tokens));
+  std::vector<float> scales(static_cast<std::size_t>(shape.num_tokens),
+                            static_scale != nullptr ? *static_scale : 0.0F);
   cpu::quantize_activation({.input = values.data(),
                             .codes = codes.data(),
                             .scales = scales.data(),
+                            .static_scale = static_scale,
                             .rows = shape.num_tokens,
                             .cols = shape.hidden_size,
                             .row_stride = shape.hidden_size});
@@ -248,6 +253,19 @@ TEST_P(NormCuda, RoundsToTheGridOfEachRow) {
   expect_codes(run(problem), values, problem.shape);
   problem.in_place = true;
   expect_codes(run(problem), values, problem.shape);
+}
+
+TEST_P(NormCuda, RoundsToAGivenGrid) {
+  const std::vector<float> values = run(problem).output;
+  problem.to_8_bits = true;
+  problem.static_scale = problem.kind == NormKind::kNone ? 0.17F : 0.02F;  // some are beyond it
+  expect_codes(run(problem), values, problem.shape, &problem.static_scale);
+  problem.padding = 3;
+  problem.offset = 1;
+  problem.in_place = true;
+  if (problem.kind == NormKind::kNone) {  // statistics may be summed in another order there
+    expect_codes(run(problem), values, problem.shape, &problem.static_scale);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -345,6 +363,8 @@ TEST_F(NormCudaArgs, ManyRowsAreRight) {
       expect_accurate(problem, values);
       problem.to_8_bits = true;
       expect_codes(run(problem), values, problem.shape);
+      problem.static_scale = 0.02F;
+      expect_codes(run(problem), values, problem.shape, &problem.static_scale);
     }
   }
 }
@@ -378,6 +398,29 @@ TEST_F(NormCudaArgs, RowsOfZerosAndOfNansHaveTheCodesOfTheCpu) {
   }
 }
 
+TEST_F(NormCudaArgs, AGivenGridLimitsInfinitiesAndKeepsANan) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    for (const std::int64_t hidden_size : {5, 768, 65536}) {
+      Problem problem{.shape = {3, hidden_size}, .dtype = dtype, .kind = NormKind::kNone};
+      problem.fill();
+      std::fill_n(problem.input.begin(), hidden_size, -0.0F);
+      problem.input[1] = kInfinity;
+      problem.input[2] = -kInfinity;
+      problem.to_8_bits = true;
+      problem.static_scale = 0.17F;
+      expect_codes(run(problem), problem.input, problem.shape, &problem.static_scale);
+      problem.input[3] = kNan;
+      problem.input[4] = -kNan;
+      Result result = run(problem);
+      for (const int col : {3, 4}) {
+        EXPECT_TRUE(std::isnan(result.output[col]));
+        result.output[col] = problem.input[col] = 0.0F;
+      }
+      expect_codes(result, problem.input, problem.shape, &problem.static_scale);
+    }
+  }
+}
+
 TEST_F(NormCudaArgs, ANanStaysInItsRow) {
   Problem problem{.shape = {3, 768}};
   problem.fill();
@@ -401,7 +444,7 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
     }
     return std::string("no error");
   };
-  const Buffer memory(4096);
+  const Buffer memory(std::vector<float>(1024));
   const DeviceNormArgs args{.input = memory.data(),
                             .input_stride = 8,
                             .norm = {.kind = NormKind::kRmsNorm, .weight = memory.as<float>()},
@@ -438,6 +481,18 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
   bad.output = memory.data();
   bad.output_stride = 9;
   EXPECT_EQ(message(bad), "norm: the output can be the input only with the same rows and stride");
+  bad = args;
+  bad.static_scale = 0.1F;
+  EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
+  bad.row_scales = memory.as<float>() + 512;
+  EXPECT_EQ(message(bad), "no error");
+  bad.given_absmax = memory.as<float>();
+  EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
+  bad.given_absmax = nullptr;
+  for (const float scale : {-1.0F, 1e-39F, kInfinity, kNan}) {
+    bad.static_scale = scale;
+    EXPECT_EQ(message(bad).find("norm: static_scale must be finite and >= 1.17549e-38, got "), 0);
+  }
 }
 
 }  // namespace
