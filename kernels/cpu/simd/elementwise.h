@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/simd/group_grids.h"
+#include "kernels/cpu/simd/random_words.h"
 #include "kernels/cpu/simd/vector.h"
 
 /// Runs over contiguous elements: what fake-quantize does once the grids are known. Each writes
@@ -15,7 +16,25 @@ struct Run {
   const std::uint32_t* random_words;  ///< readable up to a whole vector past size; null: nearest
   float blend_ratio;
   bool sign_codes;  ///< by the grids' thresholds; then random_words is null
+  /// Elements from one that is read to one that is asked to come into the caches meanwhile.
+  std::int64_t ahead;
 };
+
+/// Asks for what lies `elements` after `input`, which may be past the end of all memory.
+template <typename Element>
+[[gnu::always_inline]] inline void prefetch(const Element* input, std::int64_t elements) {
+  const auto address = reinterpret_cast<std::uintptr_t>(input) +
+                       static_cast<std::uintptr_t>(elements) * sizeof(Element);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), /*rw=*/0, /*locality=*/3);
+}
+
+/// Elements before one whose address a streaming store accepts.
+template <typename Output>
+[[gnu::always_inline]] inline std::int64_t elements_to_alignment(const Output* output) {
+  constexpr std::uintptr_t kAlignment = kWidth * sizeof(Output);
+  const std::uintptr_t misalignment = reinterpret_cast<std::uintptr_t>(output) % kAlignment;
+  return static_cast<std::int64_t>((kAlignment - misalignment) % kAlignment / sizeof(Output));
+}
 
 /// Calls body(element, count) for vectors of a run: `count` is kWidth except at a start that brings
 /// `output` to an address a streaming store accepts, and at the end.
@@ -24,10 +43,7 @@ template <bool kStream, typename Output, typename Body>
                                                    const Body& body) {
   std::int64_t i = 0;
   if constexpr (kStream) {
-    constexpr std::uintptr_t kAlignment = kWidth * sizeof(Output);
-    const std::uintptr_t misalignment = reinterpret_cast<std::uintptr_t>(output) % kAlignment;
-    const auto head =
-        static_cast<std::int64_t>((kAlignment - misalignment) % kAlignment / sizeof(Output));
+    const std::int64_t head = elements_to_alignment(output);
     i = head < size ? head : size;
     if (i > 0) {
       body(std::int64_t{0}, i);
@@ -85,6 +101,7 @@ inline void fake_quantize_run(const Input* input, Output* output, const Grids& g
   for_each_vector<kStream>(
       output, run.size, [&](std::int64_t i, std::int64_t count) MOQ_INLINE_LAMBDA {
         const VectorGrid grid = grids.at(i);
+        prefetch(input + i, run.ahead);
         const F32 value = load_some(input + i, count);
         F32 result = dequantize(quantize<kPlain>(value, grid, run, i), grid);
         if (!kPlain && run.blend_ratio != 0.0F) {
@@ -93,6 +110,38 @@ inline void fake_quantize_run(const Input* input, Output* output, const Grids& g
         }
         store_some<kStream>(output + i, result, count);
       });
+}
+
+/// Rounds a run stochastically without blending. `size` is a multiple of kDrawn and not 0; the
+/// first element's word is the first of block `lower_number`; kStream promises that `output` is
+/// aligned for streaming stores. Elements are rounded while the words of the next ones are drawn.
+template <bool kStream, typename Input, typename Output>
+inline void fake_quantize_drawn(const Input* input, Output* output, std::int64_t size,
+                                const VectorGrid& grid, const RandomBlocks& blocks,
+                                std::uint32_t lower_number, std::int64_t ahead) {
+  I32 words[kDrawnVectors];
+  const auto round_vector = [&](std::int64_t begin, int i) MOQ_INLINE_LAMBDA {
+    const std::int64_t place = begin + i * kWidth;
+    prefetch(input + place, ahead);
+    const F32 code = quantize_stochastic(load(input + place), grid, words[i]);
+    store_some<kStream>(output + place, dequantize(code, grid), kWidth);
+  };
+  blocks.draw<kBatches>(lower_number, words, Nothing());
+  const std::int64_t last = size - kDrawn;
+  for (std::int64_t begin = 0; begin < last; begin += kDrawn) {
+    lower_number += kDrawn / 4;
+    I32 next[kDrawnVectors];
+    blocks.draw<kBatches>(lower_number, next,
+                          [&](int i) MOQ_INLINE_LAMBDA { round_vector(begin, i); });
+#pragma GCC unroll 8
+    for (int i = 0; i < kDrawnVectors; ++i) {
+      words[i] = next[i];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kDrawnVectors; ++i) {
+    round_vector(last, i);
+  }
 }
 
 /// Codes of a run; 0 where the group has no grid.

@@ -10,8 +10,10 @@
 #include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/group_grids.h"
 #include "kernels/cpu/simd/random_words.h"
+#include "kernels/cpu/simd/row_quantizer.h"
 #include "kernels/cpu/simd/statistics.h"
 #include "kernels/cpu/simd/sweeps.h"
+#include "kernels/cpu/simd/typed_matrix.h"
 
 namespace moq::kernels::cpu::MOQ_ISA {
 namespace {
@@ -20,110 +22,7 @@ namespace {
 /// caches hold beside the output.
 constexpr std::int64_t kCachedBytes = 256 * 1024;
 
-/// Elements whose random words are made at a time.
-constexpr std::int64_t kDraws = 1024;
-
-std::int64_t min_of(std::int64_t a, std::int64_t b) {
-  return a < b ? a : b;
-}
-std::int64_t max_of(std::int64_t a, std::int64_t b) {
-  return a > b ? a : b;
-}
-
-template <typename Element>
-Element* offset(Element* pointer, std::int64_t elements) {
-  return pointer == nullptr ? nullptr : pointer + elements;
-}
-
-/// One matrix with its pointers' types.
-template <typename InputType, typename OutputType>
-struct Typed {
-  using Input = InputType;
-  using Output = OutputType;
-
-  const FakeQuantizeTensor& matrix;
-  const FakeQuantizeStep& step;
-  const Input* input = static_cast<const Input*>(matrix.input);
-  Output* output = static_cast<Output*>(matrix.output);
-
-  RandomStream stream() const { return {step.seed, step.step, matrix.name_hash}; }
-  bool stochastic() const { return matrix.rounding == Rounding::kStochastic; }
-  Run run_of(std::int64_t size) const {
-    return {size, nullptr, step.blend_ratio, has_sign_codes(matrix.mode, step.num_bits)};
-  }
-  GridSpec grid_spec() const {
-    return {step.num_bits, matrix.mode, matrix.scale_rule, matrix.scale_dtype};
-  }
-  std::int64_t number_of(std::int64_t row, std::int64_t col) const {
-    const std::int64_t pitch = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
-    return matrix.first_element + row * pitch + col;
-  }
-};
-
-/// Writes scale and zero point of group `group` of the matrix from element `i` of `grids`.
-void store_parameters(const FakeQuantizeTensor& matrix, const GroupGrids& grids, int i,
-                      std::int64_t group) {
-  if (matrix.scales != nullptr) {
-    visit_float(matrix.scale_dtype, [&]<typename Scale>(Scale) {
-      store_float(static_cast<Scale*>(matrix.scales) + group, grids.scale[i]);
-    });
-  }
-  if (matrix.zero_points != nullptr) {
-    matrix.zero_points[group] = static_cast<std::int32_t>(grids.zero_point[i]);
-  }
-}
-
-/// Writes the codes of a run that starts at (row, col).
-template <typename Input, typename Grids>
-void store_codes(const FakeQuantizeTensor& matrix, const Input* input, std::int64_t row,
-                 std::int64_t col, const Grids& grids, const Run& run) {
-  const std::int64_t first = row * matrix.cols + col;
-  if (matrix.codes_dtype == DType::kInt8) {
-    quantize_run(input, static_cast<std::int8_t*>(matrix.codes) + first, grids, run);
-  } else {
-    quantize_run(input, static_cast<std::int16_t*>(matrix.codes) + first, grids, run);
-  }
-}
-
-/// Quantizes one run by the leanest loop that does what `step` asks for.
-template <typename Input, typename Output, typename Grids>
-void store_output(const FakeQuantizeStep& step, const Input* input, Output* output,
-                  const Grids& grids, const Run& run) {
-  const bool plain = run.random_words == nullptr && run.blend_ratio == 0.0F && !run.sign_codes;
-  if (plain && step.stream) {
-    fake_quantize_run<true, true>(input, output, grids, run);
-  } else if (plain) {
-    fake_quantize_run<true, false>(input, output, grids, run);
-  } else if (step.stream) {
-    fake_quantize_run<false, true>(input, output, grids, run);
-  } else {
-    fake_quantize_run<false, false>(input, output, grids, run);
-  }
-}
-
 // ------------------------------------------------------------------------------- contiguous rows
-
-/// Quantizes `size` elements of one group, from (row, col) on, along the row.
-template <typename TypedMatrix>
-void quantize_group(const TypedMatrix& typed, std::int64_t row, std::int64_t col, std::int64_t size,
-                    const SharedGrid& grid) {
-  const FakeQuantizeTensor& matrix = typed.matrix;
-  std::uint32_t words[random_words_capacity(kDraws) + kWidth];
-  const std::int64_t run_size = typed.stochastic() ? kDraws : size;
-  for (std::int64_t begin = col; begin < col + size; begin += run_size) {
-    Run run = typed.run_of(min_of(run_size, col + size - begin));
-    if (typed.stochastic()) {
-      run.random_words = random_words(typed.stream(), typed.number_of(row, begin), run.size, words);
-    }
-    const std::int64_t place = row * matrix.row_stride + begin;
-    if (matrix.codes != nullptr) {
-      store_codes(matrix, typed.input + place, row, begin, grid, run);
-    }
-    if (matrix.output != nullptr) {
-      store_output(typed.step, typed.input + place, typed.output + place, grid, run);
-    }
-  }
-}
 
 template <typename Element>
 GroupStatistics statistics_in(QuantMode mode, const Element* input, std::int64_t size) {
@@ -143,6 +42,7 @@ void fake_quantize_typed_rows(const TypedMatrix& typed) {
   const std::int64_t batch =
       group_bytes == 0 ? 1 : max_of(1, min_of(16, kCachedBytes / group_bytes));
   const GridSpec spec = typed.grid_spec();
+  RowQuantizer quantizer(typed, batch * group_size);
   GroupStatisticsArrays statistics;
   GroupGrids grids;
   for (std::int64_t first = 0; first < num_groups; first += batch) {
@@ -179,7 +79,7 @@ void fake_quantize_typed_rows(const TypedMatrix& typed) {
       if (step.shared_grid == nullptr) {
         store_parameters(matrix, grids, i, first + i);
       }
-      quantize_group(typed, row, col, group_size, SharedGrid(grids, i));
+      quantizer.quantize(row, col, group_size, SharedGrid(grids, i));
     }
   }
 }
@@ -218,10 +118,11 @@ struct TileWords {
   template <typename TypedMatrix>
   void fill(const TypedMatrix& typed, std::int64_t first_row, std::int64_t first_col,
             std::int64_t lanes, std::int64_t columns) {
-    std::uint32_t row_words[random_words_capacity(kColumns)];
+    std::uint32_t row_words[RandomWords::capacity(kColumns)];
+    RandomWords random_words = typed.random_words();
     for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      const std::uint32_t* source = random_words(
-          typed.stream(), typed.number_of(first_row + lane, first_col), columns, row_words);
+      const std::uint32_t* source =
+          random_words.words(typed.number_of(first_row + lane, first_col), columns, row_words);
       for (std::int64_t col = 0; col < columns; ++col) {
         words[col * kLanes + lane] = source[col];
       }
@@ -252,8 +153,8 @@ void quantize_lanes(const TypedMatrix& typed, std::int64_t row, std::int64_t lan
   const FakeQuantizeTensor& matrix = typed.matrix;
   TileWords tile;
   for (std::int64_t col = begin; col < end; ++col) {
-    Run run = typed.run_of(lanes);
-    if (typed.stochastic()) {
+    Run run = typed.run_of(lanes, 0);
+    if (typed.draws()) {
       const std::int64_t tile_col = (col - begin) % TileWords::kColumns;
       if (tile_col == 0) {
         tile.fill(typed, row, col, lanes, min_of(TileWords::kColumns, end - col));
@@ -327,7 +228,7 @@ void fake_quantize_typed_columns(const TypedMatrix& typed) {
   const FakeQuantizeStep& step = typed.step;
   const std::int64_t group_size = columns_per_group(matrix);
   const std::int64_t row_groups = groups_per_row(matrix);
-  const std::int64_t tile = typed.stochastic() ? TileWords::kLanes : GroupGrids::kCapacity;
+  const std::int64_t tile = typed.draws() ? TileWords::kLanes : GroupGrids::kCapacity;
   GroupGrids grids{};
   for (std::int64_t row = 0; row < matrix.rows; row += tile) {
     const std::int64_t lanes = min_of(tile, matrix.rows - row);

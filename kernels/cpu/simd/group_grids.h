@@ -139,10 +139,10 @@ class LaneGrids {
 /// Codes (as float32) of elements that are rounded up where their uniform is below the fraction.
 [[gnu::always_inline]] inline F32 quantize_stochastic(F32 value, const VectorGrid& grid,
                                                       I32 random_words) {
-  const F32 uniform = convert<F32>((random_words >> 8) & 0xffffff) * 0x1p-24F;
+  const F32 uniform = convert<F32>(bit_cast<I32>(bit_cast<U32>(random_words) >> 8)) * 0x1p-24F;
   const F32 position = value * grid.inverse_scale;
   const F32 below = round_down(position);
-  const F32 rounded = below + (uniform < position - below ? broadcast(1.0F) : F32{});
+  const F32 rounded = uniform < position - below ? below + 1.0F : below;
   return minimum(maximum(rounded + grid.zero_point, grid.qmin), grid.qmax);
 }
 

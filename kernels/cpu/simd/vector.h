@@ -183,6 +183,25 @@ template <typename Vector>
   return a < b ? a : b;
 }
 
+#if defined(MOQ_ISA_avx512) || defined(MOQ_ISA_avx2)
+// One instruction with the same answer for NaN and zeros, which compilers do not always find.
+[[gnu::always_inline]] inline F32 maximum(F32 a, F32 b) {
+#if defined(MOQ_ISA_avx512)
+  return _mm512_max_ps(a, b);
+#else
+  return _mm256_max_ps(a, b);
+#endif
+}
+
+[[gnu::always_inline]] inline F32 minimum(F32 a, F32 b) {
+#if defined(MOQ_ISA_avx512)
+  return _mm512_min_ps(a, b);
+#else
+  return _mm256_min_ps(a, b);
+#endif
+}
+#endif
+
 [[gnu::always_inline]] inline F32 absolute(F32 value) {
   return bit_cast<F32>(bit_cast<I32>(value) & 0x7fffffff);
 }

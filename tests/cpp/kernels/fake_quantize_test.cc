@@ -359,6 +359,65 @@ TEST(FakeQuantize, ElementNumbersBeyond32BitsDrawTheirOwnBits) {
   EXPECT_EQ(run(problem), reference(problem));
 }
 
+/// Rows long enough for the loop that draws words where it uses them, which takes a row's elements
+/// from one whose word is the first of a block and whose output accepts a streaming store; whatever
+/// lies before and behind them is drawn first.
+using DrawnRows = std::tuple<DType, bool, std::int64_t, std::int64_t>;
+
+class FakeQuantizeDrawnRows : public ::testing::TestWithParam<std::tuple<cpu::Isa, DrawnRows>> {};
+
+std::string drawn_rows_name(const ::testing::TestParamInfo<std::tuple<cpu::Isa, DrawnRows>>& info) {
+  const auto& [isa, rows] = info.param;
+  const auto& [dtype, stream, cols, first_element] = rows;
+  return std::string(cpu::name_of(isa)) + "_" + moq::name_of(dtype) +
+         (stream ? "_streamed_" : "_") + std::to_string(cols) + "_from_" +
+         std::to_string(first_element);
+}
+
+TEST_P(FakeQuantizeDrawnRows, DrawTheBitsOfTheDefinition) {
+  const auto& [isa, rows] = GetParam();
+  const auto& [dtype, stream, cols, first_element] = rows;
+  MOQ_SKIP_WITHOUT_ISA(isa);
+  const Problem problem(Case{.rows = 2,
+                             .cols = cols,
+                             .rounding = Rounding::kStochastic,
+                             .input_dtype = dtype,
+                             .output_dtype = dtype,
+                             .first_element = first_element,
+                             .unsharded_cols = 1024});
+  const Case& c = problem.parameters;
+  const Result expected = reference(problem);
+  for (std::size_t misplaced = 0; misplaced < 5; ++misplaced) {
+    Result result = problem.blank;
+    std::vector<std::byte> memory(result.output.size() + 128);
+    const std::size_t past_line = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+    std::byte* output = memory.data() + (64 - past_line) + misplaced * size_of(dtype);
+    std::ranges::copy(result.output, output);
+    MOQ_FUNCTION_OF(isa, fake_quantize_rows)
+    (problem.tensor(problem.input.data(), output, nullptr, result.scales.data(),
+                    result.zero_points.data()),
+     {.num_bits = c.num_bits,
+      .blend_ratio = 0.0F,
+      .seed = c.seed,
+      .step = static_cast<std::uint32_t>(c.step),
+      .stream = stream,
+      .shared_grid = nullptr});
+    std::copy_n(output, result.output.size(), result.output.data());
+    EXPECT_EQ(result.output, expected.output) << misplaced << " elements behind a line";
+    EXPECT_EQ(result.scales, expected.scales);
+  }
+}
+
+// Lengths around what is drawn at a time (4, 32 and 128 elements), numbers on and off a block's
+// first, and blocks that pass 2^32.
+INSTANTIATE_TEST_SUITE_P(
+    All, FakeQuantizeDrawnRows,
+    ::testing::Combine(
+        kIsas, ::testing::Combine(kFloats, ::testing::Bool(),
+                                  ::testing::Values(3, 127, 128, 129, 160, 255, 256, 400, 1021),
+                                  ::testing::Values(0, 1, 12, (1LL << 34) - 500, 1LL << 34))),
+    drawn_rows_name);
+
 // ---------------------------------------------------------------------------------- the whole call
 
 TEST(FakeQuantize, ManyTensorsOnSeveralThreadsEqualEachAlone) {
