@@ -321,6 +321,7 @@ class Engine:
             The encodings, in the order of the inputs.
         """
         types: list[list[int]] = []
+        rows: list[list[int]] | Tensor
         if isinstance(inputs, Tensor) or not is_text(inputs):
             rows = unpad(as_rows(inputs), attention_mask)
         else:
@@ -330,9 +331,11 @@ class Engine:
             if self._core.num_token_types > 1:
                 types = tokens.get("token_type_ids", [])
         encoding = self._core.encode(rows, types)
-        states = list(encoding.last_hidden_state.split([len(row) for row in rows]))
-        mean = torch.stack([state.mean(dim=0) for state in states])
-        return Encoding(states, mean, encoding.pooled, encoding.logits)
+        states = encoding.last_hidden_state
+        lengths = torch.tensor([len(row) for row in rows])
+        mean = torch.segment_reduce(states, "mean", lengths=lengths.to(states.device))
+        split = list(states.split(lengths.tolist()))
+        return Encoding(split, mean, encoding.pooled, encoding.logits)
 
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Prompts as lists of token ids, and whether there was just one."""

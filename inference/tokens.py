@@ -50,8 +50,8 @@ def as_rows(inputs: Any) -> Any:
     return inputs
 
 
-def unpad(values: Any, attention_mask: Tensor | None) -> list[list[int]]:
-    """Rows without their padding."""
+def unpad(values: Any, attention_mask: Tensor | None) -> list[list[int]] | Tensor:
+    """Rows without their padding: a tensor as it is, if it has none."""
     if not isinstance(values, Tensor):
         if attention_mask is not None:
             raise ValueError("attention_mask must come with a tensor of token ids, got lists")
@@ -59,7 +59,7 @@ def unpad(values: Any, attention_mask: Tensor | None) -> list[list[int]]:
     if values.dim() != 2:
         raise ValueError(f"token ids must be [batch, length], got shape {list(values.shape)}")
     if attention_mask is None:
-        return [row.tolist() for row in values]
+        return values
     if attention_mask.shape != values.shape:
         raise ValueError(
             f"attention_mask must have the shape {list(values.shape)} of the token ids, got "

@@ -78,6 +78,7 @@ struct DeviceNormArgs {
   std::int64_t input_stride = 0;       ///< elements
   const std::int32_t* rows = nullptr;  ///< [num_tokens]: rows of input; null: 0, 1, 2, …
   DeviceNorm norm = {};
+  bool weight_is_ready = false;    ///< norm's weight and bias: no kernel ahead in the stream writes
   void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
   std::int64_t output_stride = 0;  ///< elements
   float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits

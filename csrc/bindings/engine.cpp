@@ -3,6 +3,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "csrc/bindings/bindings.h"
@@ -27,7 +28,43 @@ auto without_gil(const Call& call) {
   return call();
 }
 
-std::vector<inference::TokenSequence> sequences(Ids token_ids, Ids token_types) {
+/// One sequence's ids, without a caster for each.
+std::vector<std::int64_t> read_row(const py::list& row) {
+  std::vector<std::int64_t> ids(row.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    ids[i] = PyLong_AsLongLong(PyList_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i)));
+    if (ids[i] == -1 && PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+  }
+  return ids;
+}
+
+/// Ids of every sequence: of a tensor [sequences, tokens], or of a list of lists.
+Ids read_ids(const py::object& rows) {
+  Ids ids;
+  if (THPVariable_Check(rows.ptr())) {
+    const at::Tensor& given = THPVariable_Unpack(rows.ptr());
+    TORCH_CHECK_TYPE(at::isIntegralType(given.scalar_type(), /*includeBool=*/false),
+                     "engine: token ids must be integers, got ", given.scalar_type());
+    TORCH_CHECK_VALUE(given.dim() == 2, "engine: token ids must be [batch, length], got shape ",
+                      given.sizes());
+    const at::Tensor table = given.to(at::kCPU, at::kLong).contiguous();
+    const auto* const first = table.const_data_ptr<std::int64_t>();
+    for (std::int64_t i = 0; i < table.size(0); ++i) {
+      ids.emplace_back(first + i * table.size(1), first + (i + 1) * table.size(1));
+    }
+    return ids;
+  }
+  for (const py::handle row : py::list(rows)) {
+    ids.push_back(read_row(py::list(py::reinterpret_borrow<py::object>(row))));
+  }
+  return ids;
+}
+
+std::vector<inference::TokenSequence> sequences(const py::object& ids, const py::object& types) {
+  Ids token_ids = read_ids(ids);
+  Ids token_types = read_ids(types);
   MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
             "engine: token_types must be empty or one list per sequence, got ", token_types.size(),
             " for ", token_ids.size());
@@ -114,7 +151,7 @@ Engine open_engine(const std::filesystem::path& directory, const std::string& de
   return Engine::open(directory, options);
 }
 
-GenerationResult generate(Engine& engine, const Ids& prompts, std::int64_t max_new_tokens,
+GenerationResult generate(Engine& engine, const py::object& prompts, std::int64_t max_new_tokens,
                           float temperature, std::int64_t top_k, float top_p, float min_p,
                           float repetition_penalty, std::uint64_t seed,
                           std::vector<std::int64_t> stop_tokens, std::int64_t max_batch,
@@ -128,8 +165,9 @@ GenerationResult generate(Engine& engine, const Ids& prompts, std::int64_t max_n
                                                           .seed = seed},
                                              .stop_tokens = std::move(stop_tokens),
                                              .max_batch = max_batch};
+  const Ids token_ids = read_ids(prompts);
   const py::gil_scoped_release release;  // a Python callback takes the lock by itself
-  return engine.generate(prompts, options, on_token.value_or(inference::OnToken{}));
+  return engine.generate(token_ids, options, on_token.value_or(inference::OnToken{}));
 }
 
 }  // namespace
@@ -156,24 +194,26 @@ void bind_engine(py::module_& m) {
            "returning False. Releases the interpreter lock.")
       .def(
           "forward",
-          [](Engine& engine, Ids token_ids, Ids token_types, KvCache* cache,
-             const std::vector<std::int64_t>& slots) {
-            const auto all = sequences(std::move(token_ids), std::move(token_types));
+          [](Engine& engine, const py::object& token_ids, const py::object& token_types,
+             KvCache* cache, const std::vector<std::int64_t>& slots) {
+            const auto all = sequences(token_ids, token_types);
             const py::gil_scoped_release release;
             return engine.forward(all, cache, slots);
           },
-          py::arg("token_ids"), py::arg("token_types") = Ids{}, py::arg("cache") = py::none(),
+          py::arg("token_ids"), py::arg("token_types") = py::tuple(), py::arg("cache") = py::none(),
           py::arg("slots") = std::vector<std::int64_t>{},
           "Logits of every token, packed by sequence: [num_tokens, vocab_size] float32.")
       .def(
           "encode",
-          [](Engine& engine, Ids token_ids, Ids token_types) {
-            const auto all = sequences(std::move(token_ids), std::move(token_types));
+          [](Engine& engine, const py::object& token_ids, const py::object& token_types) {
+            const auto all = sequences(token_ids, token_types);
             const py::gil_scoped_release release;
             return engine.encode(all);
           },
-          py::arg("token_ids"), py::arg("token_types") = Ids{},
-          "Hidden states, pooled outputs and class logits of whole sequences.")
+          py::arg("token_ids"), py::arg("token_types") = py::tuple(),
+          "Hidden states, pooled outputs and class logits of whole sequences: lists of token ids, "
+          "or "
+          "an integer tensor [sequences, tokens].")
       .def("release_graphs", &Engine::release_graphs, py::call_guard<py::gil_scoped_release>(),
            "Frees captured steps, which hold the ranks' communicator.")
       .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"),

@@ -207,18 +207,20 @@ template <typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
                  std::span<const std::int64_t> slots, const OnPiece& on_piece) {
   // First of all: a rank that throws alone leaves the others waiting for it.
-  std::vector<std::int64_t> request;
-  for (const auto& [token_ids, token_types] : sequences) {
-    add_list(request, token_ids);
-    add_list(request, token_types);
-  }
-  add_list(request, slots);
-  if (cache != nullptr) {
-    for (const std::int64_t slot : slots) {
-      request.push_back(cache->holds(slot) ? cache->length(slot) : -1);
+  if (model_->communicator().size() > 1) {
+    std::vector<std::int64_t> request;
+    for (const auto& [token_ids, token_types] : sequences) {
+      add_list(request, token_ids);
+      add_list(request, token_types);
     }
+    add_list(request, slots);
+    if (cache != nullptr) {
+      for (const std::int64_t slot : slots) {
+        request.push_back(cache->holds(slot) ? cache->length(slot) : -1);
+      }
+    }
+    check_agreement(model_->communicator(), "engine: the tokens and slots", request);
   }
-  check_agreement(model_->communicator(), "engine: the tokens and slots", request);
   MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
@@ -231,12 +233,14 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
     all.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
   }
   model_->check(all, cache);
+  const std::vector<kernels::AttentionSequence> places(all.sequences().begin(),
+                                                       all.sequences().end());
   const std::int64_t at_once = model_->device().is_cpu() ? kTokensAtOnce : kTokensAtOnceOnGpu;
   std::vector<std::size_t> ends;  // of the pieces, in sequences
   std::int64_t in_piece = 0;
   std::int64_t largest = 0;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
-    const std::int64_t count = all.sequences()[i].num_tokens;
+    const std::int64_t count = places[i].num_tokens;
     if (in_piece > 0 && in_piece + count > at_once) {
       ends.push_back(i);
       in_piece = 0;
@@ -249,11 +253,14 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
   std::size_t next = 0;
   try {
     for (const std::size_t end : ends) {
-      batch_.clear();
-      for (; next < end; ++next) {
-        const auto& [token_ids, token_types] = sequences[next];
-        const kernels::AttentionSequence& place = all.sequences()[next];
-        batch_.append(token_ids, place.slot, place.past_length, token_types);
+      if (ends.size() == 1) {
+        std::swap(batch_, all);
+      } else {
+        batch_.clear();
+        for (; next < end; ++next) {
+          const auto& [token_ids, token_types] = sequences[next];
+          batch_.append(token_ids, places[next].slot, places[next].past_length, token_types);
+        }
       }
       if (batch_.num_tokens() > 0) {
         model_->forward(batch_, cache);
@@ -261,7 +268,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
       }
     }
   } catch (...) {
-    for (const kernels::AttentionSequence& place : all.sequences()) {
+    for (const kernels::AttentionSequence& place : places) {
       if (cache != nullptr) {
         cache->truncate(place.slot, place.past_length);
       }

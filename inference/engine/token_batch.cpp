@@ -1,5 +1,7 @@
 #include "inference/engine/token_batch.h"
 
+#include <numeric>
+
 #include "kernels/common/check.h"
 
 namespace moq::inference {
@@ -20,10 +22,10 @@ void TokenBatch::append(std::span<const std::int64_t> token_ids, std::int64_t sl
   sequences_.push_back(
       {.token_begin = num_tokens(), .num_tokens = count, .slot = slot, .past_length = past_length});
   token_ids_.insert(token_ids_.end(), token_ids.begin(), token_ids.end());
-  for (std::int64_t i = 0; i < count; ++i) {
-    positions_.push_back(past_length + i);
-    token_types_.push_back(token_types.empty() ? 0 : token_types[static_cast<std::size_t>(i)]);
-  }
+  positions_.resize(token_ids_.size());
+  std::iota(positions_.end() - count, positions_.end(), past_length);
+  token_types_.insert(token_types_.end(), token_types.begin(), token_types.end());
+  token_types_.resize(token_ids_.size(), 0);
 }
 
 }  // namespace moq::inference

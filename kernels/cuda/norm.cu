@@ -32,6 +32,10 @@ constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
 
 // -------------------------------------------------------------------------------- device functions
 
+/// What the statistics of a row are made of: of a warp's numbers their sum, the sum of their
+/// squared differences from their mean, that mean, and how many they are.
+using Moments = float4;
+
 /// The threads of a row.
 struct Team {
   int warps;
@@ -42,17 +46,51 @@ struct Team {
   __device__ Number reduce(Number value, Number* slots, const Combine& combine) const {
     value = reduce_lanes(value, combine);
     if (warps > 1) {
-      if (thread % kWarpSize == 0) {
-        slots[thread / kWarpSize] = value;
-      }
-      __syncthreads();
+      share(value, slots);
       const int lane = thread % kWarpSize;
       value = reduce_lanes(lane < warps ? slots[lane] : Number{}, combine);
     }
     return value;
   }
 
+  /// The sum over the lanes of the warp.
+  __device__ static float sum_of_lanes(float value) {
+    return reduce_lanes(value, [](float a, float b) { return a + b; });
+  }
+
+  /// The row's mean and sum of squared differences from it, from what each warp has of its numbers:
+  /// one exchange between the warps (Chan, Golub and LeVeque 1983).
+  __device__ float2 merge(const Moments& own, float inverse_size, Moments* slots) const {
+    if (warps == 1) {
+      return {own.z, own.y};
+    }
+    share(own, slots);
+    int lanes = 2;
+    while (lanes < warps) {
+      lanes *= 2;
+    }
+    const int lane = thread % lanes;
+    const Moments part = lane < warps ? slots[lane] : Moments{};
+    const auto sum = [lanes](float value) {
+      for (int distance = lanes / 2; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+      }
+      return value;
+    };
+    const float mean = sum(part.x) * inverse_size;
+    const float difference = part.z - mean;
+    return {mean, sum(fmaf(part.w * difference, difference, part.y))};
+  }
+
  private:
+  template <typename Number>
+  __device__ void share(const Number& value, Number* slots) const {
+    if (thread % kWarpSize == 0) {
+      slots[thread / kWarpSize] = value;
+    }
+    __syncthreads();
+  }
+
   template <typename Number, typename Combine>
   __device__ static Number reduce_lanes(Number value, const Combine& combine) {
 #pragma unroll
@@ -134,9 +172,9 @@ struct Row {
     }
   }
 
-  /// The sum of term(number, sum before) over the row.
+  /// The sum of term(number, sum before) over the thread's part.
   template <typename Term>
-  __device__ float sum(const Team& team, float* slots, const Term& term) {
+  __device__ float sum(const Term& term) {
     float sum = 0.0F;
     for_each_vector([&](const Elements& vector, int, int) {
       const Numbers<kWidth> numbers = numbers_of(vector);
@@ -147,7 +185,17 @@ struct Row {
       }
       sum += part;
     });
-    return team.reduce(sum, slots, [](float a, float b) { return a + b; });
+    return sum;
+  }
+
+  /// Numbers of the row that are with the thread's warp.
+  __device__ int size_of_warp() const {
+    const int begin = first - static_cast<int>(threadIdx.x) % kWarpSize * kWidth;
+    int count = 0;
+    for (int col = begin; col < size; col += stride) {
+      count += min(size - col, kWarpSize * kWidth);
+    }
+    return count;
   }
 };
 
@@ -221,48 +269,67 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   using Elements = Vector<Element, kWidth>;
   // Registers for the weight and bias too, which then come with the row.
   constexpr bool kHoldsAffine = kHeld > 0 && kHeld * kWidth <= 2 * kFewElements;
-  __shared__ float sums[2][kMaxWarps];
+  __shared__ Moments moments[kMaxWarps];
   __shared__ std::int32_t magnitudes[kMaxWarps];
   const Team team{warps, static_cast<int>(warps == 1 ? threadIdx.x % kWarpSize : threadIdx.x)};
   const std::int64_t token =
       warps == 1 ? static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize
                  : blockIdx.x;
   allow_next_kernel();
+  // ---- what does not depend on kernels ahead
+  Row<Element, kWidth, kHeld> row;
+  row.first = team.thread * kWidth;
+  row.stride = warps * kWarpSize * kWidth;
+  row.size = static_cast<int>(args.hidden_size);
+  Affine<kWidth> affine[kHoldsAffine ? kHeld : 1];
+  const auto load_affine = [&] {
+    if constexpr (kHoldsAffine) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (row.first + i * row.stride < row.size) {
+          affine[i].load(args.norm, row.first + i * row.stride);
+        }
+      }
+    }
+  };
+  if (args.weight_is_ready) {
+    load_affine();
+  }
+  const bool normalises = args.norm.kind != NormKind::kNone;
+  const bool centres = args.norm.kind == NormKind::kLayerNorm;
+  const float inverse_size = 1.0F / static_cast<float>(row.size);
+  const auto warp_size = static_cast<float>(normalises ? row.size_of_warp() : 0);
+  const float inverse_warp_size = 1.0F / fmaxf(warp_size, 1.0F);
+
   wait_for_previous_kernels();
   if (token >= args.num_tokens) {
     return;
   }
-  Row<Element, kWidth, kHeld> row;
   row.input = static_cast<const Element*>(args.input) +
               (args.rows != nullptr ? args.rows[token] : token) * args.input_stride;
-  row.first = team.thread * kWidth;
-  row.stride = warps * kWarpSize * kWidth;
-  row.size = static_cast<int>(args.hidden_size);
   row.load();
-  Affine<kWidth> affine[kHoldsAffine ? kHeld : 1];
-  if constexpr (kHoldsAffine) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (row.first + i * row.stride < row.size) {
-        affine[i].load(args.norm, row.first + i * row.stride);
-      }
-    }
+  if (!args.weight_is_ready) {
+    load_affine();
   }
 
   RowStatistics statistics;
-  if (args.norm.kind == NormKind::kLayerNorm) {
-    const float sum = row.sum(team, sums[0], [](float x, float part) { return part + x; });
-    statistics.mean = sum / static_cast<float>(row.size);
-  }
-  if (args.norm.kind != NormKind::kNone) {
-    const float sum = row.sum(team, sums[1], [&](float x, float part) {
-      const float difference = x - statistics.mean;
+  if (normalises) {
+    float sum = 0.0F;
+    float mean = 0.0F;  // of the warp's numbers
+    if (centres) {
+      sum = Team::sum_of_lanes(row.sum([](float x, float part) { return part + x; }));
+      mean = sum * inverse_warp_size;
+    }
+    const float squares = Team::sum_of_lanes(row.sum([mean](float x, float part) {
+      const float difference = x - mean;
       return fmaf(difference, difference, part);
-    });
-    statistics.inverse = 1.0F / sqrtf(sum / static_cast<float>(row.size) + args.norm.epsilon);
+    }));
+    const float2 merged = team.merge(Moments{sum, squares, mean, warp_size}, inverse_size, moments);
+    statistics.mean = merged.x;
+    statistics.inverse = rsqrtf(fmaf(merged.y, inverse_size, args.norm.epsilon));
   }
   const auto result = [&](const Elements& vector, int col, int i) {
-    if (args.norm.kind == NormKind::kNone) {
+    if (!normalises) {
       return vector;
     }
     if constexpr (!kHoldsAffine) {

@@ -8,8 +8,8 @@ Milliseconds from token ids to the last hidden states, by the engine with INT8 a
              coordinate-descent tuning), in a CUDA graph (gpu_peers.py)
   eager      transformers as it is
 
-A call counts by wall clock and ends when the device has finished: for the engine everything from
-the list of ids on, for the graphs the copy of the ids to the device and the replay. "device" in a
+A call counts by wall clock, from the tensor of ids in the host's memory on, and ends when the
+device has finished: for the graphs the copy of the ids to the device and the replay. "device" in a
 note is what the graph alone takes there. Competitors take turns, the median of --turns counts. The
 error is the largest of the last hidden states, relative to their largest number in float32.
 """
@@ -120,10 +120,8 @@ class Bench:
         """Rows of one batch size, by peer."""
         ids = self.random_ids(batch)
         expected = self.encoder.forward(ids.cuda(), torch.float32)
-        as_lists = ids.tolist()
         calls: dict[str, Callable[[], Any]] = {
-            dtype: lambda e=engine: e.core.encode(as_lists)
-            for dtype, engine in self.engines.items()
+            dtype: lambda e=engine: e.core.encode(ids) for dtype, engine in self.engines.items()
         }
         peers = self.peers(ids)
         calls |= {name: lambda p=peer: p(ids) for name, peer in peers.items()}
