@@ -22,6 +22,17 @@ TORCH_LIBRARY(moq, m) {
       "Tensor? step=None, str granularity=\"per_channel\", int group_size=0, str "
       "mode=\"symmetric\", str rounding=\"nearest\", int seed=0, int name_hash=0, bool "
       "transposed=False, ScalarType? scale_dtype=None, str scale_rule=\"absmax\") -> Tensor");
+  // The derivatives of simulate with learned scales (kernels/learned_scale.h): the gradients of
+  // weight and absmax, summed in an order that depends on the weight's shape alone, and the
+  // derivative along a direction of both. Each has the other for its gradient.
+  m.def(
+      "simulate_gradient(Tensor gradient, Tensor weight, Tensor num_bits, Tensor absmax, *, "
+      "Tensor? blend_ratio=None, str granularity=\"per_channel\", int group_size=0, bool "
+      "transposed=False, ScalarType? scale_dtype=None) -> (Tensor weight, Tensor absmax)");
+  m.def(
+      "simulate_tangent(Tensor weight_tangent, Tensor absmax_tangent, Tensor weight, Tensor "
+      "num_bits, Tensor absmax, *, Tensor? blend_ratio=None, str granularity=\"per_channel\", int "
+      "group_size=0, bool transposed=False, ScalarType? scale_dtype=None) -> Tensor");
   // Many weights with one quantizer in one kernel call, into tensors of their shapes and strides.
   // Bit widths (int32, 0 copies) and the random step (int64) are read on the device: a captured
   // CUDA graph follows them. Without a gradient: only under torch.no_grad() may out

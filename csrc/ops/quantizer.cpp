@@ -108,6 +108,14 @@ c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantiz
   }
 }
 
+c10::SymInt num_scales(const at::Tensor& weight, const Quantizer& quantizer) {
+  c10::SymInt product = 1;
+  for (const c10::SymInt& size : scale_sizes(weight, quantizer)) {
+    product *= size;
+  }
+  return product;
+}
+
 kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& quantizer) {
   const int rows = quantizer.transposed ? 1 : 0;
   const int cols = quantizer.transposed ? 0 : 1;

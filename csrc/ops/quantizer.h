@@ -53,6 +53,9 @@ Features features_of(const at::Tensor& weight, bool transposed);
 /// [out / group_size, 1].
 c10::SymDimVector scale_sizes(const at::Tensor& weight, const Quantizer& quantizer);
 
+/// How many those are.
+c10::SymInt num_scales(const at::Tensor& weight, const Quantizer& quantizer);
+
 /// The kernel's description of a checked weight, its outputs still null. Strides are the weight's.
 kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& quantizer);
 

@@ -2,15 +2,14 @@
 // weights that are simulated inside the forward pass; with scales that are learned, too.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/pow.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <string>
+#include <tuple>
+
 #include "csrc/ops/checks.h"
 #include "csrc/ops/quantizer.h"
-#include "kernels/common/fake_quantize_layout.h"
 
 namespace moq::ops {
 namespace {
@@ -33,15 +32,6 @@ struct Words {
 };
 
 // ---------------------------------------------------------------------------------- implementation
-
-/// Elements of the scales of a checked weight.
-c10::SymInt num_scales(const Tensor& weight, const Quantizer& quantizer) {
-  c10::SymInt product = 1;
-  for (const c10::SymInt& size : scale_sizes(weight, quantizer)) {
-    product *= size;
-  }
-  return product;
-}
 
 Quantizer checked(const Tensor& weight, const Tensor& num_bits, const std::optional<Tensor>& absmax,
                   const std::optional<Tensor>& blend_ratio, const std::optional<Tensor>& step,
@@ -110,16 +100,7 @@ Tensor simulate_meta(const Tensor& weight, const Tensor& num_bits,
 
 // ---------------------------------------------------------------------------------------- autograd
 
-/// The gradient of a surrogate in which rounding adds a constant. Where no absmax is given: that of
-/// the identity. Where it is: with s = |absmax| / qmax and v = weight / s,
-///
-///   |rint(v)| <= qmax   output = weight + s * (rint(v) - v)   d weight = 1, d s = rint(v) - v
-///   beyond              output = sign(v) * qmax * s            d weight = 0, d s = sign(v) * qmax
-///
-/// as in Esser et al., "Learned step size quantization", ICLR 2020, but for absmax = qmax * s,
-/// which keeps its meaning when the width falls, and without their factor. All of it is scaled by
-/// what a blend leaves to the grid. Made of differentiable operators; both are constant where they
-/// are differentiable again.
+/// That of the identity, or with learned scales moq::simulate_gradient.
 class Simulate : public torch::autograd::Function<Simulate> {
  public:
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& weight,
@@ -134,11 +115,9 @@ class Simulate : public torch::autograd::Function<Simulate> {
                                .typed<decltype(simulate)>();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (absmax.has_value()) {
-      torch::autograd::variable_list saved{weight, num_bits, *absmax};
-      if (blend_ratio.has_value()) {
-        saved.push_back(*blend_ratio);
-      }
-      context->save_for_backward(saved);
+      context->save_for_backward({weight, num_bits, *absmax, blend_ratio.value_or(Tensor())});
+      context->saved_data["granularity"] = std::string(granularity);
+      context->saved_data["group_size"] = group_size;
       context->saved_data["transposed"] = transposed;
       context->saved_data["scale_dtype"] =
           static_cast<std::int64_t>(scale_dtype.value_or(weight.scalar_type()));
@@ -151,52 +130,24 @@ class Simulate : public torch::autograd::Function<Simulate> {
                                                  const torch::autograd::variable_list& gradients) {
     constexpr std::size_t kArguments = 14;
     torch::autograd::variable_list result(kArguments);
-    const Tensor& gradient = gradients[0];
-    result[0] = gradient;
+    result[0] = gradients[0];
     const torch::autograd::variable_list saved = context->get_saved_variables();
     if (saved.empty()) {
       return result;
     }
-    if (saved[2].sym_numel() == 0) {
-      result[2] = at::zeros_like(saved[2]);  // no scale, no weight
-      return result;
-    }
-    const bool transposed = context->saved_data["transposed"].toBool();
-    const auto scale_dtype =
-        static_cast<at::ScalarType>(context->saved_data["scale_dtype"].toInt());
-    const Tensor absmax = saved[2].detach();
-    // Every group is a run of the row-major matrix.
-    const auto grouped = [&](const Tensor& matrix) {
-      return (transposed ? matrix.t() : matrix).reshape_symint({absmax.sym_size(0), -1});
-    };
-    const auto as_weight = [&](const Tensor& groups) {
-      const Tensor& weight = saved[0];
-      if (!transposed) {
-        return groups.reshape_symint(weight.sym_sizes());
-      }
-      return groups.reshape_symint({weight.sym_size(1), weight.sym_size(0)}).t();
-    };
-    // In float32: of integers pow would make the process's default dtype, in which 2^b - 1 may
-    // round.
-    const Tensor qmax = at::pow(2.0, saved[1].sub(1).to(at::kFloat)).sub(1);
-    const double least = min_scale(dtype_of(scale_dtype));
-    const double most = max_scale(dtype_of(scale_dtype));
-    const Tensor scale =
-        absmax.abs().div(qmax).to(scale_dtype).to(at::kFloat).clamp(least, most).unsqueeze(1);
-    const Tensor position = grouped(saved[0].detach()).to(at::kFloat).mul(scale.reciprocal());
-    const Tensor rounded = position.round();
-    const Tensor inside = rounded.abs().le(qmax);
-    const Tensor slope = at::where(inside, rounded.sub(position), position.sign().mul(qmax));
-    const Tensor incoming = grouped(gradient).to(at::kFloat);
-    Tensor to_weight = incoming.mul(inside);
-    Tensor to_absmax = incoming.mul(slope).sum(1).div(qmax);
-    if (saved.size() > 3) {
-      const Tensor grid_share = saved[3].neg().add(1);
-      to_weight = incoming.mul(saved[3]).add(to_weight.mul(grid_share));
-      to_absmax = to_absmax.mul(grid_share);
-    }
-    result[0] = as_weight(to_weight).to(gradient.scalar_type());
-    result[2] = to_absmax.mul(at::where(absmax.lt(0), -1.0, 1.0));
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("moq::simulate_gradient", "")
+                               .typed<std::tuple<Tensor, Tensor>(
+                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   const std::optional<Tensor>&, std::string_view, std::int64_t,
+                                   bool, std::optional<at::ScalarType>)>();
+    const auto& words = context->saved_data;
+    std::tie(result[0], result[2]) =
+        op.call(gradients[0], saved[0].detach(), saved[1], saved[2].detach(),
+                saved[3].defined() ? std::optional(saved[3]) : std::nullopt,
+                words.at("granularity").toStringRef(), words.at("group_size").toInt(),
+                words.at("transposed").toBool(),
+                static_cast<at::ScalarType>(words.at("scale_dtype").toInt()));
     return result;
   }
 };

@@ -41,6 +41,27 @@ SAMPLES = {
         (random_weight(6, 32, transposed=True).requires_grad_(), torch.tensor([3]).int()),
         dict(absmax=torch.full((6,), 0.03, requires_grad=True), transposed=True),
     ),
+    "simulate_gradient": lambda: (
+        ops.simulate_gradient,
+        (
+            torch.randn(6, 32, requires_grad=True),
+            random_weight(6, 32),
+            torch.tensor([3]).int(),
+            torch.full((12,), 0.03),
+        ),
+        dict(granularity="per_group", group_size=16, blend_ratio=torch.tensor([0.5])),
+    ),
+    "simulate_tangent": lambda: (
+        ops.simulate_tangent,
+        (
+            torch.randn(32, 6, requires_grad=True),
+            torch.randn(6, requires_grad=True),
+            random_weight(6, 32, transposed=True),
+            torch.tensor([3]).int(),
+            torch.full((6,), 0.03),
+        ),
+        dict(transposed=True),
+    ),
     "foreach_fake_quantize": lambda: (
         ops.foreach_fake_quantize,
         ([random_weight(6, 32), random_weight(3, 8)], torch.tensor([8, 0], dtype=torch.int32)),

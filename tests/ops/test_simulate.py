@@ -3,12 +3,15 @@
 import pytest
 import torch
 from bits import assert_same_bits
+from reference import learned_scale
 from reference import quantize as reference
 from test_fake_quantize import DTYPES, GRANULARITIES, random_weight
 
 import moq  # noqa: F401  (registers the operators)
 
 simulate = torch.ops.moq.simulate
+simulate_gradient = torch.ops.moq.simulate_gradient
+simulate_tangent = torch.ops.moq.simulate_tangent
 fake_quantize = torch.ops.moq.fake_quantize
 
 GRIDS = [
@@ -138,6 +141,150 @@ def test_learned_scales_have_the_gradient_of_the_surrogate(
         assert abs(float((found[i, j] - slope).detach())) < 1e-6
 
 
+def learned_case(shape, granularity, group_size, transposed, dtype):
+    """A weight, ranges of both signs that clip some of it, and a gradient of the output."""
+    weight = random_weight(*shape, dtype, transposed)
+    absmax = learned(weight, granularity, group_size, transposed)
+    absmax[::2] *= -1
+    incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    arguments = dict(granularity=granularity, group_size=group_size, transposed=transposed)
+    return weight, absmax, incoming, arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("blend_ratio", [None, 0.3])
+@pytest.mark.parametrize("shape", [(8, 16), (36, 1040)])
+def test_gradients_are_those_of_the_composition(
+    device, shape, blend_ratio, granularity, group_size, transposed, dtype
+):
+    weight, absmax, incoming, arguments = learned_case(
+        shape, granularity, group_size, transposed, dtype
+    )
+    expected = learned_scale.gradients(
+        incoming, weight, absmax, 3, blend_ratio or 0.0, transposed=transposed
+    )
+    leaf, learned_absmax = weight.to(device).requires_grad_(), absmax.to(device).requires_grad_()
+    output = simulate(leaf, absmax=learned_absmax, **control(device, 3, blend_ratio), **arguments)
+    output.backward(incoming.to(device))
+    assert torch.equal(leaf.grad.cpu(), expected[0])
+    # Float32 sums of numbers whose magnitudes add up to no more than this.
+    magnitude = float(incoming.float().abs().sum()) * weight.numel() ** -0.5
+    torch.testing.assert_close(
+        learned_absmax.grad.cpu().double(), expected[1].double(), rtol=1e-5, atol=1e-6 * magnitude
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+def test_gradients_have_the_same_bits_on_every_device(device, granularity, group_size, transposed):
+    weight, absmax, incoming, arguments = learned_case(
+        (68, 1040), granularity, group_size, transposed, torch.bfloat16
+    )
+    operands = incoming, weight, torch.tensor([4], dtype=torch.int32), absmax
+    found = simulate_gradient(*(t.to(device) for t in operands), **arguments)
+    expected = simulate_gradient(*operands, **arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert_same_bits(simulate_gradient(*operands, **arguments)[1], expected[1])
+    torch.set_num_threads(threads)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
+@pytest.mark.parametrize("blend_ratio", [None, 0.3])
+def test_gradients_are_differentiable_again(
+    device, blend_ratio, granularity, group_size, transposed
+):
+    weight, absmax, incoming, arguments = learned_case(
+        (8, 32), granularity, group_size, transposed, torch.float32
+    )
+
+    def second(gradients):
+        """The gradient, of the incoming one, of a sum that weighs all gradients."""
+        leaf = incoming.clone().requires_grad_()
+        to_weight, to_absmax = gradients(leaf)
+        loss = (to_weight**2).sum() + (to_absmax.sin() * 3).sum()
+        return torch.autograd.grad(loss, leaf)[0]
+
+    expected = second(
+        lambda leaf: learned_scale.gradients(
+            leaf, weight, absmax, 3, blend_ratio or 0.0, transposed=transposed
+        )
+    )
+
+    def by_autograd(leaf):
+        on_device = [t.to(device).requires_grad_() for t in (weight, absmax)]
+        output = simulate(
+            on_device[0], absmax=on_device[1], **control(device, 3, blend_ratio), **arguments
+        )
+        found = torch.autograd.grad(output, on_device, leaf.to(device), create_graph=True)
+        return [t.cpu() for t in found]
+
+    torch.testing.assert_close(second(by_autograd), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tangent_is_the_adjoint_of_the_gradient(device):
+    weight, absmax, incoming, _ = learned_case((6, 40), "per_channel", 0, False, torch.float32)
+    point = [t.to(device) for t in (weight, torch.tensor([3], dtype=torch.int32), absmax)]
+    direction = [t.to(device) for t in (torch.randn(6, 40), torch.randn(6))]
+    leaf = incoming.to(device).requires_grad_()
+    gradients = simulate_gradient(leaf, *point)
+    tangents = [t.clone().requires_grad_() for t in direction]
+    tangent = simulate_tangent(*tangents, *point)
+    left = sum((g.double() * d).sum() for g, d in zip(gradients, direction, strict=True))
+    right = (tangent.double() * leaf).sum()
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    # Each is differentiated by the other.
+    (found,) = torch.autograd.grad(left, leaf)
+    torch.testing.assert_close(found, tangent.detach(), rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(torch.autograd.grad(right, tangents), gradients, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("blend_ratio", [None, 0.5])
+def test_a_width_of_zero_passes_the_gradient_through(device, blend_ratio):
+    weight = random_weight(5, 9).to(device).requires_grad_()
+    absmax = torch.ones(5, device=device, requires_grad=True)
+    upstream = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)).to(device)
+    output = simulate(weight, absmax=absmax, **control(device, 0, blend_ratio))
+    output.backward(upstream)
+    assert_same_bits(output, weight)
+    assert_same_bits(weight.grad, upstream)
+    assert_same_bits(absmax.grad, torch.zeros(5))
+
+
+def test_gradients_of_strided_weights_and_gradients(device):
+    weight, absmax, incoming, _ = learned_case((8, 32), "per_channel", 0, False, torch.float32)
+    wide = torch.zeros(8, 64, device=device)
+    wide[:, ::2] = weight.to(device)
+    leaf = wide[:, ::2].detach().requires_grad_()
+    given = absmax.to(device).requires_grad_()
+    output = simulate(leaf, absmax=given, **control(device, 3))
+    output.backward(incoming.t().contiguous().t().to(device))
+    to_weight, to_absmax = learned_scale.gradients(incoming, weight, absmax, 3)
+    assert torch.equal(leaf.grad.cpu(), to_weight)
+    torch.testing.assert_close(given.grad.cpu().double(), to_absmax.double(), rtol=1e-5, atol=1e-5)
+    ones = torch.ones((), device=device).expand(8, 32)  # as .sum().backward() gives it
+    found = simulate_gradient(
+        ones, weight.to(device), control(device, 3)["num_bits"], absmax.to(device)
+    )
+    wanted = learned_scale.gradients(torch.ones(8, 32), weight, absmax, 3)
+    assert torch.equal(found[0].cpu(), wanted[0])
+
+
+def test_an_empty_weight_has_empty_gradients(device):
+    for shape, scales in (((0, 4), 0), ((3, 0), 3)):
+        weight = torch.zeros(shape, device=device, requires_grad=True)
+        absmax = torch.ones(scales, device=device, requires_grad=True)
+        simulate(weight, absmax=absmax, **control(device, 3)).sum().backward()
+        assert weight.grad.shape == shape
+        assert_same_bits(absmax.grad, torch.zeros(scales))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_learned_scales_take_the_place_of_absmax(device, num_bits, dtype):
@@ -205,3 +352,33 @@ def test_refuses_what_does_not_fit_together(arguments, error, message):
     call = dict(weight=torch.zeros(3, 4), num_bits=torch.tensor([8], dtype=torch.int32))
     with pytest.raises(error, match=f"^simulate: {message}"):
         simulate(**(call | arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(gradient=torch.zeros(3, 5)), ValueError, r"gradient must .*\[3, 4\], got \[3, 5\]"),
+        (dict(gradient=torch.zeros(3, 4).half()), TypeError, "gradient must be float32, got "),
+        (dict(absmax=torch.ones(4)), ValueError, r"absmax must .*\[3\], got \[4\]"),
+        (dict(num_bits=torch.tensor([8])), TypeError, "num_bits must be int32, got "),
+        (dict(blend_ratio=torch.zeros(2)), ValueError, r"blend_ratio must .*\[1\], got \[2\]"),
+        (dict(granularity="per_group", group_size=3), ValueError, "group_size must divide"),
+    ],
+)
+def test_gradients_refuse_what_does_not_fit_together(change, error, message):
+    call = dict(
+        gradient=torch.zeros(3, 4),
+        weight=torch.zeros(3, 4),
+        num_bits=torch.tensor([8], dtype=torch.int32),
+        absmax=torch.ones(3),
+    )
+    with pytest.raises(error, match=f"^simulate_gradient: {message}"):
+        simulate_gradient(**(call | change))
+
+
+def test_tangents_refuse_what_does_not_fit_together():
+    point = torch.zeros(3, 4), torch.tensor([8], dtype=torch.int32), torch.ones(3)
+    with pytest.raises(ValueError, match=r"^simulate_tangent: weight_tangent must .*\[3, 4\]"):
+        simulate_tangent(torch.zeros(4, 4), torch.zeros(3), *point)
+    with pytest.raises(ValueError, match=r"^simulate_tangent: absmax_tangent must .*\[3\]"):
+        simulate_tangent(torch.zeros(3, 4), torch.zeros(4), *point)

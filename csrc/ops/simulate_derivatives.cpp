@@ -1,0 +1,285 @@
+// moq::simulate_gradient and moq::simulate_tangent: the derivatives of moq::simulate with learned
+// scales. Both are linear in what they derive, and each is the other's adjoint: any order of
+// differentiation calls one or the other. They are constant in weight and scales.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <type_traits>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/dispatch.h"
+#include "csrc/ops/quantizer.h"
+#include "kernels/learned_scale.h"
+
+namespace moq::ops {
+namespace {
+
+using at::Tensor;
+using Gradients = std::tuple<Tensor, Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* kGradientName = "simulate_gradient";
+constexpr const char* kTangentName = "simulate_tangent";
+
+/// Where a derivative is taken: the schemas' arguments from `weight` on.
+struct Point {
+  const char* where;
+  Tensor weight;
+  Tensor num_bits;
+  Tensor absmax;
+  std::optional<Tensor> blend_ratio;
+  Quantizer quantizer;
+};
+
+Point checked_point(const char* where, const Tensor& weight, const Tensor& num_bits,
+                    const Tensor& absmax, const std::optional<Tensor>& blend_ratio,
+                    std::string_view granularity, std::int64_t group_size, bool transposed,
+                    std::optional<at::ScalarType> scale_dtype) {
+  Quantizer quantizer = parse_quantizer(where, kMaxBits, granularity, group_size, "symmetric",
+                                        "nearest", 0, 0, 0, transposed, 0.0, scale_dtype, "absmax");
+  check_quantizer(where, weight, quantizer);
+  check_tensor(where, "num_bits", num_bits, at::kInt, weight.device(), {1});
+  check_tensor(where, "blend_ratio", blend_ratio, at::kFloat, weight.device(), {1});
+  check_tensor(where, "absmax", absmax, at::kFloat, weight.device(),
+               {num_scales(weight, quantizer)});
+  quantizer.scale_rule = ScaleRule::kGiven;
+  return {where, weight, num_bits, absmax, blend_ratio, quantizer};
+}
+
+/// Refuses what has not the weight's sizes and dtype.
+void check_like_weight(const Point& point, const char* what, const Tensor& tensor) {
+  check_tensor(point.where, what, tensor, point.weight.scalar_type(), point.weight.device(),
+               {point.weight.sym_size(0), point.weight.sym_size(1)});
+}
+
+/// A matrix in the storage that at::empty_like gives of the weight.
+Tensor stored_like(const Tensor& result, const Tensor& matrix) {
+  return matrix.strides() == result.strides() ? matrix : at::empty_like(result).copy_(matrix);
+}
+
+/// The kernel's view of a point; the tensors hold what it points to.
+struct KernelPoint {
+  Tensor weight;
+  Tensor absmax;
+  kernels::LearnedScale at;
+
+  KernelPoint(const Point& point, const Tensor& result)
+      : weight(stored_like(result, point.weight)), absmax(point.absmax.contiguous()) {
+    at.matrix = describe(weight, point.quantizer);
+    at.matrix.given_absmax = absmax.const_data_ptr<float>();
+    at.num_bits = point.num_bits.const_data_ptr<std::int32_t>();
+    at.blend_ratio =
+        point.blend_ratio.has_value() ? point.blend_ratio->const_data_ptr<float>() : nullptr;
+  }
+};
+
+// ---------------------------------------------------------------------------------- implementation
+
+Gradients empty_gradients(const Point& point) {
+  return {at::empty_like(point.weight), at::empty_like(point.absmax, at::MemoryFormat::Contiguous)};
+}
+
+Gradients simulate_gradient(const Tensor& gradient, const Tensor& weight, const Tensor& num_bits,
+                            const Tensor& absmax, const std::optional<Tensor>& blend_ratio,
+                            std::string_view granularity, std::int64_t group_size, bool transposed,
+                            std::optional<at::ScalarType> scale_dtype) {
+  const Point point = checked_point(kGradientName, weight, num_bits, absmax, blend_ratio,
+                                    granularity, group_size, transposed, scale_dtype);
+  check_like_weight(point, "gradient", gradient);
+  Gradients result = empty_gradients(point);
+  const KernelPoint described(point, std::get<0>(result));
+  const Tensor of_output = stored_like(std::get<0>(result), gradient);
+  kernels::LearnedScaleGradientArgs args{.at = described.at,
+                                         .output = of_output.const_data_ptr(),
+                                         .weight = std::get<0>(result).mutable_data_ptr(),
+                                         .absmax = std::get<1>(result).mutable_data_ptr<float>()};
+  run_on(
+      kGradientName, weight.device(), [&] { kernels::cpu::learned_scale_gradient(args); },
+      [&](auto stream) {
+        const auto bytes = static_cast<std::int64_t>(
+            kernels::cuda::learned_scale_workspace_size(described.at.matrix));
+        // The caching allocator hands the block out again only in the order of this stream.
+        const Tensor workspace =
+            at::empty({bytes}, at::TensorOptions(weight.device()).dtype(at::kByte));
+        args.workspace = workspace.mutable_data_ptr();
+        kernels::cuda::learned_scale_gradient(args, stream);
+      });
+  return result;
+}
+
+Gradients simulate_gradient_meta(const Tensor& gradient, const Tensor& weight,
+                                 const Tensor& num_bits, const Tensor& absmax,
+                                 const std::optional<Tensor>& blend_ratio,
+                                 std::string_view granularity, std::int64_t group_size,
+                                 bool transposed, std::optional<at::ScalarType> scale_dtype) {
+  const Point point = checked_point(kGradientName, weight, num_bits, absmax, blend_ratio,
+                                    granularity, group_size, transposed, scale_dtype);
+  check_like_weight(point, "gradient", gradient);
+  return empty_gradients(point);
+}
+
+Tensor simulate_tangent(const Tensor& weight_tangent, const Tensor& absmax_tangent,
+                        const Tensor& weight, const Tensor& num_bits, const Tensor& absmax,
+                        const std::optional<Tensor>& blend_ratio, std::string_view granularity,
+                        std::int64_t group_size, bool transposed,
+                        std::optional<at::ScalarType> scale_dtype) {
+  const Point point = checked_point(kTangentName, weight, num_bits, absmax, blend_ratio,
+                                    granularity, group_size, transposed, scale_dtype);
+  check_like_weight(point, "weight_tangent", weight_tangent);
+  check_tensor(kTangentName, "absmax_tangent", absmax_tangent, at::kFloat, weight.device(),
+               {absmax.sym_size(0)});
+  Tensor result = at::empty_like(weight);
+  const KernelPoint described(point, result);
+  const Tensor of_weight = stored_like(result, weight_tangent);
+  const Tensor of_absmax = absmax_tangent.contiguous();
+  const kernels::LearnedScaleTangentArgs args{.at = described.at,
+                                              .weight = of_weight.const_data_ptr(),
+                                              .absmax = of_absmax.const_data_ptr<float>(),
+                                              .output = result.mutable_data_ptr()};
+  run_on(
+      kTangentName, weight.device(), [&] { kernels::cpu::learned_scale_tangent(args); },
+      [&](auto stream) { kernels::cuda::learned_scale_tangent(args, stream); });
+  return result;
+}
+
+Tensor simulate_tangent_meta(const Tensor& weight_tangent, const Tensor& absmax_tangent,
+                             const Tensor& weight, const Tensor& num_bits, const Tensor& absmax,
+                             const std::optional<Tensor>& blend_ratio, std::string_view granularity,
+                             std::int64_t group_size, bool transposed,
+                             std::optional<at::ScalarType> scale_dtype) {
+  const Point point = checked_point(kTangentName, weight, num_bits, absmax, blend_ratio,
+                                    granularity, group_size, transposed, scale_dtype);
+  check_like_weight(point, "weight_tangent", weight_tangent);
+  check_tensor(kTangentName, "absmax_tangent", absmax_tangent, at::kFloat, weight.device(),
+               {absmax.sym_size(0)});
+  return at::empty_like(weight);
+}
+
+// ---------------------------------------------------------------------------------------- autograd
+
+/// Keeps a point between forward and backward.
+void save(AutogradContext* context, const Tensor& weight, const Tensor& num_bits,
+          const Tensor& absmax, const std::optional<Tensor>& blend_ratio,
+          std::string_view granularity, std::int64_t group_size, bool transposed,
+          std::optional<at::ScalarType> scale_dtype) {
+  context->save_for_backward({weight, num_bits, absmax, blend_ratio.value_or(Tensor())});
+  context->saved_data["granularity"] = std::string(granularity);
+  context->saved_data["group_size"] = group_size;
+  context->saved_data["transposed"] = transposed;
+  context->saved_data["scale_dtype"] =
+      static_cast<std::int64_t>(scale_dtype.value_or(weight.scalar_type()));
+}
+
+/// Calls body(the schema's arguments from `weight` on...) with what was saved.
+template <typename Body>
+auto with_saved(AutogradContext* context, const Body& body) {
+  const variable_list saved = context->get_saved_variables();
+  const auto& words = context->saved_data;
+  const std::string granularity = words.at("granularity").toStringRef();
+  return body(saved[0].detach(), saved[1], saved[2].detach(),
+              saved[3].defined() ? std::optional(saved[3]) : std::nullopt, granularity,
+              words.at("group_size").toInt(), words.at("transposed").toBool(),
+              static_cast<at::ScalarType>(words.at("scale_dtype").toInt()));
+}
+
+/// An operator of this extension.
+template <auto* kKernel>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .typed<std::remove_pointer_t<decltype(kKernel)>>();
+}
+
+class SimulateGradient : public torch::autograd::Function<SimulateGradient> {
+ public:
+  template <typename... Rest>
+  static variable_list forward(AutogradContext* context, const Tensor& gradient,
+                               const Rest&... rest) {
+    static const auto op = find<simulate_gradient>("moq::simulate_gradient");
+    save(context, rest...);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [weight, absmax] = op.call(gradient, rest...);
+    return {weight, absmax};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    static const auto op = find<simulate_tangent>("moq::simulate_tangent");
+    constexpr std::size_t kArguments = 9;
+    variable_list result(kArguments);
+    result[0] = with_saved(
+        context, [&](const auto&... rest) { return op.call(gradients[0], gradients[1], rest...); });
+    return result;
+  }
+};
+
+class SimulateTangent : public torch::autograd::Function<SimulateTangent> {
+ public:
+  template <typename... Rest>
+  static Tensor forward(AutogradContext* context, const Tensor& weight_tangent,
+                        const Tensor& absmax_tangent, const Rest&... rest) {
+    static const auto op = find<simulate_tangent>("moq::simulate_tangent");
+    save(context, rest...);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.call(weight_tangent, absmax_tangent, rest...);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    static const auto op = find<simulate_gradient>("moq::simulate_gradient");
+    constexpr std::size_t kArguments = 10;
+    variable_list result(kArguments);
+    std::tie(result[0], result[1]) =
+        with_saved(context, [&](const auto&... rest) { return op.call(gradients[0], rest...); });
+    return result;
+  }
+};
+
+Gradients simulate_gradient_autograd(const Tensor& gradient, const Tensor& weight,
+                                     const Tensor& num_bits, const Tensor& absmax,
+                                     const std::optional<Tensor>& blend_ratio,
+                                     std::string_view granularity, std::int64_t group_size,
+                                     bool transposed, std::optional<at::ScalarType> scale_dtype) {
+  const variable_list result =
+      SimulateGradient::apply(gradient, weight, num_bits, absmax, blend_ratio, granularity,
+                              group_size, transposed, scale_dtype);
+  return {result[0], result[1]};
+}
+
+Tensor simulate_tangent_autograd(const Tensor& weight_tangent, const Tensor& absmax_tangent,
+                                 const Tensor& weight, const Tensor& num_bits, const Tensor& absmax,
+                                 const std::optional<Tensor>& blend_ratio,
+                                 std::string_view granularity, std::int64_t group_size,
+                                 bool transposed, std::optional<at::ScalarType> scale_dtype) {
+  return SimulateTangent::apply(weight_tangent, absmax_tangent, weight, num_bits, absmax,
+                                blend_ratio, granularity, group_size, transposed, scale_dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moq, CPU, m) {
+  m.impl(kGradientName, simulate_gradient);
+  m.impl(kTangentName, simulate_tangent);
+}
+
+#if defined(MOQ_WITH_CUDA)
+TORCH_LIBRARY_IMPL(moq, CUDA, m) {
+  m.impl(kGradientName, simulate_gradient);
+  m.impl(kTangentName, simulate_tangent);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(moq, Meta, m) {
+  m.impl(kGradientName, simulate_gradient_meta);
+  m.impl(kTangentName, simulate_tangent_meta);
+}
+
+TORCH_LIBRARY_IMPL(moq, Autograd, m) {
+  m.impl(kGradientName, simulate_gradient_autograd);
+  m.impl(kTangentName, simulate_tangent_autograd);
+}
+
+}  // namespace moq::ops
