@@ -91,7 +91,9 @@ class WeightSimulator(nn.Module):
     def codes(self, weight: torch.Tensor, num_bits: int) -> torch.Tensor:
         """Returns the integers of a weight with learned scales, in its groups."""
         assert self.absmax is not None
-        scale = self.absmax.detach().abs() / (2 ** (num_bits - 1) - 1)
+        limits = torch.finfo(weight.dtype)  # which stores the scales
+        scale = (self.absmax.detach().abs() / (2 ** (num_bits - 1) - 1)).to(weight.dtype)
+        scale = scale.clamp(limits.tiny, limits.max).float()
         with torch.no_grad():
             simulated: torch.Tensor = self(weight)
         matrix = simulated.t() if self.arguments["transposed"] else simulated

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import moq  # noqa: E402
 from moq.activations import ActivationQuantizer, static_scale  # noqa: E402
+from moq.inference import Engine  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.verify import verify_checkpoint  # noqa: E402
 
@@ -137,11 +138,11 @@ def test_a_layer_multiplies_the_points_of_the_grid(device, kind, keyword, dtype)
     assert torch.equal(found, expected)
 
 
-def test_the_int8_kernel_multiplies_the_same_codes():
+def test_the_int8_kernel_multiplies_the_same_codes(device):
     torch.manual_seed(0)
-    layer = nn.Linear(32, 8, bias=False)
+    layer = nn.Linear(32, 8, bias=False).to(device)
     optimizer = wrap(layer, W8 | {"activations": "static"})
-    x = torch.randn(6, 32)
+    x = torch.randn(6, 32).to(device)
     layer(x).sum().backward()
     optimizer.step()
     layer.eval()
@@ -437,6 +438,27 @@ def test_the_engine_answers_as_the_trained_model(tmp_path, kind):
         optimizer.quantized_parameters(), load_run(tmp_path / "run").quantized, strict=True
     ):
         assert (mine.activations, mine.input_scale) == (theirs.activations, theirs.input_scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_multiplies_what_training_saw(tmp_path, kind, device):
+    model = tiny_llama()
+    optimizer = wrap(model, W8 | {"activations": kind}, STEPS, lr=1e-2)
+    for step in range(3):
+        model(batch(step), labels=batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.export(tmp_path / "out")
+    model.eval()
+    with torch.no_grad():
+        expected = model(batch(5)).logits.flatten(0, 1)
+        with optimizer.full_precision():
+            floats = model(batch(5)).logits.flatten(0, 1)
+    engine = Engine.from_pretrained(tmp_path / "out", device=device, compute_dtype="fp32")
+    assert engine.core.activations == kind
+    found = torch.cat(engine.forward(batch(5).tolist())).cpu()
+    # Sums in another order may move an input over the edge between two codes.
+    assert (found - expected).abs().max() < 0.1 * (floats - expected).abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import assert_same, batch, loss_of, name_hash, train_step, weights, wrap
+from reference import quantize as reference
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -208,6 +209,21 @@ def test_learning_finds_a_better_scale_than_the_largest_weight():
             optimizer.zero_grad()
         errors[scale] = loss.item()
     assert errors["learned"] < 0.8 * errors["absmax"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_integers_of_learned_scales_are_those_of_their_grid(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 64, bias=False).to(dtype)
+    layer.weight.data[3] = 0
+    config = {"simulate": "autograd", "scale": "learned", "master_dtype": "parameter"}
+    wrap(layer, config | {"start_bits": 8, "target_bits": 8}, STEPS)
+    weight = layer.parametrizations.weight.original.detach()
+    simulator = layer.parametrizations.weight[0]
+    simulator.absmax.data.mul_(0.9)
+    scale = reference.stored_scale(simulator.absmax.detach() / 127, dtype)[:, None]
+    expected = (weight.float() * (1.0 / scale)).round().clamp(-127, 127).int()
+    assert torch.equal(simulator.codes(weight, 8), expected)
 
 
 def test_logged_scalars_are_those_of_the_simulated_weights(decoder):
