@@ -4,6 +4,7 @@
 #include "kernels/fake_quantize.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <iterator>
 #include <vector>
@@ -23,6 +24,30 @@ namespace {
 /// Outputs of at least this many bytes in one call are stored past the caches: they would push out
 /// of them what comes next, and a streaming store does not first read the line it overwrites.
 constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
+
+/// Units that a thread takes at a time, at most: several, because what is asked for at the end of a
+/// unit is the start of the next; few, so that threads end together where one of them is disturbed,
+/// as by torch's own threads, which spin for milliseconds after torch's last call.
+constexpr std::int64_t kUnitsTaken = 16;
+
+/// Calls body(i) for the units [0, size), on all threads.
+template <typename Body>
+void for_each_unit_index(std::int64_t size, const Body& body) {
+  const std::int64_t threads = num_threads();
+  const std::int64_t taken = std::clamp<std::int64_t>(size / (8 * threads), 1, kUnitsTaken);
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, 1, [&](std::int64_t, std::int64_t) {
+    for (;;) {
+      const std::int64_t begin = next.fetch_add(taken, std::memory_order_relaxed);
+      if (begin >= size) {
+        break;
+      }
+      for (std::int64_t i = begin; i < std::min(begin + taken, size); ++i) {
+        body(static_cast<std::size_t>(i));
+      }
+    }
+  });
+}
 
 GroupStatistics statistics_of_unit(FakeQuantizeTensor matrix) {
   matrix.output = nullptr;  // or staging would write it, and it may be the input
@@ -130,16 +155,12 @@ class Collector {
     const auto takes_part = [&](const Unit& unit) {
       return shares(unit.tensor) && wanted(unit.tensor);
     };
-    parallel_for(static_cast<std::int64_t>(units_.size()), 1,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t i = begin; i < end; ++i) {
-                     const Unit& unit = units_[static_cast<std::size_t>(i)];
-                     if (takes_part(unit)) {
-                       parts[static_cast<std::size_t>(i)] =
-                           part(unit, rows_of(args_.tensors[unit.tensor], unit.begin, unit.end));
-                     }
-                   }
-                 });
+    for_each_unit_index(std::ssize(units_), [&](std::size_t i) {
+      const Unit& unit = units_[i];
+      if (takes_part(unit)) {
+        parts[i] = part(unit, rows_of(args_.tensors[unit.tensor], unit.begin, unit.end));
+      }
+    });
     for (std::size_t i = 0; i < units_.size(); ++i) {
       if (takes_part(units_[i])) {
         merge(group_of(units_[i]), parts[i]);
@@ -304,25 +325,22 @@ void fake_quantize(const FakeQuantizeArgs& args) {
   const SharedGrids shared_grids(args, units);
   const bool stream = streams(args.tensors);
   const auto step = static_cast<std::uint32_t>(args.step != nullptr ? *args.step : 0);
-  parallel_for(
-      static_cast<std::int64_t>(units.size()), 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-          const auto [tensor, first_row, end_row] = units[i];
-          const FakeQuantizeTensor matrix = rows_of(args.tensors[tensor], first_row, end_row);
-          // What is read again at once stays in the caches: an input, a staged copy.
-          const bool past_caches = stream && matrix.output != matrix.input && !is_staged(matrix);
-          if (args.num_bits[tensor] == 0) {
-            copy_unit(matrix, past_caches);
-            continue;
-          }
-          fake_quantize_unit(matrix, {.num_bits = args.num_bits[tensor],
-                                      .blend_ratio = blend_ratio(tensor),
-                                      .seed = args.seed,
-                                      .step = step,
-                                      .stream = past_caches,
-                                      .shared_grid = shared_grids.of(units[i])});
-        }
-      });
+  for_each_unit_index(std::ssize(units), [&](std::size_t i) {
+    const auto [tensor, first_row, end_row] = units[i];
+    const FakeQuantizeTensor matrix = rows_of(args.tensors[tensor], first_row, end_row);
+    // What is read again at once stays in the caches: an input, a staged copy.
+    const bool past_caches = stream && matrix.output != matrix.input && !is_staged(matrix);
+    if (args.num_bits[tensor] == 0) {
+      copy_unit(matrix, past_caches);
+      return;
+    }
+    fake_quantize_unit(matrix, {.num_bits = args.num_bits[tensor],
+                                .blend_ratio = blend_ratio(tensor),
+                                .seed = args.seed,
+                                .step = step,
+                                .stream = past_caches,
+                                .shared_grid = shared_grids.of(units[i])});
+  });
 }
 
 }  // namespace moq::kernels::cpu

@@ -112,6 +112,18 @@ inline void fake_quantize_run(const Input* input, Output* output, const Grids& g
       });
 }
 
+/// Asks for a line of the next page if `size` elements from `output` on begin a page. Stores past
+/// the caches wait for the address of a page that was not written lately, and soon all else waits
+/// for them. One line in a page costs little, though it is read for nothing.
+template <typename Output>
+[[gnu::always_inline]] inline void prefetch_page(const Output* output, std::int64_t size) {
+  constexpr std::uintptr_t kPage = 4096;
+  const auto bytes = static_cast<std::uintptr_t>(size) * sizeof(Output);
+  if (reinterpret_cast<std::uintptr_t>(output) % kPage < bytes) {
+    prefetch(output, static_cast<std::int64_t>(kPage / sizeof(Output)));
+  }
+}
+
 /// Rounds a run stochastically without blending. `size` is a multiple of kDrawn and not 0; the
 /// first element's word is the first of block `lower_number`; kStream promises that `output` is
 /// aligned for streaming stores. Elements are rounded while the words of the next ones are drawn.
@@ -128,8 +140,14 @@ inline void fake_quantize_drawn(const Input* input, Output* output, std::int64_t
   };
   blocks.draw<kBatches>(lower_number, words, Nothing());
   const std::int64_t last = size - kDrawn;
+  if constexpr (kStream) {
+    prefetch_page(output + last, kDrawn);
+  }
   for (std::int64_t begin = 0; begin < last; begin += kDrawn) {
     lower_number += kDrawn / 4;
+    if constexpr (kStream) {
+      prefetch_page(output + begin, kDrawn);
+    }
     I32 next[kDrawnVectors];
     blocks.draw<kBatches>(lower_number, next,
                           [&](int i) MOQ_INLINE_LAMBDA { round_vector(begin, i); });
