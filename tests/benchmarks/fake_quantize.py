@@ -9,12 +9,15 @@ cost is a copy of as many bytes: one copy between two large buffers in the same 
 
 "BF16" reads float32 masters and writes bfloat16 weights; "FP32" and "BF16 masters" have one dtype.
 Values are drawn at random; what counts is the shapes. Competitors take turns. On a CPU the best
-turn of each counts, because other processes disturb the rest; on a GPU the median of CUDA graphs
-(torch's operator excepted, which waits for the device) whose calls rotate through copies of the
-weights that exceed four times the L2 cache.
+turn of each counts, because other processes disturb the rest, and the medians stand beside it; so
+does what the arithmetic alone would allow, the rate for weights that stay in the caches of a core,
+times the threads. On a GPU it is the median of CUDA graphs (torch's operator excepted, which waits
+for the device) whose calls rotate through copies of the weights that exceed four times the L2
+cache.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -52,25 +55,31 @@ CASES = {
 MAIN_CASES = ("nearest", "stochastic")  # those of every dtype; the others in FP32
 UNCAPTURED = ("torch",)  # its operator looks at the zero points on the host
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+CACHED = {(128, 768): 1}  # with its result, less than a core's second-level cache
+CACHED_REPEATS = 20  # in one call, together less than what is stored past the caches
+PAUSE = 0.02  # seconds: torch's threads spin for some milliseconds after their work, on cores that
+# the next competitor could use
 
 Tensors = list[torch.Tensor]
+Layers = dict[tuple[int, int], int]
 Call = Callable[[int], object]
-Times = dict[str, float]
+Times = dict[str, list[float]]
 
 
 class Weights:
     """A model's masters and the tensors that simulated weights are written to, some copies of them.
 
     Args:
-        model: one of MODELS.
+        layers: shapes and how often they occur.
         dtypes: one of DTYPES.
         device: "cpu" or "cuda".
+        repeats: how often one call of moq's kernel goes through all of them.
     """
 
-    def __init__(self, model: str, dtypes: str, device: str) -> None:
+    def __init__(self, layers: Layers, dtypes: str, device: str, repeats: int = 1) -> None:
         """Draws the values."""
         source, target = DTYPES[dtypes]
-        shapes = [shape for shape, count in MODELS[model].items() for _ in range(count)]
+        shapes = [shape for shape, count in layers.items() for _ in range(count)]
         numel = sum(rows * columns for rows, columns in shapes)
         self.num_bytes = numel * (source.itemsize + target.itemsize)
         # A call that itself moves four times the cache leaves nothing of it to the next.
@@ -85,6 +94,7 @@ class Weights:
             for _ in range(self.copies)
         ]
         self.device = device
+        self.repeats = repeats
 
     def outputs(self) -> list[Tensors]:
         """Where to write."""
@@ -96,6 +106,7 @@ class Weights:
         if "transposed" in arguments:
             stored = [[weight.t().contiguous() for weight in weights] for weights in stored]
         out = [[torch.empty_like(w, dtype=self.out_dtype) for w in ws] for ws in stored]
+        stored, out = ([self.repeats * tensors for tensors in ts] for ts in (stored, out))
         num_bits = torch.full((len(stored[0]),), 8, dtype=torch.int32, device=self.device)
         step = torch.ones(1, dtype=torch.int64, device=self.device)
         arguments = arguments | {"step": step, "scale_dtype": self.out_dtype}
@@ -131,18 +142,32 @@ def _fake_quantize(weight: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_((weight / scale).round().clamp(-127, 127) * scale)
 
 
-def seconds_of(calls: dict[str, Call], copies: int, turns: int, device: str) -> Times:
-    """Seconds of one call of each competitor; every turn calls each once, the first uncounted."""
+def seconds_of(
+    calls: dict[str, Call], copies: int, turns: int, device: str, pause: float = PAUSE
+) -> Times:
+    """Seconds of calls of each competitor; every turn calls each once, the first uncounted."""
     if device == "cuda":
-        return gpu.median_of_calls(calls, copies, turns, UNCAPTURED)
-    best = dict.fromkeys(calls, float("inf"))
+        medians = gpu.median_of_calls(calls, copies, turns, UNCAPTURED)
+        return {name: [seconds] for name, seconds in medians.items()}
+    times: Times = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             call(0)
             if turn > 0:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def arithmetic_rate(dtypes: str, arguments: dict[str, object], turns: int) -> float:
+    """Bytes a second of one thread whose weights stay in its core's caches."""
+    weights = Weights(CACHED, dtypes, "cpu", CACHED_REPEATS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = seconds_of({"moq": weights.moq(arguments)}, 1, 10 * turns, "cpu", pause=0.0)["moq"]
+    torch.set_num_threads(threads)
+    return CACHED_REPEATS * weights.num_bytes / min(times)
 
 
 def launches(call: Call) -> int:
@@ -162,7 +187,7 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
     large = torch.zeros(COPY_BYTES[device] // 4, device=device)
     target = torch.empty_like(large)
     for dtypes in DTYPES:
-        weights = Weights(model, dtypes, device)
+        weights = Weights(MODELS[model], dtypes, device)
         for case, arguments in CASES.items():
             if case not in MAIN_CASES and dtypes != "FP32":
                 continue
@@ -172,12 +197,18 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
                 "foreach": weights.copy(),
             }
             seconds = seconds_of(calls, weights.copies, turns, device)
-            copied = 2 * COPY_BYTES[device] / seconds["copy"]
-            rates = {name: weights.num_bytes / seconds[name] / 1e9 for name in ("moq", "foreach")}
-            note = f"({1e3 * seconds['moq']:.3f} ms; foreach_copy {rates['foreach']:.0f} GB/s"
+            gigabytes = dict.fromkeys(calls, weights.num_bytes / 1e9)
+            gigabytes["copy"] = 2 * COPY_BYTES[device] / 1e9
+            best = {name: gigabytes[name] / min(seconds[name]) for name in calls}
+            note = f"({1e3 * min(seconds['moq']):.3f} ms; foreach_copy {best['foreach']:.0f} GB/s"
             if device == "cuda":
                 note += f"; launches: {launches(calls['moq'])}"
-            row = Row(f"{model} {dtypes} {case}", rates["moq"], copied / 1e9, "GB/s", f"{note})")
+            else:
+                medians = {n: gigabytes[n] / statistics.median(seconds[n]) for n in calls}
+                note += f"; medians {medians['moq']:.0f} and {medians['copy']:.0f} GB/s"
+                alone = torch.get_num_threads() * arithmetic_rate(dtypes, arguments, turns)
+                note += f"; arithmetic alone {alone / 1e9:.0f} GB/s"
+            row = Row(f"{model} {dtypes} {case}", best["moq"], best["copy"], "GB/s", f"{note})")
             against_copy.append(row)
             del calls
         peers: dict[str, Call] = {}
@@ -188,7 +219,7 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
         calls = {"moq": weights.moq({})} | peers
         seconds = seconds_of(calls, weights.copies, turns, device) if peers else {}
         for peer in peers:
-            times = (1e3 * seconds["moq"], 1e3 * seconds[peer])
+            times = (1e3 * min(seconds["moq"]), 1e3 * min(seconds[peer]))
             against_others.append(Row(f"{model} {dtypes} nearest, {peer}", *times, "ms"))
         del weights, calls, peers
         if device == "cuda":
