@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +217,43 @@ class ActivationQuantizers:
         return float(static_scale(quantizer.absmax, quantizer.dtype))
 
 
+@contextlib.contextmanager
+def exported_inputs(model: nn.Module, scales: Mapping[str, float | None]) -> Iterator[None]:
+    """Shows layers the inputs that a checkpoint says they have, whatever quantizers they hold.
+
+    Args:
+        model: The model.
+        scales: Name of a layer with INT8 inputs -> its static scale, or None: one scale a token.
+    """
+    enabled = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.enabled]
+    # A wrapper and what it wraps have one name; the inner module comes last and is the layer.
+    layers = {plain_name(name): module for name, module in model.named_modules()}
+    hooks = [
+        layers[name].register_forward_pre_hook(_rounding_hook(scale), with_kwargs=True)
+        for name, scale in scales.items()
+    ]
+    try:
+        for quantizer in enabled:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in enabled:
+            quantizer.enabled = True
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounding_hook(scale: float | None) -> Callable[..., Any]:
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():  # of an embedding that shares the layer's weight
+            return x
+        given = None if scale is None else torch.tensor([scale], device=x.device)
+        result: torch.Tensor = torch.ops.moq.fake_quantize_activation(x, given)
+        return result
+
+    return lambda module, args, kwargs: _with_first(rounded, args, kwargs)
+
+
 def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -223,7 +261,14 @@ def _quantize_input(
     quantizer: Any = module._modules.get(ATTRIBUTE)
     if quantizer is None:
         return args, kwargs
+    return _with_first(quantizer, args, kwargs)
+
+
+def _with_first(
+    change: Callable[[torch.Tensor], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer, of which the first is changed."""
     if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
+        return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
-    return args, kwargs | {name: quantizer(kwargs[name])}
+    return args, kwargs | {name: change(kwargs[name])}

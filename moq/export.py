@@ -83,7 +83,9 @@ def export_checkpoint(
         write_json(staged / CONFIG_NAME, config)
         save_tokenizer(staged, tokenizer)
         save_generation_config(staged, model)
-        answer, reason = measure_probe(model, probe, parameters.exact_state())
+        answer, reason = measure_probe(
+            model, probe, parameters.exact_state(), parameters.input_scales(weights)
+        )
         manifest = {
             "format_version": FORMAT_VERSION,
             "written_by": {

@@ -120,6 +120,18 @@ class ExportedModel:
         state = self.state | self.products
         return state | {alias: state[name] for alias, name in self.aliases.items()}
 
+    def input_scales(self, weights: Mapping[str, StoredWeight]) -> dict[str, float | None]:
+        """Returns the layers that read INT8 inputs -> their static scale, or None: dynamic."""
+        scales = {
+            name: self.quantized[name].input_scale
+            for name, weight in weights.items()
+            if weight.activations is not None
+        }
+        names = {name: name for name in scales} | {
+            alias: name for alias, name in self.aliases.items() if name in scales
+        }
+        return {alias.rpartition(".")[0]: scales[name] for alias, name in names.items()}
+
     def config(self, weights: Mapping[str, StoredWeight]) -> dict[str, Any]:
         """Returns config.json: the model's own, its true dtype, and where its integers are."""
         config: dict[str, Any] = {}

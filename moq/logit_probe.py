@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moq import _C
+from moq.activations import exported_inputs
 from moq.manifest import CONFIG_NAME, encode_floats
 from moq.undisturbed import undisturbed
 
@@ -48,7 +49,10 @@ def _in_single_precision(
 
 
 def measure_probe(
-    model: torch.nn.Module, tokens: Sequence[int] | None, state: Mapping[str, torch.Tensor]
+    model: torch.nn.Module,
+    tokens: Sequence[int] | None,
+    state: Mapping[str, torch.Tensor],
+    input_scales: Mapping[str, float | None],
 ) -> tuple[dict[str, Any] | None, str]:
     """Runs the model on `tokens` in evaluation mode and FP32.
 
@@ -57,6 +61,8 @@ def measure_probe(
         tokens: token ids; None: DEFAULT_LENGTH ids spread over the vocabulary.
         state: the model's state dict under its plain names, with simulated values, those of a
             16-bit model before the rounding to its dtype.
+        input_scales: layers that read INT8 inputs -> their static scale, or None: one a token. No
+            other layer does, whatever quantizers the model holds.
 
     Returns:
         The manifest's ``probe`` and an empty reason; or None and the reason why the model has no
@@ -72,7 +78,8 @@ def measure_probe(
     if not isinstance(model, PreTrainedModel):
         return None, f"{name} is not a Hugging Face model"
     try:
-        return _answer(model, list(_default_tokens(model) if tokens is None else tokens), state), ""
+        asked = list(_default_tokens(model) if tokens is None else tokens)
+        return _answer(model, asked, state, input_scales), ""
     except Exception as error:  # of the model's own code: it may want images, or a decoder's input
         if tokens is not None:
             raise
@@ -84,14 +91,18 @@ def measure_probe(
 
 
 def _answer(
-    model: PreTrainedModel, input_ids: list[int], state: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    input_ids: list[int],
+    state: Mapping[str, torch.Tensor],
+    input_scales: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """A probe with this question."""
     with undisturbed(model), torch.no_grad():
         single = _in_single_precision(model, state)
         single.train(False)
         device = next(single.parameters()).device
-        output = single(input_ids=torch.tensor([input_ids], device=device))
+        with exported_inputs(single, input_scales):
+            output = single(input_ids=torch.tensor([input_ids], device=device))
     kind = "logits" if "logits" in output else "last_hidden_state"
     values = output[kind][0]
     per_token = values.dim() == 2 and values.shape[0] == len(input_ids)

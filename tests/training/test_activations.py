@@ -12,6 +12,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 import moq  # noqa: E402
+from moq import cli  # noqa: E402
 from moq.activations import ActivationQuantizer, static_scale  # noqa: E402
 from moq.inference import Engine  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
@@ -459,6 +460,46 @@ def test_the_engine_multiplies_what_training_saw(tmp_path, kind, device):
     found = torch.cat(engine.forward(batch(5).tolist())).cpu()
     # Sums in another order may move an input over the edge between two codes.
     assert (found - expected).abs().max() < 0.1 * (floats - expected).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_run_becomes_the_directory_that_the_model_does(tmp_path, kind, dtype):
+    model = tiny_llama()
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    optimizer = wrap(model, W8 | {"activations": kind}, STEPS)
+    model(batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    optimizer.save(tmp_path / "run")
+    optimizer.export(tmp_path / "direct")
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "through")]) == 0
+    for path in (tmp_path / "direct").iterdir():
+        assert path.read_bytes() == (tmp_path / "through" / path.name).read_bytes(), path.name
+    assert model(batch(1)).logits.isfinite().all()  # the quantizers are at work again
+    assert all(q.enabled and not q._forward_pre_hooks for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_above_8_bits_are_exported_and_verified_without_int8_inputs(tmp_path, kind, dtype):
+    model = tiny_llama().to(dtype)
+    rules = [{"match": "*.layers.1.*", "start_bits": 12, "target_bits": 12}]
+    optimizer = wrap(model, W8 | {"activations": kind, "rules": rules}, STEPS)
+    model(batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    optimizer.export(tmp_path / "out")
+    weights = json.loads((tmp_path / "out" / "moq.json").read_text())["weights"]
+    for name, weight in weights.items():
+        assert weight["activations"] == (kind if ".layers.0." in name else None)
+    checks = verify_checkpoint(tmp_path / "out")
+    assert all(check.passed for check in checks), checks
+    wide = wrap(tiny_llama(), {"start_bits": 9, "target_bits": 9, "activations": kind}, STEPS)
+    wide.model(batch(0), labels=batch(0)).loss.backward()
+    wide.step()
+    wide.export(tmp_path / "wide")
+    checks = verify_checkpoint(tmp_path / "wide")
+    assert all(check.passed for check in checks), checks
 
 
 @pytest.mark.parametrize("kind", KINDS)
