@@ -27,9 +27,15 @@ DEFAULT_LENGTH = 16
 
 
 def _default_tokens(model: PreTrainedModel) -> list[int]:
-    """Ids spread over the vocabulary by a multiplicative sequence, the same for every export."""
-    vocab_size: int = model.config.get_text_config().vocab_size
-    return [(1 + index * 2_654_435_761) % vocab_size for index in range(DEFAULT_LENGTH)]
+    """Ids spread over the vocabulary by a multiplicative sequence, the same for every export.
+
+    None of them is padding, which some models (RoBERTa) give another position than the engine.
+    """
+    config = model.config.get_text_config()
+    vocab_size: int = config.vocab_size
+    padding: int | None = getattr(config, "pad_token_id", None)
+    tokens = [(1 + index * 2_654_435_761) % vocab_size for index in range(DEFAULT_LENGTH)]
+    return [(token + 1) % vocab_size if token == padding else token for token in tokens]
 
 
 def _in_single_precision(

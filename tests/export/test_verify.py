@@ -375,6 +375,19 @@ def test_a_model_that_needs_a_decoders_input_is_exported_without_a_probe(tmp_pat
     assert "T5ForConditionalGeneration" in probe_of(tmp_path / "out", capsys=capsys)["summary"]
 
 
+def test_a_probe_asks_for_no_padding(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, num_labels=3,
+    )  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config)
+    specs = {"query": Spec(8), "key": Spec(8), "value": Spec(8)}
+    export_checkpoint(tmp_path / "out", model, quantize_modules(model, specs))
+    assert model.config.pad_token_id not in read_manifest(tmp_path / "out")["probe"]["input_ids"]
+    assert probe_of(tmp_path / "out", capsys=capsys)["passed"] is True
+
+
 def test_probe_tokens_that_the_model_refuses_are_an_error(tmp_path):
     with pytest.raises(IndexError):
         export_tiny_llama(tmp_path / "out", probe=[97])
