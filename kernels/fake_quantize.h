@@ -122,11 +122,13 @@ void collect_groups(const FakeQuantizeArgs& args, int stage, CUstream_st* stream
 
 /// Tensor data, num_bits, blend_ratio, step and skip are memory of the current device.
 ///
-/// One launch carries up to 208 tensors; what describes them travels by value in the launch's own
-/// parameters, so a captured CUDA graph owns it and nothing on the host must outlive the call.
-/// Scales that rows share need all of the rows before any of them: only where there are some, more
-/// nodes (a memset, a launch for the extents, and one or two for what grid_search.h sums up) come
-/// first.
+/// One launch carries up to 208 tensors of the same dtypes, rounding and storage; tensors that are
+/// not whole, aligned vectors, or of which more than simulated values on rounded codes of the
+/// extent is wanted, have a launch of their own. What describes them travels by value in the
+/// launch's own parameters, so a captured CUDA graph owns it and nothing on the host must outlive
+/// the call. Scales that rows share need all of the rows before any of them: only where there are
+/// some, more nodes (a memset, a launch for the extents, and one or two for what grid_search.h sums
+/// up) come first.
 ///
 /// Bit widths and blend ratios are device data that the host cannot check: a width that has no
 /// grid, or one too wide for codes_dtype, gives NaN outputs and scales, and codes and zero points

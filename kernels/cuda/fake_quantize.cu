@@ -13,38 +13,14 @@
 #include "kernels/common/visit.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/fake_quantize_elements.h"
+#include "kernels/cuda/fake_quantize_table.h"
 #include "kernels/cuda/fake_quantize_tiles.h"
+#include "kernels/cuda/fake_quantize_vectors.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/quant_grid.h"
 
 namespace moq::kernels::cuda {
 namespace {
-
-// ------------------------------------------------------------------------------ launch parameters
-
-constexpr int kTableSize = 208;
-
-/// The matrices of one launch. It travels by value: a launch may carry 32,764 bytes of parameters,
-/// and a captured graph keeps them with its node.
-struct Table {
-  FakeQuantizeTensor tensors[kTableSize];
-  std::int32_t number[kTableSize];          // of each in the call
-  std::int64_t first_tile[kTableSize + 1];  // of each tensor; then the number of all
-  std::int64_t first_slot[kTableSize];      // where its rows share scales
-  std::int32_t size;
-};
-
-/// What a call has besides the matrices. All pointers are device memory.
-struct Step {
-  const std::int32_t* num_bits;  // [tensors of the call]
-  const float* blend_ratio;      // likewise, or null
-  const std::int64_t* step;      // [1] or null
-  const float* skip;             // [1] or null
-  GroupCollection* slots;        // of the groups of several rows that this call collects
-  std::uint64_t seed;
-};
-
-static_assert(sizeof(Table) + sizeof(Step) <= 32764);
 
 // ------------------------------------------------------------------------------------------ grids
 
@@ -84,11 +60,10 @@ __device__ GridParams grid_of_run(const FakeQuantizeTensor& matrix, const Tiling
       extent = given_statistics(matrix, place.row * tiling.runs_per_row + place.run);
     }
   } else {
-    extent =
-        reduce_team(tiling.team, place.active ? own_statistics(matrix, place) : GroupStatistics{});
+    extent = reduce_team(tiling, place.active ? own_statistics(matrix, place) : GroupStatistics{});
   }
   return search_grid<kSweeps>(matrix, num_bits, extent, [&](int, const Sweep& sweep) {
-    return reduce_team(tiling.team, place.active ? own_sums(matrix, place, sweep) : SweepSums{});
+    return reduce_team(tiling, place.active ? own_sums(matrix, place, sweep) : SweepSums{});
   });
 }
 
@@ -106,19 +81,6 @@ __device__ GridParams grid_of_slot(const FakeQuantizeTensor& matrix, const Group
 /// True for a matrix whose rows share scales and which no tile covers.
 __host__ __device__ bool is_empty(const FakeQuantizeTensor& matrix) {
   return rows_share_scales(matrix) && (matrix.rows == 0 || matrix.cols == 0);
-}
-
-/// Calls body(tensor's index in the table, its tiling, tile) for the tiles that are this block's.
-template <typename Body>
-__device__ void for_each_tile(const Table& table, const Body& body) {
-  int tensor = 0;
-  const std::int64_t tiles = table.first_tile[table.size];
-  for (std::int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    while (tile >= table.first_tile[tensor + 1]) {
-      ++tensor;
-    }
-    body(tensor, tiling_of(table.tensors[tensor]), tile - table.first_tile[tensor]);
-  }
 }
 
 // ----------------------------------------------------------------------------------------- kernels
@@ -262,45 +224,6 @@ int multiprocessors() {
   return count;
 }
 
-template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, const Table& table, const Step& step, int multiprocessors,
-            cudaStream_t stream, Arguments... arguments) {
-  const std::int64_t tiles = table.first_tile[table.size];
-  if (tiles == 0) {
-    return;
-  }
-  const LaunchConfig config = fake_quantize_launch(tiles, multiprocessors);
-  kernel<<<config.blocks, config.threads, 0, stream>>>(table, step, arguments...);
-  MOQ_CUDA_CHECK(cudaGetLastError());
-}
-
-bool is_collected_here(const FakeQuantizeTensor& matrix) {
-  return rows_share_scales(matrix) && matrix.collected == nullptr;
-}
-
-/// Calls body(table) for tables of the matrices that are wanted.
-template <typename Wanted, typename Body>
-void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& wanted,
-                    const Body& body) {
-  Table table{};
-  std::int64_t slot = 0;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const FakeQuantizeTensor& matrix = tensors[i];
-    if (wanted(matrix)) {
-      table.tensors[table.size] = matrix;
-      table.number[table.size] = static_cast<std::int32_t>(i);
-      table.first_slot[table.size] = slot;
-      table.first_tile[table.size + 1] = table.first_tile[table.size] + tiling_of(matrix).tiles;
-      ++table.size;
-    }
-    slot += is_collected_here(matrix) ? num_groups(matrix) : 0;
-    if (table.size == kTableSize || (table.size > 0 && i + 1 == tensors.size())) {
-      body(table);
-      table = {};
-    }
-  }
-}
-
 bool sweeps(const FakeQuantizeTensor& matrix) {
   return may_sweep(matrix.mode, matrix.scale_rule);
 }
@@ -377,8 +300,9 @@ void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream) {
   const int sm_count = multiprocessors();
   const Step step = step_of(args);
   launch_collecting(args, step, sm_count, stream);
-  const auto all = [](const FakeQuantizeTensor&) { return true; };
-  for_each_table(args.tensors, all, [&](const Table& table) {
+  fake_quantize_vectors(args, sm_count, stream);
+  const auto others = [](const FakeQuantizeTensor& matrix) { return !takes_vectors(matrix); };
+  for_each_table(args.tensors, others, [&](const Table& table) {
     const std::span tensors(table.tensors, static_cast<std::size_t>(table.size));
     if (std::ranges::any_of(tensors, sweeps)) {
       launch(fake_quantize_kernel<true>, table, step, sm_count, stream);

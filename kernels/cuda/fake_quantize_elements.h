@@ -133,21 +133,22 @@ __device__ SweepSums merge(const SweepSums& a, const SweepSums& b) {
 /// Merges what each thread has collected over the whole team. Every thread of the block takes part,
 /// active or not.
 template <typename Collected>
-__device__ Collected reduce_team(Team team, Collected collected) {
+__device__ Collected reduce_team(const Tiling& tiling, Collected collected) {
   __shared__ Collected shared[kWarps][kWarpSize];
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  if (team != Team::kLane) {
+  if (tiling.team != Team::kLane) {
     collected = reduce_warp(collected);
-    if (team == Team::kWarp) {
+    if (tiling.warps == 1) {
       return collected;
     }
   }
   shared[warp][lane] = collected;
   __syncthreads();
-  collected = shared[0][lane];
-  for (int other = 1; other < kWarps; ++other) {
-    collected = merge(collected, shared[other][lane]);
+  const int first = warp - warp % tiling.warps;
+  collected = shared[first][lane];
+  for (int other = 1; other < tiling.warps; ++other) {
+    collected = merge(collected, shared[first + other][lane]);
   }
   __syncthreads();  // the next reduction writes `shared` again
   return collected;

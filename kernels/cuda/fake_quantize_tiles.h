@@ -5,6 +5,7 @@
 #include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/host_device.h"
 #include "kernels/common/integer_math.h"
+#include "kernels/cuda/warp.h"
 #include "kernels/fake_quantize.h"
 
 /// How the CUDA body of fake_quantize deals matrices to thread blocks: pure functions, the same on
@@ -15,23 +16,23 @@
 /// in turn, so that one Philox block serves a quad. Which threads make up a team follows the
 /// storage, so that neighbouring threads touch neighbouring addresses:
 ///
-///   kWarp   a short run along contiguous columns: 8 runs a block
-///   kBlock  a long run: the whole block
+///   kWarps  a run along contiguous columns: as many of the block's warps as can hold it in
+///           registers, 1, 2, 4 or 8; a longer run takes the block
 ///   kLane   contiguous rows elsewhere (Conv1D): lane l of each of the 8 warps works for row l of
-///   32
+///           32
 namespace moq::kernels::cuda {
 
-constexpr int kWarpSize = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarpSize * kWarps;
 constexpr int kQuad = 4;
-constexpr std::int64_t kLongRun = 2048;  ///< columns from which a run gets a whole block
+constexpr int kHeldQuads = 8;            ///< that a thread can hold in registers
 constexpr std::int64_t kSegment = 4096;  ///< columns of a run where rows share scales
 
-enum class Team : std::uint8_t { kWarp, kBlock, kLane };
+enum class Team : std::uint8_t { kWarps, kLane };
 
 struct Tiling {
   Team team;
+  int warps;              ///< of a team
   std::int64_t run_size;  ///< columns; the last run of a row may be shorter
   std::int64_t runs_per_row;
   std::int64_t tiles;
@@ -49,13 +50,16 @@ MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
   const std::int64_t runs = matrix.rows * tiling.runs_per_row;
   if (matrix.row_stride == 1 && matrix.col_stride != 1) {
     tiling.team = Team::kLane;
+    tiling.warps = kWarps;
     tiling.tiles = divide_up(matrix.rows, kWarpSize) * tiling.runs_per_row;
-  } else if (tiling.run_size < kLongRun) {
-    tiling.team = Team::kWarp;
-    tiling.tiles = divide_up(runs, kWarps);
   } else {
-    tiling.team = Team::kBlock;
-    tiling.tiles = runs;
+    tiling.team = Team::kWarps;
+    tiling.warps = 1;
+    while (tiling.warps < kWarps &&
+           tiling.run_size > std::int64_t{tiling.warps} * kWarpSize * kHeldQuads * kQuad) {
+      tiling.warps *= 2;
+    }
+    tiling.tiles = divide_up(runs, kWarps / tiling.warps);
   }
   return tiling;
 }
@@ -82,12 +86,11 @@ MOQ_HOST_DEVICE inline Place place_of(const FakeQuantizeTensor& matrix, const Ti
     place.member = warp;
     place.members = kWarps;
   } else {
-    const bool whole_block = tiling.team == Team::kBlock;
-    const std::int64_t run = whole_block ? tile : tile * kWarps + warp;
-    place.row = run / tiling.runs_per_row;
-    place.run = run % tiling.runs_per_row;
-    place.member = whole_block ? thread : lane;
-    place.members = whole_block ? kThreads : kWarpSize;
+    const std::int64_t run = tile * (kWarps / tiling.warps) + warp / tiling.warps;
+    place.row = tiling.runs_per_row == 1 ? run : run / tiling.runs_per_row;
+    place.run = run - place.row * tiling.runs_per_row;
+    place.member = warp % tiling.warps * kWarpSize + lane;
+    place.members = tiling.warps * kWarpSize;
   }
   place.active = place.row < matrix.rows;
   place.begin = place.run * tiling.run_size;

@@ -9,12 +9,12 @@
 #include <type_traits>
 
 #include "kernels/common/half.h"
+#include "kernels/cuda/warp.h"
 
 /// Neighbouring elements that a thread loads and stores at once, and their conversions by the
 /// processor's own instructions (the numbers of half.h, other NaNs).
 namespace moq::kernels::cuda {
 
-constexpr int kWarpSize = 32;
 constexpr int kVectorBytes = 16;
 
 /// 16-bit elements lie in pairs, as the processor converts them.

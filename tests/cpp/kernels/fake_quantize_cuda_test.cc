@@ -14,7 +14,14 @@ TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
 
 #else
 
+#include <cstddef>
+#include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
+
 #include "kernels/common/check.h"
+#include "kernels/cuda/fake_quantize_vectors.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
 
@@ -190,6 +197,151 @@ TEST(FakeQuantizeCuda, MoreTensorsThanOneLaunchCarriesEqualEachAlone) {
   for (std::size_t i = 0; i < problems.size(); ++i) {
     EXPECT_EQ(results[i], reference(problems[i])) << i << ": " << problems[i].parameters;
   }
+}
+
+// ---- What lies in whole, aligned vectors, and is wanted without codes.
+
+/// The call's result, and what it should be.
+void expect_vectors_right(const Case& c, const std::vector<std::pair<int, float> >& values = {}) {
+  Problem problem(c);
+  for (const auto& [column, value] : values) {
+    problem.set(c.rows / 2, column, value);
+  }
+  const DeviceProblem device{problem};
+  FakeQuantizeTensor tensor = device.tensor();
+  tensor.codes = nullptr;
+  ASSERT_TRUE(cuda::takes_vectors(tensor)) << c;
+  const Buffer num_bits(&c.num_bits, sizeof(std::int32_t));
+  const Buffer blend_ratio(&c.blend_ratio, sizeof(float));
+  const Buffer step(&c.step, sizeof(std::int64_t));
+  cuda::fake_quantize({.tensors = {&tensor, 1},
+                       .num_bits = num_bits.as<std::int32_t>(),
+                       .blend_ratio = blend_ratio.as<float>(),
+                       .seed = c.seed,
+                       .step = step.as<std::int64_t>()},
+                      nullptr);
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+  Result expected = reference(problem);
+  expected.codes = problem.blank.codes;
+  EXPECT_EQ(device.result(), expected) << c;
+}
+
+using Vectors = std::tuple<Shape, Storage, QuantMode, Rounding, DType, DType>;
+
+class FakeQuantizeCudaVectors : public ::testing::TestWithParam<Vectors> {
+ protected:
+  static Case vectors() {
+    const auto& [shape, storage, mode, rounding, input, output] = GetParam();
+    return {.rows = shape.first,
+            .cols = shape.second,
+            .storage = storage,
+            .mode = mode,
+            .rounding = rounding,
+            .input_dtype = input,
+            .output_dtype = output,
+            .scale_dtype = output,
+            .first_element = 4096,
+            .padding = 4};
+  }
+};
+
+TEST_P(FakeQuantizeCudaVectors, GiveTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = vectors();
+  for (const int num_bits : {8, 2, 4, 16}) {
+    c.num_bits = num_bits;
+    expect_vectors_right(c);
+  }
+}
+
+TEST_P(FakeQuantizeCudaVectors, OfAPartBlendAsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = vectors();
+  c.blend_ratio = 0.3F;
+  c.unsharded_cols = c.cols + 40;
+  expect_vectors_right(c);
+}
+
+TEST_P(FakeQuantizeCudaVectors, OfABadRowAreNaNAndTheOthersNot) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    expect_vectors_right(vectors(), {{3, bad}});
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, FakeQuantizeCudaVectors,
+    ::testing::Combine(::testing::Values(Shape{4, 4}, Shape{36, 100}, Shape{32, 1024},
+                                         Shape{68, 1028}, Shape{4, 2052}, Shape{12, 4096},
+                                         Shape{8, 8192}, Shape{4, 12292}),
+                       ::testing::Values(Storage::kLinear, Storage::kConv1d),
+                       ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric), kRoundings,
+                       ::testing::Values(DType::kFloat32), ::testing::Values(DType::kFloat32)));
+
+INSTANTIATE_TEST_SUITE_P(DTypes, FakeQuantizeCudaVectors,
+                         ::testing::Combine(::testing::Values(Shape{36, 260}),
+                                            ::testing::Values(Storage::kLinear, Storage::kConv1d),
+                                            ::testing::Values(QuantMode::kSymmetric), kRoundings,
+                                            kFloats, kFloats));
+
+TEST(FakeQuantizeCuda, VectorsOfGroupsGiveTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const std::int64_t group_size : {4, 32, 128, 1024, 4096}) {
+    expect_vectors_right({.rows = 5,
+                          .cols = 2 * group_size,
+                          .granularity = Granularity::kPerGroup,
+                          .rounding = Rounding::kStochastic,
+                          .group_size = group_size,
+                          .padding = 0});
+  }
+}
+
+TEST(FakeQuantizeCuda, VectorsAreCopiedAtZeroBits) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
+    const Problem problem(
+        Case{.rows = 8, .cols = 44, .storage = storage, .num_bits = 0, .padding = 0});
+    const DeviceProblem device{problem};
+    FakeQuantizeTensor tensor = device.tensor();
+    tensor.codes = nullptr;
+    ASSERT_TRUE(cuda::takes_vectors(tensor));
+    const Buffer num_bits(&problem.parameters.num_bits, sizeof(std::int32_t));
+    cuda::fake_quantize({.tensors = {&tensor, 1}, .num_bits = num_bits.as<std::int32_t>()},
+                        nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    EXPECT_EQ(device.result().output, problem.input);
+    EXPECT_EQ(device.result().scales, problem.blank.scales);
+  }
+}
+
+TEST(FakeQuantizeCuda, OnlyWholeAlignedVectorsAreTakenAsSuch) {
+  const auto takes = [](const Case& c, const auto& change) {
+    const Problem problem(c);
+    alignas(16) static std::byte memory[64];
+    FakeQuantizeTensor tensor = problem.tensor(memory, memory, nullptr, nullptr, nullptr);
+    change(tensor);
+    return cuda::takes_vectors(tensor);
+  };
+  const auto as_it_is = [](FakeQuantizeTensor&) {};
+  const Case whole{.rows = 8, .cols = 8, .padding = 0};
+  EXPECT_TRUE(takes(whole, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 7, .padding = 1}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 8, .padding = 1}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 6, .cols = 8, .storage = Storage::kConv1d, .padding = 2}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 8, .storage = Storage::kScattered}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 8, .mode = QuantMode::kTernary, .padding = 0}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 8, .granularity = Granularity::kPerTensor, .padding = 0},
+                     as_it_is));
+  EXPECT_FALSE(
+      takes({.rows = 8, .cols = 8, .scale_rule = ScaleRule::kMse, .padding = 0}, as_it_is));
+  EXPECT_FALSE(takes(
+      {.rows = 8, .cols = 8, .rounding = Rounding::kStochastic, .first_element = 6, .padding = 0},
+      as_it_is));
+  EXPECT_FALSE(takes(
+      whole, [](auto& tensor) { tensor.input = static_cast<const std::byte*>(tensor.input) + 4; }));
+  EXPECT_FALSE(takes(whole, [](auto& tensor) { tensor.codes = tensor.output; }));
+  EXPECT_FALSE(takes(whole, [](auto& tensor) { tensor.output = nullptr; }));
 }
 
 TEST(FakeQuantizeCuda, CopiesAtZeroBits) {

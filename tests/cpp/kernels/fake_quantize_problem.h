@@ -59,6 +59,7 @@ struct Case {
   DType codes_dtype = DType::kInt8;
   std::int64_t first_element = 0;
   std::int64_t unsharded_cols = 0;
+  std::int64_t padding = -1;  ///< elements between rows (columns in kConv1d); -1: an odd number
   std::uint64_t seed = 0x0123456789abcdefULL;
   std::int64_t step = 7;
   std::uint32_t name_hash = 0x9e3779b9U;
@@ -101,12 +102,12 @@ struct Problem {
   explicit Problem(const Case& c) : parameters(c) {
     switch (c.storage) {
       case Storage::kLinear:
-        row_stride = c.cols + 3;
+        row_stride = c.cols + (c.padding < 0 ? 3 : c.padding);
         col_stride = 1;
         break;
       case Storage::kConv1d:
         row_stride = 1;
-        col_stride = c.rows + 5;
+        col_stride = c.rows + (c.padding < 0 ? 5 : c.padding);
         break;
       case Storage::kScattered:
         row_stride = 2 * c.cols + 3;

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
 #include <vector>
 
 #include "tests/cpp/kernels/fake_quantize_axes.h"
@@ -47,13 +48,17 @@ INSTANTIATE_TEST_SUITE_P(
     kernels::testing::axes_name);
 
 TEST(FakeQuantizeTiles, NeighbouringThreadsFollowTheStorage) {
-  const auto team_of = [](kernels::testing::Storage storage, std::int64_t cols) {
+  const auto tiling = [](kernels::testing::Storage storage, std::int64_t cols) {
     const Problem problem({.rows = 64, .cols = cols, .storage = storage});
-    return tiling_of(problem.tensor(nullptr, nullptr, nullptr, nullptr, nullptr)).team;
+    return tiling_of(problem.tensor(nullptr, nullptr, nullptr, nullptr, nullptr));
   };
-  EXPECT_EQ(team_of(kernels::testing::Storage::kLinear, 576), Team::kWarp);
-  EXPECT_EQ(team_of(kernels::testing::Storage::kLinear, 4096), Team::kBlock);
-  EXPECT_EQ(team_of(kernels::testing::Storage::kConv1d, 4096), Team::kLane);
+  for (const auto& [cols, warps] :
+       {std::pair(1, 1), std::pair(1024, 1), std::pair(1025, 2), std::pair(2048, 2),
+        std::pair(4096, 4), std::pair(8192, 8), std::pair(50257, 8)}) {
+    EXPECT_EQ(tiling(kernels::testing::Storage::kLinear, cols).team, Team::kWarps);
+    EXPECT_EQ(tiling(kernels::testing::Storage::kLinear, cols).warps, warps) << cols;
+  }
+  EXPECT_EQ(tiling(kernels::testing::Storage::kConv1d, 4096).team, Team::kLane);
 }
 
 TEST(FakeQuantizeTiles, TheLaunchFillsTheDeviceAndNoMore) {

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/common/fake_quantize_layout.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/fake_quantize_tiles.h"
+#include "kernels/fake_quantize.h"
+
+/// What the launches of fake_quantize have in common: many matrices by value, dealt to thread
+/// blocks tile by tile.
+namespace moq::kernels::cuda {
+namespace {
+
+constexpr int kTableSize = 208;
+
+/// The matrices of one launch. It travels by value: a launch may carry 32,764 bytes of parameters,
+/// and a captured graph keeps them with its node.
+struct Table {
+  FakeQuantizeTensor tensors[kTableSize];
+  std::int32_t number[kTableSize];          // of each in the call
+  std::int64_t first_tile[kTableSize + 1];  // of each tensor; then the number of all
+  std::int64_t first_slot[kTableSize];      // where its rows share scales
+  std::int32_t size;
+};
+
+/// What a call has besides the matrices. All pointers are device memory.
+struct Step {
+  const std::int32_t* num_bits;  // [tensors of the call]
+  const float* blend_ratio;      // likewise, or null
+  const std::int64_t* step;      // [1] or null
+  const float* skip;             // [1] or null
+  GroupCollection* slots;        // of the groups of several rows that this call collects
+  std::uint64_t seed;
+};
+
+static_assert(sizeof(Table) + sizeof(Step) <= 32764);
+
+/// Calls body(tensor's index in the table, its tiling, tile) for the tiles that are this block's.
+template <typename Body>
+__device__ void for_each_tile(const Table& table, const Body& body) {
+  int tensor = 0;
+  const std::int64_t tiles = table.first_tile[table.size];
+  for (std::int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    while (tile >= table.first_tile[tensor + 1]) {
+      ++tensor;
+    }
+    body(tensor, tiling_of(table.tensors[tensor]), tile - table.first_tile[tensor]);
+  }
+}
+
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, const Table& table, const Step& step, int multiprocessors,
+            cudaStream_t stream, Arguments... arguments) {
+  const std::int64_t tiles = table.first_tile[table.size];
+  if (tiles == 0) {
+    return;
+  }
+  const LaunchConfig config = fake_quantize_launch(tiles, multiprocessors);
+  kernel<<<config.blocks, config.threads, 0, stream>>>(table, step, arguments...);
+  MOQ_CUDA_CHECK(cudaGetLastError());
+}
+
+bool is_collected_here(const FakeQuantizeTensor& matrix) {
+  return rows_share_scales(matrix) && matrix.collected == nullptr;
+}
+
+/// Calls body(table) for tables of the matrices that are wanted.
+template <typename Wanted, typename Body>
+void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& wanted,
+                    const Body& body) {
+  Table table{};
+  std::int64_t slot = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const FakeQuantizeTensor& matrix = tensors[i];
+    if (wanted(matrix)) {
+      table.tensors[table.size] = matrix;
+      table.number[table.size] = static_cast<std::int32_t>(i);
+      table.first_slot[table.size] = slot;
+      table.first_tile[table.size + 1] = table.first_tile[table.size] + tiling_of(matrix).tiles;
+      ++table.size;
+    }
+    slot += is_collected_here(matrix) ? num_groups(matrix) : 0;
+    if (table.size == kTableSize || (table.size > 0 && i + 1 == tensors.size())) {
+      body(table);
+      table = {};
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moq::kernels::cuda
