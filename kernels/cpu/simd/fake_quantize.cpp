@@ -153,7 +153,7 @@ void quantize_lanes(const TypedMatrix& typed, std::int64_t row, std::int64_t lan
   const FakeQuantizeTensor& matrix = typed.matrix;
   TileWords tile;
   for (std::int64_t col = begin; col < end; ++col) {
-    Run run = typed.run_of(lanes, 0);
+    Run run = typed.run_of(lanes, lanes);  // the rows that are taken next
     if (typed.draws()) {
       const std::int64_t tile_col = (col - begin) % TileWords::kColumns;
       if (tile_col == 0) {
