@@ -8,7 +8,10 @@ Models of the same weights take turns on the same batch, so that load of the mac
   eager modules   fake-quantize modules in the forward pass, as eager QAT has them (CPU)
 
 CPU: BERT-base's shape, FP32, batch 8 x 128, AdamW; wall time is what counts, and processor time,
-which other processes disturb less, tells what a busy machine's wall time hides. GPU: GPT-2 medium's
+which other processes disturb less, tells what a busy machine's wall time hides. Both are split into
+the passes, which do the same work in all models, and the update, which is where moq works: other
+processes disturb the passes by more than what moq adds, so that the update tells most about it.
+GPU: GPT-2 medium's
 shape (355M), BF16, batch 8 x 512, fused AdamW, eager and compiled; time between CUDA events around
 a run of steps, and the memory of each.
 """
@@ -49,7 +52,10 @@ GPU_MODES = ["eager", "compiled"]
 LEARNING_RATE = 2e-5
 RUN = 4  # steps between two CUDA events
 
+PARTS = ("step", "passes", "update")  # what is timed (CPU): the whole, and what it consists of
+
 Step = Callable[[], None]
+Parts = list[tuple[float, float]]  # wall and processor seconds of each of PARTS
 
 
 def encoder(name: str) -> BertForSequenceClassification:
@@ -126,13 +132,28 @@ class MasterAdamW:
             p.grad = None
 
 
-def step_of(called: nn.Module, optimizer: object, batch: dict[str, torch.Tensor]) -> Step:
-    """One training step."""
+def parts_of(
+    called: nn.Module, optimizer: object, batch: dict[str, torch.Tensor]
+) -> tuple[Step, Step]:
+    """One training step in two parts: the passes, forward and backward, and the update."""
 
-    def step() -> None:
+    def passes() -> None:
         called(**batch).loss.backward()
+
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+    return passes, update
+
+
+def step_of(called: nn.Module, optimizer: object, batch: dict[str, torch.Tensor]) -> Step:
+    """One training step."""
+    passes, update = parts_of(called, optimizer, batch)
+
+    def step() -> None:
+        passes()
+        update()
 
     return step
 
@@ -157,34 +178,50 @@ def cpu_rows(name: str, cases: list[str], steps: int) -> Iterator[tuple[str, Row
             optimizers[rounding] = torch.optim.AdamW(other.parameters(), lr=LEARNING_RATE)
         else:
             optimizers[rounding] = wrap(other, rounding, steps + 1)
-        calls = {key: step_of(models[key], optimizers[key], batch) for key in models}
+        calls = {key: parts_of(models[key], optimizers[key], batch) for key in models}
         times = clocked(calls, steps)
         case = f"{name} batch {size} x {length}, {rounding}"
         table = "eager fake-quantize modules" if rounding == "eager modules" else "training step"
-        for clock, kind in enumerate(("wall", "processor")):
-            own, reference = ([t[clock] * 1e3 for t in times[key]] for key in (rounding, "plain"))
-            for statistic in (min, statistics.median):
-                label = "best" if statistic is min else "median"
-                values = statistic(own), statistic(reference)
-                note = f"({values[0] / values[1]:.3f} times the plain step)"
-                text = f"{case}, {kind} time, {label} of {steps}"
-                yield table, Row(text, *values, "ms", note)
+        for row in rows_of_times(case, times[rounding], times["plain"]):
+            yield table, row
         gpu.progress(case)
         del models, optimizers, calls, plain, other
         gc.collect()
 
 
-def clocked(calls: dict[str, Step], steps: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds of every step; the first of each competitor is not counted."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+def rows_of_times(case: str, own: list[Parts], plain: list[Parts]) -> Iterator[Row]:
+    """Rows of the best and the median: of all parts by wall time, of the step by processor time."""
+    for clock, kind in enumerate(("wall", "processor")):
+        for statistic, label in ((min, "best"), (statistics.median, "median")):
+            times = [
+                [1e3 * statistic([turn[part][clock] for turn in turns]) for part in range(3)]
+                for turns in (own, plain)
+            ]
+            for part, name in enumerate(PARTS if kind == "wall" else PARTS[:1]):
+                values = times[0][part], times[1][part]
+                added = (values[0] - values[1]) / times[1][0]
+                note = f"({values[0] / values[1]:.3f} times; {added:+.1%} of a plain step)"
+                yield Row(f"{case}, {kind} time of the {name}, {label}", *values, "ms", note)
+        pairs = zip(own, plain, strict=True)
+        turns = statistics.median(mine[0][clock] / other[0][clock] for mine, other in pairs)
+        gpu.progress(f"{case}, {kind} time of the step: median of the turns' ratios {turns:.3f}")
+
+
+def clocked(calls: dict[str, tuple[Step, Step]], steps: int) -> dict[str, list[Parts]]:
+    """Wall and processor seconds of PARTS in every step; the first of each is not counted."""
+    times: dict[str, list[Parts]] = {name: [] for name in calls}
     for turn in range(steps + 1):
         order = list(calls) if turn % 2 else list(calls)[::-1]
         for name in order:
-            wall, processor = time.perf_counter(), time.process_time()
-            calls[name]()
+            marks = [(time.perf_counter(), time.process_time())]
+            for part in calls[name]:
+                part()
+                marks.append((time.perf_counter(), time.process_time()))
             if turn:
-                elapsed = time.perf_counter() - wall, time.process_time() - processor
-                times[name].append(elapsed)
+                ends = ((0, 2), (0, 1), (1, 2))
+                times[name].append(
+                    [(marks[j][0] - marks[i][0], marks[j][1] - marks[i][1]) for i, j in ends]
+                )
     return times
 
 
