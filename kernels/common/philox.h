@@ -23,21 +23,34 @@ constexpr std::uint32_t kPhiloxWeyl0 = 0x9E3779B9U;
 constexpr std::uint32_t kPhiloxWeyl1 = 0xBB67AE85U;
 constexpr int kPhiloxRounds = 10;
 
-/// The 128 random bits that belong to `counter` under `key` (low word first).
-MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t key) {
-  auto key0 = static_cast<std::uint32_t>(key);
-  auto key1 = static_cast<std::uint32_t>(key >> 32);
+/// The key words of every round, two each.
+struct PhiloxKeys {
+  std::uint32_t word[2 * kPhiloxRounds];
+};
+
+MOQ_HOST_DEVICE constexpr PhiloxKeys philox_keys(std::uint64_t key) {
+  PhiloxKeys keys{{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}};
+  for (int i = 2; i < 2 * kPhiloxRounds; ++i) {
+    keys.word[i] = keys.word[i - 2] + (i % 2 == 0 ? kPhiloxWeyl0 : kPhiloxWeyl1);
+  }
+  return keys;
+}
+
+/// The 128 random bits that belong to `counter` under a key (low word first).
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, const PhiloxKeys& keys) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t product0 = static_cast<std::uint64_t>(kPhiloxMultiplier0) * counter.word[0];
     const std::uint64_t product1 = static_cast<std::uint64_t>(kPhiloxMultiplier1) * counter.word[2];
-    counter = {{static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
-                static_cast<std::uint32_t>(product1),
-                static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
-                static_cast<std::uint32_t>(product0)}};
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
+    counter = {
+        {static_cast<std::uint32_t>(product1 >> 32) ^ counter.word[1] ^ keys.word[2 * round],
+         static_cast<std::uint32_t>(product1),
+         static_cast<std::uint32_t>(product0 >> 32) ^ counter.word[3] ^ keys.word[2 * round + 1],
+         static_cast<std::uint32_t>(product0)}};
   }
   return counter;
+}
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t key) {
+  return philox4x32(counter, philox_keys(key));
 }
 
 /// A random word as a float32 in [0, 1): a multiple of 2^-24, all of them equally likely.

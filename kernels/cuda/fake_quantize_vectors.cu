@@ -59,13 +59,13 @@ struct Simulation {
   float lowest_code;
   float highest_code;
   float blend_ratio;
-  std::uint64_t seed;
+  const PhiloxKeys& keys;  ///< in the launch's parameters: operands of instructions
   std::uint32_t step;
   std::uint32_t name_hash;
 
   __device__ Simulation(const FakeQuantizeTensor& matrix, int num_bits, float blend,
-                        std::uint64_t key, std::uint32_t draw_step)
-      : blend_ratio(blend), seed(key), step(draw_step), name_hash(matrix.name_hash) {
+                        const PhiloxKeys& philox_keys, std::uint32_t draw_step)
+      : blend_ratio(blend), keys(philox_keys), step(draw_step), name_hash(matrix.name_hash) {
     const GridRange range = grid_range(num_bits, matrix.mode);
     lowest_code = static_cast<float>(range.qmin);
     highest_code = static_cast<float>(range.qmax);
@@ -79,7 +79,7 @@ struct Simulation {
     const auto number = static_cast<std::uint64_t>(quad);
     return philox4x32({{static_cast<std::uint32_t>(number),
                         static_cast<std::uint32_t>(number >> 32), step, name_hash}},
-                      seed);
+                      keys);
   }
 
   /// dequantize_one(quantize_one(number)). Codes are whole numbers that float32 holds exactly, and
@@ -100,12 +100,13 @@ struct Simulation {
     return (rounded - grid.zero_point) * grid.scale;
   }
 
+  /// Whether simulated() is all there is to it.
+  __device__ bool is_plain() const { return blend_ratio == 0.0F; }
+
   __device__ void blend(const Numbers<kQuad>& numbers, Numbers<kQuad>& results) const {
-    if (blend_ratio != 0.0F) {
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        results.unit[i] = blend_ratio * numbers.unit[i] + (1.0F - blend_ratio) * results.unit[i];
-      }
+    for (int i = 0; i < kQuad; ++i) {
+      results.unit[i] = blend_ratio * numbers.unit[i] + (1.0F - blend_ratio) * results.unit[i];
     }
   }
 };
@@ -121,6 +122,20 @@ __device__ Vector<Output, kQuad> rounded_with_nan(const Numbers<kQuad>& numbers)
   Vector<Output, kQuad> vector;
   memcpy(&vector, elements, sizeof(vector));
   return vector;
+}
+
+/// Writes what is simulated of some numbers. is_usual: without blending, and every grid exists.
+template <typename Output, bool kStochastic>
+__device__ void write(const Simulation<kStochastic>& simulation, bool is_usual,
+                      const Numbers<kQuad>& numbers, Numbers<kQuad> results, Output* output) {
+  if (is_usual) {
+    store_vector(output, rounded<Output>(results));
+    return;
+  }
+  if (!simulation.is_plain()) {
+    simulation.blend(numbers, results);
+  }
+  store_vector(output, rounded_with_nan<Output>(results));
 }
 
 /// A team's run along contiguous columns. Every thread of the block takes part.
@@ -143,26 +158,21 @@ __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, c
       }
     }
   };
-  const auto for_each_held = [&](int begin, const auto& body) {
-#pragma unroll
-    for (int i = 0; i < kHeldQuads; ++i) {
-      const int quad = begin + place.member + i * place.members;
-      if (quad < quads) {
-        body(quad, numbers_of(held[i]));
-      }
-    }
-  };
 
   Extent extent;
   const bool symmetric = is_symmetric(matrix.mode);
   for (int begin = 0; begin < quads; begin += chunk) {
     load(begin);
-    for_each_held(begin, [&](int, const Numbers<kQuad>& numbers) {
 #pragma unroll
-      for (const float number : numbers.unit) {
-        extent.include(number, symmetric);
+    for (int i = 0; i < kHeldQuads; ++i) {
+      if (begin + place.member + i * place.members < quads) {
+        const Numbers<kQuad> numbers = numbers_of(held[i]);
+#pragma unroll
+        for (const float number : numbers.unit) {
+          extent.include(number, symmetric);
+        }
       }
-    });
+    }
   }
   const GroupStatistics statistics = reduce_team(tiling, extent.statistics());
   const GridParams params = make_grid(statistics, num_bits, matrix.mode, matrix.scale_dtype);
@@ -170,23 +180,39 @@ __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, c
     store_parameters(matrix, params, place.row * tiling.runs_per_row + place.run);
   }
   const RowGrid grid = row_grid(params);
+  const bool is_usual = exists(params) && simulation.is_plain();
   const std::int64_t pitch = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
   const std::int64_t first_draw = (matrix.first_element + place.row * pitch + place.begin) / kQuad;
-  for (int begin = 0; begin < quads; begin += chunk) {
-    if (quads > chunk) {
+  // Backwards: what was read last is still held.
+  const int last = quads > 0 ? (quads - 1) / chunk * chunk : 0;
+  for (int begin = last; begin >= 0; begin -= chunk) {
+    if (begin != last) {
       load(begin);
     }
-    for_each_held(begin, [&](int quad, const Numbers<kQuad>& numbers) {
-      const PhiloxBlock words = simulation.words_of(first_draw + quad);
-      Numbers<kQuad> results;
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        results.unit[i] = simulation.simulated(numbers.unit[i], grid, words.word[i]);
+    for (int i = 0; i < kHeldQuads; i += 2) {  // two at once, which wait for each other's latencies
+      const int first = begin + place.member + i * place.members;
+      if (first >= quads) {
+        continue;
       }
-      simulation.blend(numbers, results);
-      store_vector(output + quad * kQuad,
-                   exists(params) ? rounded<Output>(results) : rounded_with_nan<Output>(results));
-    });
+      Numbers<kQuad> results[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const PhiloxBlock words = simulation.words_of(first_draw + first + u * place.members);
+        const Numbers<kQuad> numbers = numbers_of(held[i + u]);
+#pragma unroll
+        for (int e = 0; e < kQuad; ++e) {
+          results[u].unit[e] = simulation.simulated(numbers.unit[e], grid, words.word[e]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int quad = first + u * place.members;
+        if (quad < quads) {
+          write(simulation, is_usual, numbers_of(held[i + u]), results[u], output + quad * kQuad);
+        }
+      }
+    }
   }
 }
 
@@ -198,7 +224,7 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
                                               const Simulation<kStochastic>& simulation) {
   constexpr int kLanes = kWarpSize / kQuad;  // of a party
   constexpr int kParties = kThreads / kLanes;
-  constexpr int kHeldUnits = kHeldQuads / kQuad;  // quads of columns
+  constexpr int kHeldUnits = kStochastic ? 2 : 4;  // quads of columns; registers decide
   __shared__ GroupStatistics collected[kWarps][kWarpSize];
   __shared__ RowGrid grids[kWarpSize];
   const int thread = static_cast<int>(threadIdx.x);
@@ -272,13 +298,14 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
   __syncthreads();
 
   const RowGrid* const own_grids = grids + own_row;
-  const bool all_exist = own_grids[0].exists() && own_grids[1].exists() && own_grids[2].exists() &&
-                         own_grids[3].exists();
+  const bool is_usual = simulation.is_plain() && own_grids[0].exists() && own_grids[1].exists() &&
+                        own_grids[2].exists() && own_grids[3].exists();
   const std::int64_t pitch =
       (matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols) / kQuad;
   const std::int64_t first_draw = matrix.first_element / kQuad + (first_row + own_row) * pitch;
-  for (int begin = 0; begin < units; begin += kChunk) {
-    if (units > kChunk) {
+  const int last = units > 0 ? (units - 1) / kChunk * kChunk : 0;
+  for (int begin = last; begin >= 0; begin -= kChunk) {
+    if (begin != last) {
       load(begin);
     }
 #pragma unroll
@@ -300,10 +327,8 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
       }
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        simulation.blend(numbers_of(held[i][j]), results[j]);
-        store_vector(
-            output + (std::int64_t{kQuad} * unit + j) * matrix.col_stride,
-            all_exist ? rounded<Output>(results[j]) : rounded_with_nan<Output>(results[j]));
+        write(simulation, is_usual, numbers_of(held[i][j]), results[j],
+              output + (std::int64_t{kQuad} * unit + j) * matrix.col_stride);
       }
     }
   }
@@ -313,8 +338,9 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
 
 /// Matrices of one kind. kByRows: rows are contiguous, not columns.
 template <typename Input, typename Output, bool kStochastic, bool kByRows>
-__global__ void __launch_bounds__(kThreads, kStochastic&& kByRows ? 2 : 3)
-    vectors_kernel(const __grid_constant__ Table table, const __grid_constant__ Step step) {
+__global__ void __launch_bounds__(kThreads, kByRows ? 2 : 3)
+    vectors_kernel(const __grid_constant__ Table table, const __grid_constant__ Step step,
+                   const __grid_constant__ PhiloxKeys keys) {
   if (step.skip != nullptr && *step.skip != 0.0F) {
     return;
   }
@@ -335,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, kStochastic&& kByRows ? 2 : 3)
       }
       return;
     }
-    const Simulation<kStochastic> simulation(matrix, num_bits, blend_ratio, step.seed, draw_step);
+    const Simulation<kStochastic> simulation(matrix, num_bits, blend_ratio, keys, draw_step);
     if constexpr (kByRows) {
       quantize_rows<Input, Output>(matrix, tile, num_bits, simulation);
     } else {
@@ -395,8 +421,9 @@ void fake_quantize_vectors(const FakeQuantizeArgs& args, int multiprocessors, CU
       return takes_vectors(matrix) && kind_of(matrix) == kind;
     };
     for_each_table(args.tensors, wanted, [&](const Table& table) {
-      visit_kernel(kind,
-                   [&](auto kernel) { launch(kernel, table, step, multiprocessors, stream); });
+      visit_kernel(kind, [&](auto kernel) {
+        launch(kernel, table, step, multiprocessors, stream, philox_keys(args.seed));
+      });
     });
   }
 }
