@@ -12,8 +12,8 @@
 #include "kernels/common/learned_scale_pieces.h"
 #include "kernels/common/visit.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/learned_scale_elements.h"
 #include "kernels/cuda/ptx.h"
-#include "kernels/cuda/vectors.h"
 #include "kernels/learned_scale.h"
 
 namespace moq::kernels::cuda {
@@ -21,62 +21,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSteps = static_cast<int>(kSummedAtOnce) / kSumLanes;  // of a whole run
+constexpr int kStepsAtOnce = 4;                // of 64 columns
 constexpr int kOwnLanes = kSumLanes / kWarps;  // sums of a thread, where columns are contiguous
 constexpr unsigned kMaxBlocks = 1U << 20;      // further work is taken in turn
 static_assert(kSumLanes == 2 * kWarpSize);
 
 // -------------------------------------------------------------------------------- device functions
-
-/// The grid of one group, and the direction of its step size.
-struct Group {
-  float inverse_scale;
-  float qmax;
-  float direction;
-};
-
-template <Derivative kDerivative>
-__device__ Group load_group(const LearnedScaleCall& call, std::int64_t group,
-                            const LearnedWidth& width) {
-  const GridParams grid = learned_grid(call.matrix, group, width);
-  const float direction = kDerivative == Derivative::kTangent
-                              ? by_absmax(call.input_absmax[group], call.matrix, group, width)
-                              : 0.0F;
-  return {grid.inverse_scale, static_cast<float>(grid.range.qmax), direction};
-}
-
-/// An element of what is written; `addend` is what it adds to the sums.
-template <Derivative kDerivative>
-__device__ float derive(float weight, float input, const Group& group, const LearnedWidth& width,
-                        float& addend) {
-  addend = 0.0F;
-  if (width.copies()) {
-    return input;
-  }
-  const float position = weight * group.inverse_scale;
-  const float rounded = rintf(position);
-  const bool inside = fabsf(rounded) <= group.qmax;
-  const float below = position < 0.0F ? -group.qmax : position;  // or a NaN
-  const float slope = inside ? rounded - position : (position > 0.0F ? group.qmax : below);
-  const float through_grid = input * (inside ? 1.0F : 0.0F);
-  const float result =
-      width.blend == 0.0F ? through_grid : input * width.blend + through_grid * width.grid_share;
-  if constexpr (kDerivative == Derivative::kTangent) {
-    return result + slope * group.direction;
-  }
-  addend = input * slope;
-  return result;
-}
-
-/// The sum of 64 numbers in halves, of which a lane has two neighbours, on lane 0.
-__device__ float sum_in_halves(float2 own) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    own.x += __shfl_down_sync(0xffffffffU, own.x, distance);
-    own.y += __shfl_down_sync(0xffffffffU, own.y, distance);
-  }
-  return own.x + own.y;
-}
 
 /// Stores the sum of a run, which is the group's if it has no other.
 __device__ void store_sum(const LearnedScaleCall& call, const Runs& runs, const LearnedWidth& width,
@@ -88,79 +38,74 @@ __device__ void store_sum(const LearnedScaleCall& call, const Runs& runs, const 
   }
 }
 
-template <typename Element>
-__device__ bool holds_pairs(const Element* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % (2 * sizeof(Element)) == 0;
-}
-
-/// Two neighbouring elements; those from `count` on are 0.
-template <typename Element>
-__device__ float2 load_two(const Element* address, int count, bool as_pair) {
-  if (as_pair) {
-    const Numbers<2> numbers = numbers_of(load_vector<2>(address));
-    return {numbers.unit[0], numbers.unit[1]};
-  }
-  return {count > 0 ? number_of(address[0]) : 0.0F, count > 1 ? number_of(address[1]) : 0.0F};
-}
-
-template <typename Element>
-__device__ void store_two(Element* address, int count, bool as_pair, float2 numbers) {
-  if (as_pair) {
-    store_vector(address, rounded<Element>(Numbers<2>{{numbers.x, numbers.y}}));
-    return;
-  }
-  if (count > 0) {
-    round_to_element(numbers.x, address[0]);
-  }
-  if (count > 1) {
-    round_to_element(numbers.y, address[1]);
-  }
-}
-
 // ----------------------------------------------------------------------------------------- kernels
+
+/// Steps of a run, 64 columns each: writes them and adds to a lane's sums. `count` are the columns
+/// from the lane's first on; kWhole promises that there are all, and pairs where they are aligned,
+/// so that all of the steps' loads are under way at once.
+template <typename Element, Derivative kDerivative, int kSteps, bool kWhole>
+__device__ void take_steps(const Element* weight, const Element* input, Element* output, int count,
+                           const Group& group, const LearnedWidth& width, float2& sums) {
+  float2 weights[kSteps];
+  float2 inputs[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    weights[i] = load_two(weight + i * kSumLanes, count - i * kSumLanes, kWhole);
+    inputs[i] = load_two(input + i * kSumLanes, count - i * kSumLanes, kWhole);
+  }
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    float2 addends;
+    const float2 result{derive<kDerivative>(weights[i].x, inputs[i].x, group, width, addends.x),
+                        derive<kDerivative>(weights[i].y, inputs[i].y, group, width, addends.y)};
+    sums.x += addends.x;
+    sums.y += addends.y;
+    if (output != nullptr) {
+      store_two(output + i * kSumLanes, count - i * kSumLanes, kWhole, result);
+    }
+  }
+}
 
 /// Rows are contiguous: a warp takes a run at a time.
 template <typename Element, Derivative kDerivative>
-__global__ void __launch_bounds__(kThreads) rows_kernel(LearnedScaleCall call) {
+__global__ void __launch_bounds__(kThreads) rows_kernel(LearnedScaleCall call, Runs runs) {
   wait_for_previous_kernels();
   allow_next_kernel();
   const FakeQuantizeTensor& matrix = call.matrix;
-  const Runs runs = runs_of(matrix);
   const LearnedWidth width(*call.num_bits, call.blend_ratio);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (std::int64_t run = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
        run < matrix.rows * runs.per_row; run += static_cast<std::int64_t>(gridDim.x) * kWarps) {
-    const std::int64_t row = run / runs.per_row;
-    const std::int64_t g = run % runs.per_row / runs.per_group_row;
-    const std::int64_t first = run % runs.per_group_row * kSummedAtOnce;
+    const Quotient of_row = divide(run, runs.per_row);
+    const Quotient of_group = divide(of_row.rest, runs.per_group_row);
+    const std::int64_t row = of_row.whole;
+    const std::int64_t first = of_group.rest * kSummedAtOnce;
     const auto size = static_cast<int>(min(kSummedAtOnce, runs.group_cols - first));
-    const Group group = load_group<kDerivative>(call, runs.group_of(row, g), width);
+    const Group group = load_group<kDerivative>(call, runs.group_of(row, of_group.whole), width);
     const std::int64_t at =
-        row * matrix.row_stride + g * runs.group_cols + first + std::int64_t{2} * lane;
+        row * matrix.row_stride + of_group.whole * runs.group_cols + first + std::int64_t{2} * lane;
     const Element* weight = static_cast<const Element*>(matrix.input) + at;
     const Element* input = static_cast<const Element*>(call.input) + at;
-    Element* output = static_cast<Element*>(call.output) + at;
+    Element* output = call.output == nullptr ? nullptr : static_cast<Element*>(call.output) + at;
     const bool pairs = holds_pairs(weight) && holds_pairs(input) && holds_pairs(output);
-    float2 weights[kSteps];
-    float2 inputs[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int count = size - i * kSumLanes - 2 * lane;
-      weights[i] = load_two(weight + i * kSumLanes, count, pairs && count > 1);
-      inputs[i] = load_two(input + i * kSumLanes, count, pairs && count > 1);
-    }
     float2 sums{};
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int count = size - i * kSumLanes - 2 * lane;
-      float2 addends;
-      const float2 result{derive<kDerivative>(weights[i].x, inputs[i].x, group, width, addends.x),
-                          derive<kDerivative>(weights[i].y, inputs[i].y, group, width, addends.y)};
-      sums.x += addends.x;
-      sums.y += addends.y;
-      if (call.output != nullptr) {
-        store_two(output + i * kSumLanes, count, pairs && count > 1, result);
+    for (int col = 0; col < size;) {
+      const int count = size - col - 2 * lane;
+      const bool whole = pairs && size - col >= kStepsAtOnce * kSumLanes;
+      if (whole) {
+        take_steps<Element, kDerivative, kStepsAtOnce, true>(weight, input, output, count, group,
+                                                             width, sums);
+      } else if (pairs && size - col >= kSumLanes) {
+        take_steps<Element, kDerivative, 1, true>(weight, input, output, count, group, width, sums);
+      } else {
+        take_steps<Element, kDerivative, 1, false>(weight, input, output, count, group, width,
+                                                   sums);
       }
+      const int taken = whole ? kStepsAtOnce * kSumLanes : kSumLanes;
+      col += taken;
+      weight += taken;
+      input += taken;
+      output = output == nullptr ? nullptr : output + taken;
     }
     if constexpr (kDerivative == Derivative::kGradient) {
       const float sum = sum_in_halves(sums);
@@ -171,50 +116,68 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(LearnedScaleCall call) {
   }
 }
 
+/// A thread's columns among 64, `count` of them; kWhole promises all.
+template <typename Element, Derivative kDerivative, bool kWhole>
+__device__ void take_columns(const Element* weight, const Element* input, Element* output,
+                             std::int64_t stride, std::int64_t count, const Group& group,
+                             const LearnedWidth& width, float (&sums)[kOwnLanes]) {
+  float weights[kOwnLanes];
+  float inputs[kOwnLanes];
+#pragma unroll
+  for (int j = 0; j < kOwnLanes; ++j) {
+    const bool exists = kWhole || j < count;
+    weights[j] = exists ? number_of(weight[j * stride]) : 0.0F;
+    inputs[j] = exists ? number_of(input[j * stride]) : 0.0F;
+  }
+#pragma unroll
+  for (int j = 0; j < kOwnLanes; ++j) {
+    float addend;
+    const float result = derive<kDerivative>(weights[j], inputs[j], group, width, addend);
+    sums[j] += addend;
+    if (output != nullptr && (kWhole || j < count)) {
+      round_to_element(result, output[j * stride]);
+    }
+  }
+}
+
 /// Columns are contiguous: a block takes a run of 32 rows at a time, warp w columns w, w + 8, …
 template <typename Element, Derivative kDerivative>
-__global__ void __launch_bounds__(kThreads) columns_kernel(LearnedScaleCall call) {
+__global__ void __launch_bounds__(kThreads) columns_kernel(LearnedScaleCall call, Runs runs) {
   __shared__ float shared[kSumLanes][kWarpSize];
   wait_for_previous_kernels();
   allow_next_kernel();
   const FakeQuantizeTensor& matrix = call.matrix;
-  const Runs runs = runs_of(matrix);
   const LearnedWidth width(*call.num_bits, call.blend_ratio);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const std::int64_t row_tiles = divide_up(matrix.rows, kWarpSize);
   for (std::int64_t tile = blockIdx.x; tile < row_tiles * runs.per_row; tile += gridDim.x) {
-    const std::int64_t row = tile % row_tiles * kWarpSize + lane;
-    const std::int64_t run_of_row = tile / row_tiles;
-    const std::int64_t g = run_of_row / runs.per_group_row;
-    const std::int64_t first = run_of_row % runs.per_group_row * kSummedAtOnce;
+    const Quotient of_tile = divide(tile, row_tiles);
+    const Quotient of_run = divide(of_tile.whole, runs.per_group_row);
+    const std::int64_t row = of_tile.rest * kWarpSize + lane;
+    const std::int64_t run_of_row = of_tile.whole;
+    const std::int64_t g = of_run.whole;
+    const std::int64_t first = of_run.rest * kSummedAtOnce;
     const auto size = static_cast<int>(min(kSummedAtOnce, runs.group_cols - first));
     float sums[kOwnLanes] = {};
     if (row < matrix.rows) {
       const Group group = load_group<kDerivative>(call, runs.group_of(row, g), width);
-      const std::int64_t at = row + (g * runs.group_cols + first) * matrix.col_stride;
+      const std::int64_t at = row + (g * runs.group_cols + first + warp) * matrix.col_stride;
       const Element* weight = static_cast<const Element*>(matrix.input) + at;
       const Element* input = static_cast<const Element*>(call.input) + at;
-      Element* output = static_cast<Element*>(call.output) + at;
-      for (int i = 0; i < size; i += kSumLanes) {
-        float weights[kOwnLanes];
-        float inputs[kOwnLanes];
-#pragma unroll
-        for (int j = 0; j < kOwnLanes; ++j) {
-          const int col = i + j * kWarps + warp;
-          weights[j] = col < size ? number_of(weight[col * matrix.col_stride]) : 0.0F;
-          inputs[j] = col < size ? number_of(input[col * matrix.col_stride]) : 0.0F;
+      Element* output = call.output == nullptr ? nullptr : static_cast<Element*>(call.output) + at;
+      const std::int64_t stride = kWarps * matrix.col_stride;  // to the thread's next column
+      for (int col = warp; col < size; col += kSumLanes) {
+        if (col - warp + kSumLanes <= size) {
+          take_columns<Element, kDerivative, true>(weight, input, output, stride, kOwnLanes, group,
+                                                   width, sums);
+        } else {
+          take_columns<Element, kDerivative, false>(
+              weight, input, output, stride, divide_up(size - col, kWarps), group, width, sums);
         }
-#pragma unroll
-        for (int j = 0; j < kOwnLanes; ++j) {
-          const int col = i + j * kWarps + warp;
-          float addend;
-          const float result = derive<kDerivative>(weights[j], inputs[j], group, width, addend);
-          sums[j] += addend;
-          if (call.output != nullptr && col < size) {
-            round_to_element(result, output[col * matrix.col_stride]);
-          }
-        }
+        weight += kOwnLanes * stride;
+        input += kOwnLanes * stride;
+        output = output == nullptr ? nullptr : output + kOwnLanes * stride;
       }
     }
     if constexpr (kDerivative == Derivative::kGradient) {
@@ -254,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
     const float* numbers = call.sums + group * count + first;
     float2 sums{};
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kSummedAtOnce / kSumLanes; ++i) {
       const int at = i * kSumLanes + 2 * lane;
       const float2 two = load_two(numbers + at, size - at, false);
       sums.x += two.x;
@@ -277,15 +240,15 @@ dim3 blocks_for(std::int64_t items, std::int64_t items_of_block) {
 template <Derivative kDerivative>
 void launch_elements(const LearnedScaleCall& call, cudaStream_t stream) {
   const FakeQuantizeTensor& matrix = call.matrix;
-  const std::int64_t runs = runs_of(matrix).per_row;
+  const Runs runs = runs_of(matrix);
   visit_float(matrix.input_dtype, [&]<typename Element>(Element) {
     if (has_contiguous_rows(matrix)) {
-      launch(rows_kernel<Element, kDerivative>, blocks_for(matrix.rows * runs, kWarps),
-             dim3(kThreads), 0, stream, call);
+      launch(rows_kernel<Element, kDerivative>, blocks_for(matrix.rows * runs.per_row, kWarps),
+             dim3(kThreads), 0, stream, call, runs);
     } else {
       launch(columns_kernel<Element, kDerivative>,
-             blocks_for(divide_up(matrix.rows, kWarpSize) * runs, 1), dim3(kThreads), 0, stream,
-             call);
+             blocks_for(divide_up(matrix.rows, kWarpSize) * runs.per_row, 1), dim3(kThreads), 0,
+             stream, call, runs);
     }
   });
 }

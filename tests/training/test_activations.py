@@ -155,15 +155,18 @@ def test_the_int8_kernel_multiplies_the_same_codes(device):
     torch.testing.assert_close(served, layer(x).detach())
 
 
-@pytest.mark.parametrize("simulate", ["in_place", "autograd"])
-def test_a_captured_step_follows_drops_and_the_observer(decoder, device, simulate):
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"simulate": "autograd"}, {"simulate": "autograd", "scale": "learned"}],
+    ids=["in_place", "autograd", "learned"],
+)
+def test_a_captured_step_follows_drops_and_the_observer(decoder, device, form):
     if device == "cpu":
         pytest.skip("the CPU has no graphs")
-    config = {
+    config = form | {
         "start_bits": 8,
         "target_bits": 4,
         "activations": "static",
-        "simulate": simulate,
         "schedule": {"finish_at": 0.75},
     }
     models = decoder().to(device), decoder().to(device)
