@@ -42,10 +42,10 @@ class Step:
         return f"{self.part}/{self.name}"
 
 
-def pytest(*arguments: str) -> list[str]:
+def pytest(*arguments: str, in_parallel: bool = True) -> list[str]:
     """A test run that says what it skipped, and why."""
     options = ["-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
-    if importlib.util.find_spec("xdist"):
+    if in_parallel and importlib.util.find_spec("xdist"):
         options += ["-n", str(PROCESSES)]
     return [sys.executable, "-P", "-m", "pytest", *options, *arguments]
 
@@ -60,11 +60,13 @@ def steps() -> list[Step]:
     found = [
         Step("tests", "kernels", [KERNELS], every=1),
         Step("tests", "operators", pytest("tests/ops")),
-        Step("tests", "training", pytest("tests/training")),
-        Step("tests", "engine", pytest("tests/inference")),
-        Step("ranks", "training", pytest("tests/training/test_optimizer_sharded.py")),
-        Step("ranks", "engine", pytest("tests/inference/test_parallel_gpu.py")),
     ]
+    for name, folder, of_ranks in (
+        ("training", "tests/training", "tests/training/test_optimizer_sharded.py"),
+        ("engine", "tests/inference", "tests/inference/test_parallel_gpu.py"),
+    ):
+        found.append(Step("tests", name, pytest(folder, f"--ignore={of_ranks}")))
+        found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False)))
     for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every))
@@ -76,8 +78,9 @@ def steps() -> list[Step]:
         found.append(Step("decode", model, benchmark("gpu_decode", "--models", model)))
     for model in ("bert-base", "bert-large"):
         found.append(Step("encoder", model, benchmark("gpu_encoder", "--models", model)))
-    command = benchmark("fake_quantize", "--device", "cuda")
-    found.append(Step("fake_quantize", "models", command))
+    for script in ("fake_quantize", "learned_scales"):
+        command = benchmark(script, "--device", "cuda")
+        found.append(Step("fake_quantize", script, command))
     for mode in ("eager", "compiled"):
         command = benchmark("train_step", "--device", "cuda", "--modes", mode)
         found.append(Step("train_step", mode, command))
