@@ -95,7 +95,7 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
     for dtypes in DTYPES:
         if len({*DTYPES[dtypes]}) > 1:
             continue  # a gradient has its weight's dtype
-        weights = Weights(model, dtypes, device)
+        weights = Weights(MODELS[model], dtypes, device)
         for case in CASES:
             gradients = Gradients(weights, case)
             calls: dict[str, Call] = {
@@ -105,7 +105,8 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
             }
             if device == "cuda" and case == "per channel":
                 calls["compiled"] = gradients.compiled()
-            seconds = seconds_of(calls, weights.copies, turns, device)
+            times_of = seconds_of(calls, weights.copies, turns, device)
+            seconds = {name: min(times) for name, times in times_of.items()}
             copied = 2 * COPY_BYTES[device] / seconds["copy"] / 1e9
             rate = gradients.num_bytes / seconds["moq"] / 1e9
             name = f"{model} {dtypes} {case}"
