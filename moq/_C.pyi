@@ -79,6 +79,14 @@ class HvpOperator:
 
 def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
+class ParetoFront:
+    points: list[tuple[int, float]]
+    def __init__(
+        self, names: Sequence[str], options: Sequence[Sequence[tuple[int, float]]]
+    ) -> None: ...
+    def choice(self, point: int) -> list[int]: ...
+    def within(self, budget: int) -> int: ...
+
 class ScheduledBlock:
     name: str
     def __init__(

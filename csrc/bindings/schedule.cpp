@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "csrc/bindings/bindings.h"
+#include "csrc/schedule/target_bits.h"
+#include "kernels/common/check.h"
 
 namespace moq::bindings {
 
@@ -55,9 +57,54 @@ py::list unfinished_of(const Schedule& self) {
   return late;
 }
 
+schedule::ParetoFront front_of(
+    const std::vector<std::string>& names,
+    const std::vector<std::vector<std::pair<std::int64_t, double>>>& options) {
+  MOQ_CHECK(names.size() == options.size(), "ParetoFront: options must have one list a name, got ",
+            options.size(), " for ", names.size());
+  std::vector<schedule::BlockOptions> blocks;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    schedule::BlockOptions& block = blocks.emplace_back();
+    block.name = names[i];
+    for (const auto& [cost, loss] : options[i]) {
+      block.options.push_back({.cost = cost, .loss = loss});
+    }
+  }
+  return schedule::ParetoFront(blocks);
+}
+
+void bind_target_bits(py::module_& m) {
+  using schedule::FrontPoint;
+  using schedule::ParetoFront;
+  py::class_<ParetoFront>(
+      m, "ParetoFront",
+      "Every choice of one option per block that no other beats in cost and loss, exactly "
+      "(csrc/schedule/target_bits.h).")
+      .def(py::init(&front_of), py::arg("names"), py::arg("options"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Options are [[(cost, loss), ...], ...], costs integers. Raises moq._C.Error naming the "
+           "block whose options have no meaning.")
+      .def_property_readonly(
+          "points",
+          [](const ParetoFront& self) {
+            std::vector<std::pair<std::int64_t, double>> points;
+            for (const FrontPoint& point : self.points()) {
+              points.emplace_back(point.cost, point.loss);
+            }
+            return points;
+          },
+          "[(cost, loss), ...]: costs rise, losses fall.")
+      .def("choice", &ParetoFront::choice, py::arg("point"),
+           "The index of each block's option behind point number `point`.")
+      .def("within", &ParetoFront::within, py::arg("budget"),
+           "Number of the point of least loss whose cost is at most `budget`; moq._C.Error names "
+           "the smallest feasible one.");
+}
+
 }  // namespace
 
 void bind_schedule(py::module_& m) {
+  bind_target_bits(m);
   py::class_<ScheduledBlock>(
       m, "ScheduledBlock",
       "One block of a Schedule: a name for messages and the rule its width follows.")
