@@ -10,7 +10,8 @@ cost is a copy of as many bytes: one copy between two large buffers in the same 
 
 "BF16" reads float32 masters and writes bfloat16 weights; "FP32" and "BF16 masters" have one dtype.
 Values are drawn at random; what counts is the shapes. Competitors take turns. On a CPU the best
-turn of each counts, because other processes disturb the rest, and the medians stand beside it; so
+turn of each counts, because other processes disturb the rest; the medians stand beside it, and that
+of the turns' ratios, because a shared memory has more bandwidth at some times than at others; so
 does what the arithmetic alone would allow, the rate for weights that stay in the caches of a core,
 times the threads. On a GPU it is the median of CUDA graphs (torch's operator excepted, which waits
 for the device) whose calls rotate through copies of the weights that exceed four times the L2
@@ -209,6 +210,10 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
             else:
                 medians = {n: gigabytes[n] / statistics.median(seconds[n]) for n in calls}
                 note += f"; medians {medians['moq']:.0f} and {medians['copy']:.0f} GB/s"
+                pairs = zip(seconds["moq"], seconds["copy"], strict=True)
+                scale = gigabytes["moq"] / gigabytes["copy"]
+                turn = statistics.median(scale * copy / own for own, copy in pairs)
+                note += f", {turn:.2f}x in the median turn"
                 alone = torch.get_num_threads() * arithmetic_rate(dtypes, arguments, turns)
                 note += f"; arithmetic alone {alone / 1e9:.0f} GB/s"
             row = Row(f"{model} {dtypes} {case}", best["moq"], copied, "GB/s", f"{note})")
