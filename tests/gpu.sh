@@ -4,13 +4,14 @@
 #   tests/gpu.sh                         every part that is not done yet, tests first
 #   tests/gpu.sh --build                 build the extension and the C++ tests with CUDA into build/gpu
 #   tests/gpu.sh --part tests            kernels (C++), operators, training and engine on the GPU
-#   tests/gpu.sh --part ranks            training over NCCL, where there are two GPUs
-#   tests/gpu.sh --part sanitizer        the C++ tests under compute-sanitizer: memcheck, racecheck, initcheck
+#   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs
+#   tests/gpu.sh --part sanitizer        C++ tests under compute-sanitizer, memcheck, racecheck, initcheck: some of each suite,
+#                                        others with each commit
 #   tests/gpu.sh --part decode           generation beside compiled PyTorch and transformers
 #   tests/gpu.sh --part regions          the fused regions of a layer beside unfused kernels
 #   tests/gpu.sh --part gemm             INT8 products beside the read bandwidth and cuBLAS
 #   tests/gpu.sh --part encoder          BERT beside transformers in a CUDA graph and compiled PyTorch
-#   tests/gpu.sh --part fake_quantize    the training step's kernel beside a copy
+#   tests/gpu.sh --part fake_quantize    the training step's kernels, learned scales' too, beside a copy
 #   tests/gpu.sh --part train_step       training steps with moq and without
 #
 # A part takes at most 8 minutes on 16 cores. Its steps (tests/gpu_parts.py --list) append what they find to
@@ -46,7 +47,7 @@ package() {
 
 case ${1:-} in
   --build) build ;;
-  -h | --help) sed -n '2,22p' "$0" | cut -c3- ;;
+  -h | --help) sed -n '2,23p' "$0" | cut -c3- ;;
   # -P keeps the checkout, which has no build for this interpreter, from being imported instead.
   *) package && exec "$PYTHON" -P tests/gpu_parts.py "$@" ;;
 esac
