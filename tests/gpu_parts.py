@@ -24,7 +24,7 @@ LIMIT = 480  # seconds of a part
 KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
 CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
-# Under a sanitizer one test in so many of a suite runs: racecheck makes them a hundred times slower.
+# Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
 SANITIZED = {"memcheck": 7, "racecheck": 37, "initcheck": 11}
 
 
@@ -122,19 +122,17 @@ def counts(output: str) -> Counter[str]:
 
 
 def kernel_tests(every: int) -> list[str]:
-    """Names of the kernel tests on a GPU, one in so many of each suite: others with each commit."""
+    """Names of the kernel tests on a GPU, one in so many: others with each commit."""
     first = int(hashlib.sha256(commit().encode()).hexdigest(), 16) % every
     arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={CUDA_TESTS}"]
     listed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    names, suite, count = [], "", 0
+    names, suite = [], ""
     for line in listed.splitlines()[1:]:
-        if not line.startswith(" "):
-            suite, count = line.split()[0], 0
-            continue
-        if count % every == first:
+        if line.startswith(" "):
             names.append(suite + line.split()[0])
-        count += 1
-    return names
+        else:
+            suite = line.split()[0]
+    return names[first::every]
 
 
 def in_shards(step: Step, directory: Path) -> list[str]:
