@@ -118,6 +118,24 @@ def follows_sensitivities(blocks: Blocks, config: MoQConfig) -> bool:
     return any((pace.timing or config.schedule).table is None for pace in blocks.paces)
 
 
+def retarget(schedule: Schedule, target_bits: Mapping[str, int]) -> Schedule:
+    """Returns the schedule with other last widths for some of its blocks, by name.
+
+    A table ends where it reaches the new width.
+
+    Raises:
+        moq._C.Error: as make_schedule.
+    """
+    state = schedule.state_dict()
+    for block in state["blocks"]:
+        target = target_bits.get(block["name"])
+        if target is not None and "table" in block:
+            block["table"] = _clipped_table(dict(block["table"]), block["table"][0][1], target)
+        elif target is not None:
+            block["target_bits"] = target
+    return Schedule.from_state_dict(state)
+
+
 def extend_schedule(
     schedule: Schedule, previous: Schedule, steps: int, renamed: Mapping[str, str]
 ) -> Schedule:
@@ -198,12 +216,7 @@ def _scheduled(name: str, pace: Pace, section: ScheduleConfig) -> ScheduledBlock
     start, target = pace.start_bits, pace.target_bits
     timing = pace.timing or section
     if timing.table is not None:
-        clipped: dict[int, int] = {}
-        for step, bits in sorted(timing.table.items()):
-            bits = max(target, min(start, bits))
-            if bits not in clipped.values():
-                clipped[step] = bits
-        return ScheduledBlock.from_table(name, clipped)
+        return ScheduledBlock.from_table(name, dict(_clipped_table(timing.table, start, target)))
     return ScheduledBlock(
         name,
         start_bits=start,
@@ -213,3 +226,13 @@ def _scheduled(name: str, pace: Pace, section: ScheduleConfig) -> ScheduledBlock
         growth=timing.growth,
         finish_at=timing.finish_at,
     )
+
+
+def _clipped_table(table: Mapping[int, int], start: int, target: int) -> list[tuple[int, int]]:
+    """Keeps the (step, bits) of a table between two widths."""
+    clipped: dict[int, int] = {}
+    for step, bits in sorted(table.items()):
+        bits = max(target, min(start, bits))
+        if bits not in clipped.values():
+            clipped[step] = bits
+    return list(clipped.items())

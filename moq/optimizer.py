@@ -21,18 +21,27 @@ from moq.blocks import (
     extend_schedule,
     make_schedule,
     require_blends_end,
+    require_same_past,
+    retarget,
 )
+from moq.budget import Budget, LatencyTable, require_table
 from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.loggers import Logger
 from moq.masters import Masters
-from moq.planning import measure_blocks, plan_by, require_plannable
+from moq.planning import (
+    choose_for_masters,
+    measure_blocks,
+    plan_by,
+    require_plannable,
+)
 from moq.record import MASTER_KEY, RECORD_KEY, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
 from moq.simulators import WeightSimulators, remove_left_over_simulators
 from moq.state_creation import is_state_creation, make_blank_state
+from moq.target_bits import WIDTHS, TargetBits, require_widths, traces_for
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
 if TYPE_CHECKING:
@@ -107,6 +116,7 @@ class MoQOptimizer(OptimizerWrapper):
         self.config = MoQConfig.load(config)
         self.total_steps = total_steps
         self.history: list[dict[str, Any]] = []
+        self._target_bits: dict[str, int] = {}
         self._blank_state = False
         self._stateless = False
         self._shows_masters = False
@@ -176,6 +186,8 @@ class MoQOptimizer(OptimizerWrapper):
             matched, blocks = self._match()
             schedule = make_schedule(blocks, self.config, self.total_steps)
             renamed = self._masters.blocks.names_in(blocks)
+            targets = {renamed[name]: bits for name, bits in self._target_bits.items()}
+            schedule = retarget(schedule, targets)
             schedule = extend_schedule(schedule, self.schedule(), self.steps, renamed)
             require_blends_end(matched, blocks, schedule)
             self.flush_logs()  # what is on its way is of the present blocks
@@ -184,6 +196,7 @@ class MoQOptimizer(OptimizerWrapper):
         except Exception:
             self.inner.param_groups.pop()
             raise
+        self._target_bits = targets
         self._stateless = False  # the new group may have a momentum
         self._masters.trainer.write_simulated()
 
@@ -265,7 +278,7 @@ class MoQOptimizer(OptimizerWrapper):
             state_dict = hook(self, state_dict) or state_dict
         record, own = Record.from_state_dict(state_dict), self._record()
         record.require_same_model(own)
-        schedule = record.resumed_schedule(own)
+        schedule = record.resumed_schedule(self._configured_schedule())
         self._masters.find_memory()
         # accelerate loads an optimizer's own state into it. If the model's weights were replaced
         # just before, they must stay: the next step adopts them as masters, with a warning.
@@ -278,6 +291,7 @@ class MoQOptimizer(OptimizerWrapper):
         self._activations.load(record.activations)
         self._blank_state = record.blank_state
         self.history = record.history
+        self._target_bits = record.target_bits
         self._reporter.reported = record.step
         if not (self._shows_masters or keep_weights):
             self._masters.trainer.write_simulated()
@@ -393,6 +407,66 @@ class MoQOptimizer(OptimizerWrapper):
             named = {f"moq/sensitivity/{name}": value for name, value in values}
             self._scalars.tell(named, step=self.steps)
 
+    def choose_target_bits(
+        self,
+        *,
+        mean_bits: float | None = None,
+        bytes: int | None = None,
+        latency: float | None = None,
+        latency_table: str | os.PathLike[str] | LatencyTable | None = None,
+        widths: Iterable[int] = WIDTHS,
+        sensitivity: Sensitivity | None = None,
+    ) -> TargetBits:
+        """Chooses the width that each block ends at, and plans the schedule by it.
+
+        Minimises the sum over blocks of |trace| * squared rounding error under one budget, exactly.
+        Blocks whose trace was not measured (frozen ones), ternary and binary ones keep their
+        configured target; a schedule.table can end earlier, not lower. Under torch.distributed all
+        ranks must call it; they take the numbers of rank 0.
+
+        Args:
+            mean_bits: Most bits of a quantized weight, in the mean over all of them.
+            bytes: Largest size of all tensors of the exported model.
+            latency: Most seconds of a decode step, by `latency_table`.
+            latency_table: JSON of `moq bench` measurements (moq.budget.LatencyTable); widths that
+                it lacks are not offered.
+            widths: Bits that are offered, in [2, 16], as far as a block's start_bits reach. Above 8
+                weights are exported as floats.
+            sensitivity: Traces of the blocks; None takes the last that `probe` measured.
+
+        Returns:
+            The choice, with the whole Pareto front; print it, or call its `plot`.
+
+        Raises:
+            ValueError: if no trace was measured, if the budget is infeasible (naming the smallest
+                feasible one), if ranks differ in what they ask for, or if widths have fallen
+                already that the new plan would have kept; then nothing has changed.
+            moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+            RuntimeError: inside `full_precision`.
+        """
+        where = "MoQOptimizer.choose_target_bits"
+        self._require_simulated("choose_target_bits")
+        with raise_together():
+            budget = Budget.of(mean_bits, bytes, latency)
+            table = require_table(budget, latency_table)
+            offered = require_widths(widths)
+            history = self.history if sensitivity is None else [asdict(sensitivity)]
+            traces = traces_for(history, where)
+        choice = choose_for_masters(
+            self._masters, self.model, budget, table, offered, traces, where
+        )
+        configured, schedule = self._configured_schedule(), self.schedule()
+        state = retarget(configured, choice.target_bits).state_dict()
+        planned = Schedule.from_state_dict(
+            state | {"measurements": schedule.state_dict()["measurements"]}
+        )
+        require_same_past(schedule, planned, self.steps, where)
+        require_blends_end(self._masters.matched, self._masters.blocks, planned)
+        self._masters.trainer.restore(planned, self.steps)
+        self._target_bits = choice.target_bits
+        self._reporter.target_bits(choice)
+        return choice
+
     def flush_logs(self) -> None:
         """Tells the loggers what has been measured and has not reached them yet; waits for it."""
         self._scalars.deliver(self._masters, wait=True)
@@ -472,6 +546,10 @@ class MoQOptimizer(OptimizerWrapper):
             )
         return matched, assign_blocks(matched)
 
+    def _configured_schedule(self) -> Schedule:
+        """Returns the schedule before anything was measured or chosen."""
+        return make_schedule(self._masters.blocks, self.config, self.total_steps)
+
     def _require_simulated(self, method: str) -> None:
         """Makes sure that the model holds the simulated values of the masters."""
         if self._shows_masters:
@@ -495,11 +573,11 @@ class MoQOptimizer(OptimizerWrapper):
 
     def _warn_of_early_export(self) -> None:
         """Says which weights are exported before they have their target width."""
-        widths = self.num_bits
+        widths, plan = self.num_bits, self.schedule().plan()
         early = [
-            f"{m.name} at {widths[m.name]} of {m.spec.target_bits} bits"
-            for m, _ in self._masters.placed()
-            if widths[m.name] > m.spec.target_bits
+            f"{m.name} at {widths[m.name]} of {plan[block][-1][1]} bits"
+            for m, block in self._masters.placed()
+            if widths[m.name] > plan[block][-1][1]
         ]
         if early and is_main_process():
             warnings.warn(
@@ -537,6 +615,7 @@ class MoQOptimizer(OptimizerWrapper):
             history=self.history,
             blank_state=self._blank_state,
             activations=self._activations.state(),
+            target_bits=self._target_bits,
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moq._C import Schedule
-from moq.blocks import require_same_past
+from moq.blocks import require_same_past, retarget
 
 FORMAT = 1
 # The record is one JSON string in the first param group: torch.distributed.checkpoint keeps what
@@ -31,6 +31,8 @@ class Record:
         blank_state: True if the inner optimizer has made no step: its state is only a form that
             loading fills in.
         activations: Moving averages of static activations, by name of the layer.
+        target_bits: Last widths that choose_target_bits put in the place of the configured ones, by
+            name of the block.
     """
 
     step: int
@@ -41,6 +43,7 @@ class Record:
     history: list[dict[str, Any]] = field(default_factory=list)
     blank_state: bool = False
     activations: dict[str, float] = field(default_factory=dict)
+    target_bits: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the record as it stands in the first param group."""
@@ -100,15 +103,14 @@ class Record:
         if self.seed != own.seed:
             raise ValueError(f"{where}: seed must be the saved {self.seed}, got {own.seed}")
 
-    def resumed_schedule(self, own: Record) -> Schedule:
-        """Returns the present schedule with the saved measurements.
+    def resumed_schedule(self, configured: Schedule) -> Schedule:
+        """Returns the configured schedule with the saved target widths and measurements.
 
         Raises:
             ValueError: if it contradicts what happened until the saved step.
         """
-        resumed = Schedule.from_state_dict(
-            own.schedule | {"measurements": self.schedule["measurements"]}
-        )
+        state = retarget(configured, self.target_bits).state_dict()
+        resumed = Schedule.from_state_dict(state | {"measurements": self.schedule["measurements"]})
         saved = Schedule.from_state_dict(self.schedule)
         require_same_past(saved, resumed, self.step, "MoQOptimizer.load_state_dict")
         return resumed
@@ -123,6 +125,8 @@ class Record:
             "seed": self.seed,
             "drops": {name: [list(drop) for drop in drops] for name, drops in plan.items()},
             "sensitivities": self.history,
+            "blocks": {name: grid["block"] for name, grid in self.parameters.items()},
+            "target_bits": self.target_bits,
         }
 
 

@@ -14,6 +14,7 @@ from moq.rules import MatchedParameter
 
 if TYPE_CHECKING:
     from moq.estimators import Sensitivity
+    from moq.target_bits import TargetBits
 
 
 def is_main_process() -> bool:
@@ -206,3 +207,8 @@ class Reporter:
         """Prints a measurement."""
         if self.enabled:
             print_line(sensitivity_table(step, found))
+
+    def target_bits(self, choice: TargetBits) -> None:
+        """Prints a choice of target widths."""
+        if self.enabled:
+            print_line(f"moq: {choice}")

@@ -1,4 +1,4 @@
-"""`moq schedule`: when every layer reaches every bit width, before a training is started."""
+"""`moq schedule`: when every layer reaches every bit width, and which widths a budget allows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from moq._C import Schedule
-from moq.blocks import Blocks, Pace, assign_blocks, make_schedule
+from moq.blocks import Blocks, Pace, assign_blocks, make_schedule, retarget
 from moq.config import MoQConfig
 from moq.deepspeed import convert
+from moq.plotting import new_figure
 from moq.reporting import compact_names
 from moq.rules import DEFAULT_RULE, match_parameters
 
@@ -62,9 +63,12 @@ class BlockOutlook:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq schedule`."""
     parser.add_argument(
-        "config", help="configuration file (.json, .yaml), as MoQOptimizer takes it"
+        "config",
+        nargs="?",
+        help="configuration file (.json, .yaml), as MoQOptimizer takes it; may be left out with "
+        "--budget: then the run's grids and start widths count",
     )
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of the training")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the training")
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--model",
@@ -84,18 +88,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the file is DeepSpeed's (quantize_training or compression_training): read it in true "
         "steps, and list what moq does in another way",
     )
+    budget = parser.add_argument_group("target widths under a budget, from a saved run")
+    budget.add_argument(
+        "--budget",
+        metavar="KIND=N",
+        help="mean_bits=6, bytes=90MB or latency=12ms: choose the last width of each layer of "
+        "--run with the least sum of |trace| * squared rounding error, and print the Pareto front; "
+        "with CONFIG and --steps the plan with these widths too",
+    )
+    budget.add_argument(
+        "--widths", metavar="BITS", help="widths that are offered (4,8,16)", default="4,8,16"
+    )
+    budget.add_argument(
+        "--latency-table",
+        metavar="FILE",
+        help="for latency: what moq bench DIR --json printed for one directory per width",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", metavar="FILE", help="draw the plan to a .png or .svg file")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw the plan, or with --budget the front, to a .png or .svg file",
+    )
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs `moq schedule`; a schedule that cannot finish is an error with the remedy."""
+    _require_usable(options)
     if options.deepspeed:
         conversion = convert(options.config)
         config = conversion.config
         print(conversion, file=sys.stderr)
     else:
         config = MoQConfig.load(options.config)
+    if options.budget is not None:
+        return _run_budget(options, None if options.config is None else config)
     if options.run is not None:
         outlook = run_outlook(config, options.steps, options.run)
     elif options.model is None:
@@ -108,6 +136,50 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(_as_json(outlook, config, options.steps)))
     else:
         _print_table(Console(), outlook, _extent(config, options.steps))
+    return 0
+
+
+def _require_usable(options: argparse.Namespace) -> None:
+    """Ends the program over options that say too little or too much together."""
+    if options.budget is None:
+        if options.config is None or options.steps is None:
+            options.usage_error("CONFIG and --steps are needed to plan (without --budget)")
+        if options.latency_table is not None:
+            options.usage_error("--latency-table needs --budget latency=N")
+        return
+    if options.run is None:
+        options.usage_error("--budget needs --run RUN, whose layers were measured")
+    if options.config is None and (options.steps is not None or options.deepspeed):
+        options.usage_error("--steps and --deepspeed need a CONFIG")
+
+
+def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
+    """Chooses target widths, and plans with them if there are a configuration and steps."""
+    from moq.budget import Budget, require_table
+    from moq.budget_command import choose_for_run, parse_widths
+    from moq.target_bits import require_widths
+
+    budget = Budget.parse(options.budget)
+    choice = choose_for_run(
+        options.run,
+        budget,
+        config=config,
+        table=require_table(budget, options.latency_table),
+        widths=require_widths(parse_widths(options.widths)),
+    )
+    plan: dict[str, Any] | None = None
+    outlook: list[BlockOutlook] = []
+    if config is not None and options.steps is not None:
+        outlook = run_outlook(config, options.steps, options.run, choice.target_bits)
+        plan = _as_json(outlook, config, options.steps)
+    if options.plot is not None:
+        choice.plot(options.plot)
+    if options.json:
+        print(json.dumps(choice.to_dict() | {"plan": plan}))
+        return 0
+    print(choice)
+    if plan is not None:
+        _print_table(Console(), outlook, f"of {options.steps} steps")
     return 0
 
 
@@ -154,9 +226,18 @@ def _schedule_of(config: MoQConfig, total_steps: int, model: torch.nn.Module) ->
 
 
 def run_outlook(
-    config: MoQConfig, total_steps: int, directory: str | os.PathLike[str]
+    config: MoQConfig,
+    total_steps: int,
+    directory: str | os.PathLike[str],
+    target_bits: Mapping[str, int] | None = None,
 ) -> list[BlockOutlook]:
     """Plans the blocks of a saved run's model with the sensitivities that were measured in it.
+
+    Args:
+        config: The configuration.
+        total_steps: Optimizer steps of the training.
+        directory: The saved run.
+        target_bits: Last widths of blocks, instead of the configured ones.
 
     Raises:
         ValueError: as model_outlook, or if nothing was measured, or nothing of these blocks.
@@ -169,6 +250,7 @@ def run_outlook(
     if not measurements:
         raise ValueError(f"{directory}: sensitivities must have been measured (probe), got none")
     schedule = _schedule_of(config, total_steps, _empty_model(os.fspath(directory)))
+    schedule = retarget(schedule, target_bits or {})
     # Rules may split a layer into several blocks, here or there: they are as sensitive as it is.
     layers = [name.partition(" ")[0] for name in schedule.block_names]
     for found in measurements:
@@ -305,15 +387,7 @@ def plot(outlook: Sequence[BlockOutlook], total_steps: int, path: str | Path) ->
         ValueError: if the file ends in neither .png nor .svg.
         RuntimeError: if matplotlib is not installed.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"{path}: a plot must end in .png or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from error
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = new_figure(path)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="bits")
     for index, (name, widths) in enumerate(_grouped(outlook)):
         color = f"C{index}"

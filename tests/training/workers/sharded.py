@@ -589,6 +589,52 @@ def check_a_model_is_measured_before_it_is_sharded() -> None:
     assert set(optimizer.num_bits.values()) == {4}
 
 
+def check_target_bits_are_those_of_one_process() -> None:
+    reference = whole_decoder()
+    blocks = quantized_blocks(reference, FALLING)
+    options = {"max_products": 8, "progress": False}
+    found = measure(
+        reference, blocks, lambda tokens: loss_of(reference, tokens), [batch(50)], **options
+    )
+    alone = wrap(reference, FALLING, STEPS)
+    alone.apply_sensitivity(found)
+    optimizer = wrap(sharded_decoder(), FALLING, STEPS)
+    optimizer.apply_sensitivity(found)
+    widths = range(2, 10)
+    choice = optimizer.choose_target_bits(mean_bits=5, widths=widths)
+    expected = alone.choose_target_bits(mean_bits=5, widths=widths)
+    assert choice.to_dict() == expected.to_dict()
+    assert optimizer.schedule().plan() == alone.schedule().plan()
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, choice.to_dict())
+    assert all(other == choice.to_dict() for other in everywhere)
+    # The size of the whole model, not of a shard of it.
+    by_size = [o.choose_target_bits(bytes=10_000) for o in (optimizer, alone)]
+    assert by_size[0].cost == by_size[1].cost
+
+
+def check_ranks_that_ask_for_different_target_bits_are_refused() -> None:
+    model = whole_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
+    plan = optimizer.schedule().plan()
+    if dist.get_world_size() == 1:
+        return
+    try:
+        optimizer.choose_target_bits(mean_bits=5 + dist.get_rank())
+    except ValueError as error:
+        assert "must be the same on all ranks" in str(error)
+    else:
+        raise AssertionError("ranks chose different target bits")
+    try:
+        optimizer.choose_target_bits(mean_bits=5 if dist.get_rank() == 0 else 99)
+    except (ValueError, RuntimeError) as error:
+        assert "mean_bits must lie in [1, 16], got 99" in str(error)
+    else:
+        raise AssertionError("a rank with an invalid budget was left behind")
+    assert optimizer.schedule().plan() == plan
+
+
 def check_all_ranks_hear_of_an_error_of_the_one_that_writes() -> None:
     optimizer = wrap(whole_decoder(), FALLING, STEPS)
     directory = Path(os.environ["MOQ_TEST_DIRECTORY"])
