@@ -12,6 +12,7 @@
 #include "kernels/common/check.h"
 #include "kernels/common/fake_quantize_check.h"
 #include "kernels/common/fake_quantize_layout.h"
+#include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
 #include "kernels/common/visit.h"
 #include "kernels/cpu/fake_quantize_units.h"
@@ -30,13 +31,14 @@ constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
 /// as by torch's own threads, which spin for milliseconds after torch's last call.
 constexpr std::int64_t kUnitsTaken = 16;
 
-/// Calls body(i) for the units [0, size), on all threads.
+/// Calls body(i) for the units [0, size), on as many threads as there are takings: a worker that is
+/// woken for nothing costs more than a small weight does.
 template <typename Body>
 void for_each_unit_index(std::int64_t size, const Body& body) {
   const std::int64_t threads = num_threads();
   const std::int64_t taken = std::clamp<std::int64_t>(size / (8 * threads), 1, kUnitsTaken);
   std::atomic<std::int64_t> next{0};
-  parallel_for(threads, 1, [&](std::int64_t, std::int64_t) {
+  parallel_for(std::min(threads, divide_up(size, taken)), 1, [&](std::int64_t, std::int64_t) {
     for (;;) {
       const std::int64_t begin = next.fetch_add(taken, std::memory_order_relaxed);
       if (begin >= size) {

@@ -8,6 +8,7 @@
 #include "kernels/common/fake_quantize_layout.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/simd/fake_quantize.h"
+#include "tests/cpp/kernels/child.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
 #include "tests/cpp/kernels/isa_axis.h"
@@ -451,6 +452,18 @@ TEST(FakeQuantize, ManyTensorsOnSeveralThreadsEqualEachAlone) {
   for (std::size_t i = 0; i < problems.size(); ++i) {
     EXPECT_EQ(results[i], run(problems[i])) << problems[i].parameters;
   }
+}
+
+TEST(FakeQuantize, OneUnitOfWorkWakesNoOtherThread) {
+  const Problem small(Case{.rows = 8, .cols = 8});
+  const Problem large(Case{.rows = 1201, .cols = 2003});
+  const ThreadScope threads(2);
+  EXPECT_EQ(
+      status_of_child([&] { return run(small) == reference(small) && num_threads_alive() == 1; }),
+      0);
+  EXPECT_EQ(
+      status_of_child([&] { return run(large) == reference(large) && num_threads_alive() == 2; }),
+      0);
 }
 
 TEST(FakeQuantize, OutputsLargerThanTheCachesEqualTheDefinition) {

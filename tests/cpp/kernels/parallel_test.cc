@@ -1,8 +1,6 @@
 #include "kernels/common/parallel.h"
 
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -11,9 +9,12 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/kernels/child.h"
 
 namespace moq::kernels {
 namespace {
+
+using testing::status_of_child;
 
 /// How often parallel_for visits each number.
 std::vector<int> visits(std::int64_t size, std::int64_t grain) {
@@ -32,7 +33,7 @@ struct Case {
   std::int64_t grain;
 };
 
-class ParallelFor : public testing::TestWithParam<Case> {};
+class ParallelFor : public ::testing::TestWithParam<Case> {};
 
 TEST_P(ParallelFor, VisitsEveryNumberOnce) {
   const ThreadScope scope(GetParam().threads);
@@ -52,9 +53,9 @@ TEST_P(ParallelFor, GivesWholeGrainsButForTheLastRange) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, ParallelFor,
-                         testing::Values(Case{1, 10, 3}, Case{2, 0, 1}, Case{2, 1, 1},
-                                         Case{2, 7, 2}, Case{2, 10007, 64}, Case{3, 10, 100},
-                                         Case{4, 5, 1}, Case{7, 1000, 1}));
+                         ::testing::Values(Case{1, 10, 3}, Case{2, 0, 1}, Case{2, 1, 1},
+                                           Case{2, 7, 2}, Case{2, 10007, 64}, Case{3, 10, 100},
+                                           Case{4, 5, 1}, Case{7, 1000, 1}));
 
 TEST(Parallel, UsesOneThreadWithoutAScope) {
   EXPECT_EQ(num_threads(), 1);
@@ -160,26 +161,6 @@ TEST(Parallel, ServesSeveralCallersAtOnce) {
     caller.join();
   }
   EXPECT_EQ(sums, std::vector<std::int64_t>(4, 500 * 4950));
-}
-
-/// Exit status of a forked child that runs `body`, or -1 if it has not ended within ten seconds.
-template <typename Body>
-int status_of_child(const Body& body) {
-  const pid_t child = fork();
-  if (child == 0) {
-    _exit(body() ? 0 : 1);
-  }
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-  int status = 0;
-  while (waitpid(child, &status, WNOHANG) == 0) {
-    if (std::chrono::steady_clock::now() > deadline) {
-      kill(child, SIGKILL);
-      waitpid(child, &status, 0);
-      return -1;
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return WEXITSTATUS(status);
 }
 
 TEST(Parallel, WorksInAForkedChild) {
