@@ -20,10 +20,14 @@ struct Run {
   std::int64_t ahead;
 };
 
-/// Asks for what lies `elements` after `input`, be it past the end: nothing is read.
+/// Asks for what lies `elements` after `input`, which may be past the end: an integer until then,
+/// because no pointer may go there.
 template <typename Element>
 [[gnu::always_inline]] inline void prefetch(const Element* input, std::int64_t elements) {
-  __builtin_prefetch(input + elements, /*rw=*/0, /*locality=*/3);
+  const auto address = reinterpret_cast<std::uintptr_t>(input) +
+                       static_cast<std::uintptr_t>(elements) * sizeof(Element);
+  // NOLINTNEXTLINE(performance-no-int-to-ptr)
+  __builtin_prefetch(reinterpret_cast<const void*>(address), /*rw=*/0, /*locality=*/3);
 }
 
 /// Elements before one whose address a streaming store accepts.
