@@ -36,10 +36,10 @@ struct LearnedScale {
 /// halves; what that gives of a group is summed in the same way until one number is left. CPU
 /// (every instruction set) and CUDA give the same numbers.
 struct LearnedScaleGradientArgs {
-  LearnedScale at;
-  const void* output = nullptr;  ///< [rows, cols], the weight's strides and dtype
-  void* weight = nullptr;        ///< likewise, written; null: not written
-  float* absmax = nullptr;       ///< [num_groups], written
+  LearnedScale point;
+  const void* grad_output = nullptr;  ///< [rows, cols], the weight's strides and dtype
+  void* grad_weight = nullptr;        ///< likewise, written; null: not written
+  float* grad_absmax = nullptr;       ///< [num_groups], written
   /// CUDA only: device memory of learned_scale_workspace_size bytes, for this call alone; may be
   /// null if that size is 0.
   void* workspace = nullptr;
@@ -47,10 +47,10 @@ struct LearnedScaleGradientArgs {
 
 /// The derivative along a direction of weight and absmax, of which the gradient is the adjoint.
 struct LearnedScaleTangentArgs {
-  LearnedScale at;
-  const void* weight = nullptr;   ///< [rows, cols], the weight's strides and dtype
-  const float* absmax = nullptr;  ///< [num_groups]
-  void* output = nullptr;         ///< [rows, cols], likewise, written
+  LearnedScale point;
+  const void* weight_tangent = nullptr;   ///< [rows, cols], the weight's strides and dtype
+  const float* absmax_tangent = nullptr;  ///< [num_groups]
+  void* output_tangent = nullptr;         ///< [rows, cols], likewise, written
 };
 
 namespace cpu {

@@ -66,15 +66,14 @@ Tensor stored_like(const Tensor& result, const Tensor& matrix) {
 struct KernelPoint {
   Tensor weight;
   Tensor absmax;
-  kernels::LearnedScale at;
+  kernels::LearnedScale point;
 
-  KernelPoint(const Point& point, const Tensor& result)
-      : weight(stored_like(result, point.weight)), absmax(point.absmax.contiguous()) {
-    at.matrix = describe(weight, point.quantizer);
-    at.matrix.given_absmax = absmax.const_data_ptr<float>();
-    at.num_bits = point.num_bits.const_data_ptr<std::int32_t>();
-    at.blend_ratio =
-        point.blend_ratio.has_value() ? point.blend_ratio->const_data_ptr<float>() : nullptr;
+  KernelPoint(const Point& from, const Tensor& result)
+      : weight(stored_like(result, from.weight)), absmax(from.absmax.contiguous()) {
+    point.matrix = describe(weight, from.quantizer);
+    point.matrix.given_absmax = absmax.const_data_ptr<float>();
+    point.num_bits = from.num_bits.const_data_ptr<std::int32_t>();
+    point.blend_ratio = data_or_null<float>(from.blend_ratio);
   }
 };
 
@@ -94,15 +93,16 @@ Gradients simulate_gradient(const Tensor& gradient, const Tensor& weight, const 
   Gradients result = empty_gradients(point);
   const KernelPoint described(point, std::get<0>(result));
   const Tensor of_output = stored_like(std::get<0>(result), gradient);
-  kernels::LearnedScaleGradientArgs args{.at = described.at,
-                                         .output = of_output.const_data_ptr(),
-                                         .weight = std::get<0>(result).mutable_data_ptr(),
-                                         .absmax = std::get<1>(result).mutable_data_ptr<float>()};
+  kernels::LearnedScaleGradientArgs args{
+      .point = described.point,
+      .grad_output = of_output.const_data_ptr(),
+      .grad_weight = std::get<0>(result).mutable_data_ptr(),
+      .grad_absmax = std::get<1>(result).mutable_data_ptr<float>()};
   run_on(
       kGradientName, weight.device(), [&] { kernels::cpu::learned_scale_gradient(args); },
       [&](auto stream) {
         const auto bytes = static_cast<std::int64_t>(
-            kernels::cuda::learned_scale_workspace_size(described.at.matrix));
+            kernels::cuda::learned_scale_workspace_size(described.point.matrix));
         // The caching allocator hands the block out again only in the order of this stream.
         const Tensor workspace =
             at::empty({bytes}, at::TensorOptions(weight.device()).dtype(at::kByte));
@@ -137,10 +137,10 @@ Tensor simulate_tangent(const Tensor& weight_tangent, const Tensor& absmax_tange
   const KernelPoint described(point, result);
   const Tensor of_weight = stored_like(result, weight_tangent);
   const Tensor of_absmax = absmax_tangent.contiguous();
-  const kernels::LearnedScaleTangentArgs args{.at = described.at,
-                                              .weight = of_weight.const_data_ptr(),
-                                              .absmax = of_absmax.const_data_ptr<float>(),
-                                              .output = result.mutable_data_ptr()};
+  const kernels::LearnedScaleTangentArgs args{.point = described.point,
+                                              .weight_tangent = of_weight.const_data_ptr(),
+                                              .absmax_tangent = of_absmax.const_data_ptr<float>(),
+                                              .output_tangent = result.mutable_data_ptr()};
   run_on(
       kTangentName, weight.device(), [&] { kernels::cpu::learned_scale_tangent(args); },
       [&](auto stream) { kernels::cuda::learned_scale_tangent(args, stream); });

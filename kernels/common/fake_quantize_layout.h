@@ -3,8 +3,16 @@
 #include "kernels/common/host_device.h"
 #include "kernels/fake_quantize.h"
 
-/// How the groups of a fake-quantized matrix are counted.
+/// How a fake-quantized matrix lies in memory, and how its groups are counted.
 namespace moq::kernels {
+
+inline bool rows_are_contiguous(const FakeQuantizeTensor& matrix) {
+  return matrix.col_stride == 1 || matrix.cols <= 1;
+}
+
+inline bool columns_are_contiguous(const FakeQuantizeTensor& matrix) {
+  return matrix.row_stride == 1 || matrix.rows <= 1;
+}
 
 /// Columns that share a scale, in any granularity.
 MOQ_HOST_DEVICE inline std::int64_t columns_per_group(const FakeQuantizeTensor& matrix) {

@@ -24,11 +24,11 @@ struct LearnedScaleCall {
   FakeQuantizeTensor matrix;
   const std::int32_t* num_bits;
   const float* blend_ratio;
-  const void* input;           ///< gradient of the output, or direction of the weight
-  const float* input_absmax;   ///< direction of absmax; kTangent
-  void* output;                ///< gradient of the weight, or derivative of the output; or null
-  float* sums = nullptr;       ///< [num_groups, runs_per_group]; kGradient
-  float* to_absmax = nullptr;  ///< [num_groups]; kGradient
+  const void* input;             ///< gradient of the output, or direction of the weight
+  const float* absmax_tangent;   ///< direction of absmax; kTangent
+  void* output;                  ///< gradient of the weight, or derivative of the output; or null
+  float* sums = nullptr;         ///< [num_groups, runs_per_group]; kGradient
+  float* grad_absmax = nullptr;  ///< [num_groups]; kGradient
 };
 
 /// The runs that a matrix is cut into: those of a group lie one behind the other.
@@ -96,19 +96,26 @@ MOQ_HOST_DEVICE inline float by_absmax(float by_step, const FakeQuantizeTensor& 
   return matrix.given_absmax[group] < 0.0F ? -magnitude : magnitude;
 }
 
-inline bool has_contiguous_rows(const FakeQuantizeTensor& matrix) {
-  return matrix.col_stride == 1 || matrix.cols <= 1;
+/// The sum of 64 numbers, in halves. Always inline: a copy of its own that was compiled for one
+/// instruction set could be linked where there is none.
+[[gnu::always_inline]] inline float sum_in_halves(float (&lanes)[kSumLanes]) {
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
 }
 
-inline void check_learned_scale(const LearnedScale& at, bool has_pointers) {
-  const FakeQuantizeTensor& matrix = at.matrix;
-  check_fake_quantize_tensor(matrix, 0);
+inline void check_learned_scale(const LearnedScale& point, bool has_pointers) {
+  const FakeQuantizeTensor& matrix = point.matrix;
+  check_matrix(matrix, "learned_scale", "the weight");
   MOQ_CHECK(matrix.scale_rule == ScaleRule::kGiven && matrix.rounding == Rounding::kNearest,
             "learned_scale: scales must be given and rounding nearest, got others");
-  MOQ_CHECK(has_contiguous_rows(matrix) || matrix.row_stride == 1 || matrix.rows <= 1,
+  MOQ_CHECK(rows_are_contiguous(matrix) || columns_are_contiguous(matrix),
             "learned_scale: row_stride or col_stride must be 1, got ", matrix.row_stride, " and ",
             matrix.col_stride);
-  MOQ_CHECK(at.num_bits != nullptr, "learned_scale: num_bits must not be null");
+  MOQ_CHECK(point.num_bits != nullptr, "learned_scale: num_bits must not be null");
   MOQ_CHECK(has_pointers || matrix.rows == 0 || matrix.cols == 0,
             "learned_scale: what is read and written must not be null");
 }

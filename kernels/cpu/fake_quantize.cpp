@@ -22,10 +22,6 @@
 namespace moq::kernels::cpu {
 namespace {
 
-/// Outputs of at least this many bytes in one call are stored past the caches: they would push out
-/// of them what comes next, and a streaming store does not first read the line it overwrites.
-constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
-
 /// Units that a thread takes at a time, at most: several, because what is asked for at the end of a
 /// unit is the start of the next; few, so that threads end together where one of them is disturbed,
 /// as by torch's own threads, which spin for milliseconds after torch's last call.
@@ -67,15 +63,6 @@ SweepSums sums_of_unit(FakeQuantizeTensor matrix, const Sweep& sweep) {
     sums = MOQ_DISPATCH_ISA(matrix_sums, rows, sweep);
   });
   return sums;
-}
-
-void copy_unit(const FakeQuantizeTensor& matrix, bool stream) {
-  if (matrix.output == nullptr ||
-      (matrix.output == matrix.input && matrix.output_dtype == matrix.input_dtype)) {
-    return;
-  }
-  in_any_order(matrix,
-               [&](const FakeQuantizeTensor& rows) { MOQ_DISPATCH_ISA(copy_rows, rows, stream); });
 }
 
 void fake_quantize_unit(const FakeQuantizeTensor& matrix, const FakeQuantizeStep& step) {

@@ -10,26 +10,24 @@
 
 #include "kernels/common/dtype.h"
 #include "kernels/common/fake_quantize_layout.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/simd/fake_quantize.h"
 #include "kernels/fake_quantize.h"
 
-/// How the CPU's fake_quantize cuts matrices into ranges of rows, and brings those into a storage
-/// that the instruction sets have a loop for.
+/// How the CPU cuts matrices into ranges of rows, and brings those into a storage that the
+/// instruction sets have a loop for.
 namespace moq::kernels::cpu {
 
 /// Elements of one unit of work: long enough that handing it out costs nothing, short enough that
 /// threads finish together.
 inline constexpr std::int64_t kUnitElements = 64 * 1024;
 
+/// Outputs of at least this many bytes in one call are stored past the caches: they would push out
+/// of them what comes next, and a streaming store does not first read the line it overwrites.
+inline constexpr std::int64_t kStreamBytes = 8 * 1024 * 1024;
+
 /// Rows of a unit when columns are contiguous, so that memory is still read in long pieces.
 inline constexpr std::int64_t kUnitLanes = 256;
-
-inline bool rows_are_contiguous(const FakeQuantizeTensor& matrix) {
-  return matrix.col_stride == 1 || matrix.cols == 1;
-}
-
-inline bool columns_are_contiguous(const FakeQuantizeTensor& matrix) {
-  return matrix.row_stride == 1 || matrix.rows == 1;
-}
 
 /// Neither: the instruction sets get a contiguous copy.
 inline bool is_staged(const FakeQuantizeTensor& matrix) {
@@ -148,6 +146,16 @@ void in_any_order(const FakeQuantizeTensor& matrix, const Body& body) {
   } else {
     staged(matrix, body);
   }
+}
+
+/// output = input, converted; nothing without an output, or where that is the input.
+inline void copy_unit(const FakeQuantizeTensor& matrix, bool stream) {
+  if (matrix.output == nullptr ||
+      (matrix.output == matrix.input && matrix.output_dtype == matrix.input_dtype)) {
+    return;
+  }
+  in_any_order(matrix,
+               [&](const FakeQuantizeTensor& rows) { MOQ_DISPATCH_ISA(copy_rows, rows, stream); });
 }
 
 }  // namespace moq::kernels::cpu

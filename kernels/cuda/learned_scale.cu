@@ -32,7 +32,7 @@ static_assert(kSumLanes == 2 * kWarpSize);
 __device__ void store_sum(const LearnedScaleCall& call, const Runs& runs, const LearnedWidth& width,
                           std::int64_t run, float sum) {
   if (runs.per_group == 1) {
-    call.to_absmax[run] = by_absmax(sum, call.matrix, run, width);
+    call.grad_absmax[run] = by_absmax(sum, call.matrix, run, width);
   } else {
     call.sums[run] = sum;
   }
@@ -242,7 +242,7 @@ void launch_elements(const LearnedScaleCall& call, cudaStream_t stream) {
   const FakeQuantizeTensor& matrix = call.matrix;
   const Runs runs = runs_of(matrix);
   visit_float(matrix.input_dtype, [&]<typename Element>(Element) {
-    if (has_contiguous_rows(matrix)) {
+    if (rows_are_contiguous(matrix)) {
       launch(rows_kernel<Element, kDerivative>, blocks_for(matrix.rows * runs.per_row, kWarps),
              dim3(kThreads), 0, stream, call, runs);
     } else {
@@ -267,31 +267,32 @@ std::size_t learned_scale_workspace_size(const FakeQuantizeTensor& matrix) {
 }
 
 void learned_scale_gradient(const LearnedScaleGradientArgs& args, cudaStream_t stream) {
-  check_learned_scale(args.at, args.output != nullptr);
-  const FakeQuantizeTensor& matrix = args.at.matrix;
+  check_learned_scale(args.point, args.grad_output != nullptr);
+  const FakeQuantizeTensor& matrix = args.point.matrix;
   const std::int64_t groups = num_groups(matrix);
-  MOQ_CHECK(args.absmax != nullptr || groups == 0, "learned_scale: absmax must not be null");
+  MOQ_CHECK(args.grad_absmax != nullptr || groups == 0,
+            "learned_scale: grad_absmax must not be null");
   MOQ_CHECK(args.workspace != nullptr || learned_scale_workspace_size(matrix) == 0,
             "learned_scale: workspace must not be null");
   if (matrix.rows == 0 || matrix.cols == 0) {
-    MOQ_CUDA_CHECK(
-        cudaMemsetAsync(args.absmax, 0, static_cast<std::size_t>(groups) * sizeof(float), stream));
+    MOQ_CUDA_CHECK(cudaMemsetAsync(args.grad_absmax, 0,
+                                   static_cast<std::size_t>(groups) * sizeof(float), stream));
     return;
   }
   LearnedScaleCall call{.matrix = matrix,
-                        .num_bits = args.at.num_bits,
-                        .blend_ratio = args.at.blend_ratio,
-                        .input = args.output,
-                        .input_absmax = nullptr,
-                        .output = args.weight,
+                        .num_bits = args.point.num_bits,
+                        .blend_ratio = args.point.blend_ratio,
+                        .input = args.grad_output,
+                        .absmax_tangent = nullptr,
+                        .output = args.grad_weight,
                         .sums = static_cast<float*>(args.workspace),
-                        .to_absmax = args.absmax};
+                        .grad_absmax = args.grad_absmax};
   launch_elements<Derivative::kGradient>(call, stream);
   std::int64_t count = runs_of(matrix).per_group;
   float* other = call.sums + groups * count;
   while (count > 1) {
     const std::int64_t runs = divide_up(count, kSummedAtOnce);
-    float* const results = runs == 1 ? args.absmax : other;
+    float* const results = runs == 1 ? args.grad_absmax : other;
     launch(sum_kernel, blocks_for(groups * runs, kWarps), dim3(kThreads), 0, stream, call, groups,
            count, results);
     other = call.sums;
@@ -301,19 +302,19 @@ void learned_scale_gradient(const LearnedScaleGradientArgs& args, cudaStream_t s
 }
 
 void learned_scale_tangent(const LearnedScaleTangentArgs& args, cudaStream_t stream) {
-  check_learned_scale(args.at, args.weight != nullptr && args.output != nullptr);
-  const FakeQuantizeTensor& matrix = args.at.matrix;
-  MOQ_CHECK(args.absmax != nullptr || num_groups(matrix) == 0,
-            "learned_scale: absmax must not be null");
+  check_learned_scale(args.point, args.weight_tangent != nullptr && args.output_tangent != nullptr);
+  const FakeQuantizeTensor& matrix = args.point.matrix;
+  MOQ_CHECK(args.absmax_tangent != nullptr || num_groups(matrix) == 0,
+            "learned_scale: absmax_tangent must not be null");
   if (matrix.rows == 0 || matrix.cols == 0) {
     return;
   }
   launch_elements<Derivative::kTangent>({.matrix = matrix,
-                                         .num_bits = args.at.num_bits,
-                                         .blend_ratio = args.at.blend_ratio,
-                                         .input = args.weight,
-                                         .input_absmax = args.absmax,
-                                         .output = args.output},
+                                         .num_bits = args.point.num_bits,
+                                         .blend_ratio = args.point.blend_ratio,
+                                         .input = args.weight_tangent,
+                                         .absmax_tangent = args.absmax_tangent,
+                                         .output = args.output_tangent},
                                         stream);
 }
 

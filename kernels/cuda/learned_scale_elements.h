@@ -35,7 +35,7 @@ __device__ Group load_group(const LearnedScaleCall& call, std::int64_t group,
                             const LearnedWidth& width) {
   const GridParams grid = learned_grid(call.matrix, group, width);
   const float direction = kDerivative == Derivative::kTangent
-                              ? by_absmax(call.input_absmax[group], call.matrix, group, width)
+                              ? by_absmax(call.absmax_tangent[group], call.matrix, group, width)
                               : 0.0F;
   return {grid.inverse_scale, static_cast<float>(grid.range.qmax), direction};
 }

@@ -103,7 +103,7 @@ class Typed {
   /// Of the group's step size, times the grid's share.
   float direction_of(std::int64_t group) const {
     return kDerivative == Derivative::kTangent
-               ? by_absmax(call_.input_absmax[group], matrix_, group, width_)
+               ? by_absmax(call_.absmax_tangent[group], matrix_, group, width_)
                : 0.0F;
   }
 
@@ -153,12 +153,7 @@ class Typed {
     }
     float lanes[kSumLanes];
     std::memcpy(lanes, sums, sizeof(lanes));
-    for (int half = kSumLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) {
-        lanes[lane] += lanes[lane + half];
-      }
-    }
-    return lanes[0];
+    return sum_in_halves(lanes);
   }
 
   float take_run(std::int64_t at, std::int64_t size, const GridParams& grid,
@@ -170,7 +165,8 @@ class Typed {
   /// Whether whole vectors from there on may be stored past the caches.
   bool may_stream(std::int64_t at) const {
     constexpr std::uintptr_t kAlignment = kWidth * sizeof(Element);
-    return past_caches_ && reinterpret_cast<std::uintptr_t>(output_ + at) % kAlignment == 0;
+    return past_caches_ && output_ != nullptr &&
+           reinterpret_cast<std::uintptr_t>(output_ + at) % kAlignment == 0;
   }
 
   template <bool kStream>
@@ -224,7 +220,7 @@ class Typed {
 template <typename Element, Derivative kDerivative>
 void take(const LearnedScaleCall& call, std::int64_t begin, std::int64_t end, bool past_caches) {
   const Typed<Element, kDerivative> typed(call, past_caches);
-  has_contiguous_rows(call.matrix) ? typed.take_rows(begin, end) : typed.take_columns(begin, end);
+  rows_are_contiguous(call.matrix) ? typed.take_rows(begin, end) : typed.take_columns(begin, end);
   if (past_caches) {
     fence_streams();
   }

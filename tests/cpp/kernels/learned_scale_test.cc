@@ -15,9 +15,13 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/fake_quantize_layout.h"
+#include "kernels/common/learned_scale_pieces.h"
 #include "kernels/common/parallel.h"
+#include "kernels/cpu/simd/learned_scale.h"
+#include "tests/cpp/kernels/child.h"
 #include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
+#include "tests/cpp/kernels/isa_axis.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
 namespace moq::kernels::testing {
@@ -221,15 +225,15 @@ class Call {
         blend_ratio_(device, {p.blend_ratio}) {}
 
   Result gradient(bool of_weight = true) const {
-    LearnedScaleGradientArgs args{.at = at(),
-                                  .output = input_.data(),
-                                  .weight = of_weight ? output_.data() : nullptr,
-                                  .absmax = to_absmax_.data()};
+    LearnedScaleGradientArgs args{.point = point(),
+                                  .grad_output = input_.data(),
+                                  .grad_weight = of_weight ? output_.data() : nullptr,
+                                  .grad_absmax = to_absmax_.data()};
     if (device_ == Device::kCpu) {
       cpu::learned_scale_gradient(args);
     } else {
 #if defined(MOQ_WITH_CUDA)
-      const Buffer workspace(cuda::learned_scale_workspace_size(args.at.matrix));
+      const Buffer workspace(cuda::learned_scale_workspace_size(args.point.matrix));
       args.workspace = workspace.data();
       cuda::learned_scale_gradient(args, nullptr);
       MOQ_CUDA_CHECK(cudaDeviceSynchronize());
@@ -239,8 +243,10 @@ class Call {
   }
 
   std::vector<float> tangent() const {
-    const LearnedScaleTangentArgs args{
-        .at = at(), .weight = input_.data(), .absmax = direction_.data(), .output = output_.data()};
+    const LearnedScaleTangentArgs args{.point = point(),
+                                       .weight_tangent = input_.data(),
+                                       .absmax_tangent = direction_.data(),
+                                       .output_tangent = output_.data()};
     if (device_ == Device::kCpu) {
       cpu::learned_scale_tangent(args);
     } else {
@@ -253,13 +259,13 @@ class Call {
   }
 
  private:
-  LearnedScale at() const {
-    LearnedScale at{.matrix = p_.matrix(),
-                    .num_bits = num_bits_.data(),
-                    .blend_ratio = p_.blend_ratio == 0.0F ? nullptr : blend_ratio_.data()};
-    at.matrix.input = weight_.data();
-    at.matrix.given_absmax = absmax_.data();
-    return at;
+  LearnedScale point() const {
+    LearnedScale point{.matrix = p_.matrix(),
+                       .num_bits = num_bits_.data(),
+                       .blend_ratio = p_.blend_ratio == 0.0F ? nullptr : blend_ratio_.data()};
+    point.matrix.input = weight_.data();
+    point.matrix.given_absmax = absmax_.data();
+    return point;
   }
   std::vector<float> output() const {
     return row_major(p_, from_bytes(output_.read(), p_.dtype));
@@ -360,6 +366,70 @@ INSTANTIATE_TEST_SUITE_P(
                        ::testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16)),
     axes_name);
 
+// --------------------------------------------------------------------- stores past the caches
+
+using Streamed = std::tuple<cpu::Isa, bool, DType>;
+
+class LearnedScaleStreamed : public ::testing::TestWithParam<Streamed> {};
+
+std::string streamed_name(const ::testing::TestParamInfo<Streamed>& info) {
+  const auto& [isa, columns, dtype] = info.param;
+  return std::string(cpu::name_of(isa)) + (columns ? "_columns_" : "_rows_") + moq::name_of(dtype);
+}
+
+// Lines of memory begin where a streaming store may, but for what lies misplaced.
+TEST_P(LearnedScaleStreamed, DerivativesAreTheDefinition) {
+  const auto& [isa, columns, dtype] = GetParam();
+  MOQ_SKIP_WITHOUT_ISA(isa);
+  const Problem p = Problem{.shape = columns ? Shape{100, 70} : Shape{3, 490},
+                            .dtype = dtype,
+                            .columns = columns,
+                            .padding = columns ? 28 : 22}
+                        .fill();
+  const Expected expected = expected_of(p);
+  const std::vector<std::byte> weight = to_bytes(stored(p, p.weight), dtype);
+  const std::vector<std::byte> input = to_bytes(stored(p, p.input), dtype);
+  const std::vector<std::byte> blank =
+      to_bytes(stored(p, std::vector<float>(static_cast<std::size_t>(p.size()), 5.0F)), dtype);
+  for (const Derivative derivative : {Derivative::kGradient, Derivative::kTangent}) {
+    for (const std::size_t misplaced : {0, 1}) {
+      std::vector<std::byte> memory(blank.size() + 128);
+      const std::size_t past_line = reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+      std::byte* output = memory.data() + (64 - past_line) + misplaced * size_of(dtype);
+      std::ranges::copy(blank, output);
+      std::vector<float> sums(static_cast<std::size_t>(p.groups()));
+      LearnedScaleCall call{.matrix = p.matrix(),
+                            .num_bits = &p.num_bits,
+                            .blend_ratio = nullptr,
+                            .input = input.data(),
+                            .absmax_tangent = p.direction.data(),
+                            .output = output,
+                            .sums = sums.data()};
+      call.matrix.input = weight.data();
+      MOQ_FUNCTION_OF(isa, learned_scale_rows)
+      (call, derivative, 0, p.shape.rows, /*past_caches=*/true);
+      const std::vector<float> found =
+          row_major(p, from_bytes({output, output + blank.size()}, dtype));
+      if (derivative == Derivative::kTangent) {
+        expect_same(found, expected.tangent, "derivative");
+        continue;
+      }
+      expect_same(found, expected.gradient.matrix, "gradient of weight");
+      const LearnedWidth width(p.num_bits, nullptr);
+      for (std::int64_t group = 0; group < p.groups(); ++group) {
+        EXPECT_EQ(by_absmax(sums[group], call.matrix, group, width),
+                  expected.gradient.absmax[group]);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LearnedScaleStreamed,
+                         ::testing::Combine(kIsas, ::testing::Bool(),
+                                            ::testing::Values(DType::kFloat32, DType::kFloat16,
+                                                              DType::kBFloat16)),
+                         streamed_name);
+
 // ------------------------------------------------------------------------------------------- rest
 
 class LearnedScaleOn : public ::testing::TestWithParam<Device> {
@@ -370,7 +440,7 @@ class LearnedScaleOn : public ::testing::TestWithParam<Device> {
 TEST_P(LearnedScaleOn, LargeMatricesAreRightOnAllThreads) {
   const ThreadScope threads(2);
   for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel}) {
-    for (const bool columns : {false, true}) {  // 524288 numbers a tensor: three stages of sums
+    for (const bool columns : {false, true}) {  // 6144 runs a tensor: three stages of sums
       expect_derivatives(
           GetParam(),
           Problem{
@@ -394,6 +464,24 @@ TEST_P(LearnedScaleOn, AWidthOfZeroPassesThrough) {
             .shape = {5, 70}, .columns = columns, .padding = 1, .num_bits = 0, .blend_ratio = 0.5F}
             .fill());
   }
+}
+
+TEST_P(LearnedScaleOn, LargeMatricesOfZeroWidthPassThrough) {
+  const ThreadScope threads(2);
+  for (const bool columns : {false, true}) {
+    expect_derivatives(
+        GetParam(),
+        Problem{.shape = {2048, 1025}, .columns = columns, .padding = 15, .num_bits = 0}.fill());
+  }
+}
+
+TEST(LearnedScale, TakesAllThreadsToPassThrough) {
+  const Problem p = Problem{.shape = {2048, 1025}, .num_bits = 0}.fill();
+  const Call call(Device::kCpu, p);
+  const ThreadScope threads(2);
+  EXPECT_EQ(status_of_child(
+                [&] { return call.gradient().matrix == p.input && num_threads_alive() == 2; }),
+            0);
 }
 
 TEST_P(LearnedScaleOn, TheGradientOfTheWeightMayBeLeftOut) {
@@ -456,46 +544,45 @@ TEST_P(LearnedScaleOn, BadArgumentsAreNamed) {
   const Problem p = Problem{.shape = {2, 4}}.fill();
   const OnDevice<float> memory(GetParam(), std::vector<float>(8, 1.0F));
   const OnDevice<std::int32_t> num_bits(GetParam(), {4});
-  LearnedScaleGradientArgs args{.at = {.matrix = p.matrix(), .num_bits = num_bits.data()},
-                                .output = memory.data(),
-                                .absmax = memory.data()};
-  args.at.matrix.input = memory.data();
-  args.at.matrix.given_absmax = memory.data();
+  LearnedScaleGradientArgs args{.point = {.matrix = p.matrix(), .num_bits = num_bits.data()},
+                                .grad_output = memory.data(),
+                                .grad_absmax = memory.data()};
+  args.point.matrix.input = memory.data();
+  args.point.matrix.given_absmax = memory.data();
   LearnedScaleGradientArgs bad = args;
-  bad.at.num_bits = nullptr;
+  bad.point.num_bits = nullptr;
   EXPECT_EQ(message(bad), "learned_scale: num_bits must not be null");
   bad = args;
-  bad.output = nullptr;
+  bad.grad_output = nullptr;
   EXPECT_EQ(message(bad), "learned_scale: what is read and written must not be null");
   bad = args;
-  bad.absmax = nullptr;
-  EXPECT_EQ(message(bad), "learned_scale: absmax must not be null");
+  bad.grad_absmax = nullptr;
+  EXPECT_EQ(message(bad), "learned_scale: grad_absmax must not be null");
   bad = args;
-  bad.at.matrix.row_stride = 9;
-  bad.at.matrix.col_stride = 2;
+  bad.point.matrix.row_stride = 9;
+  bad.point.matrix.col_stride = 2;
   EXPECT_EQ(message(bad), "learned_scale: row_stride or col_stride must be 1, got 9 and 2");
   bad = args;
-  bad.at.matrix.scale_rule = ScaleRule::kExtent;
+  bad.point.matrix.scale_rule = ScaleRule::kExtent;
   EXPECT_EQ(message(bad), "learned_scale: scales must be given and rounding nearest, got others");
   bad = args;
-  bad.at.matrix.granularity = Granularity::kPerGroup;
-  bad.at.matrix.group_size = 3;
+  bad.point.matrix.granularity = Granularity::kPerGroup;
+  bad.point.matrix.group_size = 3;
   EXPECT_EQ(message(bad),
-            "fake_quantize: group_size of tensor 0 must divide its columns, got 3 "
-            "and 4");
+            "learned_scale: group_size of the weight must divide its columns, got 3 and 4");
   if (GetParam() == Device::kCpu) {
     const std::int32_t one = 1;
     bad = args;
-    bad.at.num_bits = &one;
+    bad.point.num_bits = &one;
     EXPECT_EQ(message(bad), "learned_scale: num_bits must be 0 or in [2, 16], got 1");
     const float two = 2.0F;
     bad = args;
-    bad.at.blend_ratio = &two;
+    bad.point.blend_ratio = &two;
     EXPECT_EQ(message(bad), "learned_scale: blend_ratio must be in [0, 1], got 2");
   } else {
     bad = args;
-    bad.at.matrix.cols = 1024;
-    bad.at.matrix.rows = 1;
+    bad.point.matrix.cols = 1024;
+    bad.point.matrix.rows = 1;
     EXPECT_EQ(message(bad), "learned_scale: workspace must not be null");
   }
 }
