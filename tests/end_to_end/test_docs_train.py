@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 YAML, ACTIVATIONS = [text for language, text in BLOCKS if language == "yaml"]
-(COMMANDS,) = [text for language, text in BLOCKS if language == ""]
+PLAN, BUDGET = [text for language, text in BLOCKS if language == ""]
 
 
 def llama() -> transformers.LlamaForCausalLM:
@@ -60,12 +60,12 @@ def wrapped(names: dict) -> moq.MoQOptimizer:
 
 
 def test_every_block_is_run_here():
-    assert len(PYTHON) == 5
+    assert len(PYTHON) == 6
     assert {language for language, _ in BLOCKS} == {"python", "yaml", ""}
 
 
 def test_the_loop_trains_and_exports(names, capsys):
-    exec(block_with("optimizer.probe("), names)
+    exec(block_with("optimizer.export("), names)
     assert names["optimizer"].steps == 3
     assert (Path("out/model") / "SHA256SUMS").exists()
     assert "arrives at step" in capsys.readouterr().out
@@ -85,12 +85,12 @@ def test_activations_are_placed_by_a_rule(names):
     placed = [name for name, m in names["model"].named_modules() if hasattr(m, "input_quantizer")]
     assert len(placed) == 9
     assert all(".mlp." in name for name in placed)
-    exec(block_with("optimizer.probe("), names | {"model": llama()})
+    exec(block_with("optimizer.export("), names | {"model": llama()})
     assert optimizer.config.observer == moq.config.ObserverConfig(momentum=0.9, freeze_at=0.5)
 
 
 def test_the_command_shows_and_draws_the_schedule(names, capsys):
-    words = shlex.split(COMMANDS, comments=True)
+    words = shlex.split(PLAN, comments=True)
     assert words[0] == "moq"
     assert main(words[1:]) == 0
     assert "of 10000 steps" in capsys.readouterr().out
@@ -101,6 +101,22 @@ def test_a_schedule_prints_and_draws_itself(names, capsys):
     exec(block_with("print(optimizer.schedule())"), names | {"optimizer": wrapped(names)})
     assert "First step at each bit width, of 100 steps" in capsys.readouterr().out
     assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_target_bits_are_chosen_in_a_training_and_from_its_run(names, capsys):
+    pytest.importorskip("matplotlib")
+    optimizer = names["optimizer"] = wrapped(names)
+    exec(block_with("choose_target_bits("), names)
+    chosen = str(names["choice"])
+    assert chosen in capsys.readouterr().out
+    assert names["choice"].mean_bits <= 6
+    Path("front.svg").unlink()
+    optimizer.save("out/run")
+    words = shlex.split(BUDGET, comments=True)
+    assert words[0] == "moq"
+    assert main(words[1:]) == 0
+    assert chosen in capsys.readouterr().out
+    assert Path("front.svg").read_text().startswith("<?xml")
 
 
 def test_loggers_are_told(names):
