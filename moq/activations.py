@@ -226,21 +226,18 @@ def exported_inputs(model: nn.Module, scales: Mapping[str, float | None]) -> Ite
         scales: Name of a layer with INT8 inputs -> its static scale, or None: one scale a token.
     """
     enabled = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.enabled]
-    # A wrapper and what it wraps have one name; the inner module comes last and is the layer.
-    layers = {plain_name(name): module for name, module in model.named_modules()}
-    hooks = [
-        layers[name].register_forward_pre_hook(_rounding_hook(scale), with_kwargs=True)
-        for name, scale in scales.items()
-    ]
-    try:
+    # A wrapper and what it wraps have one name; the inner module comes last and is the layer. One
+    # that has several names has one hook.
+    named = model.named_modules(remove_duplicate=False)
+    layers = {plain_name(name): module for name, module in named}
+    with contextlib.ExitStack() as restored:
         for quantizer in enabled:
             quantizer.enabled = False
+            restored.callback(setattr, quantizer, "enabled", True)
+        for layer, scale in {layers[name]: scale for name, scale in scales.items()}.items():
+            hook = layer.register_forward_pre_hook(_rounding_hook(scale), with_kwargs=True)
+            restored.callback(hook.remove)
         yield
-    finally:
-        for quantizer in enabled:
-            quantizer.enabled = True
-        for hook in hooks:
-            hook.remove()
 
 
 def _rounding_hook(scale: float | None) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import moq  # noqa: E402
 from moq import cli  # noqa: E402
-from moq.activations import ActivationQuantizer, static_scale  # noqa: E402
+from moq.activations import ActivationQuantizer, exported_inputs, static_scale  # noqa: E402
 from moq.inference import Engine  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.verify import verify_checkpoint  # noqa: E402
@@ -442,6 +442,40 @@ def test_the_engine_answers_as_the_trained_model(tmp_path, kind):
         optimizer.quantized_parameters(), load_run(tmp_path / "run").quantized, strict=True
     ):
         assert (mine.activations, mine.input_scale) == (theirs.activations, theirs.input_scale)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
+def test_a_layer_of_two_names_shows_its_exported_inputs_under_either(names):
+    model, x = Twice(), torch.randn(3, 8)
+    wrap(model, W8 | {"activations": "dynamic"})
+    expected = model(x)
+    with exported_inputs(model, dict.fromkeys(names)):
+        assert len(model.first._forward_pre_hooks) == 2
+        assert torch.equal(model(x), expected)
+    assert len(model.first._forward_pre_hooks) == 1
+    assert torch.equal(model(x), expected)
+
+
+def test_exported_inputs_of_no_layer_leave_the_model_as_it_was():
+    model, x = Twice(), torch.randn(3, 8)
+    wrap(model, W8 | {"activations": "dynamic"})
+    expected = model(x)
+    with pytest.raises(KeyError), exported_inputs(model, {"first": 0.5, "third": None}):
+        pass
+    assert len(model.first._forward_pre_hooks) == 1
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
