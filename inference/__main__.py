@@ -26,7 +26,8 @@ def main() -> int:
         command.add_arguments(subparser)
     args = parser.parse_args()
     try:
-        return _COMMANDS[args.command][0].run(args)
+        status: int = _COMMANDS[args.command][0].run(args)
+        return status
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"moq {args.command}{rank}: {error}", file=sys.stderr)

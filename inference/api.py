@@ -155,7 +155,7 @@ class Engine:
         max_new_tokens: int = ...,
         **options: Any,
     ) -> list[Generation]: ...
-    def generate(
+    def generate(  # type: ignore[misc]  # options are the keywords here
         self,
         prompts: Any,
         max_new_tokens: int = 128,
@@ -299,10 +299,11 @@ class Engine:
             [batch, length, vocab_size], 0 at padding; for a list one [length, vocab_size] each.
         """
         rows = unpad(input_ids, attention_mask)
+        types: list[list[int]] | Tensor
         types = [] if token_type_ids is None else unpad(token_type_ids, attention_mask)
         logits = self._core.forward(rows, types)
         if not isinstance(input_ids, Tensor):
-            return list(logits.split([len(row) for row in rows]))
+            return list(torch.split(logits, [len(row) for row in rows]))
         if attention_mask is None:
             return logits.view(*input_ids.shape, -1)
         padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
@@ -332,9 +333,13 @@ class Engine:
                 types = tokens.get("token_type_ids", [])
         encoding = self._core.encode(rows, types)
         states = encoding.last_hidden_state
-        lengths = torch.tensor([len(row) for row in rows])
-        mean = torch.segment_reduce(states, "mean", lengths=lengths.to(states.device))
-        split = list(states.split(lengths.tolist()))
+        lengths = [len(row) for row in rows]
+        split = list(torch.split(states, lengths))
+        # Not by torch.segment_reduce, which adds tokens one after the other.
+        if len(set(lengths)) == 1:
+            mean = states.view(len(lengths), lengths[0], -1).mean(1)
+        else:
+            mean = torch.stack([tokens.mean(0) for tokens in split])
         return Encoding(split, mean, encoding.pooled, encoding.logits)
 
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:

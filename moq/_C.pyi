@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor, dtype
 
@@ -214,7 +214,11 @@ class Encoding:
     pooled: Tensor | None
     logits: Tensor | None
 
+# Of every sequence, or [sequences, tokens].
+_Ids: TypeAlias = Sequence[Sequence[int]] | Tensor
+
 class Engine:
+    communicator: Communicator
     architecture: str
     policy: str
     vocab_size: int
@@ -253,7 +257,7 @@ class Engine:
     def decode_kernels(self) -> list[tuple[str, int, int, int]]: ...
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: _Ids,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -268,14 +272,12 @@ class Engine:
     ) -> GenerationResult: ...
     def forward(
         self,
-        token_ids: Sequence[Sequence[int]],
-        token_types: Sequence[Sequence[int]] = ...,
+        token_ids: _Ids,
+        token_types: _Ids = ...,
         cache: KvCache | None = None,
         slots: Sequence[int] = ...,
     ) -> Tensor: ...
-    def encode(
-        self, token_ids: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] = ...
-    ) -> Encoding: ...
+    def encode(self, token_ids: _Ids, token_types: _Ids = ...) -> Encoding: ...
     def make_cache(self, num_slots: int, capacity: int) -> KvCache: ...
 
 class Communicator:

@@ -33,7 +33,13 @@ echo "lint: ruff"
 "$bin/ruff" format --check .
 
 echo "lint: mypy"
-"$bin/mypy" --strict -p moq
+# As it is installed: inference/ is moq.inference.
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+mkdir "$tree/moq"
+ln -s "$PWD"/moq/* "$PWD/inference" "$tree/moq"
+mypy=$(cd "$bin" && pwd)/mypy
+(cd "$tree" && "$mypy" --strict --config-file "$OLDPWD/pyproject.toml" -p moq)
 
 echo "lint: clang-tidy"
 if [ "${LINT_ALL:-0}" = 1 ]; then

@@ -28,11 +28,12 @@ auto without_gil(const Call& call) {
   return call();
 }
 
-/// One sequence's ids, without a caster for each.
-std::vector<std::int64_t> read_row(const py::list& row) {
+/// One sequence's ids, without a caster for each. A tuple, because reading an element runs its
+/// __index__, which could change a list.
+std::vector<std::int64_t> read_row(const py::tuple& row) {
   std::vector<std::int64_t> ids(row.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    ids[i] = PyLong_AsLongLong(PyList_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i)));
+    ids[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i)));
     if (ids[i] == -1 && PyErr_Occurred() != nullptr) {
       throw py::error_already_set();
     }
@@ -44,26 +45,29 @@ std::vector<std::int64_t> read_row(const py::list& row) {
 Ids read_ids(const py::object& rows) {
   Ids ids;
   if (THPVariable_Check(rows.ptr())) {
-    const at::Tensor& given = THPVariable_Unpack(rows.ptr());
+    const at::Tensor given = THPVariable_Unpack(rows.ptr());
     TORCH_CHECK_TYPE(at::isIntegralType(given.scalar_type(), /*includeBool=*/false),
                      "engine: token ids must be integers, got ", given.scalar_type());
     TORCH_CHECK_VALUE(given.dim() == 2, "engine: token ids must be [batch, length], got shape ",
                       given.sizes());
-    const at::Tensor table = given.to(at::kCPU, at::kLong).contiguous();
+    const at::Tensor table =  // of a GPU only once what computes the ids has ended
+        without_gil([&] { return given.to(at::kCPU, at::kLong).contiguous(); });
     const auto* const first = table.const_data_ptr<std::int64_t>();
     for (std::int64_t i = 0; i < table.size(0); ++i) {
       ids.emplace_back(first + i * table.size(1), first + (i + 1) * table.size(1));
     }
     return ids;
   }
-  for (const py::handle row : py::list(rows)) {
-    ids.push_back(read_row(py::list(py::reinterpret_borrow<py::object>(row))));
+  for (const py::handle row : py::tuple(rows)) {
+    ids.push_back(read_row(py::tuple(py::reinterpret_borrow<py::object>(row))));
   }
   return ids;
 }
 
 std::vector<inference::TokenSequence> sequences(const py::object& ids, const py::object& types) {
   Ids token_ids = read_ids(ids);
+  TORCH_CHECK_VALUE(!token_ids.empty(),
+                    "engine: token ids must be those of at least one sequence, got none");
   Ids token_types = read_ids(types);
   MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
             "engine: token_types must be empty or one list per sequence, got ", token_types.size(),
@@ -212,8 +216,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("token_ids"), py::arg("token_types") = py::tuple(),
           "Hidden states, pooled outputs and class logits of whole sequences: lists of token ids, "
-          "or "
-          "an integer tensor [sequences, tokens].")
+          "or an integer tensor [sequences, tokens].")
       .def("release_graphs", &Engine::release_graphs, py::call_guard<py::gil_scoped_release>(),
            "Frees captured steps, which hold the ranks' communicator.")
       .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"),

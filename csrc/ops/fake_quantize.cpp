@@ -30,10 +30,7 @@ Tensor fake_quantize(const Tensor& weight, std::int64_t num_bits, std::string_vi
                       name_hash, transposed, blend_ratio, scale_dtype, scale_rule);
   check_quantizer(kName, weight, quantizer);
   Tensor output = at::empty_like(weight);
-  // The kernel writes with the strides that it reads with; a weight with gaps or overlaps is
-  // packed.
-  const Tensor input =
-      weight.strides() == output.strides() ? weight : at::empty_like(weight).copy_(weight);
+  const Tensor input = stored_like(output, weight);
   kernels::FakeQuantizeTensor matrix = describe(input, quantizer);
   matrix.output = output.mutable_data_ptr();
   run_fake_quantize(input, matrix, quantizer);

@@ -30,7 +30,7 @@ LinearCall describe_linear(const Tensor& input, const Tensor& packed, std::int64
       .activation = parse_activation(kWhere, activation),
       .gated = gated,
       .input_mode = parse_input_mode(kWhere, input_mode),
-      .input_scale = input_scale.value_or(0.0),
+      .input_scale = input_scale,
       .dtype = dtype,
       .weight_is_ready = weight_is_ready};
   check(call);
@@ -57,7 +57,7 @@ LinearCall describe_norm_linear(const Tensor& input, const Tensor& norm_weight,
       .activation = parse_activation(kWhere, activation),
       .gated = gated,
       .input_mode = parse_input_mode(kWhere, input_mode),
-      .input_scale = input_scale.value_or(0.0),
+      .input_scale = input_scale,
       .norm = parse_norm(kWhere, norm),
       .norm_weight = norm_weight,
       .norm_bias = norm_bias,

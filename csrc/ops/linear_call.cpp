@@ -71,10 +71,14 @@ void check(const LinearCall& call) {
       call.input_mode == InputMode::kFloat32 || kernels::is_integer(call.shape.format), call.where,
       ": input_mode must be float32 with a float weight, got an INT8 mode and ",
       kernels::name_of(call.shape.format));
+  const double input_scale = call.input_scale.value_or(0.0);
+  TORCH_CHECK_VALUE(call.input_mode == InputMode::kStaticInt8 || !call.input_scale.has_value(),
+                    call.where, ": input_scale must come with static_int8, got ", input_scale,
+                    " with another input_mode");
   TORCH_CHECK_VALUE(call.input_mode != InputMode::kStaticInt8 ||
-                        exists(grid_of_scale(static_cast<float>(call.input_scale), 8)),
+                        exists(grid_of_scale(static_cast<float>(input_scale), 8)),
                     call.where, ": input_scale must be finite and >= ", min_scale(DType::kFloat32),
-                    " for static_int8, got ", call.input_scale);
+                    " for static_int8, got ", input_scale);
   if (call.norm != NormKind::kNone) {
     check_norm(call);
   }
@@ -118,7 +122,7 @@ void run_on_cpu(const LinearCall& call, const Tensor& output) {
                         .residual = data_or_null<float>(residual),
                         .residual_stride = n,
                         .input_mode = call.input_mode,
-                        .input_scale = static_cast<float>(call.input_scale),
+                        .input_scale = static_cast<float>(call.input_scale.value_or(0.0)),
                         .output = product.mutable_data_ptr<float>(),
                         .output_stride = n});
   if (call.gated) {  // the kernel takes all gates, then all ups
@@ -162,9 +166,7 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                            .output = normalised.mutable_data_ptr(),
                            .output_stride = call.shape.k,
                            .row_scales = rounds ? row_scales.mutable_data_ptr<float>() : nullptr,
-                           .static_scale = call.input_mode == InputMode::kStaticInt8
-                                               ? static_cast<float>(call.input_scale)
-                                               : 0.0F,
+                           .static_scale = static_cast<float>(call.input_scale.value_or(0.0)),
                            .num_tokens = m,
                            .hidden_size = call.shape.k,
                            .dtype = dtype_of(rows.scalar_type())},

@@ -22,7 +22,7 @@ struct LinearCall {
   kernels::Activation activation = kernels::Activation::kNone;
   bool gated = false;
   kernels::InputMode input_mode = kernels::InputMode::kFloat32;
-  double input_scale = 0.0;
+  std::optional<double> input_scale = std::nullopt;  ///< of kStaticInt8, which needs it
   kernels::NormKind norm = kernels::NormKind::kNone;
   std::optional<at::Tensor> norm_weight = std::nullopt;  ///< [k] float32, with a norm
   std::optional<at::Tensor> norm_bias = std::nullopt;    ///< [k] float32

@@ -1,6 +1,7 @@
 #include "csrc/ops/quantizer.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
@@ -133,6 +134,10 @@ kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& 
           .mode = quantizer.mode,
           .rounding = quantizer.rounding,
           .scale_rule = quantizer.scale_rule};
+}
+
+at::Tensor stored_like(const at::Tensor& result, const at::Tensor& matrix) {
+  return matrix.strides() == result.strides() ? matrix : at::empty_like(result).copy_(matrix);
 }
 
 void run_fake_quantize(kernels::FakeQuantizeArgs args, at::Device device) {

@@ -59,6 +59,10 @@ c10::SymInt num_scales(const at::Tensor& weight, const Quantizer& quantizer);
 /// The kernel's description of a checked weight, its outputs still null. Strides are the weight's.
 kernels::FakeQuantizeTensor describe(const at::Tensor& weight, const Quantizer& quantizer);
 
+/// A matrix in the storage of `result`, which at::empty_like gave: the kernels write with the
+/// strides that they read with, and one with gaps or overlaps is packed.
+at::Tensor stored_like(const at::Tensor& result, const at::Tensor& matrix);
+
 /// Runs the kernel of `device`, where the pointers of `args` point to, on torch's threads or its
 /// current stream; the workspace is made here.
 /// @throws NotImplementedError (Python's) for a device without a kernel.

@@ -10,6 +10,7 @@
 
 #include "csrc/ops/checks.h"
 #include "csrc/ops/quantizer.h"
+#include "csrc/ops/simulate_point.h"
 
 namespace moq::ops {
 namespace {
@@ -57,10 +58,6 @@ Quantizer checked(const Tensor& weight, const Tensor& num_bits, const std::optio
   return quantizer;
 }
 
-const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
-
 Tensor simulate(const Tensor& weight, const Tensor& num_bits, const std::optional<Tensor>& absmax,
                 const std::optional<Tensor>& blend_ratio, const std::optional<Tensor>& step,
                 std::string_view granularity, std::int64_t group_size, std::string_view mode,
@@ -71,17 +68,16 @@ Tensor simulate(const Tensor& weight, const Tensor& num_bits, const std::optiona
                                       {granularity, group_size, mode, rounding, seed, name_hash,
                                        transposed, scale_dtype, scale_rule});
   Tensor output = at::empty_like(weight);
-  const Tensor input =
-      weight.strides() == output.strides() ? weight : at::empty_like(weight).copy_(weight);
+  const Tensor input = stored_like(output, weight);
   const Tensor given = absmax.has_value() ? absmax->contiguous() : Tensor();
   kernels::FakeQuantizeTensor matrix = describe(input, quantizer);
   matrix.output = output.mutable_data_ptr();
   matrix.given_absmax = given.defined() ? given.const_data_ptr<float>() : nullptr;
   run_fake_quantize({.tensors = {&matrix, 1},
                      .num_bits = num_bits.const_data_ptr<std::int32_t>(),
-                     .blend_ratio = static_cast<const float*>(data_or_null(blend_ratio)),
+                     .blend_ratio = data_or_null<float>(blend_ratio),
                      .seed = static_cast<std::uint64_t>(seed),
-                     .step = static_cast<const std::int64_t*>(data_or_null(step))},
+                     .step = data_or_null<std::int64_t>(step)},
                     weight.device());
   return output;
 }
@@ -110,17 +106,11 @@ class Simulate : public torch::autograd::Function<Simulate> {
                         std::string_view mode, std::string_view rounding, std::int64_t seed,
                         std::int64_t name_hash, bool transposed,
                         std::optional<at::ScalarType> scale_dtype, std::string_view scale_rule) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("moq::simulate", "")
-                               .typed<decltype(simulate)>();
+    static const auto op = find_operator<decltype(simulate)>("moq::simulate");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (absmax.has_value()) {
-      context->save_for_backward({weight, num_bits, *absmax, blend_ratio.value_or(Tensor())});
-      context->saved_data["granularity"] = std::string(granularity);
-      context->saved_data["group_size"] = group_size;
-      context->saved_data["transposed"] = transposed;
-      context->saved_data["scale_dtype"] =
-          static_cast<std::int64_t>(scale_dtype.value_or(weight.scalar_type()));
+      save_point(context, weight, num_bits, *absmax, blend_ratio, granularity, group_size,
+                 transposed, scale_dtype);
     }
     return op.call(weight, num_bits, absmax, blend_ratio, step, granularity, group_size, mode,
                    rounding, seed, name_hash, transposed, scale_dtype, scale_rule);
@@ -131,23 +121,15 @@ class Simulate : public torch::autograd::Function<Simulate> {
     constexpr std::size_t kArguments = 14;
     torch::autograd::variable_list result(kArguments);
     result[0] = gradients[0];
-    const torch::autograd::variable_list saved = context->get_saved_variables();
-    if (saved.empty()) {
+    if (context->saved_data.empty()) {
       return result;
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("moq::simulate_gradient", "")
-                               .typed<std::tuple<Tensor, Tensor>(
-                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                   const std::optional<Tensor>&, std::string_view, std::int64_t,
-                                   bool, std::optional<at::ScalarType>)>();
-    const auto& words = context->saved_data;
-    std::tie(result[0], result[2]) =
-        op.call(gradients[0], saved[0].detach(), saved[1], saved[2].detach(),
-                saved[3].defined() ? std::optional(saved[3]) : std::nullopt,
-                words.at("granularity").toStringRef(), words.at("group_size").toInt(),
-                words.at("transposed").toBool(),
-                static_cast<at::ScalarType>(words.at("scale_dtype").toInt()));
+    static const auto op = find_operator<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+        std::string_view, std::int64_t, bool, std::optional<at::ScalarType>)>(
+        "moq::simulate_gradient");
+    std::tie(result[0], result[2]) = with_saved_point(
+        context, [&](const auto&... point) { return op.call(gradients[0], point...); });
     return result;
   }
 };

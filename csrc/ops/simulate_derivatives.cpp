@@ -8,11 +8,11 @@
 #include <torch/library.h>
 
 #include <tuple>
-#include <type_traits>
 
 #include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
 #include "csrc/ops/quantizer.h"
+#include "csrc/ops/simulate_point.h"
 #include "kernels/learned_scale.h"
 
 namespace moq::ops {
@@ -55,11 +55,6 @@ Point checked_point(const char* where, const Tensor& weight, const Tensor& num_b
 void check_like_weight(const Point& point, const char* what, const Tensor& tensor) {
   check_tensor(point.where, what, tensor, point.weight.scalar_type(), point.weight.device(),
                {point.weight.sym_size(0), point.weight.sym_size(1)});
-}
-
-/// A matrix in the storage that at::empty_like gives of the weight.
-Tensor stored_like(const Tensor& result, const Tensor& matrix) {
-  return matrix.strides() == result.strides() ? matrix : at::empty_like(result).copy_(matrix);
 }
 
 /// The kernel's view of a point; the tensors hold what it points to.
@@ -162,56 +157,23 @@ Tensor simulate_tangent_meta(const Tensor& weight_tangent, const Tensor& absmax_
 
 // ---------------------------------------------------------------------------------------- autograd
 
-/// Keeps a point between forward and backward.
-void save(AutogradContext* context, const Tensor& weight, const Tensor& num_bits,
-          const Tensor& absmax, const std::optional<Tensor>& blend_ratio,
-          std::string_view granularity, std::int64_t group_size, bool transposed,
-          std::optional<at::ScalarType> scale_dtype) {
-  context->save_for_backward({weight, num_bits, absmax, blend_ratio.value_or(Tensor())});
-  context->saved_data["granularity"] = std::string(granularity);
-  context->saved_data["group_size"] = group_size;
-  context->saved_data["transposed"] = transposed;
-  context->saved_data["scale_dtype"] =
-      static_cast<std::int64_t>(scale_dtype.value_or(weight.scalar_type()));
-}
-
-/// Calls body(the schema's arguments from `weight` on...) with what was saved.
-template <typename Body>
-auto with_saved(AutogradContext* context, const Body& body) {
-  const variable_list saved = context->get_saved_variables();
-  const auto& words = context->saved_data;
-  const std::string granularity = words.at("granularity").toStringRef();
-  return body(saved[0].detach(), saved[1], saved[2].detach(),
-              saved[3].defined() ? std::optional(saved[3]) : std::nullopt, granularity,
-              words.at("group_size").toInt(), words.at("transposed").toBool(),
-              static_cast<at::ScalarType>(words.at("scale_dtype").toInt()));
-}
-
-/// An operator of this extension.
-template <auto* kKernel>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name, "")
-      .typed<std::remove_pointer_t<decltype(kKernel)>>();
-}
-
 class SimulateGradient : public torch::autograd::Function<SimulateGradient> {
  public:
   template <typename... Rest>
   static variable_list forward(AutogradContext* context, const Tensor& gradient,
                                const Rest&... rest) {
-    static const auto op = find<simulate_gradient>("moq::simulate_gradient");
-    save(context, rest...);
+    static const auto op = find_operator<decltype(simulate_gradient)>("moq::simulate_gradient");
+    save_point(context, rest...);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [weight, absmax] = op.call(gradient, rest...);
     return {weight, absmax};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    static const auto op = find<simulate_tangent>("moq::simulate_tangent");
+    static const auto op = find_operator<decltype(simulate_tangent)>("moq::simulate_tangent");
     constexpr std::size_t kArguments = 9;
     variable_list result(kArguments);
-    result[0] = with_saved(
+    result[0] = with_saved_point(
         context, [&](const auto&... rest) { return op.call(gradients[0], gradients[1], rest...); });
     return result;
   }
@@ -222,18 +184,18 @@ class SimulateTangent : public torch::autograd::Function<SimulateTangent> {
   template <typename... Rest>
   static Tensor forward(AutogradContext* context, const Tensor& weight_tangent,
                         const Tensor& absmax_tangent, const Rest&... rest) {
-    static const auto op = find<simulate_tangent>("moq::simulate_tangent");
-    save(context, rest...);
+    static const auto op = find_operator<decltype(simulate_tangent)>("moq::simulate_tangent");
+    save_point(context, rest...);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return op.call(weight_tangent, absmax_tangent, rest...);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
-    static const auto op = find<simulate_gradient>("moq::simulate_gradient");
+    static const auto op = find_operator<decltype(simulate_gradient)>("moq::simulate_gradient");
     constexpr std::size_t kArguments = 10;
     variable_list result(kArguments);
-    std::tie(result[0], result[1]) =
-        with_saved(context, [&](const auto&... rest) { return op.call(gradients[0], rest...); });
+    std::tie(result[0], result[1]) = with_saved_point(
+        context, [&](const auto&... rest) { return op.call(gradients[0], rest...); });
     return result;
   }
 };

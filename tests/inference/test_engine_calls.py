@@ -1,8 +1,10 @@
 """Calls of one engine from several threads, and what outlives it."""
 
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
+import torch
 from models import sequences
 
 from moq import _C
@@ -69,6 +71,31 @@ def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory):
     with pytest.raises(_C.Error, match="must not call the engine that runs it"):
         core.generate([[3, 4]], max_new_tokens=4, on_token=on_token)
     assert len(core.generate([[3, 4]], max_new_tokens=4).rows[0].tokens) == 4
+
+
+def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_directory):
+    core = Engine.from_pretrained(model_directory("llama")).core
+    rows = [[5, 3, *range(40)], [7, 8]]
+    expected = core.forward(rows)
+
+    class Shrinking:
+        def __index__(self):
+            rows[0].clear()
+            rows.clear()
+            return 5
+
+    rows[0][0] = Shrinking()
+    assert torch.equal(core.forward(rows), expected)
+
+
+@pytest.mark.parametrize("lengths", [(4096, 4096), (4096, 100)])
+def test_means_over_many_tokens_are_as_exact_as_pairwise_sums(lengths, model_directory):
+    states = 1 + 0.5 * torch.randn(sum(lengths), 8, generator=torch.Generator().manual_seed(0))
+    encoding = SimpleNamespace(last_hidden_state=states, pooled=None, logits=None)
+    core = SimpleNamespace(vocab_size=97, encode=lambda rows, types: encoding)
+    found = Engine(core, model_directory("llama"), None).encode([[3] * n for n in lengths]).mean
+    expected = torch.stack([part.double().mean(0) for part in states.split(lengths)])
+    assert (found - expected).abs().max() < 5e-7 * expected.abs().max()
 
 
 def test_a_communicator_outlives_its_engine(model_directory):

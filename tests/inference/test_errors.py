@@ -280,6 +280,34 @@ def test_two_sequences_in_one_slot_are_refused(engine):
     assert cache.length(slot) == 0
 
 
+@pytest.mark.parametrize("ids", [[], torch.zeros(0, 5, dtype=torch.long)], ids=["list", "tensor"])
+@pytest.mark.parametrize("name", ["llama", "bert_masked_lm"])
+@pytest.mark.parametrize("call", ["forward", "encode"])
+def test_an_empty_batch(call, name, ids, model_directory):
+    engine = Engine.from_pretrained(model_directory(name))
+    with pytest.raises(ValueError, match="must be those of at least one sequence, got none"):
+        getattr(engine, call)(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.zeros(1, 2), TypeError, "engine: token ids must be integers, got Float"),
+        (torch.ones(1, 2).bool(), TypeError, "engine: token ids must be integers, got Bool"),
+        (torch.tensor([3, 4]), ValueError, r"must be \[batch, length\], got shape \[2\]"),
+        ([[3, 4.0]], TypeError, "integer"),
+        (["ab"], TypeError, "integer"),
+        ([3], TypeError, "not iterable"),
+        ([[2**63]], OverflowError, "too"),
+    ],
+)
+@pytest.mark.parametrize("call", ["forward", "encode", "generate"])
+def test_ids_of_another_type_or_shape(call, ids, error, message, engine):
+    options = {"max_new_tokens": 1} if call == "generate" else {}
+    with pytest.raises(error, match=message):
+        getattr(engine.core, call)(ids, **options)
+
+
 @pytest.mark.parametrize("types", [[[0, 0]], [[0, 0], [0], [0]]])
 @pytest.mark.parametrize("call", ["forward", "encode"])
 def test_token_types_of_another_number_of_sequences(types, call, model_directory):

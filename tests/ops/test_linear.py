@@ -330,6 +330,17 @@ class TestRefusals:
             with pytest.raises(ValueError, match=message):
                 linear(x, packed, 4, input_mode="static_int8", input_scale=scale)
 
+    @pytest.mark.parametrize("input_mode", ["float32", "dynamic_int8"])
+    def test_a_static_scale_in_another_mode(self, device, input_mode):
+        packed, _ = packed_int8(4, 8, device)
+        x = random_input(2, 8).to(device)
+        arguments = {"input_mode": input_mode, "input_scale": 0.5}
+        message = "linear: input_scale must come with static_int8, got 0.5 with another input_mode"
+        with pytest.raises(ValueError, match="^" + message):
+            linear(x, packed, 4, **arguments)
+        with pytest.raises(ValueError, match="^norm_" + message):
+            torch.ops.moq.norm_linear(x, torch.ones(8, device=device), None, packed, 4, **arguments)
+
     def test_float16_on_the_cpu(self):
         packed, _ = packed_int8(4, 8)
         with pytest.raises(TypeError, match="input must be float32 on the CPU, got float16"):
