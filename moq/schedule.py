@@ -251,19 +251,36 @@ def run_outlook(
         raise ValueError(f"{directory}: sensitivities must have been measured (probe), got none")
     schedule = _schedule_of(config, total_steps, _empty_model(os.fspath(directory)))
     schedule = retarget(schedule, target_bits or {})
-    # Rules may split a layer into several blocks, here or there: they are as sensitive as it is.
-    layers = [name.partition(" ")[0] for name in schedule.block_names]
     for found in measurements:
-        names = [name.partition(" ")[0] for name in found["blocks"]]
-        values = dict(zip(names, found["normalised"], strict=True))
-        if values.keys().isdisjoint(layers):
+        values = dict(zip(found["blocks"], found["normalised"], strict=True))
+        sensitivities = _carried_over(values, schedule.block_names)
+        if sensitivities is None:
             raise ValueError(
-                f"{directory}: blocks must be those of the configuration, {layers[0]} and so on, "
-                f"got {names[0]}"
+                f"{directory}: blocks must be those of the configuration, "
+                f"{schedule.block_names[0]} and so on, got {found['blocks'][0]}"
             )
-        # What was frozen was not measured; it does not move and need not wait.
-        schedule.set_sensitivities(found["step"], [values.get(layer, 0.0) for layer in layers])
+        schedule.set_sensitivities(found["step"], sensitivities)
     return outlook_of(schedule)
+
+
+def _carried_over(measured: Mapping[str, float], blocks: Sequence[str]) -> list[float] | None:
+    """Returns the sensitivity of each block, or None if no layer of theirs was measured.
+
+    A layer that rules split as in the measured training has the values of its blocks, where one
+    that was frozen has 0: it does not move and need not wait. A layer that they split in another
+    way is as sensitive throughout as the most sensitive of what was measured in it.
+    """
+    layers: dict[str, dict[str, float]] = {}
+    for name, value in measured.items():
+        layers.setdefault(name.partition(" ")[0], {})[name] = value
+    if layers.keys().isdisjoint(name.partition(" ")[0] for name in blocks):
+        return None
+    carried = []
+    for name in blocks:
+        values = layers.get(name.partition(" ")[0], {})
+        alike = values.keys() <= set(blocks)
+        carried.append(values.get(name, 0.0) if alike else max(values.values()))
+    return carried
 
 
 def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:

@@ -10,7 +10,9 @@ from conftest import train_step, wrap
 transformers = pytest.importorskip("transformers")
 
 from moq import cli  # noqa: E402
+from moq.config import MoQConfig  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
+from moq.schedule import outlook_of, run_outlook  # noqa: E402
 
 FALLING = {
     "start_bits": 9,
@@ -146,6 +148,46 @@ def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, c
     capsys.readouterr()
     assert cli.main(["schedule", str(config), "--steps", "9", "--run", str(tmp_path)]) == 1
     assert "run.json" in capsys.readouterr().err
+
+
+SPLITTING = [
+    {"match": "*.o_proj", "schedule": {"finish_at": 0.9}},
+    {"match": "*.mlp.down_proj", "target_bits": 4},
+]
+
+
+def probed_run(directory, config: dict, frozen: str = "-"):
+    """Saves a tiny Llama that was probed at its beginning; returns its optimizer."""
+    model, _ = tiny_llama_in_training(optimizer=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    optimizer = wrap(model, config, 1000)
+    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.save(directory)
+    return optimizer
+
+
+@pytest.mark.parametrize("frozen", ["-", "0.mlp.down_proj"])
+def test_the_schedule_of_a_saved_run_is_that_of_its_training_where_rules_split_layers(
+    tmp_path, frozen
+):
+    config = {"rules": SPLITTING, "sensitivity": {"rule": "stepped"}}
+    optimizer = probed_run(tmp_path / "run", config, frozen)
+    outlook = run_outlook(MoQConfig.from_dict(config), 1000, tmp_path / "run")
+    assert len(outlook) == 6
+    assert outlook == outlook_of(optimizer.schedule())
+
+
+def test_a_layer_that_rules_split_anew_is_as_sensitive_as_the_most_sensitive_of_its_blocks(
+    tmp_path,
+):
+    config = {"rules": SPLITTING, "sensitivity": {"rule": "stepped"}}
+    (found,) = probed_run(tmp_path / "run", config).history
+    whole = MoQConfig.from_dict({"schedule": {"period": 1}, "sensitivity": {"rule": "stepped"}})
+    for block in run_outlook(whole, 10_000, tmp_path / "run"):
+        values = zip(found["blocks"], found["normalised"], strict=True)
+        largest = max(value for name, value in values if name.startswith(block.name))
+        assert block.widths[1].latest == 1 + int(4 * largest)
 
 
 def test_a_run_of_other_blocks_is_refused(tmp_path, capsys):
