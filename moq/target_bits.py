@@ -1,7 +1,8 @@
 """Target widths under a budget: the choice of least expected loss, by traces and rounding errors.
 
-The objective is that of HAWQ-V2 (Dong et al., NeurIPS 2020) and HAWQ-V3 (Yao et al., ICML 2021):
-Hessian trace of a block times the squared error of rounding its weights, summed over blocks,
+The objective follows HAWQ-V2 (Dong et al., NeurIPS 2020) and HAWQ-V3 (Yao et al., ICML 2021):
+Hessian trace of a block times the squared error of rounding its weights, summed over blocks. They
+take the mean eigenvalue, trace / number of weights, which is the same for blocks of one size:
 
     loss = sum over blocks b of |trace_b| * sum over weights w of b of (w - Q(w))^2,
 
