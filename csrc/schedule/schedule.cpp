@@ -1,7 +1,9 @@
 #include "csrc/schedule/schedule.h"
 
 #include <algorithm>
+#include <set>
 #include <sstream>
+#include <string>
 #include <utility>
 
 #include "csrc/schedule/config.h"
@@ -10,6 +12,16 @@
 namespace moq::schedule {
 
 namespace {
+
+/// A plan for rules alone names two blocks alike for each rule, of which a user reads one.
+template <typename Blocks, typename Name>
+std::size_t count_names(const Blocks& blocks, Name name) {
+  std::set<std::string> names;
+  for (const auto& block : blocks) {
+    names.insert(block.*name);
+  }
+  return names.size();
+}
 
 /// The sentence a user reads instead of finding out after the training.
 std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>& late) {
@@ -22,9 +34,10 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
     reached = std::max(reached, block.bits);
     period = period && block.largest_period ? std::min(period, block.largest_period) : std::nullopt;
   }
+  const std::size_t count = count_names(late, &Unfinished::block);
   std::ostringstream text;
   text << "schedule: every block must reach its target by total_steps = " << config.total_steps
-       << ", got " << late.size() << " of " << config.blocks.size()
+       << ", got " << count << " of " << count_names(config.blocks, &ScheduledBlock::name)
        << " that might not; the slowest, '" << slowest.block << "', arrives at step "
        << slowest.arrival;
   if (config.stretch_rule != "none") {
@@ -32,18 +45,17 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
   }
   text << ". Smallest change: ";
   if (period) {
-    text << (late.size() == 1 ? "its period <= " : "period <= ") << *period
-         << (late.size() == 1 ? ", or " : " for all of these, or ");
+    text << (count == 1 ? "its period <= " : "period <= ") << *period
+         << (count == 1 ? ", or " : " for all of these, or ");
   }
   ScheduleConfig unstretched = config;
   unstretched.stretch_rule = "none";
   if (unfinished(unstretched).empty()) {
-    text << "the stretch rule 'none' (nothing is measured), or ";
+    text << "sensitivity: {rule: none} (nothing is measured), or ";
   }
   text << "total_steps >= " << slowest.arrival << ", or target_bits >= " << reached
-       << ", or finish_at (at most 1.0), which scales the periods to fit; on_unfinished='clamp' "
-          "shortens "
-          "only the late blocks, 'allow' accepts the width reached";
+       << ", or finish_at (at most 1.0) instead of period, which scales the periods to fit; "
+          "on_unfinished='clamp' shortens only the late blocks, 'allow' accepts the width reached";
   return text.str();
 }
 

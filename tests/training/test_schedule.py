@@ -92,7 +92,7 @@ def test_errors_have_their_own_type_and_say_what_to_change():
         Schedule([ScheduledBlock("a", period=10)], 2000)
     with pytest.raises(Error, match="on_unfinished must be"):
         Schedule([], 10, on_unfinished="warn")
-    with pytest.raises(Error, match="stretch rule 'none'"):
+    with pytest.raises(Error, match=r"sensitivity: \{rule: none\}"):
         Schedule([ScheduledBlock("a")], 300, stretch_rule="stepped")
 
 
@@ -336,6 +336,8 @@ def test_the_command_refuses_a_schedule_that_cannot_finish(config_file, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "period <= 7" in captured.err and "total_steps >= 2550" in captured.err
+    assert "got 1 of 1 that" in captured.err
+    assert "or finish_at (at most 1.0) instead of period" in captured.err
     assert main(["schedule", config, "--steps", "2550"]) == 0
 
 
