@@ -187,9 +187,16 @@ def require_same_past(
         now = plans.get(name if renamed is None else renamed[name], [])
         now = [drop for drop in now if drop[0] <= steps]
         if past != now:
+            remedy = ""
+            if saved.total_steps != present.total_steps:
+                remedy = (
+                    f". total_steps was {saved.total_steps} and is {present.total_steps} now: give "
+                    f"the {saved.total_steps} of before, or train with schedule.period and "
+                    "sensitivity: {rule: none} from the beginning, which may be trained longer"
+                )
             raise ValueError(
                 f"{where}: the schedule must agree with what happened during the first {steps} "
-                f"steps: (step, bits) of {name} were {past}, got {now}"
+                f"steps: (step, bits) of {name} were {past}, got {now}{remedy}"
             )
 
 

@@ -407,6 +407,26 @@ def test_a_frozen_master_that_the_checkpoint_left_out_is_named(decoder):
     assert_same(masters(resumed), masters(optimizer))
 
 
+def test_a_state_of_another_number_of_steps_is_refused_with_the_remedy(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING, 20)
+    run(model, optimizer, range(12))
+    resumed = wrap(decoder(), FALLING, 40)
+    remedy = r"total_steps was 20 and is 40 now: give the 20 of before, or train with .*period"
+    with pytest.raises(ValueError, match=remedy):
+        resumed.load_state_dict(optimizer.state_dict())
+
+
+def test_a_training_by_periods_without_sensitivities_may_be_trained_longer(decoder):
+    config = FALLING | {"schedule": {"period": 2, "growth": 1.0}, "sensitivity": {"rule": "none"}}
+    model = decoder()
+    optimizer = wrap(model, config, 20)
+    run(model, optimizer, range(6))
+    longer = wrap(decoder(), config, 40)
+    longer.load_state_dict(optimizer.state_dict())
+    assert longer.steps == 6
+
+
 def test_a_missing_master_is_refused_by_name(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
