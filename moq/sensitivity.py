@@ -165,7 +165,8 @@ def measure(
         bar.say(
             f"sensitivity ({measure}): tolerance {tolerance} not met in {found.products} products; "
             f"largest error {max(found.standard_error):.3g}, largest value "
-            f"{max(map(abs, found.values)):.3g}"
+            f"{max(map(abs, found.values)):.3g}: raise sensitivity.max_products (now "
+            f"{max_products}) or sensitivity.tolerance, or give more batches"
         )
     return found
 

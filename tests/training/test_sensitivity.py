@@ -247,6 +247,13 @@ def test_bad_arguments_are_refused(model, batches):
         measure(model, None, lambda b: model(b[0])[:, 0], batches)
 
 
+def test_a_tolerance_that_is_not_met_is_printed_with_the_remedy(model, batches, capsys):
+    measure(model, None, loss_of(model), batches, tolerance=1e-6, max_products=12)
+    printed = capsys.readouterr().err
+    assert "raise sensitivity.max_products (now 12) or sensitivity.tolerance" in printed
+    assert "or give more batches" in printed
+
+
 def test_the_cost_of_eigenvalues_is_printed_first(model, batches, capsys):
     measure(model, None, loss_of(model), batches, measure="eigenvalue", max_products=5)
     printed = capsys.readouterr().err
