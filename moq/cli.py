@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -51,7 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((word for word in arguments if word in COMMANDS), None)
     options = build_parser(command).parse_args(arguments)
     try:
-        return int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+        status = int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; Python must not flush the rest at its exit.
+        # The status is that of rich, which ends the program itself where it prints.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         print(f"moq {options.command}: {error}", file=sys.stderr)
         return 1

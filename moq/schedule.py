@@ -130,12 +130,13 @@ def run(options: argparse.Namespace) -> int:
         outlook = rules_outlook(config, options.steps)
     else:
         outlook = model_outlook(config, options.steps, _empty_model(options.model))
-    if options.plot is not None:
-        plot(outlook, options.steps, options.plot)
     if options.json:
         print(json.dumps(_as_json(outlook, config, options.steps)))
     else:
         _print_table(Console(), outlook, _extent(config, options.steps))
+    # Last: without matplotlib the plan is printed all the same.
+    if options.plot is not None:
+        plot(outlook, options.steps, options.plot)
     return 0
 
 
@@ -172,14 +173,14 @@ def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
     if config is not None and options.steps is not None:
         outlook = run_outlook(config, options.steps, options.run, choice.target_bits)
         plan = _as_json(outlook, config, options.steps)
-    if options.plot is not None:
-        choice.plot(options.plot)
     if options.json:
         print(json.dumps(choice.to_dict() | {"plan": plan}))
-        return 0
-    print(choice)
-    if plan is not None:
-        _print_table(Console(), outlook, f"of {options.steps} steps")
+    else:
+        print(choice)
+        if plan is not None:
+            _print_table(Console(), outlook, f"of {options.steps} steps")
+    if options.plot is not None:
+        choice.plot(options.plot)
     return 0
 
 

@@ -1,6 +1,9 @@
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -360,3 +363,21 @@ def test_the_command_draws_the_plan(config_file, tmp_path, suffix):
 def test_the_command_refuses_another_kind_of_plot(config_file, capsys):
     assert main(["schedule", config_file(), "--steps", "100", "--plot", "plan.jpg"]) == 1
     assert ".png or .svg" in capsys.readouterr().err
+
+
+def test_the_plan_is_printed_though_it_cannot_be_drawn(config_file, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["schedule", config_file(), "--steps", "100", "--plot", "plan.svg"]) == 1
+    captured = capsys.readouterr()
+    assert "First step at each bit width" in captured.out
+    assert "pip install matplotlib" in captured.err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_nothing_is_said_to_a_reader_that_has_enough(config_file, form):
+    command = [sys.executable, "-m", "moq", "schedule", config_file(), "--steps", "100", *form]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
