@@ -47,16 +47,19 @@ class Conversion:
         config: The configuration.
         changed: What moq does in another way, and how.
         ignored: Keys without a meaning to moq, and why.
+        kept: What moq does as DeepSpeed, and may surprise.
     """
 
     config: MoQConfig
     changed: tuple[str, ...]
     ignored: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Everything that changed or was ignored, one line each."""
+        """Everything that changed, was ignored or may surprise, one line each."""
         lines = [f"changed: {text}" for text in self.changed]
         lines += [f"ignored: {text}" for text in self.ignored]
+        lines += [f"kept: {text}" for text in self.kept]
         return "\n".join(lines)
 
 
@@ -210,7 +213,9 @@ def convert(
     others = [name for name in data if name not in SPELLINGS]
     if others:
         converter.ignored.append(f"{', '.join(others)}: not about quantization")
-    return Conversion(config, tuple(converter.changed), tuple(converter.ignored))
+    return Conversion(
+        config, tuple(converter.changed), tuple(converter.ignored), tuple(converter.kept)
+    )
 
 
 def _blocks(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -248,6 +253,7 @@ class _Converter:
         self.on_unfinished = on_unfinished
         self.changed: list[str] = []
         self.ignored: list[str] = []
+        self.kept: list[str] = []
 
     def from_old(self, old: _QuantizeTraining) -> MoQConfig:
         """Converts ``quantize_training``."""
@@ -269,7 +275,7 @@ class _Converter:
             old.fp16_mixed_quantize,
         )
         rules = (Rule("*", modules=ALL_KINDS),)
-        self.changed.append(
+        self.kept.append(
             "every weight matrix is quantized, as in DeepSpeed: embeddings and the head too "
             "(remove the rule '*' to leave those in full precision)"
         )
@@ -300,7 +306,7 @@ class _Converter:
         shared = new.shared_parameters
         self._ignore_switches(shared.quantize_verbose, shared.quantizer_kernel)
         if shared.quantize_weight_in_forward:
-            self.changed.append(
+            self.kept.append(
                 "quantize_weight_in_forward: as in DeepSpeed the width goes to target_bits at "
                 "once after schedule_offset; set it to false for the schedule"
             )

@@ -288,17 +288,25 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
     """Plans one layer for the configuration itself and for each rule that quantizes.
 
     How fast a layer can be depends on the others: each rule stands for two, the usual case of
-    several layers alike.
+    several layers alike. The configuration itself is left out where a rule for ``*`` leaves it no
+    layer.
 
     Raises:
+        ValueError: if every layer is excluded.
         moq._C.Error: as model_outlook.
     """
     spec = config.spec()
-    paces = {DEFAULT_RULE: Pace(spec.start_bits, spec.target_bits)}
+    paces = {}
+    if not any(
+        rule.match == "*" and {"linear", "conv1d"} <= {*rule.modules} for rule in config.rules
+    ):
+        paces[DEFAULT_RULE] = Pace(spec.start_bits, spec.target_bits)
     for rule in config.rules:
         if not rule.exclude:
             spec = config.spec(rule)
             paces[rule.match] = Pace(spec.start_bits, spec.target_bits, rule.schedule)
+    if not paces:
+        raise ValueError("rules: at least one must quantize what '*' excludes, got none")
     names = list(paces) * 2
     blocks = Blocks(names, layers=names, paces=list(paces.values()) * 2, numbers=[])
     return outlook_of(make_schedule(blocks, config, total_steps))[: len(paces)]

@@ -151,7 +151,8 @@ def test_quantize_weight_in_forward_goes_to_the_target_at_once():
     ds = new((16, 8, 50, ["*"]), offset=10, quantize_weight_in_forward=True)
     conversion = convert(ds)
     assert conversion.config.rules[1].schedule.table == {0: 16, 11: 8}
-    assert any("quantize_weight_in_forward" in text for text in conversion.changed)
+    assert any("quantize_weight_in_forward" in text for text in conversion.kept)
+    assert not any("quantize_weight_in_forward" in text for text in conversion.changed)
 
 
 def test_eigenvalues_stretch_a_schedule_in_true_steps():
@@ -288,9 +289,11 @@ def test_a_configuration_of_deepspeed_given_as_moqs_is_sent_to_its_reader(tmp_pa
     captured = capsys.readouterr()
     row = next(line for line in captured.out.splitlines() if line.split()[:1] == ["*"])
     assert row.split() == ["*", "0", "1", "2"]
+    assert not any(line.split()[:1] == ["default"] for line in captured.out.splitlines())
     assert "changed: quantize_period 6" in captured.err
+    assert "kept: every weight matrix" in captured.err
 
 
 def test_the_conversion_prints_every_line():
-    conversion = Conversion(MoQConfig(), ("a", "b"), ("c",))
-    assert str(conversion) == "changed: a\nchanged: b\nignored: c"
+    conversion = Conversion(MoQConfig(), ("a", "b"), ("c",), ("d",))
+    assert str(conversion) == "changed: a\nchanged: b\nignored: c\nkept: d"

@@ -221,6 +221,19 @@ def test_rules_are_planned_for_several_layers_each():
     assert arrival.earliest < 240
 
 
+@pytest.mark.parametrize("every", [{"exclude": True}, {"target_bits": 4}])
+def test_the_default_is_not_planned_where_a_rule_takes_every_layer(every):
+    rules = [{"match": "*"} | every, {"match": "*.mlp.*", "target_bits": 6}]
+    names = [block.name for block in rules_outlook(MoQConfig.from_dict({"rules": rules}), 400)]
+    assert names == (["*.mlp.*"] if "exclude" in every else ["*", "*.mlp.*"])
+
+
+def test_rules_that_exclude_every_layer_cannot_be_planned():
+    config = MoQConfig.from_dict({"rules": [{"match": "*", "exclude": True}]})
+    with pytest.raises(ValueError, match="at least one must quantize"):
+        rules_outlook(config, 400)
+
+
 def test_rules_have_schedules_of_their_own():
     config = MoQConfig.from_dict(
         {
