@@ -390,7 +390,10 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
     console.print(table)
     if any(width.earliest != width.latest for block in outlook for width in block.widths):
         console.print(
-            "Ranges: the step follows the measured sensitivities.", highlight=False, soft_wrap=True
+            "Ranges: the step follows the measured sensitivities; without a probe, "
+            "optimizer.schedule().plan() has the steps.",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -128,7 +128,18 @@ def test_a_printed_schedule_has_a_row_for_each_pace():
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
     assert rows["head"] == ["0", "5"]
     assert rows["layers.1"][-1] == "102-255"
-    assert lines[-1] == "Ranges: the step follows the measured sensitivities."
+    assert lines[-1] == (
+        "Ranges: the step follows the measured sensitivities; without a probe, "
+        "optimizer.schedule().plan() has the steps."
+    )
+
+
+def test_without_a_probe_the_later_step_holds_for_finish_at_and_the_earlier_for_periods():
+    alike = [ScheduledBlock(name, finish_at=0.6) for name in "ab"]
+    schedule = Schedule(alike, 425, stretch_rule="stepped")
+    assert schedule.plan() == schedule.bounds()[1] != schedule.bounds()[0]
+    schedule = Schedule([ScheduledBlock("a", period=2, start_bits=10)], 425, stretch_rule="stepped")
+    assert schedule.plan() == schedule.bounds()[0] != schedule.bounds()[1]
 
 
 def test_a_printed_schedule_has_the_very_steps_once_they_are_measured():
