@@ -236,9 +236,12 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
     return against_copy, against_others
 
 
-def main() -> int:
-    """Measures and prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+Measure = Callable[[str, int, str], tuple[list[Row], list[Row]]]
+
+
+def main(description: str | None, measure: Measure, what: str) -> int:
+    """Measures models and prints both tables: `what` against a copy and against torch."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (CPU)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
@@ -254,11 +257,12 @@ def main() -> int:
     for model in options.models or DEFAULT_MODELS[options.device]:
         for table, rows in zip(tables, measure(model, options.turns, options.device), strict=True):
             table.extend(rows)
-    print_rows("Fake-quantize against the copy bandwidth", "copy", tables[0], options.json, facts)
-    if tables[1]:
-        print_rows("Fake-quantize against torch", "torch", tables[1], options.json, facts)
+    for table, peer in zip(tables, ("copy", "torch"), strict=True):
+        if table:
+            title = "the copy bandwidth" if peer == "copy" else peer
+            print_rows(f"{what} against {title}", peer, table, options.json, facts)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, measure, "Fake-quantize"))

@@ -10,13 +10,12 @@ writes the gradient of the weight; those of the scales are sums over their group
 Competitors take turns, as in fake_quantize.py.
 """
 
-import argparse
 import sys
 
 import gpu
 import torch
-from fake_quantize import COPY_BYTES, DEFAULT_MODELS, DTYPES, MODELS, Call, Weights, seconds_of
-from report import Row, machine, print_rows
+from fake_quantize import COPY_BYTES, DTYPES, MODELS, Call, Weights, main, seconds_of
+from report import Row
 
 CASES = {
     "per channel": {},
@@ -122,28 +121,5 @@ def measure(model: str, turns: int, device: str) -> tuple[list[Row], list[Row]]:
     return against_copy, against_others
 
 
-def main() -> int:
-    """Measures and prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (CPU)")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS))
-    gpu.arguments(parser)
-    options = parser.parse_args()
-    if options.device == "cuda":
-        gpu.require()
-        facts = gpu.facts()
-    else:
-        torch.set_num_threads(options.threads)
-        facts = {"machine": f"{machine()}, {options.threads} threads"}
-    tables: tuple[list[Row], list[Row]] = ([], [])
-    for model in options.models or DEFAULT_MODELS[options.device]:
-        for table, rows in zip(tables, measure(model, options.turns, options.device), strict=True):
-            table.extend(rows)
-    print_rows("Learned scales against the copy bandwidth", "copy", tables[0], options.json, facts)
-    print_rows("Learned scales against torch", "torch", tables[1], options.json, facts)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, measure, "Learned scales"))
