@@ -87,4 +87,13 @@ std::int64_t active_clusters(const void* kernel, const cudaLaunchConfig_t& confi
   });
 }
 
+std::int64_t required_clusters(const void* kernel, const cudaLaunchConfig_t& config) {
+  const std::int64_t clusters = active_clusters(kernel, config);
+  MOQ_CHECK(clusters > 0, "linear: the GPU must be able to run clusters of ", config.gridDim.x,
+            " thread blocks with ", config.dynamicSmemBytes >> 10,
+            " KiB of shared memory each, got none: give the process a larger share of the GPU, or "
+            "set MOQ_GPU_ARCH=80");
+  return clusters;
+}
+
 }  // namespace moq::kernels::cuda

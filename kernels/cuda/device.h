@@ -36,4 +36,13 @@ std::int64_t active_clusters(void (*kernel)(Arguments...), const cudaLaunchConfi
   return active_clusters(reinterpret_cast<const void*>(kernel), config);
 }
 
+/// As active_clusters.
+/// @throws moq::Error, with the remedy, if there is no room for any
+std::int64_t required_clusters(const void* kernel, const cudaLaunchConfig_t& config);
+
+template <typename... Arguments>
+std::int64_t required_clusters(void (*kernel)(Arguments...), const cudaLaunchConfig_t& config) {
+  return required_clusters(reinterpret_cast<const void*>(kernel), config);
+}
+
 }  // namespace moq::kernels::cuda

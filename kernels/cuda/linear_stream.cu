@@ -330,11 +330,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   config.attrs = attributes;
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const std::int64_t clusters =
-      split == 1 ? device_limits().multiprocessors : active_clusters(kernel, config);
-  MOQ_CHECK(clusters > 0, "linear: the GPU must be able to run clusters of ", split,
-            " thread blocks with ", kMaxSharedBytes >> 10,
-            " KiB of shared memory each, got none: give the process a larger share of the GPU, or "
-            "set MOQ_GPU_ARCH=80");
+      split == 1 ? device_limits().multiprocessors : required_clusters(kernel, config);
   const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters);
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
   config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);

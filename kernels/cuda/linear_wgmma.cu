@@ -46,13 +46,13 @@ __device__ __forceinline__ void produce(const WgmmaProducer<T>& producer, const 
   const int tiles = walk.row_tiles * walk.token_tiles;
   const int early = weight_is_ready ? min(steps, T::kStages) : 0;
   for (int i = 0; i < early; ++i) {
-    producer.fetch_weights(place_of<T>(walk, first_tile, producer.rank), first + i, i);
+    producer.fetch_weights(place_of<T>(walk, first_tile), first + i, i);
   }
   wait_for_previous_kernels();
   WgmmaSlot<T> slot;
   int fetched = 0;
   for (int index = first_tile; index < tiles; index += walk.clusters) {
-    const WgmmaPlace tile = place_of<T>(walk, index, producer.rank);
+    const WgmmaPlace tile = place_of<T>(walk, index);
     for (int i = 0; i < steps; ++i, ++fetched, slot.advance()) {
       if (fetched >= early) {
         wait_barrier(producer.ring.empty(slot.stage), slot.parity ^ 1);
@@ -75,21 +75,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   extern __shared__ __align__(1024) std::uint8_t shared[];
   // A shuffle tells the compiler that a warp's lanes agree.
   const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-  const int rank = static_cast<int>(cluster_rank());
-  const int part = T::kSplits ? rank / walk.sharing : 0;
-  const int first_rank = part * walk.sharing;
-  const int row_rank = rank - first_rank;
+  const int part = T::kSplits ? static_cast<int>(cluster_rank()) : 0;
   const int first_step = walk.steps * part / walk.split;
   const int steps = walk.steps * (part + 1) / walk.split - first_step;
   const int first_tile = static_cast<int>(cluster_index());
   const WgmmaRing<T> ring{shared_address(shared)};
   if (threadIdx.x == 0) {
-    ring.init(walk.sharing, walk.split);
+    ring.init(walk.split);
   }
   __syncthreads();
-  if (walk.sharing > 1) {
-    meet_cluster();
-  }
   if constexpr (T::kSplits) {
     arrive_at_cluster();  // write_share waits
   }
@@ -100,9 +94,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       shrink_registers<kProducerRegisters>();
     }
     if (threadIdx.x == T::kConsumers * kWarpgroup) {
-      const auto ranks = static_cast<std::uint16_t>(((1 << walk.sharing) - 1) << first_rank);
-      produce(WgmmaProducer<T>{ring, maps, layout, row_rank, walk.sharing, ranks, walk.token_bytes},
-              walk, first_tile, first_step, steps, args.weight_is_ready);
+      produce(WgmmaProducer<T>{ring, maps, layout, walk.token_bytes}, walk, first_tile, first_step,
+              steps, args.weight_is_ready);
     }
     __syncwarp();
     if constexpr (T::kSplits) {
@@ -114,34 +107,33 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     }
     const int consumer = warp / 4;
     const int barrier = kResultsBarrier + consumer;
-    const WgmmaRows rows{consumer * 4 + warp % 4, first_rank, walk.sharing};
+    const int row_block = consumer * 4 + warp % 4;  // of a tile
     auto* results =
         reinterpret_cast<float*>(shared + T::kResultsOffset + consumer * T::kResultBytes);
     wait_for_previous_kernels();
     WgmmaSlot<T> slot;
     for (int index = first_tile; index < walk.row_tiles * walk.token_tiles;
          index += walk.clusters) {
-      const WgmmaPlace tile = place_of<T>(walk, index, row_rank);
+      const WgmmaPlace tile = place_of<T>(walk, index);
       const int first_row = tile.row_block * kBlockRows + consumer * kGroupRows;
       Grids grids{{1.0F, 1.0F}, {}};
-      if (T::kElementBytes == 1 && !T::kGroups &&
-          tile.row_block + rows.row_block < layout.row_blocks) {
-        grids = load_grids<T::kBFloat16>(args.weight.data, layout, tile.row_block + rows.row_block,
-                                         0, static_cast<int>(threadIdx.x) % kWarpSize / 4);
+      if (T::kElementBytes == 1 && !T::kGroups && tile.row_block + row_block < layout.row_blocks) {
+        grids = load_grids<T::kBFloat16>(args.weight.data, layout, tile.row_block + row_block, 0,
+                                         static_cast<int>(threadIdx.x) % kWarpSize / 4);
       }
       const float2 scale{grids.scale[0], grids.scale[1]};
       std::conditional_t<T::kGroups, WgmmaGroupSums<T>, WgmmaSums<T>> sums;
       const auto multiply = [&] {
         if constexpr (T::kGroups) {
-          sums.multiply(ring, slot, first_step, steps, rows, layout);
+          sums.multiply(ring, slot, first_step, steps, row_block, layout);
         } else {
-          sums.multiply(ring, slot, steps, rows, grids.zero);
+          sums.multiply(ring, slot, steps, row_block, grids.zero);
         }
       };
       if constexpr (T::kSplits) {
         multiply();
         write_share<T>(walk.split, args, layout.n, tile.token, first_row, results, sums, scale,
-                       barrier, ring.received(consumer), WgmmaShare{part, row_rank, walk.sharing});
+                       barrier, ring.received(consumer), part);
       } else if (walk.stores) {
         WgmmaStore<T> store(args, layout.n, shared_address(results), barrier, tile.token,
                             first_row);
@@ -153,9 +145,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       }
     }
     __syncwarp();
-  }
-  if (walk.sharing > 1) {
-    meet_cluster();  // nobody leaves while others free its stages, or fetch tokens for it
   }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #error "compute capability 9.0 is built as 90a"
@@ -180,12 +169,10 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
   const auto kernel = wgmma_kernel<T>;
   MOQ_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBlockShared));
-  const std::int64_t rows = static_cast<std::int64_t>(T::kRows) * choice.sharing;
   WgmmaWalk walk{.steps = static_cast<int>(pad_to(layout.k, kStepCols) / kStepCols),
-                 .row_tiles = static_cast<int>(pad_to(layout.n, rows) / rows),
+                 .row_tiles = static_cast<int>(pad_to(layout.n, T::kRows) / T::kRows),
                  .token_tiles = static_cast<int>(pad_to(args.m, T::kTokens) / T::kTokens),
                  .clusters = 0,
-                 .sharing = choice.sharing,
                  .split = 1,
                  .token_bytes = T::kTokenBytes,
                  .stores = can_store(args, layout)};
@@ -196,27 +183,24 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
   }
   // Tokens that do not exist are not asked for: the memory of those that a tile lacks is read, but
   // what comes of them is not written.
-  const int box_tokens = walk.sharing == 1
-                             ? static_cast<int>(std::min<std::int64_t>(args.m, T::kTokens))
-                             : T::kTokens / walk.sharing;
-  walk.token_bytes = box_tokens * walk.sharing * kStepCols * 2;
-  const int cluster = walk.sharing * walk.split;
+  const int box_tokens = static_cast<int>(std::min<std::int64_t>(args.m, T::kTokens));
+  walk.token_bytes = box_tokens * kStepCols * 2;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[0].val.clusterDim = {static_cast<unsigned>(walk.split), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.gridDim = dim3(static_cast<unsigned>(walk.split));
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = T::kBlockShared;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 1;
   // A cluster that splits columns takes one tile: what its blocks send each other comes once.
-  walk.clusters =
-      static_cast<int>(T::kSplits ? tiles : std::min(tiles, active_clusters(kernel, config)));
-  config.gridDim = dim3(static_cast<unsigned>(walk.clusters * cluster));
+  const std::int64_t at_once = required_clusters(kernel, config);
+  walk.clusters = static_cast<int>(T::kSplits ? tiles : std::min(tiles, at_once));
+  config.gridDim = dim3(static_cast<unsigned>(walk.clusters * walk.split));
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const WgmmaMaps maps = wgmma_maps(
       args, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = T::kGridGroups});
@@ -287,13 +271,13 @@ WgmmaChoice choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layou
   const WgmmaCost* best = nullptr;
   double best_time = 0.0;
   for (const WgmmaCost& cost : kWgmmaCosts) {
+    // Its costs were fitted to at most 32 tokens: more would read the weight once for each 32.
     const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
     if (cost.groups != (layout.groups > 1) || (for_few && args.m > cost.tokens)) {
       continue;
     }
-    const auto& [sharing, split] = std::pair(cost.choice.sharing, cost.choice.split);
-    const std::int64_t rows = static_cast<std::int64_t>(cost.rows) * sharing;
-    const auto blocks = static_cast<double>(pad_to(layout.n, rows) / cost.rows *
+    const int split = cost.choice.split;
+    const auto blocks = static_cast<double>(pad_to(layout.n, cost.rows) / cost.rows *
                                             (pad_to(args.m, cost.tokens) / cost.tokens) * split);
     const double waves = std::ceil(blocks / (cost.blocks * multiprocessors));
     const double step = blocks > multiprocessors ? cost.step_crowded : cost.step_alone;

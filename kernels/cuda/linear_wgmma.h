@@ -24,9 +24,8 @@ enum class WgmmaTile : std::uint8_t {
 
 struct WgmmaChoice {
   WgmmaTile tile;
-  int sharing;  ///< blocks of a cluster, 1, 2 or 4, that fetch tokens for each other
   /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k128x128, k64x64 or k64x32 (at
-  /// most 4); fewer where there are not 64 columns for each. sharing * split <= 8.
+  /// most 4); fewer where there are not 64 columns for each.
   int split;
 };
 

@@ -17,47 +17,41 @@ namespace moq::kernels::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// A block's place among those that share columns.
-struct WgmmaShare {
-  int part;      ///< of the columns
-  int row_rank;  ///< part p is with block p * sharing + row_rank of the cluster
-  int sharing;
-};
-
-/// results: of the warpgroup, the same place in every block, with room for the sums of a tile, a
-/// part behind the other; received: its barrier.
+/// part: of the columns, as the block's rank in the cluster; results: of the warpgroup, the same
+/// place in every block, with room for the sums of a tile, a part behind the other; received: its
+/// barrier.
 template <typename T, int kSplit, typename Sums>
 __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::int64_t n,
                                             int first_token, int first_row, float* results,
                                             const Sums& sums, const float2& scale, int barrier,
-                                            std::uint32_t received, const WgmmaShare& share) {
+                                            std::uint32_t received, int part) {
   constexpr int kShare = T::kTokens / kSplit;  // tokens
   constexpr int kOwn = kShare / 2;             // sums of a lane
   constexpr int kCount = std::min(kShare / kTokenStep, 4);
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + share.part * kShare, first_row);
+  WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + part * kShare, first_row);
   writer.load(0);
   float total[kOwn];
-  with_index<kSplit>(share.part, [&]<int kPart>() {
+  with_index<kSplit>(part, [&]<int kPart>() {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       total[i] = sums.result(kPart * kOwn + i);
     }
   });
   wait_for_cluster();  // the barriers of all blocks have been made
-  float* const place = results + share.part * kShare * kGroupRows;  // of this block's part
+  float* const place = results + part * kShare * kGroupRows;  // of this block's part
   if constexpr (kSplit > 1) {
     const std::uint32_t target = shared_address(place + thread * 4);
 #pragma unroll
     for (int p = 0; p < kSplit; ++p) {
-      if (p != share.part) {
+      if (p != part) {
 #pragma unroll
         for (int i = 0; i < kOwn; i += 4) {
           const int first = p * kOwn + i;
           send_to_cluster(target + i * kWarpgroup * 4,
                           float4{sums.result(first), sums.result(first + 1), sums.result(first + 2),
                                  sums.result(first + 3)},
-                          received, p * share.sharing + share.row_rank);
+                          received, p);
         }
       }
     }
@@ -68,7 +62,7 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
 #pragma unroll
       for (int i = 0; i < kOwn; i += 4) {
         float4 theirs{total[i], total[i + 1], total[i + 2], total[i + 3]};
-        if (p != share.part) {
+        if (p != part) {
           theirs =
               *reinterpret_cast<const float4*>(results + (p * kOwn + i) * kWarpgroup + thread * 4);
         }

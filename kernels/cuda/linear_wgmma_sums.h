@@ -74,13 +74,6 @@ struct WgmmaWeights {
   }
 };
 
-/// Which rows of a tile a warp multiplies, and with whom its block shares tokens.
-struct WgmmaRows {
-  int row_block;   ///< of the tile
-  int first_rank;  ///< of the blocks of the cluster that share tokens
-  int sharing;     ///< so many
-};
-
 /// The sums of 64 rows by kTokens tokens: a warpgroup's part of a tile whose rows have one scale
 /// each, which the sums are without.
 template <typename T>
@@ -89,21 +82,22 @@ struct WgmmaSums {
 
   __device__ __forceinline__ float result(int i) const { return sums[i]; }
 
-  /// Multiplies so many steps, which lie in the ring from `slot` on.
+  /// Multiplies so many steps, which lie in the ring from `slot` on. row_block: the warp's, of the
+  /// tile.
   ///
   /// While the products of a step are under way, the registers of the next are made, when the
   /// products of the step before, whose registers they are, have ended. What is converted is loaded
   /// before that, into other registers. (What is not must never be in both: the compiler takes
   /// registers for free that products under way still read.)
   __device__ __forceinline__ void multiply(const WgmmaRing<T>& ring, WgmmaSlot<T>& slot, int steps,
-                                           const WgmmaRows& rows, const std::uint32_t (&zero)[2]) {
+                                           int row_block, const std::uint32_t (&zero)[2]) {
     constexpr bool kConverts = T::kElementBytes == 1;
     std::uint32_t a[2][4][4];
     WgmmaWeights<T> weights[2];  // that are converted
     const auto load = [&](WgmmaWeights<T>(&to)[2]) {
       ring.wait(slot);
-      to[0].load(ring, slot.stage, 0, rows.row_block);
-      to[1].load(ring, slot.stage, 1, rows.row_block);
+      to[0].load(ring, slot.stage, 0, row_block);
+      to[1].load(ring, slot.stage, 1, row_block);
     };
     const auto convert = [&](WgmmaWeights<T>(&from)[2], std::uint32_t(&to)[4][4]) {
       from[0].hold();
@@ -132,7 +126,7 @@ struct WgmmaSums {
       }
       wait_products<1>();
       if (left < steps) {
-        ring.free(done, rows.first_rank, rows.sharing);
+        ring.free(done);
         done.advance();
       }
       if constexpr (kConverts) {
@@ -147,7 +141,7 @@ struct WgmmaSums {
     while (multiply_step(a[0], a[1]) && multiply_step(a[1], a[0])) {
     }
     wait_products<0>();
-    ring.free(done, rows.first_rank, rows.sharing);
+    ring.free(done);
   }
 };
 
@@ -162,8 +156,7 @@ struct WgmmaGroupSums {
   /// Multiplies the steps [first, first + steps), which lie in the ring from `slot` on. A product
   /// is under way while the registers of the next are made.
   __device__ __forceinline__ void multiply(const WgmmaRing<T>& ring, WgmmaSlot<T>& slot, int first,
-                                           int steps, const WgmmaRows& rows,
-                                           const DeviceLayout& layout) {
+                                           int steps, int row_block, const DeviceLayout& layout) {
     const int group_halves = static_cast<int>(layout.group_size) / kHalfCols;
     int halves_left = group_halves - 2 * first % group_halves;
 #pragma unroll
@@ -174,8 +167,8 @@ struct WgmmaGroupSums {
     std::uint32_t zero[2][2];
     float2 scale[2];
     const auto load = [&](int half, int group) {
-      weights[half].load(ring, slot.stage, half, rows.row_block);
-      const std::uint32_t grid = (rows.row_block * T::kGridGroups + group) * kBlockRows * 4 +
+      weights[half].load(ring, slot.stage, half, row_block);
+      const std::uint32_t grid = (row_block * T::kGridGroups + group) * kBlockRows * 4 +
                                  static_cast<int>(threadIdx.x) % kWarpSize / 4 * 4;
       zero[half][0] = zero[half][1] = zero_pair<T::kBFloat16>(0.0F);
       if (layout.asymmetric) {
@@ -207,7 +200,7 @@ struct WgmmaGroupSums {
             // The last product of the half before has ended, and its weights are not needed.
             if (half == 0) {
               if (step > 0) {
-                ring.free(done, rows.first_rank, rows.sharing);
+                ring.free(done);
                 done.advance();
               }
               load(1, halves_left == 1 ? 1 : 0);
@@ -232,7 +225,7 @@ struct WgmmaGroupSums {
       }
     }
     wait_products<0>();
-    ring.free(done, rows.first_rank, rows.sharing);
+    ring.free(done);
     if (keeps != 0) {
       add_group(scale[1]);
     }

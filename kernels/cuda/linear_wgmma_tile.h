@@ -80,15 +80,12 @@ struct WgmmaTileOf : A {
 
 /// In which order the tiles are multiplied, and which columns of them. Plain data.
 struct WgmmaWalk {
-  int steps;      ///< of kStepCols columns, all of them
-  int row_tiles;  ///< of a cluster's rows
+  int steps;  ///< of kStepCols columns, all of them
+  int row_tiles;
   int token_tiles;
-  int clusters;  ///< that take the tiles in turn
-  /// Blocks of a cluster that have the same tokens, of which each fetches a part for all of them,
-  /// and blocks that share the columns: block r has rows r % sharing and columns r / sharing.
-  int sharing;
-  int split;
-  int token_bytes;  ///< of a step, that arrive in each block
+  int clusters;     ///< that take the tiles in turn
+  int split;        ///< blocks of a cluster, which share the columns
+  int token_bytes;  ///< of a step
   bool stores;      ///< results go to the output as they are: can_store
 };
 
@@ -100,15 +97,15 @@ struct WgmmaPlace {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// The tile of a block of the cluster that takes `index`. Those that are multiplied at once lie
+/// The tile of the cluster that takes `index`. Those that are multiplied at once lie
 /// close together, so that the cache holds what they share.
 template <typename T>
-__device__ WgmmaPlace place_of(const WgmmaWalk& walk, int index, int row_rank) {
+__device__ WgmmaPlace place_of(const WgmmaWalk& walk, int index) {
   constexpr int kBand = 8;  // tiles of rows
   const int band = index / (kBand * walk.token_tiles);
   const int inside = index - band * kBand * walk.token_tiles;
   const int rows = min(kBand, walk.row_tiles - band * kBand);
-  const int row_tile = (band * kBand + inside % rows) * walk.sharing + row_rank;
+  const int row_tile = band * kBand + inside % rows;
   return {row_tile * T::kRowBlocks, inside / rows * T::kTokens};
 }
 
@@ -147,17 +144,17 @@ struct WgmmaRing {
   __device__ std::uint32_t full(std::uint32_t stage) const {
     return base + T::kBarriersOffset + stage * 8;
   }
-  /// Ends a round when all warps that read the stage, of the whole cluster, have done so.
+  /// Ends a round when all warps that read the stage have done so.
   __device__ std::uint32_t empty(std::uint32_t stage) const { return full(stage) + kMaxStages * 8; }
   /// Ends when a warpgroup has got what other blocks send.
   __device__ std::uint32_t received(int consumer) const {
     return full(0) + (2 * kMaxStages + consumer) * 8;
   }
-  /// sharing: blocks that fetch tokens for each other; split: those that share columns.
-  __device__ void init(int sharing, int split) const {
+  /// split: blocks that share columns.
+  __device__ void init(int split) const {
     for (int i = 0; i < T::kStages; ++i) {
       init_barrier(full(i), 1);
-      init_barrier(empty(i), T::kConsumers * 4 * sharing);
+      init_barrier(empty(i), T::kConsumers * 4);
     }
     for (int i = 0; i < T::kConsumers; ++i) {
       init_barrier(received(i), 1);
@@ -170,11 +167,10 @@ struct WgmmaRing {
   __device__ void wait(const WgmmaSlot<T>& slot) const {
     wait_barrier(full(slot.stage), slot.parity);
   }
-  /// By a warp that has read it, to the blocks from first_rank on.
-  __device__ void free(const WgmmaSlot<T>& slot, int first_rank, int sharing) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    if (lane < sharing) {
-      release_to(empty(slot.stage), first_rank + lane);
+  /// By a warp that has read it.
+  __device__ void free(const WgmmaSlot<T>& slot) const {
+    if (threadIdx.x % kWarpSize == 0) {
+      arrive(empty(slot.stage));
     }
   }
 };
@@ -185,10 +181,7 @@ struct WgmmaProducer {
   const WgmmaRing<T> ring;
   const WgmmaMaps& maps;
   const DeviceLayout& layout;
-  const int rank;             ///< among the blocks that share tokens
-  const int sharing;          ///< so many
-  const std::uint16_t ranks;  ///< a bit for each of them
-  const int token_bytes;      ///< of a step
+  const int token_bytes;  ///< of a step
 
   __device__ void fetch_weights(const WgmmaPlace& tile, int step, std::uint32_t stage) const {
     const bool zero_points = T::kGroups && layout.asymmetric;
@@ -205,12 +198,7 @@ struct WgmmaProducer {
     }
   }
   __device__ void fetch_tokens(const WgmmaPlace& tile, int step, std::uint32_t stage) const {
-    if (sharing == 1) {
-      copy_box(ring.tokens(stage), maps.tokens, step * kStepCols, tile.token, ring.full(stage));
-    } else {
-      copy_box_to(ranks, ring.tokens(stage) + rank * (T::kTokenBytes / sharing), maps.tokens,
-                  step * kStepCols, tile.token + rank * (T::kTokens / sharing), ring.full(stage));
-    }
+    copy_box(ring.tokens(stage), maps.tokens, step * kStepCols, tile.token, ring.full(stage));
   }
 };
 

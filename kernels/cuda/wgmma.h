@@ -105,35 +105,13 @@ __device__ inline void copy_box(std::uint32_t target, const CUtensorMap& map, in
       "l"(&map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
-/// Copies it to the same place in every block of the cluster that has its bit in `ranks`, and tells
-/// their barriers.
-__device__ inline void copy_box_to(std::uint16_t ranks, std::uint32_t target,
-                                   const CUtensorMap& map, int x, int y, std::uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(ranks)
-      : "memory");
-}
 __device__ inline void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/// Tells a barrier of block `rank` of the cluster that what this thread has read may be
-/// overwritten.
-__device__ inline void release_to(std::uint32_t barrier, std::uint32_t rank) {
-  asm volatile(
-      "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_cluster(barrier, rank))
-      : "memory");
-}
-/// Four numbers of block `rank` of the cluster, where this block has `own`.
-__device__ inline float4 load_from_cluster(const float4* own, std::uint32_t rank) {
-  float4 value;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(address_in_cluster(shared_address(own), rank))
-               : "memory");
-  return value;
+/// Counts for a barrier of this block: what this thread has read may be overwritten.
+__device__ inline void arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /// Four matrices of 8 rows of 8 two-byte elements in shared memory, transposed: lane 8 i + r has
 /// the address of row r of matrix i; lane 4 c + t holds elements 2t and 2t + 1 of column c of each.
@@ -162,14 +140,10 @@ __device__ inline void store_lane(std::uint32_t address, const uint4& bytes) {
                : "memory");
 }
 
-/// A barrier of kThreads threads by its number, 1 to 15; `pass` counts this thread without waiting.
+/// A barrier of kThreads threads by its number, 1 to 15.
 template <int kThreads>
 __device__ inline void meet(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
-}
-template <int kThreads>
-__device__ inline void pass(int number) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
 /// Gives registers of this warpgroup back, or takes some until each thread has so many. They come

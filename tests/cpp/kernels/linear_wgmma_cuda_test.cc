@@ -11,29 +11,24 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 
 namespace moq::kernels::testing {
 namespace {
 
-using cuda::WgmmaChoice;
-using cuda::WgmmaTile;
-
-constexpr WgmmaChoice kChoices[] = {
-    {WgmmaTile::k128x256, 2, 1}, {WgmmaTile::k128x192, 1, 1}, {WgmmaTile::k192x128, 2, 1},
-    {WgmmaTile::k192x128, 1, 1}, {WgmmaTile::k128x128, 4, 1}, {WgmmaTile::k128x128, 1, 2},
-    {WgmmaTile::k64x128, 2, 1},  {WgmmaTile::k64x96, 4, 1},   {WgmmaTile::k64x64, 1, 1},
-    {WgmmaTile::k64x64, 2, 2},   {WgmmaTile::k64x64, 1, 4},   {WgmmaTile::k64x64, 1, 8},
-    {WgmmaTile::k64x32, 1, 1},   {WgmmaTile::k64x32, 2, 2},   {WgmmaTile::k64x32, 1, 4}};
-
 void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) {
   const auto layout = cuda::device_layout(problem.shape);
   const LinearCudaProblem own(problem, call);
-  for (const WgmmaChoice& choice : kChoices) {
+  for (const cuda::WgmmaCost& cost : cuda::kWgmmaCosts) {
+    if (cost.groups != (layout.groups > 1)) {
+      continue;
+    }
+    const cuda::WgmmaChoice choice = cost.choice;
     for (const bool ready : {false, true}) {
       SCOPED_TRACE("tile " + std::to_string(static_cast<int>(choice.tile)) + ", split " +
-                   std::to_string(choice.split) + ", sharing " + std::to_string(choice.sharing));
+                   std::to_string(choice.split));
       bool taken = false;
       const Outcome outcome = own.run([&](DeviceLinearArgs args) {
         args.weight_is_ready = ready;
