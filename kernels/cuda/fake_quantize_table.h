@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -37,7 +38,8 @@ struct Step {
   std::uint64_t seed;
 };
 
-static_assert(sizeof(Table) + sizeof(Step) <= 32764);
+constexpr std::size_t kMoreParameters = 128;  // that a kernel may have besides
+static_assert(sizeof(Table) + sizeof(Step) + kMoreParameters <= 32764);
 
 /// Calls body(tensor's index in the table, its tiling, tile) for the tiles that are this block's.
 template <typename Body>

@@ -154,7 +154,7 @@ __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, c
     for (int i = 0; i < kHeldQuads; ++i) {
       const int quad = begin + place.member + i * place.members;
       if (quad < quads) {
-        held[i] = load_vector<kQuad>(input + quad * kQuad);
+        held[i] = load_vector<kQuad>(input + std::int64_t{kQuad} * quad);
       }
     }
   };
@@ -209,7 +209,8 @@ __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, c
       for (int u = 0; u < 2; ++u) {
         const int quad = first + u * place.members;
         if (quad < quads) {
-          write(simulation, is_usual, numbers_of(held[i + u]), results[u], output + quad * kQuad);
+          write(simulation, is_usual, numbers_of(held[i + u]), results[u],
+                output + std::int64_t{kQuad} * quad);
         }
       }
     }

@@ -57,8 +57,10 @@ struct DeviceProblem {
   }
 };
 
-/// One call for all problems; they share seed and step.
-std::vector<Result> run_all(const std::vector<Problem>& problems) {
+/// One call for all problems; they share seed and step. with_codes(i): whether those of the i-th
+/// are wanted.
+template <typename WithCodes>
+std::vector<Result> run_all(const std::vector<Problem>& problems, const WithCodes& with_codes) {
   std::vector<DeviceProblem> devices;
   devices.reserve(problems.size());
   std::vector<FakeQuantizeTensor> tensors;
@@ -67,6 +69,9 @@ std::vector<Result> run_all(const std::vector<Problem>& problems) {
   for (const Problem& problem : problems) {
     devices.push_back({problem});
     tensors.push_back(devices.back().tensor());
+    if (!with_codes(tensors.size() - 1)) {
+      tensors.back().codes = nullptr;
+    }
     num_bits.push_back(problem.parameters.num_bits);
     blend_ratio.push_back(problem.parameters.blend_ratio);
   }
@@ -85,6 +90,10 @@ std::vector<Result> run_all(const std::vector<Problem>& problems) {
   std::vector<Result> results;
   for (const DeviceProblem& device : devices) results.push_back(device.result());
   return results;
+}
+
+std::vector<Result> run_all(const std::vector<Problem>& problems) {
+  return run_all(problems, [](std::size_t) { return true; });
 }
 
 Result run(const Problem& problem) {
@@ -376,10 +385,14 @@ TEST(FakeQuantizeCuda, ABitWidthWithoutAGridGivesNaN) {
 /// One problem with its call's device memory, for the tests that change that memory.
 class Call {
  public:
-  explicit Call(const Problem& problem, bool in_place = false)
+  explicit Call(const Problem& problem, bool in_place = false, bool with_codes = true)
       : device_{problem}, tensor_(device_.tensor()) {
     if (in_place) {
       tensor_.input = tensor_.output;
+    }
+    if (!with_codes) {
+      tensor_.codes = nullptr;
+      EXPECT_TRUE(cuda::takes_vectors(tensor_)) << problem.parameters;
     }
   }
 
@@ -435,14 +448,74 @@ TEST(FakeQuantizeCuda, ASkippedStepWritesNothing) {
     MOQ_CUDA_CHECK(cudaDeviceSynchronize());
     EXPECT_EQ(call.result(), problem.blank);
   }
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
+    const Problem problem(Case{.rows = 8, .cols = 12, .storage = storage, .padding = 0});
+    Call call(problem, /*in_place=*/false, /*with_codes=*/false);
+    call.set_skip(1.0F);
+    call.enqueue(nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    EXPECT_EQ(call.result(), problem.blank);
+  }
+}
+
+// Rows that are held, and longer ones, which are read anew when some of them is written.
+TEST(FakeQuantizeCuda, VectorsInPlaceGiveTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
+    for (const std::int64_t cols : {256, 8192, 12292, 40000}) {
+      Problem problem(Case{.rows = 36,
+                           .cols = cols,
+                           .storage = storage,
+                           .rounding = Rounding::kStochastic,
+                           .padding = 0});
+      problem.blank.output = problem.input;
+      Call call(problem, /*in_place=*/true, /*with_codes=*/false);
+      call.enqueue(nullptr);
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      Result expected = reference(problem);
+      expected.codes = problem.blank.codes;
+      EXPECT_EQ(call.result(), expected) << problem.parameters;
+    }
+  }
+}
+
+TEST(FakeQuantizeCuda, MoreVectorsOfEveryKindThanOneLaunchCarriesEqualEachAlone) {
+  MOQ_SKIP_WITHOUT_GPU();
+  std::vector<Problem> problems;
+  for (int i = 0; i < 900; ++i) {
+    problems.emplace_back(Case{.rows = 4 * (1 + i % 3),
+                               .cols = 4 * (1 + i % 41),
+                               .storage = static_cast<Storage>(i % 2),
+                               .mode = static_cast<QuantMode>(i / 2 % 2),
+                               .rounding = static_cast<Rounding>(i / 4 % 2),
+                               .num_bits = i % 19 == 0 ? 0 : 2 + i % 7,
+                               .output_dtype = i % 5 == 0 ? DType::kBFloat16 : DType::kFloat32,
+                               .first_element = 4 * i,
+                               .padding = 0,
+                               .name_hash = static_cast<std::uint32_t>(i)});
+  }
+  const std::vector<Result> results = run_all(problems, [](std::size_t i) { return i % 7 == 0; });
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    const Problem& problem = problems[i];
+    Result expected = problem.parameters.num_bits == 0 ? results[i] : reference(problem);
+    if (i % 7 != 0) {
+      expected.codes = problem.blank.codes;
+    }
+    EXPECT_EQ(results[i], expected) << i << ": " << problem.parameters;
+  }
 }
 
 TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
   MOQ_SKIP_WITHOUT_GPU();
-  for (const Granularity granularity : {Granularity::kPerTensor, Granularity::kPerChannel}) {
-    Problem problem(Case{
-        .rows = 33, .cols = 130, .granularity = granularity, .rounding = Rounding::kStochastic});
-    Call call(problem);
+  const Case cases[] = {
+      {.rows = 33, .cols = 130, .granularity = Granularity::kPerTensor},
+      {.rows = 33, .cols = 130},
+      {.rows = 32, .cols = 132, .padding = 0},  // these two in vectors, without codes
+      {.rows = 32, .cols = 132, .storage = Storage::kConv1d, .padding = 0}};
+  for (Case c : cases) {
+    c.rounding = Rounding::kStochastic;
+    Problem problem(c);
+    Call call(problem, /*in_place=*/false, /*with_codes=*/c.padding != 0);
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t executable;
@@ -458,7 +531,11 @@ TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
       call.set_step(100 + num_bits);
       MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
       MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
-      EXPECT_EQ(call.result(), reference(problem)) << num_bits;
+      Result expected = reference(problem);
+      if (c.padding == 0) {
+        expected.codes = problem.blank.codes;
+      }
+      EXPECT_EQ(call.result(), expected) << num_bits;
     }
     cudaGraphExecDestroy(executable);
     cudaGraphDestroy(graph);
