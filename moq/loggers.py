@@ -59,6 +59,7 @@ class CsvLogger:
     """Writes scalars to a CSV file with the columns step, name, value: one row for each.
 
     A file that is there already is continued, so that a resumed training goes on in it.
+    `MoQOptimizer.save` keeps a copy in the run, for ``moq report``.
 
     Args:
         path: The file; its directory is made if it is missing.
@@ -71,7 +72,7 @@ class CsvLogger:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens the file."""
-        path = Path(path)
+        self.path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a+", newline="", encoding="utf-8")
         self._file.seek(0)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ from moq.planning import (
     plan_by,
     require_plannable,
 )
-from moq.record import MASTER_KEY, RECORD_KEY, Record
+from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
@@ -120,6 +121,7 @@ class MoQOptimizer(OptimizerWrapper):
         self._blank_state = False
         self._stateless = False
         self._shows_masters = False
+        self._pace = Pace()
         matched, blocks = self._match()
         if not matched:
             warnings.warn(
@@ -252,6 +254,7 @@ class MoQOptimizer(OptimizerWrapper):
         self._activations.update(trainer.step_on_device, found_inf)
         self._reporter.drops(trainer)
         self._scalars.after_step(self._masters)
+        self._pace.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -382,6 +385,7 @@ class MoQOptimizer(OptimizerWrapper):
             self._model_as_given, self._masters, self.config, loss_fn, batches, options
         )
         self.apply_sensitivity(found)
+        self._pace.interrupt()
         return found
 
     def apply_sensitivity(self, found: Sensitivity) -> None:
@@ -467,6 +471,25 @@ class MoQOptimizer(OptimizerWrapper):
         self._reporter.target_bits(choice)
         return choice
 
+    def log(self, figures: Mapping[str, float | torch.Tensor]) -> None:
+        """Tells the loggers figures of your own at the present step: a loss, an accuracy.
+
+        ``moq report`` draws them over the steps if one of the loggers is a CsvLogger. Rank 0 tells
+        its own; without loggers nothing happens. A tensor on a GPU is told later, and nothing waits
+        for it.
+
+        Args:
+            figures: Numbers or tensors of one number, by names that do not begin with ``moq/``.
+
+        Raises:
+            TypeError: for a value that is no number.
+            ValueError: for another name, or a tensor of several numbers.
+
+        Example:
+            >>> optimizer.log({"loss": loss, "accuracy": 0.781})
+        """
+        self._scalars.add(figures, self._masters)
+
     def flush_logs(self) -> None:
         """Tells the loggers what has been measured and has not reached them yet; waits for it."""
         self._scalars.deliver(self._masters, wait=True)
@@ -494,7 +517,8 @@ class MoQOptimizer(OptimizerWrapper):
     def save(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes the run: model, masters, widths, schedule and measurements, without pickle.
 
-        ``moq export DIRECTORY`` makes of it what `export` makes. All ranks must call it; rank 0
+        ``moq export DIRECTORY`` makes of it what `export` makes, ``moq report DIRECTORY`` a page
+        about the training, with what a CsvLogger heard of it. All ranks must call it; rank 0
         writes, the others wait.
 
         Args:
@@ -508,7 +532,9 @@ class MoQOptimizer(OptimizerWrapper):
         """
         from moq.saved_run import save_run
 
-        self._write(save_run, directory, tokenizer)
+        self.flush_logs()
+        write = partial(save_run, scalars=self._scalars.file(), pace=self._pace.to_dict())
+        self._write(write, directory, tokenizer)
 
     def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes the model as a checkpoint directory of integers and scales.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -122,12 +123,47 @@ class Record:
         return {
             "step": self.step,
             "total_steps": schedule.total_steps,
+            "schedule": self.schedule,
             "seed": self.seed,
             "drops": {name: [list(drop) for drop in drops] for name, drops in plan.items()},
             "sensitivities": self.history,
             "blocks": {name: grid["block"] for name, grid in self.parameters.items()},
             "target_bits": self.target_bits,
         }
+
+
+class Pace:
+    """Wall time of the steps that this process has made.
+
+    From the end of one step to the end of the next, evaluations between them included; on a GPU as
+    the host makes them, which over many steps comes to the same.
+
+    Attributes:
+        steps: Steps that were timed.
+        seconds: Their time together.
+    """
+
+    def __init__(self) -> None:
+        """Has timed nothing yet."""
+        self.steps = 0
+        self.seconds = 0.0
+        self._last: float | None = None
+
+    def step(self) -> None:
+        """Counts a step that has ended now."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.steps += 1
+            self.seconds += now - self._last
+        self._last = now
+
+    def interrupt(self) -> None:
+        """Leaves out what happens until the next step ends: it is no training."""
+        self._last = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a saved run says of it."""
+        return {"steps": self.steps, "seconds": self.seconds}
 
 
 def _some(names: set[str]) -> str:

@@ -1,13 +1,15 @@
 """A saved training run: what `MoQOptimizer.save` writes and `moq export` reads.
 
-A run is a Hugging Face directory (config, simulated weights, tokenizer files) with two files more:
-``masters.safetensors``, the full-precision values of the quantized parameters, and ``run.json``,
-their grids and the history of the training.
+A run is a Hugging Face directory (config, simulated weights, tokenizer files) with these files
+more: ``masters.safetensors``, the full-precision values of the quantized parameters; ``run.json``,
+their grids and the history of the training; ``scalars.csv``, what a CsvLogger heard of it, if the
+training had one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from moq.strict import Strict
 
 RUN_NAME = "run.json"
 MASTERS_NAME = "masters.safetensors"
+SCALARS_NAME = "scalars.csv"
 RUN_VERSION = 1
 
 
@@ -68,6 +71,8 @@ def save_run(
     *,
     tokenizer: Any = None,
     history: Mapping[str, Any] | None = None,
+    scalars: Path | None = None,
+    pace: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a run; an older run at the same place is replaced as a whole.
 
@@ -77,6 +82,9 @@ def save_run(
         quantized: its quantized parameters.
         tokenizer: as in `moq.export.export_checkpoint`.
         history: JSON values, kept as they are.
+        scalars: file of a CsvLogger, to keep a copy of.
+        pace: `moq.record.Pace.to_dict()`; apart from the history, which exported checkpoints hold
+            too, so that the same training exports the same bytes at any speed.
 
     Returns:
         The directory.
@@ -105,10 +113,13 @@ def save_run(
         write_json(staged / CONFIG_NAME, exported.config({}))
         save_generation_config(staged, model)
         save_tokenizer(staged, tokenizer)
+        if scalars is not None and scalars.exists():
+            shutil.copyfile(scalars, staged / SCALARS_NAME)
         run = {
             "run_version": RUN_VERSION,
             "quantized": {name: _describe(p) for name, p in exported.quantized.items()},
             "history": dict(history or {}),
+            "pace": dict(pace or {}),
             "files": [RUN_NAME, *files_below(staged)],
         }
         write_json(staged / RUN_NAME, run)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from moq.loggers import Logger
+from moq.loggers import CsvLogger, Logger
 from moq.masters import Masters
 from moq.reporting import is_main_process
 from moq.rules import MatchedParameter
@@ -22,15 +24,18 @@ SUMS = 4
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Sums of one step on their way to the host.
+    """Numbers of one step on their way to the host.
 
     Attributes:
-        values: [1 + SUMS * blocks], float64: completed steps, then the sums of each block.
+        values: float64: completed steps, then the sums of each block [SUMS * blocks], or one number
+            for each of `names`.
         arrived: Recorded behind the copy; None if the values are there.
+        names: Of figures that somebody else measured; None for the sums of the blocks.
     """
 
     values: torch.Tensor
     arrived: torch.cuda.Event | None
+    names: tuple[str, ...] | None = None
 
 
 class ScalarLog:
@@ -92,9 +97,41 @@ class ScalarLog:
                     arrived.synchronize()
                 elif not arrived.query():  # type: ignore[no-untyped-call]
                     return
-            values = self._pending.popleft().values.tolist()
+            measured = self._pending.popleft()
+            values = measured.values.tolist()
             if is_main_process():
-                self.tell(_scalars(masters, values), step=int(values[0]))
+                if measured.names is None:
+                    scalars = _scalars(masters, values)
+                else:
+                    scalars = dict(zip(measured.names, values[1:], strict=True))
+                self.tell(scalars, step=int(values[0]))
+
+    @torch.no_grad()
+    def add(self, figures: Mapping[str, float | torch.Tensor], masters: Masters) -> None:
+        """Tells figures of the present step, those on a device once they have arrived.
+
+        Raises:
+            TypeError: for a value that is no number.
+            ValueError: for a name that moq uses, or a tensor of several numbers.
+        """
+        for name, value in figures.items():
+            _require_figure(name, value)
+        if not (figures and self.loggers and is_main_process()):
+            return
+        step = masters.trainer.step_on_device
+        values = [
+            value.detach().reshape(()).to(step.device, torch.float64, non_blocking=True)
+            if isinstance(value, torch.Tensor)
+            else torch.full((), float(value), dtype=torch.float64, device=step.device)
+            for value in figures.values()
+        ]
+        sent = _to_host(torch.stack([step.reshape(()).to(torch.float64), *values]))
+        self._pending.append(_Measurement(sent.values, sent.arrived, tuple(figures)))
+        self.deliver(masters, wait=False)
+
+    def file(self) -> Path | None:
+        """Returns the file of the first CsvLogger; None without one."""
+        return next((one.path for one in self.loggers if isinstance(one, CsvLogger)), None)
 
     def tell(self, scalars: dict[str, float], step: int) -> None:
         """Hands scalars to every logger."""
@@ -113,6 +150,21 @@ def require_logger(logger: object) -> None:
             "MoQOptimizer: loggers must have a method log(scalars, step=…), got "
             f"{type(logger).__name__}"
         )
+
+
+def _require_figure(name: str, value: object) -> None:
+    where = "MoQOptimizer.log"
+    if not isinstance(name, str):
+        raise TypeError(f"{where}: names must be strings, got {name!r}")
+    if not name or name.startswith("moq/"):
+        raise ValueError(f"{where}: names must not be empty or begin with 'moq/', got {name!r}")
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{where}: {name!r} must be one number, got a tensor of {list(value.shape)}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name!r} must be a number or a tensor of one, got {value!r}")
 
 
 def _is_capturing() -> bool:

@@ -323,3 +323,52 @@ def test_bad_loggers_are_refused(decoder, options, error, message):
 def test_a_bad_logger_is_refused_later_too(decoder):
     with pytest.raises(TypeError, match="got NoneType"):
         wrap(decoder(), FALLING).add_logger(None)
+
+
+# ------------------------------------------------------------------------- figures of one's own
+
+
+def test_figures_of_ones_own_are_told_at_the_present_step(decoder):
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder, log_every=100)
+    optimizer.log({"accuracy": 0})
+    for step in range(2):
+        loss = torch.tensor(train_step(model, optimizer, step), requires_grad=True)
+        optimizer.log({"loss": loss, "learning rate": 1e-2})
+    assert recorder.steps[0] == {"accuracy": 0.0}
+    assert recorder.steps[2] == {"loss": loss.item(), "learning rate": 1e-2}
+
+
+def test_figures_keep_their_place_behind_the_scalars_that_are_on_their_way(decoder, monkeypatch):
+    class Late:
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            pass
+
+    monkeypatch.setattr("moq.scalars._to_host", lambda values: _Measurement(values, Late()))
+    model, recorder = decoder(), Recorder()
+    optimizer = wrap(model, FALLING, loggers=recorder, log_every=1)
+    for step in range(2):
+        train_step(model, optimizer, step)
+        optimizer.log({"loss": float(step)})
+    assert recorder.steps == {}
+    optimizer.flush_logs()
+    assert [told["loss"] for told in recorder.steps.values()] == [0.0, 1.0]
+    assert all("moq/bits" in told for told in recorder.steps.values())
+
+
+@pytest.mark.parametrize(
+    ("figures", "error", "message"),
+    [
+        ({"loss": torch.zeros(3)}, ValueError, r"'loss' must be one number, got .* \[3\]"),
+        ({"loss": "low"}, TypeError, "'loss' must be a number or a tensor of one, got 'low'"),
+        ({"moq/bits": 3.0}, ValueError, "must not be empty or begin with 'moq/', got 'moq/bits'"),
+        ({1: 3.0}, TypeError, "names must be strings, got 1"),
+    ],
+)
+def test_what_is_no_figure_is_refused(decoder, figures, error, message):
+    optimizer = wrap(decoder(), FALLING)
+    with pytest.raises(error, match=message):
+        optimizer.log(figures)

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from moq import cli  # noqa: E402
 from moq.config import MoQConfig  # noqa: E402
+from moq.loggers import CsvLogger  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.schedule import outlook_of, run_outlook  # noqa: E402
 
@@ -81,6 +82,25 @@ def test_a_saved_run_holds_both_values_widths_and_history(trained, tmp_path):
     assert run.history["drops"]["model.layers.0"] == [[0, 9], [2, 8]]
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_saved_run_keeps_what_a_csv_logger_heard_and_how_long_a_step_took(tmp_path):
+    model, optimizer = tiny_llama_in_training()
+    logger = CsvLogger(tmp_path / "log" / "moq.csv")
+    optimizer.add_logger(logger)
+    for count in range(2):
+        model(input_ids=torch.ones(1, 4).long()).logits.sum().backward()
+        optimizer.step()
+        optimizer.log({"loss": float(count)})
+        optimizer.save(tmp_path / "run")  # again: the file is one of the run's own
+    assert (tmp_path / "run" / "scalars.csv").read_text() == logger.path.read_text()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["pace"]["steps"] == 1
+    assert run["pace"]["seconds"] > 0
+    assert run["history"]["schedule"] == optimizer.schedule().state_dict()
+    logger.path.unlink()
+    optimizer.save(tmp_path / "run")
+    assert not (tmp_path / "run" / "scalars.csv").exists()
 
 
 def test_a_saved_run_needs_no_pickle(trained, tmp_path):
