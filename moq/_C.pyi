@@ -79,6 +79,24 @@ class HvpOperator:
 
 def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
+class SpectralQuadrature:
+    n: int
+    products: int
+    exact: bool
+    rules: list[tuple[list[float], list[float]]]
+    def trace(self, power: int = 1) -> tuple[float, float]: ...
+    def density(self, values: Sequence[float], width: float) -> list[tuple[float, float]]: ...
+
+def spectral_quadrature(
+    product: Callable[[Tensor], Tensor],
+    n: int,
+    *,
+    dtype: dtype,
+    steps: int,
+    probes: int,
+    seed: int,
+) -> SpectralQuadrature: ...
+
 class ParetoFront:
     points: list[tuple[int, float]]
     def __init__(

@@ -39,6 +39,7 @@ from moq.config import (  # noqa: E402
 
 if _TYPE_CHECKING:
     from moq.optimizer import MoQOptimizer
+    from moq.spectrum import spectral_density
 
 __all__ = [
     "MoQConfig",
@@ -48,11 +49,12 @@ __all__ = [
     "ScheduleConfig",
     "SensitivityConfig",
     "Timing",
+    "spectral_density",
 ]
 
 
 def __getattr__(name: str) -> _Any:
-    """Loads the optimizer at its first use.
+    """Loads what training needs at its first use.
 
     It needs torch's DTensor, which takes seconds to import; a rank that serves has no use for it.
     """
@@ -60,4 +62,8 @@ def __getattr__(name: str) -> _Any:
         from moq.optimizer import MoQOptimizer
 
         return MoQOptimizer
+    if name == "spectral_density":
+        from moq.spectrum import spectral_density
+
+        return spectral_density
     raise AttributeError(f"module 'moq' has no attribute {name!r}")

@@ -23,7 +23,7 @@ from moq.export import save_generation_config, save_tokenizer
 from moq.exported_model import ExportedModel
 from moq.manifest import CONFIG_NAME, FormatError, read_json, write_json
 from moq.quantized_parameter import QuantizedParameter
-from moq.staging import files_below, recover, replaced_directory
+from moq.staging import files_below, recover, replaced_directory, replaced_file
 from moq.strict import Strict
 
 RUN_NAME = "run.json"
@@ -134,6 +134,25 @@ def read_history(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     history: dict[str, Any] = _read_run(Path(directory))["history"]
     return history
+
+
+def record(directory: str | os.PathLike[str], key: str, value: Any) -> None:
+    """Puts one JSON value into the history of a run, at once or not at all.
+
+    Args:
+        directory: what `save_run` wrote.
+        key: of the history; an older value is replaced.
+        value: JSON.
+
+    Raises:
+        FormatError: if the directory holds no run of a known version.
+        OSError: if the file system refuses.
+    """
+    recover(directory)
+    with replaced_file(directory, RUN_NAME) as staged:
+        run = _read_run(Path(directory))
+        run["history"][key] = value
+        write_json(staged, run)
 
 
 def _own_files(target: Path) -> list[str]:

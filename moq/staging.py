@@ -205,6 +205,33 @@ def replaced_directory(
             raise
 
 
+@contextmanager
+def replaced_file(directory: str | os.PathLike[str], name: str) -> Iterator[Path]:
+    """Yields a path whose file takes the place of one in `directory` when the block ends.
+
+    If the block raises, or the process is killed at any moment, the old file stays as it is.
+    Processes that replace the directory or a file of it take turns.
+
+    Args:
+        directory: an existing one.
+        name: of the file in it.
+
+    Raises:
+        OSError: if the file system refuses.
+    """
+    target = _resolve(directory)
+    with _lock(target):
+        _remove_leftovers(target)
+        beside = Path(tempfile.mkdtemp(prefix=_sibling(target, "new-").name, dir=target.parent))
+        try:
+            yield beside / name
+            _sync_tree(beside)
+            os.replace(beside / name, target / name)
+            _sync_directory(target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
 def _umask() -> int:
     """The permission bits that this process withholds (mkdtemp withholds more)."""
     mask = os.umask(0o022)

@@ -12,6 +12,7 @@ void bind_parallel(pybind11::module_& m);
 void bind_checkpoint(pybind11::module_& m);
 void bind_export(pybind11::module_& m);
 void bind_schedule(pybind11::module_& m);
+void bind_spectrum(pybind11::module_& m);
 void bind_trainer(pybind11::module_& m);
 
 }  // namespace moq::bindings

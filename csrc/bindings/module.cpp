@@ -13,5 +13,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   moq::bindings::bind_checkpoint(m);
   moq::bindings::bind_export(m);
   moq::bindings::bind_schedule(m);
+  moq::bindings::bind_spectrum(m);
   moq::bindings::bind_trainer(m);
 }

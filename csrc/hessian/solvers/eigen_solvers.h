@@ -39,7 +39,9 @@ struct LanczosResult {
 
 /// Both ends of the spectrum of A [n, n] by the Lanczos process with full reorthogonalisation.
 ///
-/// Holds iterations + 2 vectors of n Scalars. Stops as soon as the dominant pair satisfies
+/// Holds iterations + 1 vectors of n Scalars, its basis and one buffer; a product usually needs
+/// another one to return. Vectors that are asked for come to that at the end. Stops as soon as the
+/// dominant pair satisfies
 ///   residual <= tolerance |value|
 /// and the other end cannot overtake it, or when the Krylov space is exhausted. The error of an
 /// eigenvalue is at most the residual, and usually of the order of its square.

@@ -26,30 +26,40 @@ void check_length(std::size_t length, std::size_t per_draw) {
 }
 
 /// The eight signs that the bits of each byte stand for, lowest bit first.
+template <typename Scalar>
 constexpr auto kSigns = [] {
-  std::array<std::array<float, 8>, 256> table{};
+  std::array<std::array<Scalar, 8>, 256> table{};
   for (unsigned byte = 0; byte < 256; ++byte) {
     for (unsigned bit = 0; bit < 8; ++bit) {
-      table[byte][bit] = (byte >> bit & 1U) != 0U ? 1.0F : -1.0F;
+      table[byte][bit] = (byte >> bit & 1U) != 0U ? Scalar{1} : Scalar{-1};
     }
   }
   return table;
 }();
 
-}  // namespace
-
-void fill_rademacher(std::span<float> values, const RandomStream& stream) {
+template <typename Scalar>
+void fill_signs(std::span<Scalar> values, const RandomStream& stream) {
   constexpr std::size_t kPerDraw = 128;
   check_length(values.size(), kPerDraw);
   for (std::size_t begin = 0; begin < values.size(); begin += kPerDraw) {
     const PhiloxBlock bits = draw(stream, begin / kPerDraw);
-    std::array<std::array<float, 8>, kPerDraw / 8> signs;
+    std::array<std::array<Scalar, 8>, kPerDraw / 8> signs;
     for (std::size_t i = 0; i < signs.size(); ++i) {
-      signs[i] = kSigns[bits.word[i / 4] >> (8 * (i % 4)) & 0xffU];
+      signs[i] = kSigns<Scalar>[bits.word[i / 4] >> (8 * (i % 4)) & 0xffU];
     }
     std::memcpy(&values[begin], signs.data(),
-                sizeof(float) * std::min(kPerDraw, values.size() - begin));
+                sizeof(Scalar) * std::min(kPerDraw, values.size() - begin));
   }
+}
+
+}  // namespace
+
+void fill_rademacher(std::span<float> values, const RandomStream& stream) {
+  fill_signs(values, stream);
+}
+
+void fill_rademacher(std::span<double> values, const RandomStream& stream) {
+  fill_signs(values, stream);
 }
 
 template <typename Scalar>

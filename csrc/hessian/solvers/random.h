@@ -15,6 +15,7 @@ struct RandomStream {
 
 /// Fills `values` with +1 and -1, equally likely and independent (Rademacher).
 void fill_rademacher(std::span<float> values, const RandomStream& stream);
+void fill_rademacher(std::span<double> values, const RandomStream& stream);
 
 /// Fills `values` with independent multiples of 2^-23 in [-1, 1).
 template <typename Scalar>

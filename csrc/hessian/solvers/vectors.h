@@ -29,6 +29,11 @@ std::span<Scalar> view(Vector<Scalar>& x) {
   return {x.data(), static_cast<std::size_t>(x.size())};
 }
 
+template <typename Scalar>
+std::span<const Scalar> view(const Vector<Scalar>& x) {
+  return {x.data(), static_cast<std::size_t>(x.size())};
+}
+
 inline void check_options(const char* where, std::int64_t n, const EigenOptions& options) {
   MOQ_CHECK(n >= 1, where, ": the matrix must have at least one row, got ", n);
   MOQ_CHECK(options.max_iterations >= 1, where, ": max_iterations must be >= 1, got ",

@@ -1,52 +1,18 @@
 #include "csrc/hessian/solvers/eigen_solvers.h"
 
 #include <gtest/gtest.h>
+#include <malloc.h>
 
-#include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/hessian/known_spectrum.h"
 
 namespace moq::hessian {
 namespace {
-
-template <typename Scalar>
-using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic>;
-template <typename Scalar>
-using Vector = Eigen::Matrix<Scalar, Eigen::Dynamic, 1>;
-
-template <typename Scalar>
-Operator<Scalar> product_with(const Matrix<Scalar>& a) {
-  return [&a](std::span<const Scalar> x, std::span<Scalar> y) {
-    Eigen::Map<Vector<Scalar>>(y.data(), a.rows()) =
-        a * Eigen::Map<const Vector<Scalar>>(x.data(), a.cols());
-  };
-}
-
-/// Q diag(spectrum) Q' with a random rotation Q.
-template <typename Scalar>
-Matrix<Scalar> matrix_with(const std::vector<double>& spectrum) {
-  const auto n = static_cast<Eigen::Index>(spectrum.size());
-  std::mt19937_64 generator(17);
-  std::normal_distribution<double> normal;
-  const Matrix<double> random =
-      Matrix<double>::NullaryExpr(n, n, [&] { return normal(generator); });
-  const Matrix<double> q = Eigen::HouseholderQR<Matrix<double>>(random).householderQ();
-  const auto diagonal = Eigen::Map<const Vector<double>>(spectrum.data(), n).asDiagonal();
-  return (q * diagonal * q.transpose()).template cast<Scalar>();
-}
-
-std::vector<double> evenly(double low, double high, int count) {
-  std::vector<double> values;
-  for (int i = 0; i < count; ++i) {
-    values.push_back(low + (high - low) * i / std::max(1, count - 1));
-  }
-  return values;
-}
 
 template <typename Scalar>
 double residual(const Matrix<Scalar>& a, const EigenPair<Scalar>& pair) {
@@ -61,11 +27,6 @@ struct Spectrum {
   std::vector<double> values;
   int products;  ///< within which the dominant pair must converge to 1e-6
 };
-
-std::vector<double> operator+(std::vector<double> a, const std::vector<double>& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
 
 class KnownSpectrum : public ::testing::TestWithParam<Spectrum> {
  protected:
@@ -109,6 +70,38 @@ TEST_P(KnownSpectrum, LanczosInSinglePrecisionIsAsGoodAsItsProducts) {
   EXPECT_NEAR(result.dominant().value, dominant(), 1e-3 * std::max(std::abs(dominant()), 1e-6));
 }
 
+/// Distance from `value` to the nearest eigenvalue.
+double distance_to(const std::vector<double>& spectrum, double value) {
+  double nearest = std::numeric_limits<double>::infinity();
+  for (const double eigenvalue : spectrum) {
+    nearest = std::min(nearest, std::abs(eigenvalue - value));
+  }
+  return nearest;
+}
+
+TEST_P(KnownSpectrum, AnEigenvalueLiesWithinTheResidualAfterAnyNumberOfProducts) {
+  const Matrix<double> a = matrix_with<double>(GetParam().values);
+  const double rounding = 1e-12 * std::max(std::abs(dominant()), 1e-12);
+  for (int products = 1; products <= 30; ++products) {
+    const EigenOptions options{.max_iterations = products, .tolerance = 1e-12};
+    const auto ends = lanczos(product_with(a), a.rows(), options);
+    const auto power = power_iteration(product_with(a), a.rows(), options).dominant;
+    EXPECT_LE(distance_to(GetParam().values, ends.largest.value), ends.largest.residual + rounding);
+    EXPECT_LE(distance_to(GetParam().values, ends.smallest.value),
+              ends.smallest.residual + rounding);
+    EXPECT_LE(distance_to(GetParam().values, power.value), power.residual + rounding);
+  }
+}
+
+TEST_P(KnownSpectrum, TheResidualHoldsInSinglePrecisionButForRounding) {
+  const Matrix<float> a = matrix_with<float>(GetParam().values);
+  const auto result = lanczos(product_with(a), a.rows(),
+                              {.max_iterations = 30, .tolerance = 1e-3, .vectors = true});
+  const double rounding = 1e-6 * std::max(std::abs(dominant()), 1e-12);
+  EXPECT_LE(residual(a, result.largest), result.largest.residual + rounding);
+  EXPECT_LE(residual(a, result.smallest), result.smallest.residual + rounding);
+}
+
 INSTANTIATE_TEST_SUITE_P(
     All, KnownSpectrum,
     ::testing::Values(
@@ -150,6 +143,36 @@ TEST(Lanczos, MakesOrthonormalVectorsOfTheTwoEnds) {
   EXPECT_NEAR(x.norm(), 1.0, 1e-12);
   EXPECT_NEAR(y.norm(), 1.0, 1e-12);
   EXPECT_NEAR(x.dot(y), 0.0, 1e-12);
+}
+
+/// Bytes that the process has allocated.
+std::size_t allocated() {
+  const auto info = mallinfo2();
+  return info.uordblks + info.hblkhd;
+}
+
+TEST(Lanczos, HoldsItsBasisAndOneVectorMore) {
+  constexpr std::int64_t kSize = 1 << 18;
+  constexpr std::size_t kVector = kSize * sizeof(float);
+  std::vector<std::size_t> bytes;
+  const Operator<float> diagonal = [&](std::span<const float> x, std::span<float> y) {
+    bytes.push_back(allocated());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      y[i] = static_cast<float>(i % 1009) * x[i];
+    }
+  };
+  const std::size_t before = allocated();
+  const std::vector<char> seen(kVector);
+  if (allocated() < before + kVector) {
+    GTEST_SKIP() << "a sanitizer's allocator does not tell what it holds";
+  }
+  const std::size_t start = allocated();
+  lanczos(diagonal, kSize, {.max_iterations = 20, .tolerance = 1e-9});
+  ASSERT_EQ(bytes.size(), 20U);
+  for (std::size_t products = 1; products <= bytes.size(); ++products) {
+    EXPECT_LE(bytes[products - 1] - start, (products + 1) * kVector + (64U << 10));
+  }
+  EXPECT_LE(allocated(), start + (64U << 10));
 }
 
 TEST(Lanczos, GivesTheSameBitsForTheSameSeed) {

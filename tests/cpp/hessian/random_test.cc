@@ -29,6 +29,15 @@ TEST_P(RademacherLength, HoldsOnlySignsAndIsAPrefixOfALongerVector) {
 
 INSTANTIATE_TEST_SUITE_P(Lengths, RademacherLength, ::testing::Values(0, 1, 127, 128, 129, 576));
 
+TEST(Rademacher, IsTheSameInDoublePrecision) {
+  const std::vector<float> values = rademacher(321, {.seed = 3});
+  std::vector<double> wide(321);
+  fill_rademacher(wide, {.seed = 3});
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    EXPECT_EQ(wide[i], values[i]);
+  }
+}
+
 TEST(Rademacher, HasBothSignsEquallyOften) {
   const std::vector<float> values = rademacher(1 << 20, {.seed = 3});
   const double sum = std::accumulate(values.begin(), values.end(), 0.0);

@@ -1,0 +1,104 @@
+#pragma once
+
+// The Lanczos process (Paige 1972; Parlett, "The Symmetric Eigenvalue Problem", chapter 13).
+//
+// After j products the columns of V [n, j] are an orthonormal basis of the Krylov space of A and
+// v_1, T [j, j] is tridiagonal with diagonal alpha and off-diagonal beta, and
+//
+//   A V = V T + beta_j v_(j+1) e_j'.
+//
+// The relation survives rounding; the orthogonality of V does not, and with it go the eigenvalues
+// of T (copies of converged ones appear). Every new vector is therefore orthogonalised against all
+// earlier ones, twice: "twice is enough" (Parlett, 6.9).
+#include <Eigen/Eigenvalues>
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "csrc/hessian/solvers/vectors.h"
+
+namespace moq::hessian {
+
+using TridiagonalSolver = Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>;
+
+/// V, T and beta_j of a growing j. Holds j + 1 vectors of n Scalars.
+template <typename Scalar>
+class LanczosProcess {
+ public:
+  /// @param start  v_1, a unit vector
+  /// @param where  begins the messages of errors
+  LanczosProcess(const Operator<Scalar>& product, Vector<Scalar> start, const char* where)
+      : product_(product), where_(where), rest_(start.size()) {
+    basis_.push_back(std::move(start));
+  }
+
+  /// Makes one product: j grows by one. Not to be called once exhausted.
+  /// @throws moq::Error if the product is not finite.
+  void step() {
+    if (!alpha_.empty()) {
+      basis_.push_back(rest_ * static_cast<Scalar>(1.0 / beta_.back()));
+    }
+    product_(view(std::as_const(basis_.back())), view(rest_));
+    alpha_.push_back(dot(basis_.back(), rest_));
+    MOQ_CHECK(std::isfinite(alpha_.back()), where_, ": the products must be finite, got ",
+              alpha_.back(), " in product ", size());
+    for (int pass = 0; pass < 2; ++pass) {
+      for (const Vector<Scalar>& v : basis_) {
+        rest_ -= static_cast<Scalar>(dot(v, rest_)) * v;
+      }
+    }
+    beta_.push_back(norm(rest_));
+  }
+
+  /// j, the number of products made.
+  int size() const { return static_cast<int>(alpha_.size()); }
+
+  /// beta_j.
+  double beta() const { return beta_.back(); }
+
+  /// True if what is left after the basis has been taken out of a product is rounding error: the
+  /// basis spans an invariant subspace, and the eigenvalues of T are eigenvalues of A.
+  bool exhausted() const {
+    return size() == rest_.size() ||
+           beta_.back() <= 8.0 * std::numeric_limits<Scalar>::epsilon() * magnitude();
+  }
+
+  /// Eigenvalues of T, rising, and its unit eigenvectors.
+  TridiagonalSolver solve() const {
+    const auto j = static_cast<Eigen::Index>(alpha_.size());
+    TridiagonalSolver solver;
+    solver.computeFromTridiagonal(Eigen::Map<const Eigen::VectorXd>(alpha_.data(), j),
+                                  Eigen::Map<const Eigen::VectorXd>(beta_.data(), j - 1));
+    return solver;
+  }
+
+  /// V s.
+  Vector<Scalar> combine(const Eigen::VectorXd& s) const {
+    Vector<Scalar> v = Vector<Scalar>::Zero(rest_.size());
+    for (Eigen::Index i = 0; i < s.size(); ++i) {
+      v += static_cast<Scalar>(s[i]) * basis_[static_cast<std::size_t>(i)];
+    }
+    return v;
+  }
+
+ private:
+  /// An upper bound of |T|, and so a scale for what counts as zero.
+  double magnitude() const {
+    double largest = 0.0;
+    for (std::size_t i = 0; i < alpha_.size(); ++i) {
+      largest = std::max(largest, std::abs(alpha_[i]) + (i > 0 ? beta_[i - 1] : 0.0) + beta_[i]);
+    }
+    return largest;
+  }
+
+  const Operator<Scalar>& product_;
+  const char* where_;
+  std::vector<Vector<Scalar>> basis_;  ///< columns of V
+  Vector<Scalar> rest_;                ///< beta_j v_(j+1)
+  std::vector<double> alpha_;          ///< [j]
+  std::vector<double> beta_;           ///< [j]
+};
+
+}  // namespace moq::hessian
