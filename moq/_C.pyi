@@ -53,8 +53,9 @@ class BlockEigenvalues(TypedDict):
     iterations: int
     converged: bool
 
-class HvpOperator:
-    def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None: ...
+class CurvatureOperator:
+    @property
+    def parameters(self) -> list[Tensor]: ...
     def product(self, block: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor]: ...
     def traces(
         self,
@@ -65,6 +66,7 @@ class HvpOperator:
         max_products: int,
         seed: int,
         batch: int = 0,
+        names: Sequence[str] = (),
         progress: Callable[[int], None] | None = None,
     ) -> tuple[list[list[float]], bool]: ...
     def eigenvalues(
@@ -77,6 +79,46 @@ class HvpOperator:
         progress: Callable[[int], None] | None = None,
     ) -> BlockEigenvalues: ...
 
+class HvpOperator(CurvatureOperator):
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None: ...
+
+class GaussNewtonOperator(CurvatureOperator):
+    def __init__(self, loss: Tensor, outputs: Tensor, parameters: Sequence[Tensor]) -> None: ...
+
+class FisherOperator(CurvatureOperator):
+    examples: int
+    def __init__(self, losses: Tensor, parameters: Sequence[Tensor]) -> None: ...
+    def exact_traces(
+        self,
+        blocks: Sequence[Sequence[int]],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[float]: ...
+    def largest_eigenvalue(
+        self, block: Sequence[int], *, progress: Callable[[int], None] | None = None
+    ) -> float: ...
+
+class Sharding:
+    def __init__(
+        self,
+        pieces: Sequence[tuple[Sequence[int], Sequence[int]]],
+        sum: Callable[[list[int], list[float]], list[float]],
+        join: Callable[[int, Tensor], Tensor],
+    ) -> None: ...
+
+class FiniteDifferenceOperator(CurvatureOperator):
+    scale: float
+    def __init__(
+        self,
+        gradient: Callable[[list[int]], list[Tensor]],
+        parameters: Sequence[Tensor],
+        *,
+        check_all: bool = False,
+        scale: float = 0.0,
+        sharding: Sharding | None = None,
+    ) -> None: ...
+
+def require_loss(loss: Tensor) -> None: ...
 def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
 class SpectralQuadrature:

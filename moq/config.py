@@ -300,8 +300,10 @@ class SensitivityConfig(Strict):
     """How second-order sensitivity is measured by MoQOptimizer.probe and what it does.
 
     Attributes:
-        measure: ``trace`` (Hutchinson, all blocks from one product) or ``eigenvalue`` (of largest
-            magnitude, by Lanczos: products for each block).
+        measure: ``trace`` (Hutchinson, all blocks from one product), ``eigenvalue`` (of largest
+            magnitude, by Lanczos: products for each block) or ``both``, where the trace decides.
+        form: What stands for the curvature, as in moq.sensitivity.measure: ``auto``, ``exact``,
+            ``finite_difference``, ``gauss_newton`` or ``fisher``.
         rule: How a normalised sensitivity s stretches the residence times of a block:
             ``stepped`` 1 + floor(4 s), ``linear`` 1 + 4 s, ``none`` not at all.
         tolerance: Accuracy at which measuring stops; None takes that of moq.sensitivity.measure.
@@ -309,7 +311,8 @@ class SensitivityConfig(Strict):
             and batch for the eigenvalue; None likewise.
     """
 
-    measure: Literal["trace", "eigenvalue"] = "trace"
+    measure: Literal["trace", "eigenvalue", "both"] = "trace"
+    form: Literal["auto", "exact", "finite_difference", "gauss_newton", "fisher"] = "auto"
     rule: Literal["stepped", "linear", "none"] = "stepped"
     tolerance: float | None = None
     max_products: int | None = None

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moq import _C
-from moq.collective import all_gather
+from moq.probe_cost import Kind
 from moq.progress import ProductBar
 
-Measure = Literal["trace", "eigenvalue"]
+Measure = Literal["trace", "eigenvalue", "both"]
 
-DEFAULT_TOLERANCE: dict[Measure, float] = {"trace": 0.1, "eigenvalue": 0.01}
-DEFAULT_PRODUCTS: dict[Measure, int] = {"trace": 12, "eigenvalue": 30}
+DEFAULT_TOLERANCE: dict[Kind, float] = {"trace": 0.1, "eigenvalue": 0.01}
+DEFAULT_PRODUCTS: dict[Kind, int] = {"trace": 12, "eigenvalue": 30}
+
+
+def kinds_of(measure: Measure) -> tuple[Kind, ...]:
+    """Returns what is measured, that which stretches the schedule first."""
+    return ("trace", "eigenvalue") if measure == "both" else (measure,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +29,21 @@ class Sensitivity:
     """What measure() found; all sequences follow the order of `blocks`.
 
     Attributes:
-        measure: ``trace`` or ``eigenvalue``.
+        measure: ``trace``, ``eigenvalue`` or ``both``.
         blocks: Names.
-        values: The trace of each block of the Hessian, or its eigenvalue of largest magnitude, with
-            its sign; means over the batches of all ranks.
+        values: The trace of each block of the matrix, or its eigenvalue of largest magnitude, with
+            its sign; means over the batches of all ranks. The traces for ``both``.
         normalised: |value| / max |value|, in [0, 1]: what stretches a schedule.
         standard_error: Of the traces, from the random vectors; for eigenvalues the mean residual,
             which bounds the error. How much batches differ is not in it.
-        smallest: Lower end of each block's spectrum (eigenvalue only, otherwise empty).
-        largest: Upper end of each block's spectrum (eigenvalue only, otherwise empty).
-        products: Hessian-vector products made, on all ranks.
+        form: Of the matrix: ``exact`` or ``finite_difference`` (the Hessian), ``gauss_newton`` or
+            ``fisher``.
+        eigenvalues: Of largest magnitude, with their signs (not for ``trace``, then empty).
+        residuals: Mean residuals of the eigenvalues, which bound their errors (likewise).
+        smallest: Lower end of each block's spectrum (likewise).
+        largest: Upper end of each block's spectrum (likewise).
+        products: Products made, on all ranks; for ``fisher`` the gradients of single examples.
+        batches: Batches used, on all ranks.
         seconds: Wall time on this rank.
         converged: True if the tolerance is met.
     """
@@ -46,9 +53,13 @@ class Sensitivity:
     values: tuple[float, ...]
     normalised: tuple[float, ...]
     standard_error: tuple[float, ...]
+    form: str = "exact"
+    eigenvalues: tuple[float, ...] = ()
+    residuals: tuple[float, ...] = ()
     smallest: tuple[float, ...] = ()
     largest: tuple[float, ...] = ()
     products: int
+    batches: int = 0
     seconds: float
     converged: bool
 
@@ -64,7 +75,7 @@ def normalise(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(abs(value) / largest if largest > 0.0 else 0.0 for value in values)
 
 
-def _indices(blocks: Mapping[str, Sequence[Tensor]]) -> list[list[int]]:
+def indices_of(blocks: Mapping[str, Sequence[Tensor]]) -> list[list[int]]:
     """Numbers the parameters of all blocks in order."""
     indices: list[list[int]] = []
     begin = 0
@@ -78,126 +89,197 @@ def _mean(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one meter found; sequences follow the order of the blocks."""
+
+    values: tuple[float, ...]
+    errors: tuple[float, ...]
+    smallest: tuple[float, ...] = ()
+    largest: tuple[float, ...] = ()
+    products: int
+    batches: int
+    converged: bool
+
+
 class Traces:
-    """Traces of all blocks; one row of samples [products][blocks] per batch."""
+    """Traces of all blocks; one row per batch: samples [products][blocks], and what they took.
+
+    Args:
+        blocks: {name: parameters}.
+        tolerance: As in `moq.sensitivity.measure`.
+        products: Of each batch, at most.
+        total_batches: Of all ranks.
+        seed: Of the random vectors.
+        bar: Is told each product.
+    """
 
     def __init__(
         self,
         blocks: Mapping[str, Sequence[Tensor]],
         tolerance: float,
-        max_products: int,
+        products: int,
         total_batches: int,
         seed: int,
         bar: ProductBar,
     ) -> None:
-        """Shares `max_products` among the batches of all ranks, with at least two for each."""
+        """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
-        self.products_per_batch = max(2, max_products // total_batches)
+        self.products = self.products_per_batch = products
         # The mean over independent batches is more accurate than each of them.
         self.tolerance_per_batch = tolerance * math.sqrt(total_batches)
-        self.rows: list[list[list[float]]] = []
+        self.rows: list[tuple[list[list[float]], int]] = []
 
-    def measure(self, operator: _C.HvpOperator, batch: int) -> None:
+    def measure(self, operator: _C.CurvatureOperator, batch: int) -> None:
         """Appends the row of one batch, whose number among all ranks' batches is `batch`."""
-        samples, _ = operator.traces(
-            _indices(self.blocks),
-            tolerance=self.tolerance_per_batch,
-            min_products=min(4, self.products_per_batch),
-            max_products=self.products_per_batch,
-            seed=self.seed,
-            batch=batch,
-            progress=self.bar.advance,
-        )
-        self.rows.append(samples)
-        self.bar.skip_to(len(self.rows) * self.products_per_batch)
+        if isinstance(operator, _C.FisherOperator):
+            indices = indices_of(self.blocks)
+            samples = [operator.exact_traces(indices, progress=self.bar.advance)]
+            products = operator.examples
+        else:
+            samples, _ = operator.traces(
+                indices_of(self.blocks),
+                tolerance=self.tolerance_per_batch,
+                min_products=min(4, self.products),
+                max_products=self.products,
+                seed=self.seed,
+                batch=batch,
+                names=list(self.blocks),
+                progress=self.bar.advance,
+            )
+            products = len(samples)
+        self.rows.append((samples, products))
 
-    def combine(self, group: ProcessGroup | None, seconds: float) -> Sensitivity:
+    def combine(self, gather: Callable[[Any], list[Any]]) -> Found:
         """Averages over all batches; errors of independent batches add up in quadrature."""
-        rows = [row for rank in all_gather(self.rows, group) for row in rank]
+        gathered: list[tuple[list[list[float]], int]] = [
+            r for rank in gather(self.rows) for r in rank
+        ]
+        rows = [samples for samples, _ in gathered]
         values = _mean([_mean(samples) for samples in rows])
-        errors = [_C.standard_errors(samples) for samples in rows]
+        # What comes from one sample is exact.
+        errors = [
+            _C.standard_errors(samples) if samples[1:] else [0.0] * len(values) for samples in rows
+        ]
         error = tuple(math.hypot(*column) / len(rows) for column in zip(*errors, strict=True))
-        return Sensitivity(
-            measure="trace",
-            blocks=tuple(self.blocks),
+        return Found(
             values=values,
-            normalised=normalise(values),
-            standard_error=error,
-            products=sum(len(samples) for samples in rows),
-            seconds=seconds,
+            errors=error,
+            products=sum(products for _, products in gathered),
+            batches=len(rows),
             converged=max(error) <= self.tolerance * max(abs(value) for value in values),
         )
 
 
 class Eigenvalues:
-    """Ends of the spectrum of each block; one row of pairs per batch, one pair per block."""
+    """Ends of the spectrum of each block; one row of pairs per batch, one pair per block.
+
+    Args:
+        blocks: {name: parameters}.
+        tolerance: As in `moq.sensitivity.measure`.
+        products: Of each block and batch, at most.
+        seed: Of the start vectors.
+        bar: Is told each product.
+    """
 
     def __init__(
         self,
         blocks: Mapping[str, Sequence[Tensor]],
         tolerance: float,
-        max_products: int,
-        total_batches: int,
+        products: int,
         seed: int,
         bar: ProductBar,
     ) -> None:
-        """Allows `max_products` for each block and batch."""
+        """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
-        self.max_products = max_products
-        self.total_batches = total_batches
-        self.products_per_batch = max_products * len(blocks)
+        self.products = products
+        self.products_per_batch = products * len(blocks)
         self.rows: list[list[_C.BlockEigenvalues]] = []
 
-    def measure(self, operator: _C.HvpOperator, batch: int) -> None:
+    def measure(self, operator: _C.CurvatureOperator, _batch: int) -> None:
         """Appends the row of one batch."""
-        indices = _indices(self.blocks)
-        if not self.rows:
-            self._estimate_cost(operator, indices)
         row: list[_C.BlockEigenvalues] = []
-        for block in indices:
-            found = operator.eigenvalues(
-                block,
-                max_iterations=self.max_products,
-                tolerance=self.tolerance,
-                seed=self.seed,
-                progress=self.bar.advance,
-            )
-            row.append(found)
-            done = len(self.rows) * self.products_per_batch + len(row) * self.max_products
-            self.bar.skip_to(done)
+        for name, block in zip(self.blocks, indices_of(self.blocks), strict=True):
+            done = self.bar.done
+            try:
+                row.append(self._of_block(operator, block))
+            except _C.Error as error:
+                raise _C.Error(f"block {name!r}: {error}") from error
+            self.bar.skip_to(done + self.products)
         self.rows.append(row)
 
-    def _estimate_cost(self, operator: _C.HvpOperator, indices: list[list[int]]) -> None:
-        # The first block lies deepest, so that its product is the most expensive one.
-        started = time.perf_counter()
-        operator.product(indices[0], [torch.ones_like(p) for p in next(iter(self.blocks.values()))])
-        seconds = time.perf_counter() - started
-        most = self.products_per_batch * self.total_batches
-        self.bar.say(
-            f"top eigenvalues of {len(indices)} blocks, {self.total_batches} batches: "
-            f"at most {most} products of {seconds:.2f} s, {most * seconds:.0f} s together"
+    def _of_block(self, operator: _C.CurvatureOperator, block: list[int]) -> _C.BlockEigenvalues:
+        if isinstance(operator, _C.FisherOperator):
+            top = operator.largest_eigenvalue(block, progress=self.bar.advance)
+            return {
+                "largest": top,
+                "smallest": 0.0,  # a sum of outer products, fewer than rows
+                "dominant": top,
+                "residual": 0.0,
+                "iterations": operator.examples,
+                "converged": True,
+            }
+        return operator.eigenvalues(
+            block,
+            max_iterations=self.products,
+            tolerance=self.tolerance,
+            seed=self.seed,
+            progress=self.bar.advance,
         )
 
-    def combine(self, group: ProcessGroup | None, seconds: float) -> Sensitivity:
+    def combine(self, gather: Callable[[Any], list[Any]]) -> Found:
         """Averages each block's values over all batches."""
-        rows = [row for rank in all_gather(self.rows, group) for row in rank]
+        rows: list[list[_C.BlockEigenvalues]] = [r for rank in gather(self.rows) for r in rank]
 
         def mean(name: Literal["residual", "smallest", "largest"]) -> tuple[float, ...]:
             return _mean([[block[name] for block in row] for row in rows])
 
         smallest, largest = mean("smallest"), mean("largest")
-        values = tuple(
-            high if high >= -low else low for low, high in zip(smallest, largest, strict=True)
-        )
-        return Sensitivity(
-            measure="eigenvalue",
-            blocks=tuple(self.blocks),
-            values=values,
-            normalised=normalise(values),
-            standard_error=mean("residual"),
+        return Found(
+            values=tuple(
+                high if high >= -low else low for low, high in zip(smallest, largest, strict=True)
+            ),
+            errors=mean("residual"),
             smallest=smallest,
             largest=largest,
             products=sum(block["iterations"] for row in rows for block in row),
-            seconds=seconds,
+            batches=len(rows),
             converged=all(block["converged"] for row in rows for block in row),
         )
+
+
+def combine(
+    measure: Measure,
+    form: str,
+    meters: Mapping[Kind, Traces | Eigenvalues],
+    gather: Callable[[Any], list[Any]],
+    seconds: float,
+) -> Sensitivity:
+    """Brings together what all meters found on all ranks.
+
+    Args:
+        measure: What was asked for.
+        form: Of the matrix.
+        meters: Those of the measure.
+        gather: Returns the values of all ranks that have rows of their own.
+        seconds: Wall time on this rank.
+    """
+    found = {kind: meter.combine(gather) for kind, meter in meters.items()}
+    main = found[kinds_of(measure)[0]]
+    spectrum = found.get("eigenvalue")
+    return Sensitivity(
+        measure=measure,
+        blocks=tuple(next(iter(meters.values())).blocks),
+        values=main.values,
+        normalised=normalise(main.values),
+        standard_error=main.errors,
+        form=form,
+        eigenvalues=spectrum.values if spectrum else (),
+        residuals=spectrum.errors if spectrum else (),
+        smallest=spectrum.smallest if spectrum else (),
+        largest=spectrum.largest if spectrum else (),
+        products=sum(part.products for part in found.values()),
+        batches=main.batches,
+        seconds=seconds,
+        converged=all(part.converged for part in found.values()),
+    )

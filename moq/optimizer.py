@@ -365,9 +365,11 @@ class MoQOptimizer(OptimizerWrapper):
 
         Args:
             loss_fn: Maps one batch to a scalar loss through the model, as it was given to
-                MoQOptimizer or without what is around it; must not call backward.
+                MoQOptimizer or without what is around it (to more for the forms ``gauss_newton``
+                and ``fisher``, see moq.sensitivity.measure); must not call backward.
             batches: A fixed set of batches, the same at every probe.
-            **options: Passed to moq.sensitivity.measure, over those of the configuration.
+            **options: Passed to moq.sensitivity.measure, over the configuration: `measure`,
+                `form` and others.
 
         Returns:
             The measurement: per block value, normalised value and standard error.
@@ -376,7 +378,7 @@ class MoQOptimizer(OptimizerWrapper):
             ValueError: before anything is measured, if nothing is quantized or if the schedule does
                 not follow sensitivities (schedule.table, sensitivity.rule ``none``).
             RuntimeError: inside `full_precision`.
-            TypeError: for sharded parameters; `apply_sensitivity` is for those.
+            TypeError, NotImplementedError, moq._C.Error: as moq.sensitivity.measure.
         """
         self._require_simulated("probe")
         require_plannable(self.config, self._masters, "MoQOptimizer.probe")
@@ -391,9 +393,9 @@ class MoQOptimizer(OptimizerWrapper):
     def apply_sensitivity(self, found: Sensitivity) -> None:
         """Plans the rest of the schedule by a measurement that `probe` did not make.
 
-        For models that `probe` cannot measure: parameters sharded by fully_shard are measured
-        before they are sharded, by moq.sensitivity.measure over
-        moq.sensitivity.quantized_blocks(model, config). Every rank must give the same measurement.
+        Parameters that fully_shard will divide can so be measured in any form before, by
+        moq.sensitivity.measure of moq.sensitivity.quantized_blocks(model, config). All ranks must
+        give the same measurement.
 
         Args:
             found: What measure() returned for the blocks of this training.

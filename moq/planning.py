@@ -63,6 +63,7 @@ def measure_blocks(
     section = config.sensitivity
     settings = {
         "measure": section.measure,
+        "form": section.form,
         "tolerance": section.tolerance,
         "max_products": section.max_products,
         "seed": config.seed,

@@ -56,8 +56,15 @@ class ProductBar:
         """Takes the bar away."""
         self._progress.stop()
 
-    def start(self, total: int) -> None:
-        """Sets the largest number of products."""
+    @property
+    def done(self) -> int:
+        """Products made or skipped so far."""
+        return int(self._progress.tasks[-1].completed)
+
+    def start(self, total: int | None) -> None:
+        """Sets the largest number of products; None: not known."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
         self._task = self._progress.add_task("", total=total)
 
     def advance(self, _products: int = 1) -> None:

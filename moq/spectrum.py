@@ -14,13 +14,14 @@ from torch.distributed import ProcessGroup
 
 from moq import _C
 from moq.collective import raise_together
+from moq.curvature import Curvature
 from moq.progress import ProductBar
 from moq.sensitivity import (
-    _place_among_ranks,
-    _trainable,
-    _twice_differentiable,
+    count_batches,
     find_blocks,
     quantized_blocks,
+    require_whole,
+    trainable_blocks,
 )
 from moq.strict import suggestion
 from moq.undisturbed import undisturbed
@@ -139,8 +140,8 @@ def spectral_density(
         {name of the block: what was found}, the same on every rank.
 
     Raises:
-        ValueError: if a block is unknown or there is no batch, or if width or points is out of
-            range.
+        ValueError: if a block is unknown, there is no batch, a loss is not finite, or width or
+            points is out of range.
         FormatError: if `run` holds no run; before anything is measured.
         TypeError, NotImplementedError, RuntimeError: as moq.sensitivity.measure.
         moq._C.Error: if steps or probes is out of range or a product is not finite.
@@ -151,19 +152,22 @@ def spectral_density(
         12.7
     """
     module, known, step = _of(model)
-    chosen = _trainable(_choose(known, blocks))
+    chosen = trainable_blocks(_choose(known, blocks))
+    require_whole(chosen, "spectral_density")
     if width is not None and not 0.0 < width < float("inf"):
         raise ValueError(f"spectral_density: width must be positive and finite, got {width!r}")
     if points < 2:
         raise ValueError(f"spectral_density: points must be >= 2, got {points}")
     own = list(batches)
-    first, total = _place_among_ranks(tuple(chosen), len(own), group)
+    counts = count_batches(tuple(chosen), own, group)
+    total = sum(counts)
+    rank = torch.distributed.get_rank(group) if len(counts) > 1 else 0
     with raise_together(group):
         if run is not None:
             _history(run)
 
     found = {}
-    with ProductBar("spectral density", progress and first == 0) as bar:
+    with ProductBar("spectral density", progress and rank == 0) as bar:
         sizes = {name: sum(p.numel() for p in parameters) for name, parameters in chosen.items()}
         most = sum(size if size <= steps else steps * probes for size in sizes.values())
         bar.say(
@@ -172,10 +176,12 @@ def spectral_density(
         )
         bar.start(most)
         started = time.perf_counter()
-        with undisturbed(module), _twice_differentiable():
-            parameters = [p for block in chosen.values() for p in block]
+        parameters = [p for block in chosen.values() for p in block]
+        curvature = Curvature("exact", module, parameters, loss_fn, group)
+        with undisturbed(module), curvature.frame():
             with raise_together(group):
-                operators = [_C.HvpOperator(loss_fn(batch), parameters) for batch in own]
+                before = sum(counts[:rank])
+                operators = [curvature.operator(b, i) for i, b in enumerate(own, start=before)]
             begin = 0
             for name, members in chosen.items():
                 indices = list(range(begin, begin + len(members)))
@@ -194,7 +200,7 @@ def spectral_density(
             f"spectral density: {sum(f.products for f in found.values())} products, {seconds:.1f} s"
         )
     with raise_together(group):
-        if run is not None and first == 0:
+        if run is not None and rank == 0:
             _record(run, found)
     return found
 
@@ -249,7 +255,7 @@ def _choose(
 
 
 def _mean_product(
-    operators: Sequence[_C.HvpOperator],
+    operators: Sequence[_C.CurvatureOperator],
     indices: list[int],
     members: Sequence[Tensor],
     total: int,

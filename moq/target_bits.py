@@ -430,7 +430,7 @@ def traces_for(history: Sequence[Mapping[str, Any]], where: str) -> dict[str, fl
         ValueError: if there is none.
     """
     for found in reversed(history):
-        if found["measure"] == "trace":
+        if found["measure"] in ("trace", "both"):
             return dict(zip(found["blocks"], found["values"], strict=True))
     raise ValueError(
         f"{where}: traces of the blocks must have been measured, got "

@@ -17,13 +17,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Restored bit for bit: the training flag of every module, every buffer (identity and values), the
     gradient that each parameter holds, and the random states of Python, NumPy, the CPU and the
-    model's CUDA devices. A DistributedDataParallel model does not synchronise in the body, so that
-    ranks may evaluate it any number of times; its ranks must all enter.
+    model's CUDA devices. Hooks that follow an accumulated gradient, such as an optimizer's, do not
+    run in the body.
+
+    A DistributedDataParallel model does not synchronise in the body, so that ranks may evaluate it
+    any number of times; its ranks must all enter. A model of fully_shard does, whatever
+    set_requires_gradient_sync said, and is sharded before and after.
+
+    Raises:
+        RuntimeError: if fully_shard holds gradients that have not been reduced yet.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_random_states(model))
         stack.enter_context(_buffers(model))
         stack.enter_context(_training_flags(model))
+        stack.enter_context(_sharded(model))
         stack.enter_context(_gradients(model))
         stack.enter_context(_no_collectives(model))
         model.eval()
@@ -87,10 +95,40 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _gradients(model: nn.Module) -> Iterator[None]:
     saved = [(parameter, parameter.grad) for parameter in model.parameters()]
+    # Autograd has these very dicts.
+    hooks = [h for p, _ in saved if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    emptied = [(own, dict(own)) for own in hooks]
     for parameter, _ in saved:
         parameter.grad = None
+    for own in hooks:
+        own.clear()
     try:
         yield
     finally:
+        for own, entries in emptied:
+            own.update(entries)
         for parameter, gradient in saved:
             parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _sharded(model: nn.Module) -> Iterator[None]:
+    """Shards the parameters that a forward pass has left whole, and lets gradients be reduced."""
+    modules = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in modules]  # type: ignore[operator]
+    groups = [group for state in states if (group := state._fsdp_param_group)]
+    if any(p.unsharded_accumulated_grad is not None for group in groups for p in group.fsdp_params):
+        raise RuntimeError(
+            "sensitivity: gradients that fully_shard accumulates must have been reduced, got some "
+            "that set_requires_gradient_sync(False) has put off: measure between two steps"
+        )
+    saved = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
+    try:
+        for group in groups:
+            group.reduce_grads = group.all_reduce_grads = True
+            group.reshard()
+        yield
+    finally:
+        for group, reduce, all_reduce in saved:
+            group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+            group.reshard()

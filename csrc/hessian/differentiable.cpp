@@ -111,6 +111,11 @@ struct GraphCheck::Watch {
 
 GraphCheck::GraphCheck(const at::Tensor& loss) : watch_(std::make_unique<Watch>()) {
   for_each_node({loss}, [&](Node& node) {
+    // This one refuses every gradient that is asked for by its parameters, the first included.
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        node.name() != "CheckpointFunctionBackward",
+        "curvature: every operation must be twice differentiable, got torch.utils.checkpoint with "
+        "use_reentrant=True. Use use_reentrant=False, or form 'finite_difference'");
     // A node without outputs is the end at a parameter, and outlives this graph.
     if (node.num_outputs() > 0) {
       const auto key = node.add_post_hook(std::make_unique<Watch::Hook>(watch_.get(), &node));
@@ -132,10 +137,10 @@ void GraphCheck::throw_unless_differentiable(const std::vector<at::Tensor>& grad
     }
   });
   TORCH_CHECK_NOT_IMPLEMENTED(
-      watch_->offender.empty(), "Hessian: every operation must be twice differentiable, got ",
+      watch_->offender.empty(), "curvature: every operation must be twice differentiable, got ",
       watch_->offender,
       ". Use a form of the model without it while measuring (an unfused layer, another attention "
-      "implementation)");
+      "implementation), or form 'finite_difference'");
 }
 
 }  // namespace moq::hessian

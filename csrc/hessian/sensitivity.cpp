@@ -2,8 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/sum.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,26 +13,14 @@ namespace moq::hessian {
 
 namespace {
 
-at::Tensor random_signs_like(const at::Tensor& parameter, const RandomStream& stream) {
-  const at::Tensor signs = at::empty(parameter.sizes(), at::dtype(at::kFloat));
+/// Signs over the whole parameter, of which this rank keeps its part.
+at::Tensor random_signs(const CurvatureOperator& hessian, std::int64_t index,
+                        const RandomStream& stream) {
+  const at::Tensor signs = at::empty(hessian.sizes(index), at::dtype(at::kFloat));
   fill_rademacher({signs.mutable_data_ptr<float>(), static_cast<std::size_t>(signs.numel())},
                   stream);
-  return signs.to(parameter.options());
-}
-
-/// x . y of each pair. All are asked for before the first is waited for.
-std::vector<double> dots(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& y) {
-  std::vector<at::Tensor> sums;
-  sums.reserve(x.size());
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    sums.push_back(at::sum(at::mul(x[i], y[i]), at::kDouble));
-  }
-  std::vector<double> values;
-  values.reserve(x.size());
-  for (const at::Tensor& sum : sums) {
-    values.push_back(sum.item<double>());
-  }
-  return values;
+  const at::Tensor& parameter = hessian.parameters().at(static_cast<std::size_t>(index));
+  return hessian.cut(index, signs).to(parameter.options());
 }
 
 bool accurate(const std::vector<std::vector<double>>& samples, double tolerance) {
@@ -52,7 +38,8 @@ bool accurate(const std::vector<std::vector<double>>& samples, double tolerance)
 
 /// The block's parameters as consecutive pieces of one vector.
 template <typename Scalar>
-std::vector<at::Tensor> split(const HvpOperator& hessian, const std::vector<std::int64_t>& block,
+std::vector<at::Tensor> split(const CurvatureOperator& hessian,
+                              const std::vector<std::int64_t>& block,
                               std::span<const Scalar> flat) {
   std::vector<at::Tensor> pieces;
   std::size_t begin = 0;
@@ -60,36 +47,38 @@ std::vector<at::Tensor> split(const HvpOperator& hessian, const std::vector<std:
     const at::Tensor& parameter = hessian.parameters()[static_cast<std::size_t>(index)];
     // The view is only read.
     auto* data = const_cast<Scalar*>(flat.data()) + begin;  // NOLINT
-    const at::Tensor piece =
-        at::from_blob(data, parameter.sizes(), at::dtype(c10::CppTypeToScalarType<Scalar>::value));
-    pieces.push_back(piece.to(parameter.options()));
-    begin += static_cast<std::size_t>(parameter.numel());
+    const at::Tensor whole = at::from_blob(data, hessian.sizes(index),
+                                           at::dtype(c10::CppTypeToScalarType<Scalar>::value));
+    pieces.push_back(hessian.cut(index, whole).to(parameter.options()));
+    begin += static_cast<std::size_t>(whole.numel());
   }
   return pieces;
 }
 
 template <typename Scalar>
-void join(const std::vector<at::Tensor>& pieces, std::span<Scalar> flat) {
+void join(const CurvatureOperator& hessian, const std::vector<std::int64_t>& block,
+          const std::vector<at::Tensor>& pieces, std::span<Scalar> flat) {
   std::size_t begin = 0;
-  for (const at::Tensor& piece : pieces) {
-    at::from_blob(flat.data() + begin, piece.sizes(),
+  for (std::size_t i = 0; i < block.size(); ++i) {
+    const at::Tensor whole = hessian.join(block[i], pieces[i]);
+    at::from_blob(flat.data() + begin, whole.sizes(),
                   at::dtype(c10::CppTypeToScalarType<Scalar>::value))
-        .copy_(piece);
-    begin += static_cast<std::size_t>(piece.numel());
+        .copy_(whole);
+    begin += static_cast<std::size_t>(whole.numel());
   }
 }
 
 template <typename Scalar>
-LanczosResult<double> eigenvalues_in(const HvpOperator& hessian,
+LanczosResult<double> eigenvalues_in(const CurvatureOperator& hessian,
                                      const std::vector<std::int64_t>& block,
                                      const EigenOptions& options, const Progress& progress) {
   std::int64_t size = 0;
   for (const std::int64_t index : block) {
-    size += hessian.parameters().at(static_cast<std::size_t>(index)).numel();
+    size += hessian.numel(index);
   }
   std::int64_t products = 0;
   const Operator<Scalar> product = [&](std::span<const Scalar> x, std::span<Scalar> y) {
-    join(hessian.product(block, split(hessian, block, x)), y);
+    join(hessian, block, hessian.product(block, split(hessian, block, x)), y);
     if (progress) {
       progress(++products);
     }
@@ -122,7 +111,7 @@ std::vector<double> standard_errors(const std::vector<std::vector<double>>& samp
   return errors;
 }
 
-TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
+TraceSamples hutchinson_traces(const CurvatureOperator& hessian, const Blocks& blocks,
                                const TraceOptions& options, const Progress& progress) {
   MOQ_CHECK(options.tolerance > 0.0, "trace: tolerance must be > 0, got ", options.tolerance);
   MOQ_CHECK(options.min_products >= 2 && options.max_products >= options.min_products,
@@ -137,13 +126,14 @@ TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
     std::vector<at::Tensor> signs;
     signs.reserve(all.size());
     for (const std::int64_t index : all) {
-      signs.push_back(random_signs_like(hessian.parameters().at(static_cast<std::size_t>(index)),
-                                        {.seed = options.seed,
-                                         .tensor = static_cast<std::uint32_t>(index),
-                                         .probe = static_cast<std::uint32_t>(k),
-                                         .batch = options.batch}));
+      signs.push_back(random_signs(hessian, index,
+                                   {.seed = options.seed,
+                                    .tensor = static_cast<std::uint32_t>(index),
+                                    .probe = static_cast<std::uint32_t>(k),
+                                    .batch = options.batch}));
     }
-    const std::vector<double> traces_of_parameters = dots(signs, hessian.product(all, signs));
+    const std::vector<double> traces_of_parameters =
+        hessian.sum(all, dots(signs, hessian.product(all, signs)));
     auto& sample = traces.samples.emplace_back();
     std::size_t position = 0;
     for (std::size_t b = 0; b < blocks.size(); ++b) {
@@ -152,7 +142,8 @@ TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
         trace += traces_of_parameters[position];
       }
       MOQ_CHECK(std::isfinite(trace), "trace: the products must be finite, got ", trace,
-                " in block number ", b, ": does the loss overflow in the parameters' dtype?");
+                " in block ", options.names.empty() ? std::to_string(b) : options.names.at(b),
+                ": does the loss overflow in the parameters' dtype?");
       sample.push_back(trace);
     }
     traces.converged = k + 1 >= options.min_products && accurate(traces.samples, options.tolerance);
@@ -163,7 +154,7 @@ TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
   return traces;
 }
 
-LanczosResult<double> block_eigenvalues(const HvpOperator& hessian,
+LanczosResult<double> block_eigenvalues(const CurvatureOperator& hessian,
                                         const std::vector<std::int64_t>& block,
                                         const EigenOptions& options, const Progress& progress) {
   MOQ_CHECK(!block.empty(), "eigenvalues: a block must hold a parameter, got none");

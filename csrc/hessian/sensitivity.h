@@ -2,15 +2,17 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
-#include "csrc/hessian/hvp.h"
+#include "csrc/hessian/curvature.h"
 #include "csrc/hessian/solvers/eigen_solvers.h"
 
-/// Second-order sensitivity of blocks of parameters, from Hessian-vector products.
+/// Second-order sensitivity of blocks of parameters, from products with a matrix of curvature: the
+/// Hessian or what stands for it, H below.
 namespace moq::hessian {
 
-/// Indices into HvpOperator::parameters(); blocks do not overlap.
+/// Indices into CurvatureOperator::parameters(); blocks do not overlap.
 using Blocks = std::vector<std::vector<std::int64_t>>;
 
 /// Called after each product with the number of products made so far; may throw to stop.
@@ -24,6 +26,7 @@ struct TraceOptions {
   std::int64_t max_products = 16;  ///< >= min_products
   std::uint64_t seed = 0;
   std::uint32_t batch = 0;  ///< number of the batch, so that batches draw different vectors
+  std::vector<std::string> names = {};  ///< of the blocks, for errors; empty: their numbers
 };
 
 /// samples[k][b] = z' H z over block b with the k-th random sign vector z: each an unbiased
@@ -39,9 +42,10 @@ struct TraceSamples {
 ///                                   have mean product zero
 ///
 /// One product serves all blocks. The signs are those of fill_rademacher(seed, index of the
-/// parameter, k, batch). Sums are taken in float64.
+/// parameter, k, batch), of whole parameters also where these are sharded. Sums are taken in
+/// float64. Source: Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990.
 /// @throws moq::Error if an option is out of range, or naming a block whose product is not finite.
-TraceSamples hutchinson_traces(const HvpOperator& hessian, const Blocks& blocks,
+TraceSamples hutchinson_traces(const CurvatureOperator& hessian, const Blocks& blocks,
                                const TraceOptions& options, const Progress& progress = {});
 
 /// Standard errors of the means over the rows of `samples` [products][blocks]; products >= 2.
@@ -49,7 +53,7 @@ std::vector<double> standard_errors(const std::vector<std::vector<double>>& samp
 
 /// Both ends of the spectrum of one diagonal block of H by Lanczos, in float64 if the parameters
 /// are, else in float32. Options as in eigen_solvers.h, without vectors.
-LanczosResult<double> block_eigenvalues(const HvpOperator& hessian,
+LanczosResult<double> block_eigenvalues(const CurvatureOperator& hessian,
                                         const std::vector<std::int64_t>& block,
                                         const EigenOptions& options, const Progress& progress = {});
 

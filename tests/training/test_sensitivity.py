@@ -114,9 +114,10 @@ def test_the_same_measurement_twice_gives_the_same_bits(model, batches, kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
+@pytest.mark.parametrize("kind", ["trace", "both"])
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_changed(model, batches, kind, training):
+@pytest.mark.parametrize("form", ["exact", "finite_difference", "gauss_newton", "fisher"])
+def test_nothing_is_left_changed(model, batches, kind, training, form):
     model.train(training)
     model.layers[1].train(not training)
     loss_of(model)(batches[0]).backward()
@@ -133,7 +134,13 @@ def test_nothing_is_left_changed(model, batches, kind, training):
     hooks = [dict(m._forward_hooks) for m in model.modules()]
     generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
 
-    measure(model, None, loss_of(model), batches, measure=kind, max_products=4)
+    def loss_fn(batch):
+        outputs = model(batch[0])
+        reduction = "none" if form == "fisher" else "mean"
+        loss = F.cross_entropy(outputs, batch[1], reduction=reduction)
+        return (loss, outputs) if form == "gauss_newton" else loss
+
+    measure(model, None, loss_fn, batches, measure=kind, form=form, max_products=4)
 
     assert calls
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -235,7 +242,7 @@ def test_blocks_can_be_named_by_a_pattern_and_leave_out_frozen_parameters(model)
 
 def test_bad_arguments_are_refused(model, batches):
     weight = model.head.weight
-    with pytest.raises(ValueError, match="'trace' or 'eigenvalue', got 'fisher'"):
+    with pytest.raises(ValueError, match="'trace', 'eigenvalue' or 'both', got 'fisher'"):
         measure(model, None, loss_of(model), batches, measure="fisher")
     with pytest.raises(ValueError, match="at least one batch"):
         measure(model, None, loss_of(model), [])

@@ -577,7 +577,7 @@ def check_a_model_is_measured_before_it_is_sharded() -> None:
     fully_shard(model)
     optimizer = wrap(model, FALLING, STEPS)
     try:
-        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], form="exact")
     except TypeError as error:
         assert "before fully_shard, measure moq.sensitivity.quantized_blocks" in str(error)
     else:
@@ -587,6 +587,116 @@ def check_a_model_is_measured_before_it_is_sharded() -> None:
     for step in range(STEPS):
         train_step(model, optimizer, step)
     assert set(optimizer.num_bits.values()) == {4}
+
+
+def check_a_sharded_model_is_measured_by_differences() -> None:
+    ranks, own = dist.get_world_size(), [batch(50 + dist.get_rank()), batch(70)]
+    options = {"max_products": 8, "progress": False}
+    for kind in ("trace", "eigenvalue"):
+        reference = whole_decoder()
+        alone = wrap(reference, FALLING, STEPS)
+        rounds = [[batch(50 + rank) for rank in range(ranks)], [batch(70)] * ranks]
+        expected = alone.probe(
+            lambda each, model=reference: sum(loss_of(model, b) for b in each) / ranks,
+            rounds if dist.get_rank() == 0 else [],
+            form="finite_difference",
+            measure=kind,
+            **options,
+        )
+        model = sharded_decoder()
+        optimizer = wrap(model, FALLING, STEPS)
+        loss_of(model, batch(0)).backward()
+        with torch.no_grad():
+            model(batch(0).to(device()))  # leaves the root's parameters whole
+        found = optimizer.probe(
+            lambda tokens, model=model: loss_of(model, tokens), own, measure=kind, **options
+        )
+        assert found.form == "finite_difference" and found.products == expected.products
+        largest = max(map(abs, expected.values))
+        for a, b in zip(found.values, expected.values, strict=True):
+            assert abs(a - b) <= 1e-2 * largest, (kind, found.values, expected.values)
+        for name, shard, whole in zip(
+            [n for n, _ in model.named_parameters()],
+            model.parameters(),
+            reference.parameters(),
+            strict=True,
+        ):
+            assert torch.equal(full(shard.detach()), whole), name
+            assert shard.grad is not None
+        assert all(other == found.values for other in everywhere(found.values))
+        train_step(model, optimizer, 0)
+
+
+def check_a_sharded_model_in_half_precision_is_refused() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = fully_shard(whole_decoder(), mp_policy=policy)
+    optimizer = wrap(model, FALLING, STEPS)
+    before = [full(p.detach()).clone() for p in model.parameters()]
+    try:
+        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
+    except moq._C.Error as error:
+        assert "two step sizes must agree within 10 %" in str(error)
+        assert "without a half-precision param_dtype" in str(error)
+    else:
+        raise AssertionError("differences of bfloat16 gradients were taken for curvature")
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(full(p.detach()), value)
+
+
+def check_ranks_that_share_a_model_need_as_many_batches() -> None:
+    optimizer = wrap(sharded_decoder(), FALLING, STEPS)
+    own = [batch(50)] * (1 + dist.get_rank())
+    if dist.get_world_size() == 1:
+        return
+    try:
+        optimizer.probe(lambda tokens: loss_of(optimizer.model, tokens), own)
+    except ValueError as error:
+        assert "every rank must have as many batches" in str(error)
+    else:
+        raise AssertionError("ranks would have waited for each other")
+
+
+def check_batches_with_other_keys_are_refused_on_all_ranks() -> None:
+    model = whole_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    own = [{"tokens": batch(50)} | ({"mask": batch(51)} if dist.get_rank() else {})]
+    if dist.get_world_size() == 1:
+        return
+    try:
+        optimizer.probe(lambda b: loss_of(model, b["tokens"]), own)
+    except ValueError as error:
+        assert "['tokens'] on rank 0 and ['mask', 'tokens'] on rank 1" in str(error)
+    else:
+        raise AssertionError("ranks measured other losses")
+
+
+def check_one_rank_that_cannot_differentiate_twice_takes_all_to_differences() -> None:
+    model = whole_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def loss_fn(tokens: torch.Tensor) -> torch.Tensor:
+        extra = OnceDifferentiable.apply(model.layers[0].q_proj.weight).sum()
+        return loss_of(model, tokens) + (extra if last else 0.0)
+
+    found = optimizer.probe(loss_fn, [batch(50)], progress=False)
+    assert found.form == "finite_difference"
+    assert all(other == found.values for other in everywhere(found.values))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """x², with a backward pass outside autograd."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return 2 * gradient * x
 
 
 def check_target_bits_are_those_of_one_process() -> None:
