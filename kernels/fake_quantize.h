@@ -72,9 +72,9 @@ struct FakeQuantizeTensor {
 /// instruction set) and CUDA give the same bits. Bit widths, blend ratios and the random step are
 /// data in the tensors' memory, not launch parameters: a CUDA graph replays across bit drops.
 ///
-/// Stochastic rounding: element e of parameter p in step s uses lane e % 4 of Philox4x32-10 with
-/// key = seed and counter = {low 32 bits of e / 4, high 32 bits of e / 4, s, name_hash(p)}; its
-/// uniform is (word >> 8) * 2^-24. Source: Salmon et al., SC 2011.
+/// Stochastic rounding: element e of parameter p in step s uses half e % 8 (half_of) of the block
+/// that Philox4x32-10 gives for key = seed and counter = {low 32 bits of e / 8, high 32 bits of
+/// e / 8, s, name_hash(p)}; its uniform is half * 2^-16. Source: Salmon et al., SC 2011.
 ///
 /// With blend_ratio == 0 output is exactly the dequantized code. A group that holds a NaN or an
 /// infinity gives the canonical quiet NaN throughout its output and as its scale, codes and zero

@@ -198,10 +198,10 @@ MOQ_HOST_DEVICE inline float canonical(float value) {
   return value == value ? value : std::bit_cast<float>(kQuietNaNBits);
 }
 
-/// Code of one element of a group that has a grid. `uniform` in [0, 1) is used by stochastic
-/// rounding only: an element that lies a fraction f above a grid point is rounded up with
-/// probability f. Comparing the exact fraction (rather than adding the uniform before floor) keeps
-/// wide grids unbiased.
+/// Code of one element of a group that has a grid. `uniform`, a multiple of 2^-16 in [0, 1), is
+/// used by stochastic rounding only: floor(position + uniform), of the exact sum, so that an
+/// element that lies a fraction f above a grid point is rounded up with probability f (to 2^-16,
+/// never more), and one on a grid point stays there.
 MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& grid,
                                                  Rounding rounding, float uniform) {
   if (grid.threshold >= 0.0F) {
@@ -212,8 +212,9 @@ MOQ_HOST_DEVICE inline std::int32_t quantize_one(float value, const GridParams& 
   if (rounding == Rounding::kNearest) {
     rounded = rintf(position);  // half to even
   } else {
-    rounded = floorf(position);
-    rounded += uniform < position - rounded ? 1.0F : 0.0F;
+    const float whole = truncf(position);
+    const float rest = position - whole;  // of the position's sign; exact, as is 1 - uniform
+    rounded = whole + (rest >= 1.0F - uniform ? 1.0F : 0.0F) - (rest < -uniform ? 1.0F : 0.0F);
   }
   rounded += static_cast<float>(grid.zero_point);
   return static_cast<std::int32_t>(smaller(larger(rounded, static_cast<float>(grid.range.qmin)),

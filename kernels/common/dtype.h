@@ -3,12 +3,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/common/host_device.h"
+
 namespace moq {
 
 /// Element types that cross a kernel contract.
 enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kInt8, kInt16, kInt32 };
 
-constexpr std::size_t size_of(DType dtype) {
+MOQ_HOST_DEVICE constexpr std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
     case DType::kInt32:

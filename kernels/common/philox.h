@@ -36,9 +36,10 @@ MOQ_HOST_DEVICE constexpr PhiloxKeys philox_keys(std::uint64_t key) {
   return keys;
 }
 
-/// The 128 random bits that belong to `counter` under a key (low word first).
-MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, const PhiloxKeys& keys) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+/// What the rounds from kFirst on make of the words that the ones before have left.
+template <int kFirst>
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox_rounds(PhiloxBlock counter, const PhiloxKeys& keys) {
+  for (int round = kFirst; round < kPhiloxRounds; ++round) {
     const std::uint64_t product0 = static_cast<std::uint64_t>(kPhiloxMultiplier0) * counter.word[0];
     const std::uint64_t product1 = static_cast<std::uint64_t>(kPhiloxMultiplier1) * counter.word[2];
     counter = {
@@ -49,13 +50,58 @@ MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, const Phil
   }
   return counter;
 }
-MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(PhiloxBlock counter, std::uint64_t key) {
+
+/// The 128 random bits that belong to `counter` under a key (low word first).
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(const PhiloxBlock& counter,
+                                                 const PhiloxKeys& keys) {
+  return philox_rounds<0>(counter, keys);
+}
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(const PhiloxBlock& counter, std::uint64_t key) {
   return philox4x32(counter, philox_keys(key));
+}
+
+/// What the blocks of many counters share that differ in the lowest word alone: half of the first
+/// two rounds.
+struct PhiloxStart {
+  std::uint32_t first2;   ///< after the first round, of word 2
+  std::uint32_t second0;  ///< after the second round, of word 0
+  std::uint32_t second2;
+  std::uint32_t second3;
+};
+
+MOQ_HOST_DEVICE constexpr PhiloxStart philox_start(std::uint32_t word1, std::uint32_t word2,
+                                                   std::uint32_t word3, const PhiloxKeys& keys) {
+  const std::uint64_t first = static_cast<std::uint64_t>(kPhiloxMultiplier1) * word2;
+  const std::uint32_t word0 = static_cast<std::uint32_t>(first >> 32) ^ word1 ^ keys.word[0];
+  const std::uint64_t second = static_cast<std::uint64_t>(kPhiloxMultiplier0) * word0;
+  return {word3 ^ keys.word[1], static_cast<std::uint32_t>(first) ^ keys.word[2],
+          static_cast<std::uint32_t>(second >> 32) ^ keys.word[3],
+          static_cast<std::uint32_t>(second)};
+}
+
+/// philox4x32 of a counter that has the words of `start` but for the lowest.
+MOQ_HOST_DEVICE constexpr PhiloxBlock philox4x32(std::uint32_t word0, const PhiloxStart& start,
+                                                 const PhiloxKeys& keys) {
+  const std::uint64_t first = static_cast<std::uint64_t>(kPhiloxMultiplier0) * word0;
+  const std::uint64_t second = static_cast<std::uint64_t>(kPhiloxMultiplier1) *
+                               (static_cast<std::uint32_t>(first >> 32) ^ start.first2);
+  return philox_rounds<2>({{static_cast<std::uint32_t>(second >> 32) ^ start.second0,
+                            static_cast<std::uint32_t>(second),
+                            static_cast<std::uint32_t>(first) ^ start.second2, start.second3}},
+                          keys);
 }
 
 /// A random word as a float32 in [0, 1): a multiple of 2^-24, all of them equally likely.
 MOQ_HOST_DEVICE constexpr float uniform_from_word(std::uint32_t word) {
   return static_cast<float>(word >> 8) * 0x1p-24F;
+}
+
+/// Draws of 16 bits in a block.
+constexpr int kPhiloxHalves = 8;
+
+/// Half `index` of a block's bits, in units of 2^-16: the low half of a word before its high one.
+MOQ_HOST_DEVICE constexpr std::uint32_t half_of(const PhiloxBlock& block, int index) {
+  return (block.word[index / 2] >> (index % 2 * 16)) & 0xffffU;
 }
 
 }  // namespace moq

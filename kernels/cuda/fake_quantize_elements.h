@@ -162,20 +162,21 @@ __device__ Quad draw_quad(std::uint64_t element, std::uint32_t step, std::uint32
                         step, name_hash}},
                       seed);
   };
-  const auto shift = static_cast<int>(element % 4);
-  const PhiloxBlock first = block_of(element / 4);
-  const PhiloxBlock second = shift == 0 ? first : block_of(element / 4 + 1);
+  const auto shift = static_cast<int>(element % kPhiloxHalves);
+  const PhiloxBlock first = block_of(element / kPhiloxHalves);
+  const PhiloxBlock second =
+      shift + kQuad <= kPhiloxHalves ? first : block_of(element / kPhiloxHalves + 1);
   Quad quad;
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
-    std::uint32_t word = 0;
+    std::uint32_t half = 0;
 #pragma unroll
-    for (int j = 0; j < 2 * kQuad - 1; ++j) {  // word = (first, second)[i + shift], in registers
-      if (j == i + shift) {
-        word = j < kQuad ? first.word[j] : second.word[j - kQuad];
+    for (int j = 0; j < kPhiloxHalves + kQuad - 1; ++j) {  // (first, second)[i + shift], unrolled:
+      if (j == i + shift) {                                // registers have no index
+        half = j < kPhiloxHalves ? half_of(first, j) : half_of(second, j - kPhiloxHalves);
       }
     }
-    quad.value[i] = uniform_from_word(word);
+    quad.value[i] = static_cast<float>(half) * 0x1p-16F;
   }
   return quad;
 }

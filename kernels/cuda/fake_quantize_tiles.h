@@ -12,9 +12,9 @@
 /// the host (which counts tiles) and on the device (which finds its place).
 ///
 /// A run is what one team of threads handles: the columns of one group in one row or, where rows
-/// share scales, a segment of a row. Team members take quads of four neighbouring columns
-/// in turn, so that one Philox block serves a quad. Which threads make up a team follows the
-/// storage, so that neighbouring threads touch neighbouring addresses:
+/// share scales, a segment of a row. Team members take quads of four neighbouring columns in turn,
+/// or vectors of fake_quantize_vectors.cu. Which threads make up a team follows the storage, so
+/// that neighbouring threads touch neighbouring addresses:
 ///
 ///   kWarps  a run along contiguous columns: as many of the block's warps as can hold it in
 ///           registers, 1, 2, 4 or 8; a longer run takes the block
@@ -25,7 +25,7 @@ namespace moq::kernels::cuda {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarpSize * kWarps;
 constexpr int kQuad = 4;
-constexpr int kHeldQuads = 8;            ///< that a thread can hold in registers
+constexpr int kHeldBytes = 128;          ///< that a thread can hold in registers
 constexpr std::int64_t kSegment = 4096;  ///< columns of a run where rows share scales
 
 enum class Team : std::uint8_t { kWarps, kLane };
@@ -48,6 +48,7 @@ MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
     tiling.runs_per_row = groups_per_row(matrix);
   }
   const std::int64_t runs = matrix.rows * tiling.runs_per_row;
+  const std::int64_t held = kHeldBytes / static_cast<std::int64_t>(size_of(matrix.input_dtype));
   if (matrix.row_stride == 1 && matrix.col_stride != 1) {
     tiling.team = Team::kLane;
     tiling.warps = kWarps;
@@ -55,8 +56,7 @@ MOQ_HOST_DEVICE inline Tiling tiling_of(const FakeQuantizeTensor& matrix) {
   } else {
     tiling.team = Team::kWarps;
     tiling.warps = 1;
-    while (tiling.warps < kWarps &&
-           tiling.run_size > std::int64_t{tiling.warps} * kWarpSize * kHeldQuads * kQuad) {
+    while (tiling.warps < kWarps && tiling.run_size > tiling.warps * kWarpSize * held) {
       tiling.warps *= 2;
     }
     tiling.tiles = divide_up(runs, kWarps / tiling.warps);

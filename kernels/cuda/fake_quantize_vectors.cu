@@ -40,133 +40,133 @@ struct Extent {
   }
 };
 
+/// Added to a number of magnitude up to 2^22, rounds it to a whole one.
+constexpr float kWhole = 0x1.8p23F;
+
 /// A grid as a row's numbers need it.
 struct RowGrid {
   float inverse_scale;
-  float scale;  ///< NaN: there is none, and NaN is all that comes of it
-  float zero_point;
+  float scale;    ///< NaN: there is none, and NaN is all that comes of it
+  float lowest;   ///< code without zero point, plus kWhole
+  float highest;  ///< likewise
 
   __device__ bool exists() const { return scale == scale; }
 };
 
 __device__ RowGrid row_grid(const GridParams& grid) {
-  return {grid.inverse_scale, grid.scale, static_cast<float>(grid.zero_point)};
+  return {grid.inverse_scale, grid.scale,
+          kWhole + static_cast<float>(grid.range.qmin - grid.zero_point),
+          kWhole + static_cast<float>(grid.range.qmax - grid.zero_point)};
 }
 
-/// What a call does to every number of a matrix.
+/// The draws of a matrix: blocks by their numbers' lower halves.
 template <bool kStochastic>
-struct Simulation {
-  float lowest_code;
-  float highest_code;
-  float blend_ratio;
-  const PhiloxKeys& keys;  ///< in the launch's parameters: operands of instructions
-  std::uint32_t step;
-  std::uint32_t name_hash;
-
-  __device__ Simulation(const FakeQuantizeTensor& matrix, int num_bits, float blend,
-                        const PhiloxKeys& philox_keys, std::uint32_t draw_step)
-      : blend_ratio(blend), keys(philox_keys), step(draw_step), name_hash(matrix.name_hash) {
-    const GridRange range = grid_range(num_bits, matrix.mode);
-    lowest_code = static_cast<float>(range.qmin);
-    highest_code = static_cast<float>(range.qmax);
-  }
-
-  /// The random words of a quad, by its number in the parameter.
-  __device__ PhiloxBlock words_of(std::int64_t quad) const {
-    if constexpr (!kStochastic) {
-      return {};
-    }
-    const auto number = static_cast<std::uint64_t>(quad);
-    return philox4x32({{static_cast<std::uint32_t>(number),
-                        static_cast<std::uint32_t>(number >> 32), step, name_hash}},
-                      keys);
-  }
-
-  /// dequantize_one(quantize_one(number)). Codes are whole numbers that float32 holds exactly, and
-  /// the numbers of a group that has a grid are finite.
-  __device__ float simulated(float number, const RowGrid& grid, std::uint32_t word) const {
-    const float position = number * grid.inverse_scale;
-    float rounded;
-    if constexpr (kStochastic) {
-      rounded = floorf(position);
-      // The uniform is word / 2^32 without the low eight bits; both sides times 2^24, exactly.
-      const bool up = static_cast<float>(word >> 8) < (position - rounded) * 0x1p24F;
-      rounded += up ? 1.0F : 0.0F;
-    } else {
-      constexpr float kRound = 0x1.8p23F;  // half to even; what is larger is clamped anyhow
-      rounded = (position + kRound) - kRound;
-    }
-    rounded = fminf(fmaxf(rounded + grid.zero_point, lowest_code), highest_code);
-    return (rounded - grid.zero_point) * grid.scale;
-  }
-
-  /// Whether simulated() is all there is to it.
-  __device__ bool is_plain() const { return blend_ratio == 0.0F; }
-
-  __device__ void blend(const Numbers<kQuad>& numbers, Numbers<kQuad>& results) const {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      results.unit[i] = blend_ratio * numbers.unit[i] + (1.0F - blend_ratio) * results.unit[i];
-    }
-  }
+class Draws {
+ public:
+  __device__ Draws(const FakeQuantizeTensor&, const PhiloxKeys&, std::uint32_t) {}
+  __device__ PhiloxBlock block(std::uint32_t) const { return {}; }
 };
 
+template <>
+class Draws<true> {
+ public:
+  /// keys: in the launch's parameters, operands of instructions.
+  __device__ Draws(const FakeQuantizeTensor& matrix, const PhiloxKeys& keys, std::uint32_t step)
+      : keys_(keys),
+        start_(philox_start(static_cast<std::uint32_t>(matrix.first_element / kPhiloxHalves >> 32),
+                            step, matrix.name_hash, keys)) {}
+
+  __device__ PhiloxBlock block(std::uint32_t number) const {
+    return philox4x32(number, start_, keys_);
+  }
+
+ private:
+  const PhiloxKeys& keys_;
+  PhiloxStart start_;
+};
+
+/// dequantize_one(quantize_one(number)): the numbers of a group that has a grid are finite, and
+/// what is too large for kWhole is clamped. draw: half kHalf of a word, in units of 2^-16.
+template <bool kStochastic, int kHalf>
+__device__ float simulated(float number, const RowGrid& grid, std::uint32_t word) {
+  const float position = number * grid.inverse_scale;
+  float rounded;
+  if constexpr (kStochastic) {
+    // 2^23 and the draw, whose bytes are the lowest of the number's.
+    const auto draw =
+        __uint_as_float(__byte_perm(word, 0x4b000000U, kHalf == 0 ? 0x7610U : 0x7632U));
+    const float sum = __fmaf_rd(draw, 0x1p-16F, position);  // 128 too much; of the same whole part
+    rounded = __fadd_rd(sum, kWhole - 128.0F);
+  } else {
+    rounded = position + kWhole;  // half to even
+  }
+  rounded = fminf(fmaxf(rounded, grid.lowest), grid.highest);
+  return (rounded - kWhole) * grid.scale;
+}
+
 /// Numbers with canonical NaN among them, which the processor's conversions do not make.
-template <typename Output>
-__device__ Vector<Output, kQuad> rounded_with_nan(const Numbers<kQuad>& numbers) {
-  Output elements[kQuad];
+template <typename Output, int kWidth>
+__device__ Vector<Output, kWidth> rounded_with_nan(const Numbers<kWidth>& numbers) {
+  Output elements[kWidth];
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
+  for (int i = 0; i < kWidth; ++i) {
     store_float(&elements[i], canonical(numbers.unit[i]));
   }
-  Vector<Output, kQuad> vector;
+  Vector<Output, kWidth> vector;
   memcpy(&vector, elements, sizeof(vector));
   return vector;
 }
 
 /// Writes what is simulated of some numbers. is_usual: without blending, and every grid exists.
-template <typename Output, bool kStochastic>
-__device__ void write(const Simulation<kStochastic>& simulation, bool is_usual,
-                      const Numbers<kQuad>& numbers, Numbers<kQuad> results, Output* output) {
+template <typename Output, int kWidth>
+__device__ void write(float blend_ratio, bool is_usual, const Numbers<kWidth>& numbers,
+                      Numbers<kWidth> results, Output* output) {
   if (is_usual) {
     store_vector(output, rounded<Output>(results));
     return;
   }
-  if (!simulation.is_plain()) {
-    simulation.blend(numbers, results);
+  if (blend_ratio != 0.0F) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      results.unit[i] = blend_ratio * numbers.unit[i] + (1.0F - blend_ratio) * results.unit[i];
+    }
   }
   store_vector(output, rounded_with_nan<Output>(results));
 }
 
-/// A team's run along contiguous columns. Every thread of the block takes part.
+/// A team's run along contiguous columns, by vectors of 16 bytes of input. Every thread of the
+/// block takes part.
 template <typename Input, typename Output, bool kStochastic>
 __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, const Tiling& tiling,
-                                             const Place& place, int num_bits,
-                                             const Simulation<kStochastic>& simulation) {
+                                             const Place& place, int num_bits, float blend_ratio,
+                                             const Draws<kStochastic>& draws) {
+  constexpr int kWidth = kLoadBytes / static_cast<int>(sizeof(Input));
+  constexpr int kHeld = kHeldBytes / kLoadBytes;
+  constexpr int kShare = kPhiloxHalves / kWidth;  // vectors whose draws are one block
   const std::int64_t first_element = place.row * matrix.row_stride + place.begin;
   const Input* input = static_cast<const Input*>(matrix.input) + first_element;
   Output* output = static_cast<Output*>(matrix.output) + first_element;
-  const int quads = place.active ? static_cast<int>((place.end - place.begin) / kQuad) : 0;
-  const int chunk = kHeldQuads * place.members;
-  Vector<Input, kQuad> held[kHeldQuads];
+  const int vectors = place.active ? static_cast<int>((place.end - place.begin) / kWidth) : 0;
+  const int chunk = kHeld * place.members;
+  Vector<Input, kWidth> held[kHeld];
   const auto load = [&](int begin) {
 #pragma unroll
-    for (int i = 0; i < kHeldQuads; ++i) {
-      const int quad = begin + place.member + i * place.members;
-      if (quad < quads) {
-        held[i] = load_vector<kQuad>(input + std::int64_t{kQuad} * quad);
+    for (int i = 0; i < kHeld; ++i) {
+      const int vector = begin + place.member + i * place.members;
+      if (vector < vectors) {
+        held[i] = load_vector<kWidth>(input + vector * kWidth);
       }
     }
   };
 
   Extent extent;
   const bool symmetric = is_symmetric(matrix.mode);
-  for (int begin = 0; begin < quads; begin += chunk) {
+  for (int begin = 0; begin < vectors; begin += chunk) {
     load(begin);
 #pragma unroll
-    for (int i = 0; i < kHeldQuads; ++i) {
-      if (begin + place.member + i * place.members < quads) {
-        const Numbers<kQuad> numbers = numbers_of(held[i]);
+    for (int i = 0; i < kHeld; ++i) {
+      if (begin + place.member + i * place.members < vectors) {
+        const Numbers<kWidth> numbers = numbers_of(held[i]);
 #pragma unroll
         for (const float number : numbers.unit) {
           extent.include(number, symmetric);
@@ -180,52 +180,69 @@ __device__ __forceinline__ void quantize_run(const FakeQuantizeTensor& matrix, c
     store_parameters(matrix, params, place.row * tiling.runs_per_row + place.run);
   }
   const RowGrid grid = row_grid(params);
-  const bool is_usual = exists(params) && simulation.is_plain();
+  const bool is_usual = exists(params) && blend_ratio == 0.0F;
   const std::int64_t pitch = matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols;
-  const std::int64_t first_draw = (matrix.first_element + place.row * pitch + place.begin) / kQuad;
+  const auto first_block = static_cast<std::uint32_t>(
+      (matrix.first_element + place.row * pitch + place.begin) / kPhiloxHalves);
   // Backwards: what was read last is still held.
-  const int last = quads > 0 ? (quads - 1) / chunk * chunk : 0;
+  const int last = vectors > 0 ? (vectors - 1) / chunk * chunk : 0;
   for (int begin = last; begin >= 0; begin -= chunk) {
     if (begin != last) {
       load(begin);
     }
 #pragma unroll
-    for (int i = 0; i < kHeldQuads; i += 2) {  // two at once, which wait for each other's latencies
+    for (int i = 0; i < kHeld; i += kShare) {
       const int first = begin + place.member + i * place.members;
-      if (first >= quads) {
+      if (first - first % kWarpSize >= vectors) {  // for the whole warp: it exchanges draws
         continue;
       }
-      Numbers<kQuad> results[2];
+      std::uint32_t words[kShare][kWidth / 2];
+      if constexpr (kStochastic && kShare == 1) {
+        const PhiloxBlock block = draws.block(first_block + static_cast<std::uint32_t>(first));
+        memcpy(words[0], block.word, sizeof(words[0]));
+      } else if constexpr (kStochastic) {
+        // Of two neighbours' first vectors one draws the block, the other one that of the second.
+        const bool odd = place.member % 2 != 0;
+        const int drawn = odd ? first + place.members : first;
+        const PhiloxBlock own = draws.block(first_block + static_cast<std::uint32_t>(drawn / 2));
+        const std::uint32_t passed[2] = {odd ? own.word[0] : own.word[2],
+                                         odd ? own.word[1] : own.word[3]};
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const PhiloxBlock words = simulation.words_of(first_draw + first + u * place.members);
-        const Numbers<kQuad> numbers = numbers_of(held[i + u]);
-#pragma unroll
-        for (int e = 0; e < kQuad; ++e) {
-          results[u].unit[e] = simulation.simulated(numbers.unit[e], grid, words.word[e]);
+        for (int w = 0; w < 2; ++w) {
+          const std::uint32_t got = __shfl_xor_sync(0xffffffffU, passed[w], 1);
+          words[0][w] = odd ? got : own.word[w];
+          words[1][w] = odd ? own.word[2 + w] : got;
         }
       }
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int quad = first + u * place.members;
-        if (quad < quads) {
-          write(simulation, is_usual, numbers_of(held[i + u]), results[u],
-                output + std::int64_t{kQuad} * quad);
+      for (int u = 0; u < kShare; ++u) {
+        const Numbers<kWidth> numbers = numbers_of(held[i + u]);
+        Numbers<kWidth> results;
+#pragma unroll
+        for (int e = 0; e < kWidth; e += 2) {
+          results.unit[e] = simulated<kStochastic, 0>(numbers.unit[e], grid, words[u][e / 2]);
+          results.unit[e + 1] =
+              simulated<kStochastic, 1>(numbers.unit[e + 1], grid, words[u][e / 2]);
+        }
+        const int vector = first + u * place.members;
+        if (vector < vectors) {
+          write(blend_ratio, is_usual, numbers, results, output + vector * kWidth);
         }
       }
     }
   }
 }
 
-/// 32 rows that are contiguous where columns are not. A thread takes four rows of four columns at
-/// once: eight lanes make up the rows, 32 such parties of the block take quads of columns in turn.
+/// 32 rows that are contiguous where columns are not. A thread takes four rows of eight columns at
+/// once: eight lanes make up the rows, 32 such parties of the block take eights of columns in turn.
 template <typename Input, typename Output, bool kStochastic>
 __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, std::int64_t tile,
-                                              int num_bits,
-                                              const Simulation<kStochastic>& simulation) {
+                                              int num_bits, float blend_ratio,
+                                              const Draws<kStochastic>& draws) {
   constexpr int kLanes = kWarpSize / kQuad;  // of a party
   constexpr int kParties = kThreads / kLanes;
-  constexpr int kHeldUnits = kStochastic ? 2 : 4;  // quads of columns; registers decide
+  constexpr int kColumns = kPhiloxHalves;
+  constexpr int kHeldUnits = kStochastic ? 1 : 2;  // eights of columns; registers decide
   __shared__ GroupStatistics collected[kWarps][kWarpSize];
   __shared__ RowGrid grids[kWarpSize];
   const int thread = static_cast<int>(threadIdx.x);
@@ -237,18 +254,18 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
   const bool active = first_row + own_row < matrix.rows;
   const Input* input = static_cast<const Input*>(matrix.input) + first_row + own_row;
   Output* output = static_cast<Output*>(matrix.output) + first_row + own_row;
-  const int units = active ? static_cast<int>(matrix.cols / kQuad) : 0;
+  const int units = active ? static_cast<int>(matrix.cols / kColumns) : 0;
   constexpr int kChunk = kHeldUnits * kParties;
-  Vector<Input, kQuad> held[kHeldUnits][kQuad];  // [quad of columns, column], of rows
+  Vector<Input, kQuad> held[kHeldUnits][kColumns];  // [eight of columns, column], of rows
   const auto load = [&](int begin) {
 #pragma unroll
     for (int i = 0; i < kHeldUnits; ++i) {
       const int unit = begin + party + i * kParties;
       if (unit < units) {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
+        for (int j = 0; j < kColumns; ++j) {
           held[i][j] =
-              load_vector<kQuad>(input + (std::int64_t{kQuad} * unit + j) * matrix.col_stride);
+              load_vector<kQuad>(input + (std::int64_t{kColumns} * unit + j) * matrix.col_stride);
         }
       }
     }
@@ -262,7 +279,7 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
     for (int i = 0; i < kHeldUnits; ++i) {
       if (begin + party + i * kParties < units) {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
+        for (int j = 0; j < kColumns; ++j) {
           const Numbers<kQuad> numbers = numbers_of(held[i][j]);
 #pragma unroll
           for (int row = 0; row < kQuad; ++row) {
@@ -299,11 +316,12 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
   __syncthreads();
 
   const RowGrid* const own_grids = grids + own_row;
-  const bool is_usual = simulation.is_plain() && own_grids[0].exists() && own_grids[1].exists() &&
+  const bool is_usual = blend_ratio == 0.0F && own_grids[0].exists() && own_grids[1].exists() &&
                         own_grids[2].exists() && own_grids[3].exists();
   const std::int64_t pitch =
-      (matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols) / kQuad;
-  const std::int64_t first_draw = matrix.first_element / kQuad + (first_row + own_row) * pitch;
+      (matrix.unsharded_cols != 0 ? matrix.unsharded_cols : matrix.cols) / kPhiloxHalves;
+  const std::int64_t first_block =
+      matrix.first_element / kPhiloxHalves + (first_row + own_row) * pitch;
   const int last = units > 0 ? (units - 1) / kChunk * kChunk : 0;
   for (int begin = last; begin >= 0; begin -= kChunk) {
     if (begin != last) {
@@ -315,21 +333,27 @@ __device__ __forceinline__ void quantize_rows(const FakeQuantizeTensor& matrix, 
       if (unit >= units) {
         continue;
       }
-      Numbers<kQuad> results[kQuad];  // [column], of rows
+      PhiloxBlock blocks[kQuad];
 #pragma unroll
       for (int row = 0; row < kQuad; ++row) {
-        const RowGrid grid = own_grids[row];
-        const PhiloxBlock words = simulation.words_of(first_draw + row * pitch + unit);
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          results[j].unit[row] =
-              simulation.simulated(numbers_of(held[i][j]).unit[row], grid, words.word[j]);
-        }
+        blocks[row] = draws.block(static_cast<std::uint32_t>(first_block + row * pitch + unit));
       }
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        write(simulation, is_usual, numbers_of(held[i][j]), results[j],
-              output + (std::int64_t{kQuad} * unit + j) * matrix.col_stride);
+      for (int j = 0; j < kColumns; j += 2) {
+        const Numbers<kQuad> numbers[2] = {numbers_of(held[i][j]), numbers_of(held[i][j + 1])};
+        Numbers<kQuad> results[2];
+#pragma unroll
+        for (int row = 0; row < kQuad; ++row) {
+          const RowGrid grid = own_grids[row];
+          const std::uint32_t word = blocks[row].word[j / 2];
+          results[0].unit[row] = simulated<kStochastic, 0>(numbers[0].unit[row], grid, word);
+          results[1].unit[row] = simulated<kStochastic, 1>(numbers[1].unit[row], grid, word);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          write(blend_ratio, is_usual, numbers[h], results[h],
+                output + (std::int64_t{kColumns} * unit + j + h) * matrix.col_stride);
+        }
       }
     }
   }
@@ -362,11 +386,11 @@ __global__ void __launch_bounds__(kThreads, kByRows ? 2 : 3)
       }
       return;
     }
-    const Simulation<kStochastic> simulation(matrix, num_bits, blend_ratio, keys, draw_step);
+    const Draws<kStochastic> draws(matrix, keys, draw_step);
     if constexpr (kByRows) {
-      quantize_rows<Input, Output>(matrix, tile, num_bits, simulation);
+      quantize_rows<Input, Output>(matrix, tile, num_bits, blend_ratio, draws);
     } else {
-      quantize_run<Input, Output>(matrix, tiling, place, num_bits, simulation);
+      quantize_run<Input, Output>(matrix, tiling, place, num_bits, blend_ratio, draws);
     }
   });
 }

@@ -31,17 +31,17 @@ def philox4x32(counter: np.ndarray, key: int) -> np.ndarray:
 
 
 def uniforms(rows: int, cols: int, seed: int, step: int, name_hash: int) -> torch.Tensor:
-    """Draws [rows, cols] of a parameter in one step: multiples of 2^-24 in [0, 1), float32."""
-    blocks = np.arange((rows * cols + 3) // 4, dtype=np.uint64)
+    """Draws [rows, cols] of a parameter in one step: multiples of 2^-16 in [0, 1), float32."""
+    blocks = np.arange((rows * cols + 7) // 8, dtype=np.uint64)
     counter = np.empty((len(blocks), 4), dtype=np.uint64)
     counter[:, 0] = blocks & np.uint64(0xFFFFFFFF)
     counter[:, 1] = blocks >> np.uint64(32)
     counter[:, 2] = step & 0xFFFFFFFF
     counter[:, 3] = name_hash
-    words = philox4x32(counter, seed).reshape(-1)[: rows * cols]
-    return torch.from_numpy((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)).view(
-        rows, cols
-    )
+    words = philox4x32(counter, seed)
+    halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=-1)
+    uniform = halves.reshape(-1)[: rows * cols].astype(np.float32) * np.float32(2.0**-16)
+    return torch.from_numpy(uniform).view(rows, cols)
 
 
 def fnv1a(name: str) -> int:

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/simd/group_grids.h"
-#include "kernels/cpu/simd/random_words.h"
+#include "kernels/cpu/simd/random_draws.h"
 #include "kernels/cpu/simd/vector.h"
 
 /// Runs over contiguous elements: what fake-quantize does once the grids are known. Each writes
@@ -13,9 +13,9 @@ namespace moq::kernels::cpu::MOQ_ISA {
 /// Draws and blending of one run of elements.
 struct Run {
   std::int64_t size;
-  const std::uint32_t* random_words;  ///< readable up to a whole vector past size; null: nearest
+  const std::uint16_t* draws;  ///< readable up to a whole vector past size; null: nearest
   float blend_ratio;
-  bool sign_codes;  ///< by the grids' thresholds; then random_words is null
+  bool sign_codes;  ///< by the grids' thresholds; then draws is null
   /// Elements from one that is read to one that is asked to come into the caches meanwhile.
   std::int64_t ahead;
 };
@@ -90,10 +90,10 @@ template <bool kPlain>
   if (!kPlain && run.sign_codes) {
     return quantize_sign(value, grid);
   }
-  if (kPlain || run.random_words == nullptr) {
+  if (kPlain || run.draws == nullptr) {
     return quantize_nearest(value, grid);
   }
-  return quantize_stochastic(value, grid, load_bits<I32>(run.random_words + element));
+  return quantize_stochastic(value, grid, convert<I32>(load_bits<U16>(run.draws + element)));
 }
 
 /// kPlain promises nearest rounding and no blending: the usual step, kept free of all questions.
@@ -127,17 +127,17 @@ template <typename Output>
 }
 
 /// Rounds a run stochastically without blending. `size` is a multiple of kDrawn and not 0; the
-/// first element's word is the first of block `lower_number`; kStream promises that `output` is
-/// aligned for streaming stores. Elements are rounded while the words of the next ones are drawn.
+/// first element's draw is the first of block `lower_number`; kStream promises that `output` is
+/// aligned for streaming stores. Elements are rounded while the next ones' are drawn.
 template <bool kStream, typename Input, typename Output>
 inline void fake_quantize_drawn(const Input* input, Output* output, std::int64_t size,
                                 const VectorGrid& grid, const RandomBlocks& blocks,
                                 std::uint32_t lower_number, std::int64_t ahead) {
-  I32 words[kDrawnVectors];
+  I32 words[kDrawnWords];
   const auto round_vector = [&](std::int64_t begin, int i) MOQ_INLINE_LAMBDA {
     const std::int64_t place = begin + i * kWidth;
     prefetch(input + place, ahead);
-    const F32 code = quantize_stochastic(load(input + place), grid, words[i]);
+    const F32 code = quantize_stochastic(load(input + place), grid, draws_of(words, i));
     store_some<kStream>(output + place, dequantize(code, grid), kWidth);
   };
   blocks.draw<kBatches>(lower_number, words, Nothing());
@@ -146,19 +146,19 @@ inline void fake_quantize_drawn(const Input* input, Output* output, std::int64_t
     prefetch_page(output + last, kDrawn);
   }
   for (std::int64_t begin = 0; begin < last; begin += kDrawn) {
-    lower_number += kDrawn / 4;
+    lower_number += kDrawn / kPhiloxHalves;
     if constexpr (kStream) {
       prefetch_page(output + begin, kDrawn);
     }
-    I32 next[kDrawnVectors];
+    I32 next[kDrawnWords];
     blocks.draw<kBatches>(lower_number, next,
                           [&](int i) MOQ_INLINE_LAMBDA { round_vector(begin, i); });
 #pragma GCC unroll 8
-    for (int i = 0; i < kDrawnVectors; ++i) {
+    for (int i = 0; i < kDrawnWords; ++i) {
       words[i] = next[i];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kDrawnVectors; ++i) {
     round_vector(last, i);
   }

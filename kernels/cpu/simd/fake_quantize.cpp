@@ -9,7 +9,7 @@
 #include "kernels/common/visit.h"
 #include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/group_grids.h"
-#include "kernels/cpu/simd/random_words.h"
+#include "kernels/cpu/simd/random_draws.h"
 #include "kernels/cpu/simd/row_quantizer.h"
 #include "kernels/cpu/simd/statistics.h"
 #include "kernels/cpu/simd/sweeps.h"
@@ -109,22 +109,22 @@ void lane_statistics(const Input* input, std::int64_t col_stride, std::int64_t b
   }
 }
 
-/// Random words of a tile, laid out as the tile is in memory: kColumns columns of `lanes` rows.
-struct TileWords {
+/// Draws of a tile, laid out as the tile is in memory: kColumns columns of `lanes` rows.
+struct TileDraws {
   static constexpr std::int64_t kColumns = 32;
   static constexpr std::int64_t kLanes = 64;
-  std::uint32_t words[kColumns * kLanes + kWidth];
+  std::uint16_t draws[kColumns * kLanes + kWidth];
 
   template <typename TypedMatrix>
   void fill(const TypedMatrix& typed, std::int64_t first_row, std::int64_t first_col,
             std::int64_t lanes, std::int64_t columns) {
-    std::uint32_t row_words[RandomWords::capacity(kColumns)];
-    RandomWords random_words = typed.random_words();
+    std::uint16_t row_draws[RandomDraws::capacity(kColumns)];
+    RandomDraws random_draws = typed.random_draws();
     for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      const std::uint32_t* source =
-          random_words.words(typed.number_of(first_row + lane, first_col), columns, row_words);
+      const std::uint16_t* source =
+          random_draws.draw(typed.number_of(first_row + lane, first_col), columns, row_draws);
       for (std::int64_t col = 0; col < columns; ++col) {
-        words[col * kLanes + lane] = source[col];
+        draws[col * kLanes + lane] = source[col];
       }
     }
   }
@@ -151,15 +151,15 @@ template <typename TypedMatrix>
 void quantize_lanes(const TypedMatrix& typed, std::int64_t row, std::int64_t lanes,
                     std::int64_t begin, std::int64_t end, const LaneGrids& grids) {
   const FakeQuantizeTensor& matrix = typed.matrix;
-  TileWords tile;
+  TileDraws tile;
   for (std::int64_t col = begin; col < end; ++col) {
     Run run = typed.run_of(lanes, lanes);  // the rows that are taken next
     if (typed.draws()) {
-      const std::int64_t tile_col = (col - begin) % TileWords::kColumns;
+      const std::int64_t tile_col = (col - begin) % TileDraws::kColumns;
       if (tile_col == 0) {
-        tile.fill(typed, row, col, lanes, min_of(TileWords::kColumns, end - col));
+        tile.fill(typed, row, col, lanes, min_of(TileDraws::kColumns, end - col));
       }
-      run.random_words = tile.words + tile_col * TileWords::kLanes;
+      run.draws = tile.draws + tile_col * TileDraws::kLanes;
     }
     const std::int64_t place = col * matrix.col_stride + row;
     if (matrix.codes != nullptr) {
@@ -228,7 +228,7 @@ void fake_quantize_typed_columns(const TypedMatrix& typed) {
   const FakeQuantizeStep& step = typed.step;
   const std::int64_t group_size = columns_per_group(matrix);
   const std::int64_t row_groups = groups_per_row(matrix);
-  const std::int64_t tile = typed.draws() ? TileWords::kLanes : GroupGrids::kCapacity;
+  const std::int64_t tile = typed.draws() ? TileDraws::kLanes : GroupGrids::kCapacity;
   GroupGrids grids{};
   for (std::int64_t row = 0; row < matrix.rows; row += tile) {
     const std::int64_t lanes = min_of(tile, matrix.rows - row);

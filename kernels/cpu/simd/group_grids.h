@@ -136,13 +136,24 @@ class LaneGrids {
   return minimum(maximum(rounded, grid.qmin), grid.qmax);
 }
 
-/// Codes (as float32) of elements that are rounded up where their uniform is below the fraction.
+/// Codes (as float32) of elements that are rounded stochastically, by their draws in units of
+/// 2^-16: the whole part of the exact sum of position and draw.
 [[gnu::always_inline]] inline F32 quantize_stochastic(F32 value, const VectorGrid& grid,
-                                                      I32 random_words) {
-  const F32 uniform = convert<F32>(bit_cast<I32>(bit_cast<U32>(random_words) >> 8)) * 0x1p-24F;
+                                                      I32 draws) {
   const F32 position = value * grid.inverse_scale;
-  const F32 below = round_down(position);
-  const F32 rounded = uniform < position - below ? below + 1.0F : below;
+#if defined(MOQ_ISA_avx512)
+  // A sum that is rounded down has the same whole part.
+  const F32 rounded =
+      round_down(_mm512_fmadd_round_ps(convert<F32>(draws), broadcast(0x1p-16F), position,
+                                       _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#else
+  const F32 uniform = convert<F32>(draws) * 0x1p-16F;
+  const F32 whole = round_to_zero(position);
+  const F32 rest = position - whole;  // of the position's sign; exact, as is 1 - uniform
+  const F32 one = broadcast(1.0F);
+  const F32 rounded =
+      whole + (rest >= 1.0F - uniform ? one : F32{}) - (rest < -uniform ? one : F32{});
+#endif
   return minimum(maximum(rounded + grid.zero_point, grid.qmin), grid.qmax);
 }
 

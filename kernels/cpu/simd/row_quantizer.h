@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/simd/elementwise.h"
-#include "kernels/cpu/simd/random_words.h"
+#include "kernels/cpu/simd/random_draws.h"
 #include "kernels/cpu/simd/typed_matrix.h"
 
 /// Rounds along contiguous rows, where a group is a run of memory.
@@ -15,7 +15,7 @@ class RowQuantizer {
  public:
   /// @param ahead  see Run
   RowQuantizer(const TypedMatrix& typed, std::int64_t ahead)
-      : typed_(typed), ahead_(ahead), random_words_(typed.random_words()) {}
+      : typed_(typed), ahead_(ahead), random_draws_(typed.random_draws()) {}
 
   void quantize(std::int64_t row, std::int64_t col, std::int64_t size, const SharedGrid& grid) {
     const FakeQuantizeTensor& matrix = typed_.matrix;
@@ -27,8 +27,9 @@ class RowQuantizer {
       const std::int64_t head = min_of(size, unaligned(row, col));
       const std::int64_t drawn = (size - head) / kDrawn * kDrawn;
       const std::int64_t number = typed_.number_of(row, col + head);
-      const auto block = static_cast<std::uint64_t>(number) / 4;
-      if (drawn > 0 && number % 4 == 0 && !straddles(block, block + drawn / 4)) {
+      const auto block = static_cast<std::uint64_t>(number) / kPhiloxHalves;
+      if (drawn > 0 && number % kPhiloxHalves == 0 &&
+          !straddles(block, block + drawn / kPhiloxHalves)) {
         draw_then_round(row, col, head, grid);
         draw_and_round(row, col + head, drawn, grid, block);
         draw_then_round(row, col + head + drawn, size - head - drawn, grid);
@@ -61,21 +62,21 @@ class RowQuantizer {
     }
   }
 
-  /// A run whose words are drawn first.
+  /// A run whose draws are made first.
   void draw_then_round(std::int64_t row, std::int64_t col, std::int64_t size,
                        const SharedGrid& grid) {
-    std::uint32_t words[RandomWords::capacity(kWordsFirst) + kWidth];
-    for (std::int64_t begin = 0; begin < size; begin += kWordsFirst) {
-      Run part = typed_.run_of(min_of(kWordsFirst, size - begin), ahead_);
-      part.random_words = random_words_.words(typed_.number_of(row, col + begin), part.size, words);
+    std::uint16_t draws[RandomDraws::capacity(kDrawsFirst) + kWidth];
+    for (std::int64_t begin = 0; begin < size; begin += kDrawsFirst) {
+      Run part = typed_.run_of(min_of(kDrawsFirst, size - begin), ahead_);
+      part.draws = random_draws_.draw(typed_.number_of(row, col + begin), part.size, draws);
       run(row, col + begin, part, grid);
     }
   }
 
-  /// A run that starts with a block's first word and that is drawn while it is rounded.
+  /// A run that starts with a block's first draw and that is drawn while it is rounded.
   void draw_and_round(std::int64_t row, std::int64_t col, std::int64_t size, const SharedGrid& grid,
                       std::uint64_t block) {
-    const RandomBlocks& blocks = random_words_.blocks_at(block);
+    const RandomBlocks& blocks = random_draws_.blocks_at(block);
     const auto lower_number = static_cast<std::uint32_t>(block);
     const Input* input = typed_.input + place(row, col);
     Output* output = typed_.output + place(row, col);
@@ -86,12 +87,12 @@ class RowQuantizer {
     }
   }
 
-  /// Elements whose words are drawn before they are rounded.
-  static constexpr std::int64_t kWordsFirst = 1024;
+  /// Elements whose draws are made before they are rounded.
+  static constexpr std::int64_t kDrawsFirst = 1024;
 
   const TypedMatrix& typed_;
   const std::int64_t ahead_;
-  RandomWords random_words_;
+  RandomDraws random_draws_;
 };
 
 }  // namespace moq::kernels::cpu::MOQ_ISA

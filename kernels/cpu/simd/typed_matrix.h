@@ -6,7 +6,7 @@
 #include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/fake_quantize.h"
 #include "kernels/cpu/simd/group_grids.h"
-#include "kernels/cpu/simd/random_words.h"
+#include "kernels/cpu/simd/random_draws.h"
 
 /// What fake-quantize of either storage needs of a matrix whose element types are known.
 namespace moq::kernels::cpu::MOQ_ISA {
@@ -29,7 +29,7 @@ struct Typed {
   const Input* input = static_cast<const Input*>(matrix.input);
   Output* output = static_cast<Output*>(matrix.output);
 
-  RandomWords random_words() const { return RandomWords({step.seed, step.step, matrix.name_hash}); }
+  RandomDraws random_draws() const { return RandomDraws({step.seed, step.step, matrix.name_hash}); }
   bool sign_codes() const { return has_sign_codes(matrix.mode, step.num_bits); }
   bool draws() const { return matrix.rounding == Rounding::kStochastic && !sign_codes(); }
   Run run_of(std::int64_t size, std::int64_t ahead) const {
@@ -73,7 +73,7 @@ inline void store_codes(const FakeQuantizeTensor& matrix, const Input* input, st
 template <typename Input, typename Output, typename Grids>
 inline void store_output(const FakeQuantizeStep& step, const Input* input, Output* output,
                          const Grids& grids, const Run& run) {
-  const bool plain = run.random_words == nullptr && run.blend_ratio == 0.0F && !run.sign_codes;
+  const bool plain = run.draws == nullptr && run.blend_ratio == 0.0F && !run.sign_codes;
   if (plain && step.stream) {
     fake_quantize_run<true, true>(input, output, grids, run);
   } else if (plain) {

@@ -238,6 +238,16 @@ template <typename Vector>
 #endif
 }
 
+[[gnu::always_inline]] inline F32 round_to_zero(F32 value) {
+#if defined(MOQ_ISA_avx512)
+  return _mm512_roundscale_ps(value, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#elif defined(MOQ_ISA_avx2)
+  return _mm256_round_ps(value, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+  return std::trunc(value);
+#endif
+}
+
 inline std::int32_t reduce_max(I32 value) {
 #if defined(MOQ_ISA_avx512)
   return _mm512_reduce_max_epi32(bit_cast<__m512i>(value));

@@ -250,7 +250,7 @@ class FakeQuantizeCudaVectors : public ::testing::TestWithParam<Vectors> {
             .output_dtype = output,
             .scale_dtype = output,
             .first_element = 4096,
-            .padding = 4};
+            .padding = 8};
   }
 };
 
@@ -281,22 +281,30 @@ TEST_P(FakeQuantizeCudaVectors, OfABadRowAreNaNAndTheOthersNot) {
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, FakeQuantizeCudaVectors,
-    ::testing::Combine(::testing::Values(Shape{4, 4}, Shape{36, 100}, Shape{32, 1024},
-                                         Shape{68, 1028}, Shape{4, 2052}, Shape{12, 4096},
-                                         Shape{8, 8192}, Shape{4, 12292}),
+    ::testing::Combine(::testing::Values(Shape{4, 8}, Shape{36, 104}, Shape{32, 1024},
+                                         Shape{68, 1032}, Shape{4, 2056}, Shape{12, 4096},
+                                         Shape{8, 8192}, Shape{4, 12296}),
                        ::testing::Values(Storage::kLinear, Storage::kConv1d),
                        ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric), kRoundings,
                        ::testing::Values(DType::kFloat32), ::testing::Values(DType::kFloat32)));
 
+INSTANTIATE_TEST_SUITE_P(
+    HalfBlocks, FakeQuantizeCudaVectors,
+    ::testing::Combine(::testing::Values(Shape{4, 4}, Shape{36, 100}, Shape{4, 12292}),
+                       ::testing::Values(Storage::kLinear),
+                       ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric),
+                       ::testing::Values(Rounding::kNearest), ::testing::Values(DType::kFloat32),
+                       kFloats));
+
 INSTANTIATE_TEST_SUITE_P(DTypes, FakeQuantizeCudaVectors,
-                         ::testing::Combine(::testing::Values(Shape{36, 260}),
+                         ::testing::Combine(::testing::Values(Shape{36, 264}),
                                             ::testing::Values(Storage::kLinear, Storage::kConv1d),
                                             ::testing::Values(QuantMode::kSymmetric), kRoundings,
                                             kFloats, kFloats));
 
 TEST(FakeQuantizeCuda, VectorsOfGroupsGiveTheBitsOfTheDefinition) {
   MOQ_SKIP_WITHOUT_GPU();
-  for (const std::int64_t group_size : {4, 32, 128, 1024, 4096}) {
+  for (const std::int64_t group_size : {8, 32, 128, 1024, 4096}) {
     expect_vectors_right({.rows = 5,
                           .cols = 2 * group_size,
                           .granularity = Granularity::kPerGroup,
@@ -310,7 +318,7 @@ TEST(FakeQuantizeCuda, VectorsAreCopiedAtZeroBits) {
   MOQ_SKIP_WITHOUT_GPU();
   for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
     const Problem problem(
-        Case{.rows = 8, .cols = 44, .storage = storage, .num_bits = 0, .padding = 0});
+        Case{.rows = 8, .cols = 48, .storage = storage, .num_bits = 0, .padding = 0});
     const DeviceProblem device{problem};
     FakeQuantizeTensor tensor = device.tensor();
     tensor.codes = nullptr;
@@ -335,6 +343,12 @@ TEST(FakeQuantizeCuda, OnlyWholeAlignedVectorsAreTakenAsSuch) {
   const auto as_it_is = [](FakeQuantizeTensor&) {};
   const Case whole{.rows = 8, .cols = 8, .padding = 0};
   EXPECT_TRUE(takes(whole, as_it_is));
+  EXPECT_TRUE(takes({.rows = 8, .cols = 12, .padding = 0}, as_it_is));
+  EXPECT_FALSE(takes({.rows = 8, .cols = 12, .storage = Storage::kConv1d, .padding = 0}, as_it_is));
+  EXPECT_FALSE(
+      takes({.rows = 8, .cols = 12, .rounding = Rounding::kStochastic, .padding = 0}, as_it_is));
+  EXPECT_FALSE(
+      takes({.rows = 8, .cols = 12, .input_dtype = DType::kBFloat16, .padding = 0}, as_it_is));
   EXPECT_FALSE(takes({.rows = 8, .cols = 7, .padding = 1}, as_it_is));
   EXPECT_FALSE(takes({.rows = 8, .cols = 8, .padding = 1}, as_it_is));
   EXPECT_FALSE(takes({.rows = 6, .cols = 8, .storage = Storage::kConv1d, .padding = 2}, as_it_is));
@@ -345,8 +359,14 @@ TEST(FakeQuantizeCuda, OnlyWholeAlignedVectorsAreTakenAsSuch) {
   EXPECT_FALSE(
       takes({.rows = 8, .cols = 8, .scale_rule = ScaleRule::kMse, .padding = 0}, as_it_is));
   EXPECT_FALSE(takes(
-      {.rows = 8, .cols = 8, .rounding = Rounding::kStochastic, .first_element = 6, .padding = 0},
+      {.rows = 8, .cols = 8, .rounding = Rounding::kStochastic, .first_element = 4, .padding = 0},
       as_it_is));
+  EXPECT_FALSE(takes({.rows = 8,
+                      .cols = 8,
+                      .rounding = Rounding::kStochastic,
+                      .first_element = (std::int64_t{1} << 35) - 8,
+                      .padding = 0},
+                     as_it_is));
   EXPECT_FALSE(takes(
       whole, [](auto& tensor) { tensor.input = static_cast<const std::byte*>(tensor.input) + 4; }));
   EXPECT_FALSE(takes(whole, [](auto& tensor) { tensor.codes = tensor.output; }));
@@ -449,7 +469,7 @@ TEST(FakeQuantizeCuda, ASkippedStepWritesNothing) {
     EXPECT_EQ(call.result(), problem.blank);
   }
   for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
-    const Problem problem(Case{.rows = 8, .cols = 12, .storage = storage, .padding = 0});
+    const Problem problem(Case{.rows = 8, .cols = 16, .storage = storage, .padding = 0});
     Call call(problem, /*in_place=*/false, /*with_codes=*/false);
     call.set_skip(1.0F);
     call.enqueue(nullptr);
@@ -462,7 +482,7 @@ TEST(FakeQuantizeCuda, ASkippedStepWritesNothing) {
 TEST(FakeQuantizeCuda, VectorsInPlaceGiveTheBitsOfTheDefinition) {
   MOQ_SKIP_WITHOUT_GPU();
   for (const Storage storage : {Storage::kLinear, Storage::kConv1d}) {
-    for (const std::int64_t cols : {256, 8192, 12292, 40000}) {
+    for (const std::int64_t cols : {256, 8192, 12296, 40000}) {
       Problem problem(Case{.rows = 36,
                            .cols = cols,
                            .storage = storage,
@@ -484,7 +504,7 @@ TEST(FakeQuantizeCuda, MoreVectorsOfEveryKindThanOneLaunchCarriesEqualEachAlone)
   std::vector<Problem> problems;
   for (int i = 0; i < 900; ++i) {
     problems.emplace_back(Case{.rows = 4 * (1 + i % 3),
-                               .cols = 4 * (1 + i % 41),
+                               .cols = 8 * (1 + i % 41),
                                .storage = static_cast<Storage>(i % 2),
                                .mode = static_cast<QuantMode>(i / 2 % 2),
                                .rounding = static_cast<Rounding>(i / 4 % 2),
@@ -510,8 +530,8 @@ TEST(FakeQuantizeCuda, ACapturedGraphFollowsTheBitWidthAndTheStep) {
   const Case cases[] = {
       {.rows = 33, .cols = 130, .granularity = Granularity::kPerTensor},
       {.rows = 33, .cols = 130},
-      {.rows = 32, .cols = 132, .padding = 0},  // these two in vectors, without codes
-      {.rows = 32, .cols = 132, .storage = Storage::kConv1d, .padding = 0}};
+      {.rows = 32, .cols = 136, .padding = 0},  // these two in vectors, without codes
+      {.rows = 32, .cols = 136, .storage = Storage::kConv1d, .padding = 0}};
   for (Case c : cases) {
     c.rounding = Rounding::kStochastic;
     Problem problem(c);

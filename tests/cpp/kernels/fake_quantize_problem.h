@@ -255,10 +255,21 @@ inline float reference_uniform(const Case& c, std::int64_t row, std::int64_t col
   const std::int64_t pitch = c.unsharded_cols != 0 ? c.unsharded_cols : c.cols;
   const auto element = static_cast<std::uint64_t>(c.first_element + row * pitch + col);
   const PhiloxBlock block = philox4x32(
-      {{static_cast<std::uint32_t>(element / 4), static_cast<std::uint32_t>(element / 4 >> 32),
+      {{static_cast<std::uint32_t>(element / 8), static_cast<std::uint32_t>(element / 8 >> 32),
         static_cast<std::uint32_t>(c.step), c.name_hash}},
       c.seed);
-  return uniform_from_word(block.word[element % 4]);
+  return static_cast<float>(half_of(block, static_cast<int>(element % 8))) * 0x1p-16F;
+}
+
+/// Code of one element that is rounded: in float64 where the draw is added, which holds the sum.
+inline std::int32_t reference_code(const Case& c, float value, const GridParams& grid,
+                                   std::int64_t row, std::int64_t col) {
+  const double position = value * grid.inverse_scale;
+  const double rounded = c.rounding == Rounding::kNearest
+                             ? std::nearbyint(position)
+                             : std::floor(position + double{reference_uniform(c, row, col)});
+  return static_cast<std::int32_t>(
+      std::clamp<double>(rounded + grid.zero_point, grid.range.qmin, grid.range.qmax));
 }
 
 template <typename Element>
@@ -374,10 +385,9 @@ inline void reference_group(const Problem& problem, std::int64_t row_begin, std:
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     for (std::int64_t col = col_begin; col < col_end; ++col) {
       const float value = problem.get(row, col);
-      const std::int32_t code =
-          !finite ? 0
-          : signs ? reference_sign(value, threshold)
-                  : quantize_one(value, grid, c.rounding, reference_uniform(c, row, col));
+      const std::int32_t code = !finite ? 0
+                                : signs ? reference_sign(value, threshold)
+                                        : reference_code(c, value, grid, row, col);
       float output = finite ? dequantize_one(code, grid) : nan;
       if (finite && c.blend_ratio != 0.0F) {
         output = c.blend_ratio * value + (1.0F - c.blend_ratio) * output;

@@ -23,6 +23,21 @@ TEST(Philox, GivesThePublishedBlockForTheDigitsOfPi) {
   EXPECT_EQ(block, (PhiloxBlock{{0xd16cfe09U, 0x94fdccebU, 0x5001e420U, 0x24126ea1U}}));
 }
 
+TEST(Philox, ABlockFromItsStartIsTheBlock) {
+  const PhiloxKeys keys = philox_keys(0x299f31d0a4093822U);
+  const PhiloxStart start = philox_start(0x85a308d3U, 0x13198a2eU, 0x03707344U, keys);
+  EXPECT_EQ(philox4x32(0x243f6a88U, start, keys),
+            (PhiloxBlock{{0xd16cfe09U, 0x94fdccebU, 0x5001e420U, 0x24126ea1U}}));
+}
+
+TEST(Philox, HalvesOfABlockFollowEachOtherAsInMemory) {
+  constexpr PhiloxBlock kBlock{{0x00020001U, 0x00040003U, 0x00060005U, 0xffff0007U}};
+  for (int i = 0; i < 7; ++i) {
+    EXPECT_EQ(half_of(kBlock, i), static_cast<std::uint32_t>(i + 1));
+  }
+  EXPECT_EQ(half_of(kBlock, 7), 0xffffU);
+}
+
 TEST(Philox, UniformsFillTheHalfOpenUnitInterval) {
   EXPECT_EQ(uniform_from_word(0), 0.0F);
   EXPECT_EQ(uniform_from_word(0xffU), 0.0F);

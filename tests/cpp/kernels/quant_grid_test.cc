@@ -96,18 +96,29 @@ TEST(QuantGrid, NearestRoundsHalfToEven) {
   EXPECT_EQ(nearest(-1.5F, grid), -2);
 }
 
-TEST(QuantGrid, StochasticRoundsUpExactlyWhenTheUniformIsBelowTheFraction) {
+TEST(QuantGrid, StochasticRoundsUpExactlyWhenTheUniformReachesTheNextGridPoint) {
   const GridParams grid{1.0F, 1.0F, 0, grid_range(8, QuantMode::kSymmetric)};
-  EXPECT_EQ(quantize_one(2.25F, grid, Rounding::kStochastic, 0.25F - 0x1p-24F), 3);
-  EXPECT_EQ(quantize_one(2.25F, grid, Rounding::kStochastic, 0.25F), 2);
-  EXPECT_EQ(quantize_one(-2.25F, grid, Rounding::kStochastic, 0.74F), -2);
-  EXPECT_EQ(quantize_one(-2.25F, grid, Rounding::kStochastic, 0.75F), -3);
+  EXPECT_EQ(quantize_one(2.25F, grid, Rounding::kStochastic, 0.75F - 0x1p-16F), 2);
+  EXPECT_EQ(quantize_one(2.25F, grid, Rounding::kStochastic, 0.75F), 3);
+  EXPECT_EQ(quantize_one(-2.25F, grid, Rounding::kStochastic, 0.25F - 0x1p-16F), -3);
+  EXPECT_EQ(quantize_one(-2.25F, grid, Rounding::kStochastic, 0.25F), -2);
+}
+
+TEST(QuantGrid, StochasticAddsTheUniformExactly) {
+  const GridParams grid{1.0F, 1.0F, 0, grid_range(16, QuantMode::kSymmetric)};
+  EXPECT_EQ(quantize_one(-1e-30F, grid, Rounding::kStochastic, 0.0F), -1);
+  EXPECT_EQ(quantize_one(-1e-30F, grid, Rounding::kStochastic, 0x1p-16F), 0);
+  EXPECT_EQ(quantize_one(1e-30F, grid, Rounding::kStochastic, 1.0F - 0x1p-16F), 0);
+  EXPECT_EQ(quantize_one(0x1p-16F, grid, Rounding::kStochastic, 1.0F - 0x1p-16F), 1);
+  EXPECT_EQ(quantize_one(0x1.fffffep-17F, grid, Rounding::kStochastic, 1.0F - 0x1p-16F), 0);
+  EXPECT_EQ(quantize_one(30000.5F, grid, Rounding::kStochastic, 0.5F - 0x1p-16F), 30000);
+  EXPECT_EQ(quantize_one(30000.5F, grid, Rounding::kStochastic, 0.5F), 30001);
 }
 
 TEST(QuantGrid, StochasticKeepsGridPointsForEveryUniform) {
   const GridParams grid{1.0F, 1.0F, 0, grid_range(8, QuantMode::kSymmetric)};
   EXPECT_EQ(quantize_one(5.0F, grid, Rounding::kStochastic, 0.0F), 5);
-  EXPECT_EQ(quantize_one(5.0F, grid, Rounding::kStochastic, 1.0F - 0x1p-24F), 5);
+  EXPECT_EQ(quantize_one(5.0F, grid, Rounding::kStochastic, 1.0F - 0x1p-16F), 5);
   EXPECT_EQ(quantize_one(127.0F, grid, Rounding::kStochastic, 0.0F), 127);
 }
 

@@ -5,7 +5,7 @@
 #include "kernels/common/philox.h"
 #include "kernels/cpu/simd/vector.h"
 
-/// Philox words in registers: the same words as philox4x32, many counters at a time.
+/// Philox in registers: the blocks of philox4x32, many counters at a time, and the draws in them.
 namespace moq::kernels::cpu::MOQ_ISA {
 
 /// The stream that a parameter draws from in one step; kernels/fake_quantize.h defines the counter.
@@ -17,15 +17,16 @@ struct RandomStream {
 
 /// Blocks that one vector computes, and the vectors that their words fill.
 constexpr int kBatchBlocks = kWidth > 1 ? kWidth / 2 : 1;
-constexpr int kBatchVectors = 4 * kBatchBlocks / kWidth;
+constexpr int kBatchWords = 4 * kBatchBlocks / kWidth;
 
 /// Batches that are computed side by side: a round is a chain of instructions that wait for each
 /// other, and the registers hold this many chains.
 constexpr int kBatches = kWidth == 16 ? 4 : kWidth == 8 ? 2 : 1;
 
-/// Elements whose words the batches are, and the vectors that these fill.
-constexpr std::int64_t kDrawn = std::int64_t{4} * kBatchBlocks * kBatches;
-constexpr int kDrawnVectors = kBatchVectors * kBatches;
+/// Elements that the batches have draws for, the vectors that these fill, and those of the words.
+constexpr std::int64_t kDrawn = std::int64_t{kPhiloxHalves} * kBatchBlocks * kBatches;
+constexpr int kDrawnVectors = static_cast<int>(kDrawn / kWidth);
+constexpr int kDrawnWords = kBatchWords * kBatches;
 
 /// What a caller does with itself while words are drawn: nothing.
 struct Nothing {
@@ -62,29 +63,25 @@ template <bool kOdd, typename Vector>
 class RandomBlocks {
  public:
   RandomBlocks(const RandomStream& stream, std::uint32_t upper_number) {
-    auto key0 = static_cast<std::uint32_t>(stream.seed);
-    auto key1 = static_cast<std::uint32_t>(stream.seed >> 32);
-    const std::uint64_t first_product = std::uint64_t{kPhiloxMultiplier1} * stream.step;
-    const std::uint32_t word0 =
-        static_cast<std::uint32_t>(first_product >> 32) ^ upper_number ^ key0;
-    const std::uint64_t second_product = std::uint64_t{kPhiloxMultiplier0} * word0;
-    first2_ = stream.name_hash ^ key1;
-    for (int round = 1; round < kPhiloxRounds; ++round) {
-      key0 += kPhiloxWeyl0;
-      key1 += kPhiloxWeyl1;
-      key0_[round] = key0;
-      key1_[round] = key1;
+    const PhiloxKeys keys = philox_keys(stream.seed);
+    const PhiloxStart start = philox_start(upper_number, stream.step, stream.name_hash, keys);
+    first2_ = start.first2;
+    second0_ = start.second0;
+    second2_ = start.second2;
+    second3_ = start.second3;
+    for (int round = 2; round < kPhiloxRounds; ++round) {
+      key0_[round] = keys.word[2 * round];
+      key1_[round] = keys.word[2 * round + 1];
     }
-    second0_ = static_cast<std::uint32_t>(first_product) ^ key0_[1];
-    second2_ = static_cast<std::uint32_t>(second_product >> 32) ^ key1_[1];
-    second3_ = static_cast<std::uint32_t>(second_product);
   }
 
   /// Words of kCount batches of blocks from `lower_number` on, in order. Calls between(0) to
   /// between(kDrawnVectors - 1) on the way, in places where the rounds leave execution units idle.
   template <int kCount, typename Between>
-  [[gnu::always_inline]] void draw(std::uint32_t lower_number, I32 (&words)[kBatchVectors * kCount],
+  [[gnu::always_inline]] void draw(std::uint32_t lower_number, I32 (&words)[kBatchWords * kCount],
                                    const Between& between) const {
+    constexpr int kBetween = kDrawnVectors / (kPhiloxRounds - 2);
+    static_assert(kBetween * (kPhiloxRounds - 2) == kDrawnVectors);
     const U64 multiplier0 = U64{} + kPhiloxMultiplier0;
     const U64 multiplier1 = U64{} + kPhiloxMultiplier1;
     U64 word0[kCount];
@@ -112,8 +109,9 @@ class RandomBlocks {
         word1[i] = product1;
         word3[i] = product0;
       }
-      if (round - 2 < kDrawnVectors) {
-        between(round - 2);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBetween; ++i) {
+        between((round - 2) * kBetween + i);
       }
     }
 #pragma GCC unroll 8
@@ -154,7 +152,7 @@ class RandomBlocks {
       : stream_(stream), upper_number_(upper_number) {}
 
   template <int kCount, typename Between>
-  void draw(std::uint32_t lower_number, I32 (&words)[kBatchVectors * kCount],
+  void draw(std::uint32_t lower_number, I32 (&words)[kBatchWords * kCount],
             const Between& between) const {
     const PhiloxBlock block =
         philox4x32({{lower_number, upper_number_, stream_.step, stream_.name_hash}}, stream_.seed);
@@ -171,15 +169,32 @@ class RandomBlocks {
 
 #endif
 
+/// Draws of the i-th vector of elements, in units of 2^-16, from their blocks' words.
+[[gnu::always_inline]] inline I32 draws_of(const I32* words, int i) {
+#if defined(MOQ_ISA_avx512)
+  const auto both = bit_cast<__m512i>(words[i / 2]);
+  const __m256i halves =
+      i % 2 == 0 ? _mm512_castsi512_si256(both) : _mm512_extracti64x4_epi64(both, 1);
+  return bit_cast<I32>(_mm512_cvtepu16_epi32(halves));
+#elif defined(MOQ_ISA_avx2)
+  const auto both = bit_cast<__m256i>(words[i / 2]);
+  const __m128i halves =
+      i % 2 == 0 ? _mm256_castsi256_si128(both) : _mm256_extracti128_si256(both, 1);
+  return bit_cast<I32>(_mm256_cvtepu16_epi32(halves));
+#else
+  return static_cast<I32>((static_cast<U32>(words[i / 2]) >> (i % 2 * 16)) & 0xffffU);
+#endif
+}
+
 /// True if the blocks [first, end) do not all agree in the upper 32 bits of their numbers.
 inline bool straddles(std::uint64_t first, std::uint64_t end) {
   return first >> 32 != (end - 1) >> 32;
 }
 
-/// The words of a parameter's elements, which follow each other in the order of their numbers.
-class RandomWords {
+/// The draws of a parameter's elements, which follow each other in the order of their numbers.
+class RandomDraws {
  public:
-  explicit RandomWords(const RandomStream& stream) : stream_(stream), blocks_(stream, 0) {}
+  explicit RandomDraws(const RandomStream& stream) : stream_(stream), blocks_(stream, 0) {}
 
   /// Blocks that have `number` among them.
   const RandomBlocks& blocks_at(std::uint64_t number) {
@@ -191,18 +206,20 @@ class RandomWords {
     return blocks_;
   }
 
-  /// Room that words() needs for `size` elements: whole batches, at any alignment.
+  /// Room that draw() needs for `size` elements: whole batches, at any alignment.
   static constexpr std::int64_t capacity(std::int64_t size) {
-    return size + 4 * (kBatchBlocks + 1);
+    return size + kPhiloxHalves * (kBatchBlocks + 1);
   }
 
-  /// Words of the elements [first, first + size), written to `buffer` (with room for
-  /// capacity(size)); returns where the first element's word is.
-  const std::uint32_t* words(std::int64_t first, std::int64_t size, std::uint32_t* buffer) {
-    const auto first_word = static_cast<std::uint64_t>(first);
-    const std::uint64_t end = (first_word + static_cast<std::uint64_t>(size) + 3) / 4;
-    std::uint64_t number = first_word / 4;
-    std::uint32_t* target = buffer;
+  /// Draws of the elements [first, first + size) in units of 2^-16, written to `buffer` (with room
+  /// for capacity(size)); returns where the first element's draw is.
+  const std::uint16_t* draw(std::int64_t first, std::int64_t size, std::uint16_t* buffer) {
+    constexpr auto kHalves = static_cast<std::uint64_t>(kPhiloxHalves);
+    const auto first_half = static_cast<std::uint64_t>(first);
+    const std::uint64_t end =
+        (first_half + static_cast<std::uint64_t>(size) + kHalves - 1) / kHalves;
+    std::uint64_t number = first_half / kHalves;
+    std::uint16_t* target = buffer;
     while (number < end) {
       const std::uint64_t next_upper = ((number >> 32) + 1) << 32;
       const std::uint64_t end_here = end < next_upper ? end : next_upper;
@@ -213,20 +230,20 @@ class RandomWords {
       for (; number < end_here; number += kBatchBlocks) {
         target = put<1>(blocks, number, target);
       }
-      target -= 4 * (number - end_here);  // the last batch may have passed the end
+      target -= kHalves * (number - end_here);  // the last batch may have passed the end
       number = end_here;
     }
-    return buffer + first_word % 4;
+    return buffer + first_half % kHalves;
   }
 
  private:
   template <int kCount>
-  static std::uint32_t* put(const RandomBlocks& blocks, std::uint64_t number,
-                            std::uint32_t* target) {
-    I32 words[kBatchVectors * kCount];
+  static std::uint16_t* put(const RandomBlocks& blocks, std::uint64_t number,
+                            std::uint16_t* target) {
+    I32 words[kBatchWords * kCount];
     blocks.draw<kCount>(static_cast<std::uint32_t>(number), words, Nothing());
     std::memcpy(target, words, sizeof(words));
-    return target + std::int64_t{4} * kBatchBlocks * kCount;
+    return target + std::int64_t{kPhiloxHalves} * kBatchBlocks * kCount;
   }
 
   RandomStream stream_;
