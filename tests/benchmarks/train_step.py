@@ -262,28 +262,38 @@ def gpu_rows(turns: int, compiled: bool, rounding: str) -> Iterator[Row]:
     case = f"355M BF16 batch 8 x 512, {'compiled' if compiled else 'eager'}, {rounding}"
     numel = sum(p.numel() for n, p in model.named_parameters() if n in names)
     for peer, label in (("plain", "plain step, same masters"), ("pure", "pure BF16 step")):
-        times = 1e3 * seconds["moq"], 1e3 * seconds[peer]
+        times = [1e3 * statistics.median(seconds[name]) for name in ("moq", peer)]
+        pairs = zip(seconds["moq"], seconds[peer], strict=True)
+        ratios = statistics.quantiles([own / other for own, other in pairs], n=4)
         rest, peak = ((memory["moq"][i] - memory[peer][i]) / 2**20 for i in range(2))
-        note = f"({times[0] / times[1]:.3f} times; memory {rest:+.0f} MiB kept, {peak:+.0f} MiB in "
-        note += f"a step; the masters are {numel / 2**18:.0f} MiB)"
+        note = (
+            f"({ratios[1]:.3f} times, half of the turns {ratios[0]:.3f} to {ratios[2]:.3f}; "
+            f"memory {rest:+.0f} MiB kept, {peak:+.0f} MiB in a step; "
+            f"the masters are {numel / 2**18:.0f} MiB)"
+        )
         yield Row(f"{case}, {label}", *times, "ms", note)
 
 
-def timed(calls: dict[str, Step], turns: int) -> dict[str, float]:
-    """Median seconds of a step of each competitor, in runs of some steps, host included."""
+def timed(calls: dict[str, Step], turns: int) -> dict[str, list[float]]:
+    """Seconds of a step of each competitor in every turn, host included.
+
+    A GPU's clocks change with its load and temperature within seconds: a turn is short, and who
+    comes first changes.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for turn in range(turns + 1):
-        for name, call in calls.items():
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()
             for _ in range(RUN):
-                call()
+                calls[name]()
             end.record()
             end.synchronize()
             if turn:
                 seconds[name].append(start.elapsed_time(end) / 1e3 / RUN)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def main() -> int:
