@@ -113,6 +113,8 @@ def probe(
                 lambda batch: model(**batch).loss,
                 task.probe_batches(),
                 measure=measure,
+                form="exact",
+                max_seconds=None,  # every machine makes the same products
                 max_products=task.settings.products[measure == "eigenvalue"],
                 tolerance=TOLERANCE[measure],
             )
