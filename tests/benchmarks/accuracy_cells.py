@@ -1,5 +1,6 @@
 """One cell of accuracy.py: a model that one method made, at one width and seed, and its score."""
 
+import gc
 import json
 import math
 import re
@@ -377,6 +378,9 @@ METHODS: dict[str, Callable[[Task, float], Outcome]] = {
 def run(cell: Cell, settings: Settings, folder: Path, work: Path, device: str) -> dict[str, Any]:
     """Makes the model of a cell, measures it, and returns the result."""
     started = time.perf_counter()
+    gc.collect()  # what the process's last cell left on the device
+    torch.cuda.empty_cache()
+    torch.backends.cuda.matmul.allow_tf32 = False  # but for training
     task = Task(settings, cell.seed, folder, work, device)
     outcome = METHODS[cell.method](task, cell.bits)
     result: dict[str, Any] = {
