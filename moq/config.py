@@ -309,6 +309,8 @@ class SensitivityConfig(Strict):
         tolerance: Accuracy at which measuring stops; None takes that of moq.sensitivity.measure.
         max_products: Bound on Hessian-vector products, over all batches for the trace, per block
             and batch for the eigenvalue; None likewise.
+        max_cost: Share of the training's time that all measurements may take together, in (0, 1]:
+            batches and products are fewer and measurements rarer if they must be. None: any.
     """
 
     measure: Literal["trace", "eigenvalue", "both"] = "trace"
@@ -316,9 +318,10 @@ class SensitivityConfig(Strict):
     rule: Literal["stepped", "linear", "none"] = "stepped"
     tolerance: float | None = None
     max_products: int | None = None
+    max_cost: float | None = 0.02
 
     def validate(self) -> None:
-        """Refuses a tolerance outside (0, 1) and bounds below 1.
+        """Refuses a tolerance or a share outside (0, 1) and bounds below 1.
 
         Raises:
             ValueError: naming the field.
@@ -327,6 +330,8 @@ class SensitivityConfig(Strict):
             require(0 < self.tolerance < 1, "tolerance must lie in (0, 1)", self.tolerance)
         if self.max_products is not None:
             require(self.max_products >= 1, "max_products must be at least 1", self.max_products)
+        if self.max_cost is not None:
+            require(0 < self.max_cost <= 1, "max_cost must lie in (0, 1]", self.max_cost)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,18 @@ class Curvature:
         return gradients
 
 
+def scalar_loss(found: Any, form: str) -> Tensor:
+    """Returns the loss to be differentiated once, of what loss_fn returns for a form.
+
+    Raises:
+        TypeError, ValueError: as `Curvature.operator`.
+    """
+    loss = _loss_and_outputs(found)[0] if form == "gauss_newton" else _tensor(found)
+    loss = _finite(loss.mean() if form == "fisher" else loss, 0)
+    _C.require_loss(loss)
+    return loss
+
+
 def _tensor(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(

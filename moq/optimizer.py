@@ -30,12 +30,9 @@ from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.loggers import Logger
 from moq.masters import Masters
-from moq.planning import (
-    choose_for_masters,
-    measure_blocks,
-    plan_by,
-    require_plannable,
-)
+from moq.planning import choose_for_masters, plan_by, require_plannable
+from moq.probe_cost import BudgetTooSmallError
+from moq.probing import ProbeCost, Probes
 from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
@@ -145,6 +142,7 @@ class MoQOptimizer(OptimizerWrapper):
         self._masters.warn_if_simulated()
         self._masters.trainer.write_simulated()
         self._activations.place(matched)
+        self._probes = Probes(self.config, total_steps, self._pace)
         self.param_groups[0][RECORD_KEY] = self._record().to_json()
         self._reporter = Reporter(verbose)
         self._reporter.start(matched, blocks.numbers, schedule)
@@ -255,6 +253,8 @@ class MoQOptimizer(OptimizerWrapper):
         self._reporter.drops(trainer)
         self._scalars.after_step(self._masters)
         self._pace.step()
+        if self._probes.due(lambda: self.steps):
+            self._probe_again()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,6 +295,7 @@ class MoQOptimizer(OptimizerWrapper):
         self._blank_state = record.blank_state
         self.history = record.history
         self._target_bits = record.target_bits
+        self._probes.restore(record.probes, record.step)
         self._reporter.reported = record.step
         if not (self._shows_masters or keep_weights):
             self._masters.trainer.write_simulated()
@@ -368,27 +369,49 @@ class MoQOptimizer(OptimizerWrapper):
                 MoQOptimizer or without what is around it (to more for the forms ``gauss_newton``
                 and ``fisher``, see moq.sensitivity.measure); must not call backward.
             batches: A fixed set of batches, the same at every probe.
-            **options: Passed to moq.sensitivity.measure, over the configuration: `measure`,
-                `form` and others.
+            **options: Over the configuration's: `max_cost`, and what moq.sensitivity.measure has,
+                `measure`, `form` and others.
 
         Returns:
             The measurement: per block value, normalised value and standard error.
 
         Raises:
             ValueError: before anything is measured, if nothing is quantized or if the schedule does
-                not follow sensitivities (schedule.table, sensitivity.rule ``none``).
+                not follow sensitivities (schedule.table, sensitivity.rule ``none``); if `max_cost`
+                has no room for the smallest measurement, naming what would; as measure.
             RuntimeError: inside `full_precision`.
             TypeError, NotImplementedError, moq._C.Error: as moq.sensitivity.measure.
         """
         self._require_simulated("probe")
         require_plannable(self.config, self._masters, "MoQOptimizer.probe")
-        options = {"progress": self._reporter.enabled} | options
-        found = measure_blocks(
-            self._model_as_given, self._masters, self.config, loss_fn, batches, options
-        )
-        self.apply_sensitivity(found)
-        self._pace.interrupt()
-        return found
+        return self._probe(loss_fn, list(batches), options)[0]
+
+    def probe_regularly(
+        self, loss_fn: Callable[[Any], torch.Tensor], batches: Iterable[Any], **options: Any
+    ) -> None:
+        """Measures now, and again in later steps, as often as sensitivity.max_cost allows.
+
+        The steps are spread evenly until the last width falls, at most as many as there are drops.
+        They are decided by the cost of the first measurement and saved with the state: a resumed
+        training calls this too, and goes on as it would have, without measuring at once. All ranks
+        must call it. A later measurement that fails warns, and leaves the plan as it is.
+
+        Args:
+            loss_fn: As for `probe`.
+            batches: Likewise; they are kept.
+            **options: Likewise, for all measurements.
+
+        Raises:
+            ValueError, RuntimeError, TypeError, NotImplementedError, moq._C.Error: as `probe`, of
+                the first measurement.
+        """
+        self._require_simulated("probe_regularly")
+        require_plannable(self.config, self._masters, "MoQOptimizer.probe_regularly")
+        kept, probes = list(batches), self._probes
+        if probes.state.cadence is None:
+            _, cost = self._probe(loss_fn, kept, options)
+            probes.plan_cadence(self.schedule(), self.steps, cost)
+        probes.loss_fn, probes.batches, probes.options = loss_fn, kept, options
 
     def apply_sensitivity(self, found: Sensitivity) -> None:
         """Plans the rest of the schedule by a measurement that `probe` did not make.
@@ -405,9 +428,48 @@ class MoQOptimizer(OptimizerWrapper):
         """
         where = "MoQOptimizer.apply_sensitivity"
         require_plannable(self.config, self._masters, where)
+        self._plan_by(found, None, where)
+
+    def _probe(
+        self, loss_fn: Callable[[Any], Any], batches: Sequence[Any], options: Mapping[str, Any]
+    ) -> tuple[Sensitivity, ProbeCost]:
+        """Measures within the budget, and plans by what was found."""
+        options = {"progress": self._reporter.enabled} | dict(options)
+        found, cost = self._probes.measure(
+            self._model_as_given, self._masters, loss_fn, batches, options
+        )
+        self._plan_by(found, cost, "MoQOptimizer.probe")
+        return found, cost
+
+    def _probe_again(self) -> None:
+        """Makes the regular measurement that is due; a training does not end because it fails."""
+        probes = self._probes
+        probes.pass_over()
+        assert probes.loss_fn is not None
+        try:
+            self._masters.catch_up()
+            self._probe(probes.loss_fn, probes.batches, probes.options)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error.__cause__, BudgetTooSmallError):
+                self._reporter.probe_left_out(self.steps, reason)
+                return
+            warnings.warn(
+                f"MoQOptimizer: the measurement of step {self.steps} failed, and the plan stays "
+                f"as it is: {reason}",
+                stacklevel=3,
+            )
+
+    def _plan_by(self, found: Sensitivity, cost: ProbeCost | None, where: str) -> None:
+        """Plans by a measurement, and tells all who want to know."""
         plan_by(found, self._masters, where)
-        self.history.append({"step": self.steps} | asdict(found))
+        entry = {"step": self.steps} | asdict(found)
+        if cost is not None:
+            entry["cost"] = asdict(cost)
+        self.history.append(entry)
         self._reporter.sensitivity(self.steps, found)
+        if cost is not None:
+            self._reporter.probe_cost(self.steps, found, cost)
         if is_main_process():
             values = zip(found.blocks, found.normalised, strict=True)
             named = {f"moq/sensitivity/{name}": value for name, value in values}
@@ -644,6 +706,7 @@ class MoQOptimizer(OptimizerWrapper):
             blank_state=self._blank_state,
             activations=self._activations.state(),
             target_bits=self._target_bits,
+            probes=self._probes.saved(),
         )
 
 

@@ -32,6 +32,7 @@ class Record:
         blank_state: True if the inner optimizer has made no step: its state is only a form that
             loading fills in.
         activations: Moving averages of static activations, by name of the layer.
+        probes: What ProbeState has: time spent on measuring, steps of the next measurements.
         target_bits: Last widths that choose_target_bits put in the place of the configured ones, by
             name of the block.
     """
@@ -45,6 +46,7 @@ class Record:
     blank_state: bool = False
     activations: dict[str, float] = field(default_factory=dict)
     target_bits: dict[str, int] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the record as it stands in the first param group."""

@@ -14,6 +14,7 @@ from moq.rules import MatchedParameter
 
 if TYPE_CHECKING:
     from moq.estimators import Sensitivity
+    from moq.probing import ProbeCost
     from moq.target_bits import TargetBits
 
 
@@ -207,6 +208,19 @@ class Reporter:
         """Prints a measurement."""
         if self.enabled:
             print_line(sensitivity_table(step, found))
+
+    def probe_cost(self, step: int, found: Sensitivity, cost: ProbeCost) -> None:
+        """Prints what a measurement took."""
+        if self.enabled:
+            print_line(
+                f"moq: step {step}: {found.products} products ({found.form}) over {found.batches} "
+                f"batches in {cost}"
+            )
+
+    def probe_left_out(self, step: int, reason: str) -> None:
+        """Prints why a regular measurement was not made."""
+        if self.enabled:
+            print_line(f"moq: step {step}: not measured again: {reason}")
 
     def target_bits(self, choice: TargetBits) -> None:
         """Prints a choice of target widths."""

@@ -17,7 +17,7 @@ from moq import _C
 from moq.blocks import assign_blocks
 from moq.collective import all_gather, raise_together
 from moq.config import BLOCK_PATTERN, MoQConfig
-from moq.curvature import FORMS, Curvature, Form
+from moq.curvature import FORMS, Curvature, Form, scalar_loss
 from moq.estimators import (
     DEFAULT_PRODUCTS,
     DEFAULT_TOLERANCE,
@@ -30,7 +30,7 @@ from moq.estimators import (
     kinds_of,
     normalise,
 )
-from moq.probe_cost import Cost, Kind, Size, fit
+from moq.probe_cost import BudgetTooSmallError, Cost, Kind, Size, fit
 from moq.progress import ProductBar
 from moq.rules import match_parameters, plain_name, unwrap
 from moq.sharding import is_sharded
@@ -194,6 +194,42 @@ def measure(
     return found
 
 
+def gradient_seconds(
+    model: nn.Module,
+    loss_fn: Callable[[Any], Any],
+    batches: Sequence[Any],
+    form: str,
+    group: ProcessGroup | None = None,
+) -> float:
+    """Returns the seconds that one gradient takes, of the first batch on the slowest rank.
+
+    Args:
+        model: What `loss_fn` calls.
+        loss_fn: As for `measure` with `form`.
+        batches: Of this rank.
+        form: What `loss_fn` is made for.
+        group: Ranks that measure together, all of which must call.
+
+    Raises:
+        ValueError: if no rank has a batch, or as `measure` of the loss.
+    """
+    seconds = None
+    curvature = Curvature("fisher", model, [], loss_fn, group)
+    with raise_together(group), undisturbed(model), curvature.frame():
+        for _ in range(2 if batches else 0):  # the first one also makes what is made once
+            started = time.perf_counter()
+            scalar_loss(loss_fn(batches[0]), form).backward()  # type: ignore[no-untyped-call]
+            for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+            for parameter in model.parameters():
+                parameter.grad = None
+    known = [other for other in all_gather(seconds, group) if other is not None]
+    if not known:
+        raise ValueError("measure: batches must hold at least one batch, got none")
+    return max(known)
+
+
 class _Probe:
     """One measurement, whatever its form.
 
@@ -250,7 +286,8 @@ class _Probe:
             if reason is not None:
                 return reason
 
-            size = self._size(own, examples, curvature.form == "fisher", bar)
+            spent = time.perf_counter() - started
+            size = self._size(own, examples, curvature.form == "fisher", spent, bar)
             meters = self._meters(size, bar)
             most = size.batches
             before = self.counts[: 0 if self.sharded else self.rank]
@@ -316,18 +353,37 @@ class _Probe:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-    def _size(self, own: Cost, examples: int, fixed: bool, bar: ProductBar) -> Size:
-        """Decides together how much is measured; prints what eigenvalues will cost."""
-        ranks = self._gather((own, examples))
-        cost = Cost(max(c.graph for c, _ in ranks), max(c.product for c, _ in ranks))
+    def _size(self, own: Cost, examples: int, fixed: bool, spent: float, bar: ProductBar) -> Size:
+        """Decides together how much is measured; prints what eigenvalues will cost.
+
+        Args:
+            own: Cost on this rank.
+            examples: Of its first batch.
+            fixed: Whether there is a product for each example.
+            spent: Seconds so far.
+            bar: Prints.
+        """
+        ranks = self._gather((own, examples, spent))
+        cost = Cost(max(c.graph for c, _, _ in ranks), max(c.product for c, _, _ in ranks))
         wanted: dict[Kind, int] = dict(self.max_products)
         if fixed:
             # As many as there are examples, of all batches for the trace and of each for the rest.
-            most = max(n for _, n in ranks)
+            most = max(n for _, n, _ in ranks)
             wanted = {k: most * (sum(self.counts) if k == "trace" else 1) for k in wanted}
-        size = fit(
-            self.counts, wanted, cost, len(self.blocks), self.max_seconds, divisible=not fixed
-        )
+        # The first graph is there already.
+        gone = max(seconds for _, _, seconds in ranks) - cost.graph
+        try:
+            size = fit(
+                self.counts,
+                wanted,
+                cost,
+                len(self.blocks),
+                None if self.max_seconds is None else self.max_seconds - gone,
+                divisible=not fixed,
+            )
+        except BudgetTooSmallError as error:
+            assert self.max_seconds is not None
+            raise BudgetTooSmallError(error.least + gone, self.max_seconds) from error
         total = sum(min(count, size.batches) for count in self.counts)
         if "eigenvalue" in wanted:
             most = total * len(self.blocks) * size.products["eigenvalue"]

@@ -174,7 +174,9 @@ def test_measuring_leaves_dropout_as_it_would_have_been(decoder):
     torch.manual_seed(3)
     expected = torch.rand(5)
     torch.manual_seed(3)
-    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4)
+    optimizer.probe(
+        lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4, max_cost=None
+    )
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -188,7 +190,11 @@ def test_sensitivities_reach_tensorboard(decoder, tmp_path):
     model = decoder()
     optimizer = wrap(model, FALLING, loggers=TensorBoardLogger(tmp_path))
     found = optimizer.probe(
-        lambda tokens: loss_of(model, tokens), [batch(50)], measure="eigenvalue", max_products=4
+        lambda tokens: loss_of(model, tokens),
+        [batch(50)],
+        measure="eigenvalue",
+        max_products=4,
+        max_cost=None,
     )
     events = EventAccumulator(str(tmp_path)).Reload()
     for name, value in zip(found.blocks, found.normalised, strict=True):

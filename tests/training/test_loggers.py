@@ -166,7 +166,9 @@ def test_blend_ratios_are_told(decoder):
 def test_sensitivities_are_told_when_they_are_measured(decoder):
     model, recorder = decoder(), Recorder()
     optimizer = wrap(model, FALLING, loggers=recorder)
-    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4)
+    found = optimizer.probe(
+        lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4, max_cost=None
+    )
     assert recorder.steps[0] == {
         "moq/sensitivity/layers.0": found.normalised[0],
         "moq/sensitivity/layers.1": found.normalised[1],

@@ -153,7 +153,9 @@ def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, c
     assert cli.main(command) == 1
     assert "must have been measured (probe), got none" in capsys.readouterr().err
 
-    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.probe(
+        lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()], max_cost=None
+    )
     optimizer.save(tmp_path / "run")
     rows = {row[0]: row[1:] for row in planned(capsys, *command[1:]) if row}
     (found,) = optimizer.history
@@ -182,7 +184,9 @@ def probed_run(directory, config: dict, frozen: str = "-"):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
     optimizer = wrap(model, config, 1000)
-    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.probe(
+        lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()], max_cost=None
+    )
     optimizer.save(directory)
     return optimizer
 
@@ -212,7 +216,9 @@ def test_a_layer_that_rules_split_anew_is_as_sensitive_as_the_most_sensitive_of_
 
 def test_a_run_of_other_blocks_is_refused(tmp_path, capsys):
     model, optimizer = tiny_llama_in_training()
-    optimizer.probe(lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()])
+    optimizer.probe(
+        lambda ids: model(input_ids=ids, labels=ids).loss, [torch.ones(1, 4).long()], max_cost=None
+    )
     optimizer.save(tmp_path / "run")
     config = tmp_path / "moq.json"
     config.write_text(json.dumps({"block_pattern": "^model"}))

@@ -21,7 +21,9 @@ def probed(decoder, at: int, **config):
     optimizer = wrap(model, FALLING | config, STEPS)
     for step in range(at):
         train_step(model, optimizer, step)
-    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50), batch(51)])
+    found = optimizer.probe(
+        lambda tokens: loss_of(model, tokens), [batch(50), batch(51)], max_cost=None
+    )
     return model, optimizer, found
 
 
@@ -58,7 +60,7 @@ def test_a_probe_leaves_the_training_as_it_was(decoder):
     loss_of(model, batch(0)).backward()
     loss_of(twin, batch(0)).backward()
     before = weights(model)
-    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_cost=None)
     assert model.training
     assert_same(weights(model), before)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -82,7 +84,7 @@ def test_blocks_of_frozen_weights_are_not_measured_and_do_not_wait(decoder):
     model = decoder()
     model.layers[0].requires_grad_(False)
     optimizer = wrap(model, FALLING, STEPS)
-    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_cost=None)
     assert found.blocks == ("layers.1",)
     plan = optimizer.schedule().plan()
     assert plan[0][-1][0] < plan[1][-1][0] == 12
@@ -92,7 +94,7 @@ def test_nothing_to_probe_is_an_error(decoder):
     model = decoder()
     optimizer = wrap(model, {"rules": [{"match": "*", "exclude": True}]})
     with pytest.raises(ValueError, match="at least one parameter must be quantized"):
-        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_cost=None)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_nothing_to_probe_is_an_error(decoder):
 def test_what_a_measurement_cannot_change_is_refused_before_it(decoder, config, message):
     optimizer = wrap(decoder(), FALLING | config, STEPS)
     with pytest.raises(ValueError, match=f"MoQOptimizer.probe: .*{message}"):
-        optimizer.probe(pytest.fail, [batch(50)])
+        optimizer.probe(pytest.fail, [batch(50)], max_cost=None)
     with pytest.raises(ValueError, match=f"MoQOptimizer.apply_sensitivity: .*{message}"):
         optimizer.apply_sensitivity(None)
 
@@ -113,7 +115,7 @@ def test_what_a_measurement_cannot_change_is_refused_before_it(decoder, config, 
 def test_masters_are_not_measured(decoder):
     optimizer = wrap(decoder(), FALLING, STEPS)
     with optimizer.full_precision(), pytest.raises(RuntimeError, match="outside full_precision"):
-        optimizer.probe(pytest.fail, [batch(50)])
+        optimizer.probe(pytest.fail, [batch(50)], max_cost=None)
 
 
 def test_a_finished_measurement_plans_as_a_probe_does(decoder):
@@ -121,6 +123,8 @@ def test_a_finished_measurement_plans_as_a_probe_does(decoder):
     optimizer = wrap(decoder(), FALLING, STEPS)
     optimizer.apply_sensitivity(found)
     assert optimizer.schedule().plan() == probed_optimizer.schedule().plan()
+    cost = probed_optimizer.history[0].pop("cost")
+    assert cost["max_cost"] is None and cost["spent"] == cost["seconds"] > 0
     assert optimizer.history == probed_optimizer.history
 
 
@@ -149,8 +153,11 @@ def test_every_sensitivity_is_printed(decoder, capsys):
     model = decoder(layers=30)
     optimizer = shown(model, FALLING)
     capsys.readouterr()
-    found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
-    head, *rows = capsys.readouterr().out.splitlines()
+    found = optimizer.probe(
+        lambda tokens: loss_of(model, tokens), [batch(50)], progress=False, max_cost=None
+    )
+    head, *rows, cost = capsys.readouterr().out.splitlines()
+    assert "products (exact) over 1 batches in" in cost
     largest = max(found.values, key=abs)
     assert head == f"moq: step 0: sensitivity (trace) over the largest, {largest:.3g}:"
     words = " ".join(rows).split()
@@ -215,7 +222,7 @@ def test_nothing_is_printed_when_told_so(decoder, capsys):
     optimizer = wrap(model, FALLING)
     for step in range(6):
         train_step(model, optimizer, step)
-    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)])
+    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_cost=None)
     assert capsys.readouterr() == ("", "")
 
 

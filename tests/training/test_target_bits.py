@@ -356,7 +356,7 @@ def test_frozen_and_ternary_blocks_keep_their_width(decoder):
     model.layers[0].requires_grad_(False)
     rules = [{"match": "layers.1.*", "mode": "ternary"}]
     optimizer = wrap(model, {"rules": rules}, STEPS)
-    optimizer.probe(lambda ids: loss_of(model, ids), [batch(50)], progress=False)
+    optimizer.probe(lambda ids: loss_of(model, ids), [batch(50)], progress=False, max_cost=None)
     choice = optimizer.choose_target_bits(mean_bits=16)
     assert choice.bits == (8, 2, 16)
     assert choice.blocks[0].trace is None and choice.blocks[0].losses == (0.0,)
@@ -556,7 +556,7 @@ def tokens(seed):
 
 def probed_llama(model, config, total_steps=STEPS):
     optimizer = wrap(model, config, total_steps, lr=1e-4)
-    optimizer.probe(lambda row: model(**row).loss, [tokens(9)], progress=False)
+    optimizer.probe(lambda row: model(**row).loss, [tokens(9)], progress=False, max_cost=None)
     return optimizer
 
 

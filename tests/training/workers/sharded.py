@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -438,7 +439,9 @@ def check_replicas_stay_equal_under_ddp() -> None:
         model = nn.parallel.DistributedDataParallel(whole_decoder(seed=dist.get_rank()))
         optimizer = wrap(model, config, STEPS)
         own = [batch(50 + dist.get_rank())]  # each rank measures something else
-        optimizer.probe(lambda tokens, model=model: loss_of(model, tokens), own, max_products=4)
+        optimizer.probe(
+            lambda tokens, model=model: loss_of(model, tokens), own, max_products=4, max_cost=None
+        )
         for step in range(STEPS):
             train_step(model, optimizer, step + 100 * dist.get_rank())
             require_equal_replicas(model, optimizer)
@@ -555,7 +558,9 @@ def check_a_probe_under_ddp_takes_any_number_of_batches_on_each_rank() -> None:
     train_step(model, optimizer, 0)  # after it DistributedDataParallel has buckets to rebuild
     train_step(reference, expected, 0)
     own = [] if dist.get_rank() < ranks - 1 else [batch(50), batch(51)]
-    found = optimizer.probe(lambda tokens: loss_of(model, tokens), own, max_products=8)
+    found = optimizer.probe(
+        lambda tokens: loss_of(model, tokens), own, max_products=8, max_cost=None
+    )
     blocks = quantized_blocks(reference, FALLING)
     options = {"max_products": 8, "seed": FALLING["seed"], "progress": False}
     alone = measure(reference, blocks, lambda tokens: loss_of(reference, tokens), own, **options)
@@ -577,7 +582,9 @@ def check_a_model_is_measured_before_it_is_sharded() -> None:
     fully_shard(model)
     optimizer = wrap(model, FALLING, STEPS)
     try:
-        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], form="exact")
+        optimizer.probe(
+            lambda tokens: loss_of(model, tokens), [batch(50)], form="exact", max_cost=None
+        )
     except TypeError as error:
         assert "before fully_shard, measure moq.sensitivity.quantized_blocks" in str(error)
     else:
@@ -602,6 +609,7 @@ def check_a_sharded_model_is_measured_by_differences() -> None:
             form="finite_difference",
             measure=kind,
             **options,
+            max_cost=None,
         )
         model = sharded_decoder()
         optimizer = wrap(model, FALLING, STEPS)
@@ -609,7 +617,11 @@ def check_a_sharded_model_is_measured_by_differences() -> None:
         with torch.no_grad():
             model(batch(0).to(device()))  # leaves the root's parameters whole
         found = optimizer.probe(
-            lambda tokens, model=model: loss_of(model, tokens), own, measure=kind, **options
+            lambda tokens, model=model: loss_of(model, tokens),
+            own,
+            measure=kind,
+            **options,
+            max_cost=None,
         )
         assert found.form == "finite_difference" and found.products == expected.products
         largest = max(map(abs, expected.values))
@@ -633,7 +645,9 @@ def check_a_sharded_model_in_half_precision_is_refused() -> None:
     optimizer = wrap(model, FALLING, STEPS)
     before = [full(p.detach()).clone() for p in model.parameters()]
     try:
-        optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
+        optimizer.probe(
+            lambda tokens: loss_of(model, tokens), [batch(50)], progress=False, max_cost=None
+        )
     except moq._C.Error as error:
         assert "two step sizes must agree within 10 %" in str(error)
         assert "without a half-precision param_dtype" in str(error)
@@ -649,7 +663,7 @@ def check_ranks_that_share_a_model_need_as_many_batches() -> None:
     if dist.get_world_size() == 1:
         return
     try:
-        optimizer.probe(lambda tokens: loss_of(optimizer.model, tokens), own)
+        optimizer.probe(lambda tokens: loss_of(optimizer.model, tokens), own, max_cost=None)
     except ValueError as error:
         assert "every rank must have as many batches" in str(error)
     else:
@@ -663,11 +677,34 @@ def check_batches_with_other_keys_are_refused_on_all_ranks() -> None:
     if dist.get_world_size() == 1:
         return
     try:
-        optimizer.probe(lambda b: loss_of(model, b["tokens"]), own)
+        optimizer.probe(lambda b: loss_of(model, b["tokens"]), own, max_cost=None)
     except ValueError as error:
         assert "['tokens'] on rank 0 and ['mask', 'tokens'] on rank 1" in str(error)
     else:
         raise AssertionError("ranks measured other losses")
+
+
+def check_ranks_decide_alike_how_much_and_how_often_is_measured() -> None:
+    model = nn.parallel.DistributedDataParallel(whole_decoder())
+    config = FALLING | {"sensitivity": {"max_cost": 1.0}}
+    optimizer = wrap(model, config, total_steps=400)
+    slow = 0.002 * dist.get_rank()  # seconds more, and other data
+
+    def loss_fn(tokens: torch.Tensor) -> torch.Tensor:
+        time.sleep(slow)
+        return loss_of(model, tokens)
+
+    optimizer.probe_regularly(loss_fn, [batch(50 + dist.get_rank())], max_products=4)
+    for step in range(60):
+        train_step(model, optimizer, step + 100 * dist.get_rank())
+    kept = (
+        [(e["step"], e["values"], e["products"], e["cost"]) for e in optimizer.history],
+        optimizer._probes.saved(),
+        optimizer.schedule().plan(),
+    )
+    assert len(optimizer.history) > 1
+    assert all(other == kept for other in everywhere(kept))
+    require_equal_replicas(model, optimizer)
 
 
 def check_one_rank_that_cannot_differentiate_twice_takes_all_to_differences() -> None:
@@ -679,7 +716,7 @@ def check_one_rank_that_cannot_differentiate_twice_takes_all_to_differences() ->
         extra = OnceDifferentiable.apply(model.layers[0].q_proj.weight).sum()
         return loss_of(model, tokens) + (extra if last else 0.0)
 
-    found = optimizer.probe(loss_fn, [batch(50)], progress=False)
+    found = optimizer.probe(loss_fn, [batch(50)], progress=False, max_cost=None)
     assert found.form == "finite_difference"
     assert all(other == found.values for other in everywhere(found.values))
 
@@ -726,7 +763,9 @@ def check_target_bits_are_those_of_one_process() -> None:
 def check_ranks_that_ask_for_different_target_bits_are_refused() -> None:
     model = whole_decoder()
     optimizer = wrap(model, FALLING, STEPS)
-    optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], progress=False)
+    optimizer.probe(
+        lambda tokens: loss_of(model, tokens), [batch(50)], progress=False, max_cost=None
+    )
     plan = optimizer.schedule().plan()
     if dist.get_world_size() == 1:
         return
