@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from moq._C import Schedule
+from moq._C import Schedule, stretch
 from moq.blocks import Blocks, Pace, assign_blocks, make_schedule, retarget
 from moq.config import MoQConfig
 from moq.deepspeed import convert
@@ -54,10 +54,20 @@ class Width:
 
 @dataclass(frozen=True)
 class BlockOutlook:
-    """Every width of one block, widest first."""
+    """Every width of one block, widest first.
+
+    Attributes:
+        name: Of the block.
+        widths: When it has them.
+        stretch: Factor of its residence times by the last measurement; None before one.
+        unmeasured: Step at which it would reach its last width if nothing had been measured; None
+            before a measurement, or if that is not within the training.
+    """
 
     name: str
     widths: tuple[Width, ...]
+    stretch: float | None = None
+    unmeasured: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +205,7 @@ def outlook_of(schedule: Schedule) -> list[BlockOutlook]:
     def within(step: int) -> int | None:
         return step if step <= total_steps else None
 
+    stretches, unmeasured = _changed_by_measuring(schedule)
     return [
         BlockOutlook(
             name,
@@ -202,9 +213,30 @@ def outlook_of(schedule: Schedule) -> list[BlockOutlook]:
                 Width(bits, within(low), within(high))
                 for (low, bits), (high, _) in zip(first, last, strict=True)
             ),
+            factor,
+            None if arrival is None else within(arrival),
         )
-        for name, first, last in zip(schedule.block_names, earliest, latest, strict=True)
+        for name, first, last, factor, arrival in zip(
+            schedule.block_names, earliest, latest, stretches, unmeasured, strict=True
+        )
     ]
+
+
+def _changed_by_measuring(
+    schedule: Schedule,
+) -> tuple[Sequence[float | None], Sequence[int | None]]:
+    """Returns each block's factor by the last measurement, and its arrival without any."""
+    state = schedule.state_dict()
+    if not state["measurements"]:
+        nothing = [None] * schedule.num_blocks
+        return nothing, nothing
+    last = state["measurements"][-1]["sensitivities"]
+    plain = Schedule.from_state_dict(state | {"measurements": []})
+    factors = [
+        None if "table" in block else stretch(state["stretch_rule"], sensitivity)
+        for block, sensitivity in zip(state["blocks"], last, strict=True)
+    ]
+    return factors, [plan[-1][0] for plan in plain.plan()]
 
 
 def model_outlook(
@@ -349,16 +381,16 @@ def _empty_model(directory: str) -> PreTrainedModel:
     return model
 
 
-def _grouped(outlook: Sequence[BlockOutlook]) -> list[tuple[str, tuple[Width, ...]]]:
+def _grouped(outlook: Sequence[BlockOutlook]) -> list[BlockOutlook]:
     """Joins blocks whose names differ in one number and whose widths come at the same steps."""
-    groups: dict[tuple[str, str, tuple[Width, ...]], list[str]] = {}
+    groups: dict[tuple[str, str, BlockOutlook], list[str]] = {}
     for block in outlook:
         name, _, widths = block.name.partition(" ")  # "model.layers.3 (16 to 8 bits)"
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1)
-        groups.setdefault((pattern, widths, block.widths), []).append(name)
+        groups.setdefault((pattern, widths, replace(block, name="")), []).append(name)
     return [
-        (f"{compact_names(names)} {suffix}".rstrip(), widths)
-        for (_, suffix, widths), names in groups.items()
+        replace(block, name=f"{compact_names(names)} {suffix}".rstrip())
+        for (_, suffix, block), names in groups.items()
     ]
 
 
@@ -380,9 +412,17 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
     table.add_column("bits", no_wrap=True)
     for bits in all_bits:
         table.add_column(str(bits), justify="right", no_wrap=True)
-    for name, widths in _grouped(outlook):
-        steps = {width.bits: str(width) for width in widths}
-        table.add_row(name, *(steps.get(bits, "") for bits in all_bits))
+    measured = any(block.stretch is not None for block in outlook)
+    if measured:
+        table.add_column("stretch", justify="right", no_wrap=True)
+        table.add_column("unmeasured", justify="right", no_wrap=True)
+    for block in _grouped(outlook):
+        steps = {width.bits: str(width) for width in block.widths}
+        row = [steps.get(bits, "") for bits in all_bits]
+        if measured:
+            row.append("" if block.stretch is None else f"x{block.stretch:.3g}")
+            row.append("-" if block.unmeasured is None else str(block.unmeasured))
+        table.add_row(block.name, *row)
     # A terminal wraps a line that is too long; a table whose cells are cut is of no use.
     unbounded = console.options.update(width=10_000)
     console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
@@ -392,6 +432,13 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
         console.print(
             "Ranges: the step follows the measured sensitivities; without a probe, "
             "optimizer.schedule().plan() has the steps.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if measured:
+        console.print(
+            "stretch: of the times ahead, by the last measurement; unmeasured: the step at the "
+            "last width if nothing had been measured.",
             highlight=False,
             soft_wrap=True,
         )
@@ -418,7 +465,8 @@ def plot(outlook: Sequence[BlockOutlook], total_steps: int, path: str | Path) ->
     """
     figure = new_figure(path)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="bits")
-    for index, (name, widths) in enumerate(_grouped(outlook)):
+    for index, block in enumerate(_grouped(outlook)):
+        name, widths = block.name, block.widths
         color = f"C{index}"
         ends = []
         for side in ("earliest", "latest"):

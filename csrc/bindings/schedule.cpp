@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "csrc/bindings/bindings.h"
+#include "csrc/schedule/config.h"
 #include "csrc/schedule/target_bits.h"
 #include "kernels/common/check.h"
 
@@ -197,6 +199,13 @@ void bind_schedule(py::module_& m) {
           },
           py::arg("path"), "Draws bits over steps to a .png or .svg file; needs matplotlib.");
 
+  m.def(
+      "stretch",
+      [](const std::string& rule, double sensitivity) {
+        return std::ldexp(static_cast<double>(schedule::stretch(rule, sensitivity)), -16);
+      },
+      py::arg("rule"), py::arg("sensitivity"),
+      "The factor by which a rule stretches residence times; sensitivity in [0, 1].");
   m.def("stretch_rules", &schedule::stretch_rules,
         "Names of the rules by which a sensitivity stretches residence times.");
 }

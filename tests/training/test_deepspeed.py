@@ -160,7 +160,8 @@ def test_eigenvalues_stretch_a_schedule_in_true_steps():
     config = convert(old(period=720, offset=144, eigenvalue=eigenvalue)).config
     assert (config.schedule.period, config.schedule.offset) == (10, 2)
     assert config.sensitivity.to_dict() == {
-        "measure": "eigenvalue", "rule": "stepped", "tolerance": 0.05, "max_products": 50,
+        "measure": "eigenvalue", "form": "auto", "rule": "stepped", "tolerance": 0.05,
+        "max_products": 50, "max_cost": 0.02,
     }  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, c
     rows = {row[0]: row[1:] for row in planned(capsys, *command[1:]) if row}
     (found,) = optimizer.history
     for name, sensitivity in zip(found["blocks"], found["normalised"], strict=True):
-        arrival = int(rows[name][-1])  # a step, no longer a range
+        arrival = int(rows[name][-3])  # a step, no longer a range
         assert (arrival == 500) == (sensitivity == 1.0)
     assert "Ranges:" not in rows
 

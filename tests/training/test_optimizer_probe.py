@@ -1,5 +1,6 @@
 """Measuring and planning: optimizer.probe, the schedule, and what is printed of both."""
 
+import copy
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import assert_same, assert_simulated, batch, loss_of, train_step, 
 from torch import nn
 
 from moq import MoQOptimizer
-from moq._C import Schedule
+from moq._C import Error, Schedule
 from moq.reporting import compact_names
 from moq.sensitivity import measure, quantized_blocks
 
@@ -86,6 +87,136 @@ def test_blocks_of_frozen_weights_are_not_measured_and_do_not_wait(decoder):
     optimizer = wrap(model, FALLING, STEPS)
     found = optimizer.probe(lambda tokens: loss_of(model, tokens), [batch(50)], max_cost=None)
     assert found.blocks == ("layers.1",)
+    plan = optimizer.schedule().plan()
+    assert plan[0][-1][0] < plan[1][-1][0] == 12
+
+
+def test_both_measures_plan_by_the_trace_and_keep_the_eigenvalues(decoder):
+    model, optimizer, found = probed(decoder, 0, sensitivity={"measure": "both"})
+    _, by_trace, trace = probed(decoder, 0)
+    assert found.values == trace.values
+    assert optimizer.schedule().plan() == by_trace.schedule().plan()
+    entry = optimizer.history[0]
+    for name in ("eigenvalues", "residuals", "smallest", "largest"):
+        assert len(entry[name]) == 2
+    for low, high, top in zip(found.smallest, found.largest, found.eigenvalues, strict=True):
+        assert low <= top <= high and abs(top) == max(high, -low)
+    assert optimizer.choose_target_bits(mean_bits=6, widths=range(4, 10)).cost <= 6
+
+
+def unaffected(optimizer, model, before, plan):
+    """Says whether a measurement that failed has left no trace."""
+    assert_same(weights(model), before)
+    assert_simulated(optimizer)
+    assert optimizer.history == [] and optimizer.schedule().plan() == plan
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    train_step(model, optimizer, 0)
+    return optimizer.steps == 1
+
+
+def kink(weight):
+    """Sum of |w - w0|^1.5 at w0: finite, and flat, but infinitely curved."""
+    return (weight - weight.detach()).abs().pow(1.5).sum()
+
+
+def loss_of_another(model):
+    twin = copy.deepcopy(model)
+    return lambda tokens: loss_of(twin, tokens) + 0 * sum(p.sum() for p in model.parameters())
+
+
+BAD_INPUT = {
+    "a loss that is not a number": (
+        lambda model: lambda tokens: loss_of(model, tokens) * float("nan"),
+        lambda: [batch(50)],
+        ValueError,
+        "the loss of every batch must be finite, got nan for batch 0: look for labels",
+    ),
+    "an infinite loss": (
+        lambda model: lambda tokens: loss_of(model, tokens) / 0.0,
+        lambda: [batch(50)],
+        ValueError,
+        "must be finite, got inf for batch 0",
+    ),
+    "a second derivative that is infinite": (
+        lambda model: lambda tokens: loss_of(model, tokens) + kink(model.layers[1].q_proj.weight),
+        lambda: [batch(50)],
+        Error,
+        "the products must be finite, got .* in block layers.1",
+    ),
+    "an empty batch": (
+        lambda model: lambda tokens: loss_of(model, tokens),
+        lambda: [batch(50), batch(51)[:0]],
+        ValueError,
+        "every batch must hold data, got only empty tensors in batch 1",
+    ),
+    "no batch": (
+        lambda model: lambda tokens: loss_of(model, tokens),
+        lambda: [],
+        ValueError,
+        "batches must hold at least one batch, got none",
+    ),
+    "batches of other keys": (
+        lambda model: lambda b: loss_of(model, b["ids"]),
+        lambda: [{"ids": batch(50)}, {"tokens": batch(51)}],
+        ValueError,
+        r"the same keys .*got \['ids'\] on rank 0 and \['tokens'\] on rank 0",
+    ),
+    "a loss of another model": (
+        lambda model: loss_of_another(model),
+        lambda: [batch(50)],
+        ValueError,
+        "the loss must curve in some block, got 0 in all 2 .layers.0, layers.1.: does loss_fn call",
+    ),
+    "a model without second derivatives": (
+        lambda model: (
+            lambda tokens: loss_of(model, tokens) + Fused.apply(model.layers[0].q_proj.weight).sum()
+        ),
+        lambda: [batch(50)],
+        NotImplementedError,
+        "every operation must be twice differentiable, got FusedBackward, whose backward pass",
+    ),
+}
+
+
+class Fused(torch.autograd.Function):
+    """x², with a backward pass outside autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return 2 * gradient * x
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_and_training_goes_on(decoder, case):
+    make_loss, make_batches, error, words = BAD_INPUT[case]
+    model = decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    before, plan = weights(model), optimizer.schedule().plan()
+    with pytest.raises(error, match=words):
+        optimizer.probe(make_loss(model), make_batches(), form="exact", max_cost=None)
+    assert unaffected(optimizer, model, before, plan)
+
+
+def test_a_block_that_does_not_curve_the_loss_is_named_and_need_not_wait(decoder, capsys):
+    model = decoder()
+    optimizer = wrap(model, FALLING, STEPS, verbose=True)
+
+    def loss_fn(tokens):
+        x = model.layers[1](model.embedding(tokens))
+        return model.lm_head(x).square().mean() + 0 * model.layers[0](x).sum()
+
+    found = optimizer.probe(loss_fn, [batch(50)], max_cost=None)
+    assert found.normalised == (0.0, 1.0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the loss does not curve at all in layers.0: on these batches it may not" in said
     plan = optimizer.schedule().plan()
     assert plan[0][-1][0] < plan[1][-1][0] == 12
 

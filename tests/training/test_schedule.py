@@ -8,7 +8,15 @@ import sys
 import pytest
 import torch
 
-from moq._C import Error, Schedule, ScheduledBlock, TrainedParameter, Trainer, stretch_rules
+from moq._C import (
+    Error,
+    Schedule,
+    ScheduledBlock,
+    TrainedParameter,
+    Trainer,
+    stretch,
+    stretch_rules,
+)
 from moq.cli import main
 from moq.config import MoQConfig
 from moq.schedule import Width, outlook_of, rules_outlook
@@ -149,7 +157,7 @@ def test_a_printed_schedule_has_the_very_steps_once_they_are_measured():
     assert schedule.measured
     plan = schedule.plan()[0]
     row = next(line for line in str(schedule).splitlines() if "layers.0" in line)
-    assert row.split()[1:] == [str(step) for step, _ in plan]
+    assert row.split()[1:-2] == [str(step) for step, _ in plan]
     assert "Ranges" not in str(schedule)
 
 
@@ -405,3 +413,31 @@ def test_nothing_is_said_to_a_reader_that_has_enough(config_file, form):
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_measured_schedule_shows_what_measuring_changed():
+    blocks = [ScheduledBlock(f"h.{i}", start_bits=10, finish_at=0.6) for i in range(3)]
+    schedule = Schedule(blocks, 1000, stretch_rule="stepped")
+    assert "unmeasured" not in str(schedule)
+    schedule.set_sensitivities(0, [1.0, 0.3, 0.3])
+    sensitive, other, _ = outlook_of(schedule)
+    assert (sensitive.stretch, other.stretch) == (5.0, 2.0)
+    assert sensitive.unmeasured == other.unmeasured == 600
+    assert sensitive.widths[-1] == Width(8, 600, 600)
+    assert other.widths[-1].latest < 600
+    rows = [line.split() for line in str(schedule).splitlines() if line.strip().startswith("h.")]
+    assert [(row[0], row[-2], row[-1]) for row in rows] == [
+        ("h.0", "x5", "600"),
+        ("h.{1-2}", "x2", "600"),
+    ]
+    assert rows[1][-3] == str(other.widths[-1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "factors"),
+    [("none", [1, 1, 1, 1]), ("stepped", [1, 1, 3, 5]), ("linear", [1, 1.5, 3, 5])],
+)
+def test_a_rule_is_a_named_function_of_the_sensitivity(rule, factors):
+    assert [stretch(rule, s) for s in (0.0, 0.125, 0.5, 1.0)] == factors
+    with pytest.raises(Error, match="'none', 'stepped' or 'linear', got 'cubic'"):
+        stretch("cubic", 0.5)
