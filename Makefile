@@ -69,6 +69,7 @@ test-cpp: build
 	$(MAKE) --no-print-directory asan
 
 test-python: build
+	@tests/check_prerequisites.sh --browser
 	$(BIN)/python -m pytest
 
 asan: $(INSTALLED)

@@ -62,7 +62,23 @@ def choose_for_run(
         FormatError: if the directory holds no run, or one that does not say which weights fell
             together.
     """
-    run = load_run(directory)
+    return choose_for_loaded(load_run(directory), budget, config=config, table=table, widths=widths)
+
+
+def choose_for_loaded(
+    run: SavedRun,
+    budget: Budget,
+    *,
+    config: MoQConfig | None = None,
+    table: LatencyTable | None = None,
+    widths: tuple[int, ...] = WIDTHS,
+) -> TargetBits:
+    """Does what `choose_for_run` does, for a run that is in memory already.
+
+    Raises:
+        ValueError: as choose_for_run.
+        FormatError: as choose_for_run.
+    """
     blocks = _blocks_of_run(run) if config is None else _blocks_of_config(run, config)
     found = measure_candidates(
         [block.name for block in blocks],
@@ -120,7 +136,7 @@ def _blocks_of_run(run: SavedRun) -> list[_Block]:
         else:
             ends = Ends(start, target)
         trace = traces.get(frozenset(members))
-        blocks.append(_Block(name, ends, trace, [_weight_of_run(p) for p in parameters]))
+        blocks.append(_Block(name, ends, trace, [weight_of_run(p) for p in parameters]))
     return blocks
 
 
@@ -153,7 +169,8 @@ def _blocks_of_config(run: SavedRun, config: MoQConfig) -> list[_Block]:
     return result
 
 
-def _weight_of_run(p: QuantizedParameter) -> Weight:
+def weight_of_run(p: QuantizedParameter) -> Weight:
+    """Returns a weight of a saved run as target widths are chosen for it."""
     return Weight(
         name=p.name,
         master=p.master,

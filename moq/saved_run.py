@@ -132,7 +132,7 @@ def read_history(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FormatError: if the directory holds no run of a known version.
     """
-    history: dict[str, Any] = _read_run(Path(directory))["history"]
+    history: dict[str, Any] = read_run(Path(directory))["history"]
     return history
 
 
@@ -150,14 +150,14 @@ def record(directory: str | os.PathLike[str], key: str, value: Any) -> None:
     """
     recover(directory)
     with replaced_file(directory, RUN_NAME) as staged:
-        run = _read_run(Path(directory))
+        run = read_run(Path(directory))
         run["history"][key] = value
         write_json(staged, run)
 
 
 def _own_files(target: Path) -> list[str]:
     """The files of a run; none if `target` is something else."""
-    return _read_run(target)["files"] if (target / RUN_NAME).exists() else []
+    return read_run(target)["files"] if (target / RUN_NAME).exists() else []
 
 
 def _describe(parameter: QuantizedParameter) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
     """
     recover(directory)
     path = Path(directory)
-    run = _read_run(path)
+    run = read_run(path)
     model = _model_class(path / CONFIG_NAME).from_pretrained(
         path, dtype="auto", local_files_only=True
     )
@@ -193,7 +193,7 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
     return SavedRun(model, quantized, run["history"], path)
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
+def read_run(directory: Path) -> dict[str, Any]:
     """Reads run.json of a version that this release knows."""
     path = directory / RUN_NAME
     run = read_json(path)

@@ -2,6 +2,7 @@
 # Names what Debian must provide and how to get it, before any work is done.
 #   check_prerequisites.sh PYTHON    a compiler, make, Python's headers and venv
 #   check_prerequisites.sh --gtest   GoogleTest's libraries (installed here when run as root)
+#   check_prerequisites.sh --browser Chromium (likewise, on Debian); without it the tests that need it are skipped
 set -euo pipefail
 
 die() { echo "moq: $*" >&2; exit 1; }
@@ -13,6 +14,17 @@ if [ "$1" = --gtest ]; then
     exit 0
   fi
   die "the C++ tests need GoogleTest: sudo apt-get install libgtest-dev"
+fi
+
+if [ "$1" = --browser ]; then
+  command -v chromium chromium-browser google-chrome >/dev/null && exit 0
+  # Ubuntu's package is only a stub for snap.
+  if [ "$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+      chromium fonts-dejavu-core >/dev/null && exit 0
+  fi
+  echo "moq: no Chromium: the tests of moq report in a browser are skipped (sudo apt-get install chromium)" >&2
+  exit 0
 fi
 
 python=$1

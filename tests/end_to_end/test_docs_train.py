@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 YAML, ACTIVATIONS = [text for language, text in BLOCKS if language == "yaml"]
-PLAN, BUDGET = [text for language, text in BLOCKS if language == ""]
+PLAN, BUDGET, REPORT = [text for language, text in BLOCKS if language == ""]
 
 
 def llama() -> transformers.LlamaForCausalLM:
@@ -60,7 +60,7 @@ def wrapped(names: dict) -> moq.MoQOptimizer:
 
 
 def test_every_block_is_run_here():
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 7
     assert {language for language, _ in BLOCKS} == {"python", "yaml", ""}
 
 
@@ -128,6 +128,27 @@ def test_loggers_are_told(names):
     optimizer.flush_logs()
     assert "1,moq/bits," in Path("runs/1/moq.csv").read_text()
     assert list(Path("runs/1").glob("events.*"))
+
+
+def test_densities_are_recorded_in_a_run_and_the_report_shows_it(names):
+    Path("moq.yaml").write_text("target_bits: 4\n")  # rules split layers into blocks of other names
+    exec(block_with("TensorBoardLogger"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    optimizer.probe(lambda batch: model(**batch).loss, names["probe_batches"])
+    for batch in names["loader"]:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.log({"loss": loss, "accuracy": 0.78})
+    optimizer.save("out/run")
+    exec(block_with("moq.spectral_density("), names)
+    assert names["density"].block == "model.layers.0"
+    words = shlex.split(REPORT, comments=True)
+    assert words[0] == "moq"
+    assert main(words[1:]) == 0
+    page = Path("report.html").read_text()
+    assert "moq report: run" in page
+    assert 'class="missing"' not in page
 
 
 def test_a_model_is_measured_before_it_is_sharded(names, tmp_path):
