@@ -7,6 +7,8 @@ set by the trace of its Hessian, all of them at 8 bits by 60 % of the steps.
 
     python examples/train_decoder.py                     # a few minutes on 2 cores
     python examples/train_decoder.py --moq-steps 400 --fp32-steps 200   # the README's table
+    python examples/train_decoder.py --run out/decoder-run              # saves the run too, for
+    moq report out/decoder-run -o report.html                           # a page about it
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pretrained import load_decoder, state_of_the_union
 
 import moq
 from moq.inference import Engine
+from moq.loggers import CsvLogger
 
 PROBE_WINDOWS = 1
 
@@ -39,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--held-out-windows", type=int, default=16, help="of 256 tokens, for each perplexity"
     )
+    parser.add_argument("--run", type=Path, help="directory to save the run to, with its figures")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0, help="chooses the training windows")
     return parser.parse_args()
@@ -84,14 +88,20 @@ def main() -> None:
             "sensitivity": {"max_cost": None},  # 2 % of so few steps is less than one measurement
         },
         total_steps=args.moq_steps,
+        loggers=[CsvLogger(args.run.with_name(args.run.name + ".csv"))] if args.run else [],
+        log_every=max(args.moq_steps // 50, 1),
     )
+    optimizer.log({"held-out perplexity": results["fine-tuned, FP32"].value})
     optimizer.probe(lambda batch: model(input_ids=batch, labels=batch).loss, list(probe.split(1)))
-    for _ in train_steps(model, optimizer, moq_windows, "MoQ, 16 -> 8 bits", warmup_steps=5):
-        pass
+    for loss in train_steps(model, optimizer, moq_windows, "MoQ, 16 -> 8 bits", warmup_steps=5):
+        optimizer.log({"loss": loss})
     results["MoQ INT8, simulated in PyTorch"] = perplexity(
         simulated, held_out, "MoQ INT8, simulated"
     )
 
+    optimizer.log({"held-out perplexity": results["MoQ INT8, simulated in PyTorch"].value})
+    if args.run:
+        optimizer.save(args.run, tokenizer=tokenizer)
     optimizer.export(args.output, tokenizer=tokenizer)
     engine = Engine.from_pretrained(args.output)
     results["MoQ INT8, exported, in the engine"] = perplexity(
