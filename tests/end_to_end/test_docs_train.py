@@ -54,9 +54,11 @@ def block_with(text: str) -> str:
     return block
 
 
-def wrapped(names: dict) -> moq.MoQOptimizer:
+def wrapped(names: dict, total_steps: int = 100) -> moq.MoQOptimizer:
     adamw = torch.optim.AdamW(names["model"].parameters())
-    return moq.MoQOptimizer(adamw, names["model"], "moq.yaml", total_steps=100, verbose=False)
+    return moq.MoQOptimizer(
+        adamw, names["model"], "moq.yaml", total_steps=total_steps, verbose=False
+    )
 
 
 def test_every_block_is_run_here():
@@ -105,7 +107,7 @@ def test_a_schedule_prints_and_draws_itself(names, capsys):
 
 def test_target_bits_are_chosen_in_a_training_and_from_its_run(names, capsys):
     pytest.importorskip("matplotlib")
-    optimizer = names["optimizer"] = wrapped(names)
+    optimizer = names["optimizer"] = wrapped(names, 10_000)  # long enough for a probe's max_cost
     exec(block_with("choose_target_bits("), names)
     chosen = str(names["choice"])
     assert chosen in capsys.readouterr().out
