@@ -198,8 +198,7 @@ def quantize(
         rounded = position.round()
     else:
         draws = grouped(uniforms(rows, cols, seed, step, name_hash), granularity, group_size)
-        below = position.floor()
-        rounded = below + (draws < position - below)
+        rounded = (position.double() + draws.double()).floor().float()  # float64 holds the sum
     codes = (rounded + zero_point).clamp(qmin, qmax).nan_to_num(0.0)
     shape = scale_shape(rows, cols, granularity, group_size)
     return (
