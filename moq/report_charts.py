@@ -130,14 +130,15 @@ def row_chart(
     height = next(h for most, h in ((48, 18), (96, 12), (200, 7), (400, 4), (10**9, 3)) if
                   len(rows) <= most)  # fmt: skip
     unit = BOX / len(rows)
+    gap = unit * 0.06 if height >= 12 else 0.0  # thin ones would flicker
     drawn, written = [], ""
     for index, row in enumerate(rows):
         top = index * unit
         for cell in row.cells:
             left = x.place(cell.start)
             drawn.append(
-                f'<rect class="{cell.style}" x="{left:.1f}" y="{top + unit * 0.06:.1f}" '
-                f'width="{max(x.place(cell.end) - left, 1):.1f}" height="{unit * 0.88:.1f}">'
+                f'<rect class="{cell.style}" x="{left:.1f}" y="{top + gap:.2f}" '
+                f'width="{max(x.place(cell.end) - left, 1):.1f}" height="{unit - 2 * gap:.2f}">'
                 f"<title>{escape(cell.title)}</title></rect>"
             )
             if cell.text and height > LABEL_HEIGHT:
@@ -169,6 +170,7 @@ def row_chart(
         height=height * len(rows),
         most_width=most_width,
         written=written,
+        high=height >= 12,
     )
 
 
@@ -277,6 +279,12 @@ def _summary(title: str, x: Axis, lines: Sequence[Line]) -> str:
     return f"{title}, over {x.title}: {'; '.join(ends)}"
 
 
+def _crowd(labels: Sequence[str]) -> str:
+    """Class of labels that have no room beside each other on a phone: some of them hide there."""
+    characters = sum(map(len, labels))
+    return "" if characters <= 26 else " some" if characters <= 42 else " many"
+
+
 def _svg(drawn: str) -> str:
     return f'<svg viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none">{drawn}</svg>'
 
@@ -306,6 +314,7 @@ def _figure(
     height: int | None = None,
     most_width: int | None = None,
     written: str = "",
+    high: bool = False,
 ) -> str:
     """Puts the labels of both axes around what was drawn."""
     below = named_ticks or list(zip(ticks_x, x.words(ticks_x), strict=True))
@@ -323,13 +332,13 @@ def _figure(
     narrow = f' style="max-width:{most_width}px"' if most_width else ""
     written = f'<div class="in">{written}</div>' if written else ""
     kind = "plot rows" if height else "plot"
-    kind += " high" if height and len(y) * LABEL_HEIGHT < height else ""
+    kind += " high" if high else ""
     unit = f'<span class="unit">{escape(y_title)}</span>' if y_title else ""
     return (
         f'<figure class="chart"{narrow}><figcaption>{escape(title)}{_legend(legend)}'
         f"</figcaption>\n{unit}"
         f'<div class="{kind}" style="{style}" role="img" aria-label="{escape(described)}">\n'
         f'{_svg(drawn)}{written}<div class="y">{labels_y}</div>\n'
-        f'<div class="x">{labels_x}</div></div>\n'
+        f'<div class="x{_crowd([words for _, words in below])}">{labels_x}</div></div>\n'
         f'<p class="axis">{escape(x.title)}</p></figure>\n'
     )

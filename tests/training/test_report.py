@@ -264,21 +264,27 @@ def layer(index: int, steps: int) -> Layer:
     return Layer(f"h.{index}", f"h.{index}", plan, plan, plan, plan)
 
 
-def test_hundreds_of_layers_stay_in_sight(tmp_path):
-    layers = [layer(index, 1000) for index in range(300)]
-    logged = {f"moq/flips/h.{i}": [(float(s), 0.1) for s in range(1000)] for i in range(300)}
+@pytest.fixture(scope="module")
+def deep() -> str:
+    """The page of a run with 300 layers and 100,000 steps."""
+    layers = [layer(index, 100_000) for index in range(300)]
+    logged = {f"moq/flips/h.{i}": [(100.0 * s, 0.1) for s in range(400)] for i in range(300)}
     record = RunRecord(
-        directory=tmp_path, model="Big", step=400, total_steps=1000, layers=layers, chosen={},
+        directory=Path("deep"), model="Big", step=40_000, total_steps=100_000, layers=layers,
+        chosen={},
         probes=[], scalars=logged | {"moq/flips": [(1.0, 0.1)]}, scalars_file=None, spectra=[],
         seconds_per_step=None, blocks={},
     )  # fmt: skip
     own = {one.name: LayerWeights(100, 50, 1.0, 100.0) for one in layers}
     weights = RunWeights(own, {4: WidthTotal(300, 30000, 15000)}, 40000, 40000, 30000)
-    text = page(record, weights, "no front", "")
-    heights = [int(height) for height in re.findall(r"--height:(\d+)px", text)]
+    return page(record, weights, "no front", "")
+
+
+def test_hundreds_of_layers_stay_in_sight(deep):
+    heights = [int(height) for height in re.findall(r"--height:(\d+)px", deep)]
     assert heights == [1200] * 3
-    assert len(text) < 4e6
-    assert len(rows(text, "Layers")) == 300
+    assert len(deep) < 4e6
+    assert len(rows(deep, "Layers")) == 300
 
 
 # ------------------------------------------------------------------------- what is missing
@@ -463,6 +469,29 @@ def luminance(color: str) -> float:
     """Of a CSS colour, rgb(…), from 0 to 1, near enough to tell dark from light."""
     red, green, blue = map(float, re.findall(r"[\d.]+", color)[:3])
     return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+
+OVERLAPS = """all => all.flatMap(labels => {
+    const shown = [...labels.children].filter(one => one.offsetWidth > 0)
+    return shown.slice(1).filter((one, i) =>
+        one.getBoundingClientRect().left < shown[i].getBoundingClientRect().right)
+}).map(one => one.textContent)"""
+
+
+@pytest.mark.parametrize("width", [1280, 390, 340])
+def test_labels_have_room_beside_each_other(browser, text, deep, tmp_path, width):
+    for name, content in (("text", text), ("deep", deep)):
+        file = tmp_path / f"{name}.html"
+        file.write_text(content)
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(file.as_uri())
+        assert page.locator(".plot .x").evaluate_all(OVERLAPS) == []
+        cut = "all => all.filter(one => one.scrollWidth > one.clientWidth + 1).length"
+        assert page.locator(".plot .y span").evaluate_all(cut) == 0
+        charts = page.locator(".plot .x").count()
+        assert page.locator(".plot .x span:visible").count() >= 2 * charts > 0
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
