@@ -121,6 +121,19 @@ class FiniteDifferenceOperator(CurvatureOperator):
 def require_loss(loss: Tensor) -> None: ...
 def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
+class LanczosResult(BlockEigenvalues):
+    history: list[float]
+
+def lanczos(
+    product: Callable[[Tensor], Tensor],
+    n: int,
+    *,
+    dtype: dtype,
+    max_iterations: int,
+    tolerance: float,
+    seed: int,
+) -> LanczosResult: ...
+
 class SpectralQuadrature:
     n: int
     products: int

@@ -61,6 +61,30 @@ void bind_spectrum(py::module_& m) {
           "standard deviation `width`.");
 
   m.def(
+      "lanczos",
+      [](const hessian::FlatProduct& product, std::int64_t n, at::ScalarType dtype,
+         int max_iterations, double tolerance, std::uint64_t seed) {
+        hessian::LanczosResult<double> result;
+        {
+          const py::gil_scoped_release release;
+          result = hessian::lanczos_of(
+              product, n, dtype,
+              {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed});
+        }
+        return py::dict(
+            py::arg("largest") = result.largest.value, py::arg("smallest") = result.smallest.value,
+            py::arg("dominant") = result.dominant().value,
+            py::arg("residual") = result.dominant().residual,
+            py::arg("iterations") = result.iterations, py::arg("converged") = result.converged,
+            py::arg("history") = result.history);
+      },
+      py::arg("product"), py::arg("n"), py::kw_only(), py::arg("dtype"), py::arg("max_iterations"),
+      py::arg("tolerance"), py::arg("seed"),
+      "Both ends of the spectrum of A [n, n]: a dict as that of HvpOperator.eigenvalues, and "
+      "history, the dominant value after each product. product(x) returns A x for x [n] of `dtype` "
+      "on the CPU, which is valid during the call only.");
+
+  m.def(
       "spectral_quadrature",
       [](const hessian::FlatProduct& product, std::int64_t n, at::ScalarType dtype, int steps,
          int probes, std::uint64_t seed) {
@@ -70,8 +94,7 @@ void bind_spectrum(py::module_& m) {
       },
       py::arg("product"), py::arg("n"), py::kw_only(), py::arg("dtype"), py::arg("steps"),
       py::arg("probes"), py::arg("seed"),
-      "Stochastic Lanczos quadrature of A [n, n]; product(x) returns A x for x [n] of `dtype` on "
-      "the CPU, which is valid during the call only.");
+      "Stochastic Lanczos quadrature of A [n, n]; product as for lanczos.");
 }
 
 }  // namespace moq::bindings

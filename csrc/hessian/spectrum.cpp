@@ -7,29 +7,45 @@ namespace moq::hessian {
 namespace {
 
 template <typename Scalar>
-SpectralQuadrature quadrature_in(const FlatProduct& product, std::int64_t n,
-                                 const QuadratureOptions& options) {
+Operator<Scalar> flat_operator(const FlatProduct& product, std::int64_t n) {
   const auto vectors = at::dtype(c10::CppTypeToScalarType<Scalar>::value);
-  const Operator<Scalar> flat = [&](std::span<const Scalar> x, std::span<Scalar> y) {
+  return [&product, n, vectors](std::span<const Scalar> x, std::span<Scalar> y) {
     // The view is only read.
     const at::Tensor in = at::from_blob(const_cast<Scalar*>(x.data()), {n}, vectors);  // NOLINT
     const at::Tensor out = product(in);
-    TORCH_CHECK_VALUE(out.numel() == n && out.is_floating_point(), "spectrum: a product must have ",
+    TORCH_CHECK_VALUE(out.numel() == n && out.is_floating_point(), "hessian: a product must have ",
                       n, " floating-point elements, got shape ", out.sizes(), " of ",
                       out.scalar_type());
     at::from_blob(y.data(), {n}, vectors).copy_(out.reshape({n}));
   };
-  return spectral_quadrature(flat, n, options);
+}
+
+bool is_double(at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
+                    "hessian: dtype must be float32 or float64, got ", dtype);
+  return dtype == at::kDouble;
+}
+
+LanczosResult<double> widened(const LanczosResult<float>& result) {
+  return {.largest = {result.largest.value, result.largest.residual, {}},
+          .smallest = {result.smallest.value, result.smallest.residual, {}},
+          .iterations = result.iterations,
+          .converged = result.converged,
+          .history = result.history};
 }
 
 }  // namespace
 
+LanczosResult<double> lanczos_of(const FlatProduct& product, std::int64_t n, at::ScalarType dtype,
+                                 const EigenOptions& options) {
+  return is_double(dtype) ? lanczos(flat_operator<double>(product, n), n, options)
+                          : widened(lanczos(flat_operator<float>(product, n), n, options));
+}
+
 SpectralQuadrature spectral_quadrature_of(const FlatProduct& product, std::int64_t n,
                                           at::ScalarType dtype, const QuadratureOptions& options) {
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
-                    "spectrum: dtype must be float32 or float64, got ", dtype);
-  return dtype == at::kDouble ? quadrature_in<double>(product, n, options)
-                              : quadrature_in<float>(product, n, options);
+  return is_double(dtype) ? spectral_quadrature(flat_operator<double>(product, n), n, options)
+                          : spectral_quadrature(flat_operator<float>(product, n), n, options);
 }
 
 }  // namespace moq::hessian

@@ -64,6 +64,20 @@ def measure(model, batches, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_lanczos_takes_any_symmetric_product(dtype):
+    matrix = torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = matrix + matrix.T
+    exact = torch.linalg.eigvalsh(matrix)
+    given = matrix.to(dtype)
+    found = _C.lanczos(
+        lambda x: given @ x, 50, dtype=dtype, max_iterations=50, tolerance=1e-4, seed=0
+    )
+    assert found["converged"] and found["iterations"] == len(found["history"])
+    assert found["dominant"] == found["history"][-1]
+    assert found["dominant"] == pytest.approx(exact[exact.abs().argmax()].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_block_with_fewer_weights_than_steps_gives_its_eigenvalues(dtype):
     model, batches = make(dtype), data(dtype)
     exact = spectra(model, batches)

@@ -26,10 +26,11 @@ struct EigenPair {
 
 template <typename Scalar>
 struct LanczosResult {
-  EigenPair<Scalar> largest;   ///< most positive
-  EigenPair<Scalar> smallest;  ///< most negative
-  int iterations = 0;          ///< products made
-  bool converged = false;      ///< of the dominant pair, see EigenOptions::tolerance
+  EigenPair<Scalar> largest;         ///< most positive
+  EigenPair<Scalar> smallest;        ///< most negative
+  int iterations = 0;                ///< products made
+  bool converged = false;            ///< of the dominant pair, see EigenOptions::tolerance
+  std::vector<double> history = {};  ///< dominant().value after each product
 
   /// Of the two extremes the one of larger magnitude: |value| estimates the norm of A.
   const EigenPair<Scalar>& dominant() const {

@@ -56,6 +56,7 @@ LanczosResult<Scalar> lanczos(const Operator<Scalar>& product, std::int64_t n,
     const Eigen::Index last = solver.eigenvalues().size() - 1;
     result.largest = ritz_pair(process, solver, last, false);
     result.smallest = ritz_pair(process, solver, 0, false);
+    result.history.push_back(result.dominant().value);
     result.converged = process.exhausted() || has_converged(result, options.tolerance);
     ends = result.converged || result.iterations == options.max_iterations;
     if (ends && options.vectors) {

@@ -9,7 +9,8 @@
 //
 // The relation survives rounding; the orthogonality of V does not, and with it go the eigenvalues
 // of T (copies of converged ones appear). Every new vector is therefore orthogonalised against all
-// earlier ones, twice: "twice is enough" (Parlett, 6.9).
+// earlier ones by Gram and Schmidt's classical process, twice: "twice is enough" (Parlett, 6.9;
+// Giraud, Langou, Rozloznik 2005).
 #include <Eigen/Eigenvalues>
 #include <algorithm>
 #include <cmath>
@@ -41,13 +42,13 @@ class LanczosProcess {
       basis_.push_back(rest_ * static_cast<Scalar>(1.0 / beta_.back()));
     }
     product_(view(std::as_const(basis_.back())), view(rest_));
-    alpha_.push_back(dot(basis_.back(), rest_));
+    const std::vector<double> first = sweep();
+    alpha_.push_back(first.back());
     MOQ_CHECK(std::isfinite(alpha_.back()), where_, ": the products must be finite, got ",
               alpha_.back(), " in product ", size());
-    for (int pass = 0; pass < 2; ++pass) {
-      for (const Vector<Scalar>& v : basis_) {
-        rest_ -= static_cast<Scalar>(dot(v, rest_)) * v;
-      }
+    const std::vector<double> second = sweep(first);
+    for (Eigen::Index begin = 0; begin < rest_.size(); begin += kPiece) {
+      subtract(second, begin, std::min(kPiece, rest_.size() - begin));
     }
     beta_.push_back(norm(rest_));
   }
@@ -84,6 +85,32 @@ class LanczosProcess {
   }
 
  private:
+  /// The vectors are gone through in pieces of so many elements, which stay in the cache, so that
+  /// each vector is read from memory once a sweep: bandwidth is what the process costs beside its
+  /// products. Sums over a piece are Scalars, those over pieces doubles.
+  static constexpr Eigen::Index kPiece = 256;
+
+  /// rest_ -= V c; returns V' rest_ of the new rest_. Without c only the latter.
+  std::vector<double> sweep(const std::vector<double>& c = {}) {
+    std::vector<double> dots(basis_.size(), 0.0);
+    for (Eigen::Index begin = 0; begin < rest_.size(); begin += kPiece) {
+      const Eigen::Index length = std::min(kPiece, rest_.size() - begin);
+      subtract(c, begin, length);
+      const auto piece = rest_.segment(begin, length);
+      for (std::size_t i = 0; i < basis_.size(); ++i) {
+        dots[i] += static_cast<double>(piece.dot(basis_[i].segment(begin, length)));
+      }
+    }
+    return dots;
+  }
+
+  /// rest_ -= V c in one piece.
+  void subtract(const std::vector<double>& c, Eigen::Index begin, Eigen::Index length) {
+    for (std::size_t i = 0; i < c.size(); ++i) {
+      rest_.segment(begin, length) -= static_cast<Scalar>(c[i]) * basis_[i].segment(begin, length);
+    }
+  }
+
   /// An upper bound of |T|, and so a scale for what counts as zero.
   double magnitude() const {
     double largest = 0.0;

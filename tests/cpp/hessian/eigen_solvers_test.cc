@@ -126,6 +126,17 @@ TEST(Lanczos, StopsEarlierWhenLessIsAsked) {
   EXPECT_NEAR(rough.dominant().value, 7.0, 7e-2);
 }
 
+TEST(Lanczos, TellsTheDominantValueAfterEachProduct) {
+  const Matrix<double> a = matrix_with<double>(std::vector{-9.0} + evenly(-1, 5, 96));
+  const auto result = lanczos(product_with(a), a.rows(), {.max_iterations = 12, .tolerance = 1e-9});
+  ASSERT_EQ(result.history.size(), 12U);
+  for (int products = 1; products <= 12; ++products) {
+    const auto shorter =
+        lanczos(product_with(a), a.rows(), {.max_iterations = products, .tolerance = 1e-9});
+    EXPECT_EQ(result.history[static_cast<std::size_t>(products) - 1], shorter.dominant().value);
+  }
+}
+
 TEST(Lanczos, ReportsThatItDidNotConverge) {
   const Matrix<double> a = matrix_with<double>(evenly(-4, 7, 101));
   const auto result = lanczos(product_with(a), a.rows(), {.max_iterations = 3, .tolerance = 1e-8});
