@@ -51,8 +51,9 @@ def plan_section(run: RunRecord, weights: dict[str, int]) -> str:
         )
     lead += _agreement(run)
 
-    mean = _mean_bits([(layer.drops, weights.get(layer.name, 1)) for layer in run.layers])
-    even = _mean_bits([(layer.even, weights.get(layer.name, 1)) for layer in run.layers])
+    counts = [weights.get(layer.name, 1) for layer in run.layers]
+    mean = _mean_bits([layer.drops for layer in run.layers], counts, run.total_steps)
+    even = _mean_bits([layer.even for layer in run.layers], counts, run.total_steps)
     past = [point for point in mean if point[0] <= run.step]
     lines = [Line(planned, [*even, (run.total_steps, even[-1][1])], "s1 dashed", True)]
     if not run.finished:
@@ -99,7 +100,7 @@ def plan_section(run: RunRecord, weights: dict[str, int]) -> str:
         for layer in run.layers
     ]
     header = ("layer", "bits", "possible before probes", "plan without", "arrival", "difference")
-    note = "" if run.finished else ". *: not reached yet"
+    note = ". *: not reached" if reached < len(run.layers) else ""
     content += folded(
         "Table: steps of arrival", table(f"Step of arrival at the target width{note}", header, rows)
     )
@@ -226,15 +227,21 @@ def _agreement(run: RunRecord) -> str:
     )
 
 
-def _mean_bits(plans: Sequence[tuple[Drops, int]]) -> list[Point]:
-    """Mean width after each drop, weighted by elements."""
-    steps = sorted({at for drops, _ in plans for at, _ in drops})
-    total = sum(weight for _, weight in plans) or 1
-    points = []
-    for step in steps:
-        bits = sum(min(b for at, b in drops if at <= step) * weight for drops, weight in plans)
-        points.append((float(step), bits / total))
-    return points
+def _mean_bits(plans: Sequence[Drops], weights: Sequence[int], total_steps: int) -> list[Point]:
+    """Mean width after each drop within the training, weighted by elements."""
+    steps = sorted({at for drops in plans for at, _ in drops if at <= total_steps})
+    total = sum(weights) or 1
+    return [
+        (
+            float(step),
+            sum(
+                min(bits for at, bits in drops if at <= step) * weight
+                for drops, weight in zip(plans, weights, strict=True)
+            )
+            / total,
+        )
+        for step in steps
+    ]
 
 
 def _arrival(layer: Layer, step: int) -> Row:

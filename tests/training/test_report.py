@@ -320,6 +320,36 @@ def test_an_unfinished_training_is_told_apart_from_its_plan(tmp_path):
     assert rows(text, "Layers")[0][3] == str(bits) != "4"
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"mode": "ternary", "target_bits": 2},
+        {"mode": "binary", "target_bits": 1},
+        {"mode": "asymmetric", "granularity": "per_group", "group_size": 8, "target_bits": 3},
+        {"simulate": "autograd", "scale": "learned", "target_bits": 4},
+        {"rules": [{"match": "*.mlp.*", "activations": "static"}]},
+        {"schedule": {"table": {0: 16, 1: 12, 2: 8}}},
+        {"schedule": {"period": 1, "on_unfinished": "allow"}},
+    ],
+    ids=str,
+)
+def test_every_grid_and_shape_of_schedule_has_a_page(tmp_path, config):
+    model = tiny_llama()
+    optimizer = wrap(model, {"schedule": {"finish_at": 1.0}} | config, 3)
+    for step in range(3):
+        train_step(Logits(model), optimizer, step)
+    optimizer.save(tmp_path / "run")
+    text = report(tmp_path / "run")
+    held = {row[0]: row[3] for row in rows(text, "Layers")}
+    for name, bits in optimizer.num_bits.items():
+        (layer,) = [block for block in held if name.startswith(block.partition(" ")[0] + ".")
+                    and held[block] == str(bits)]  # fmt: skip
+        assert layer
+    if config.get("schedule", {}).get("on_unfinished"):
+        assert all(row[4] == "after the end *" for row in rows(text, "Step of arrival"))
+        assert "0 of 3 layers have their target width" in words(text)
+
+
 def test_steps_that_a_resumed_training_made_again_count_once(run):
     file = run / "scalars.csv"
     file.write_text(file.read_text() + "3,loss,7.5\n999,loss,8.5\n")
