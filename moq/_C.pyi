@@ -108,13 +108,15 @@ class Sharding:
 
 class FiniteDifferenceOperator(CurvatureOperator):
     scale: float
+    rate: float
     def __init__(
         self,
         gradient: Callable[[list[int]], list[Tensor]],
         parameters: Sequence[Tensor],
         *,
         check_all: bool = False,
-        scale: float = 0.0,
+        scale: float = 1.0,
+        rate: float = 0.0,
         sharding: Sharding | None = None,
     ) -> None: ...
 

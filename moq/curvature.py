@@ -48,7 +48,7 @@ class Curvature:
         self.loss_fn = loss_fn
         self.group = group
         self.gradients = 0  # that finite differences took so far
-        self._scale = 0.0  # of their steps: what the first batch found holds for all
+        self._step = (1.0, 0.0)  # scale and rate of their steps, as the last batch found them
         self._stand_ins: Mapping[Tensor, Tensor] = {}
         self._half = False
 
@@ -92,15 +92,16 @@ class Curvature:
             lambda block: self._gradient(batch, index, [leaves[i] for i in block]),
             [local_tensor(leaf.detach()).requires_grad_() for leaf in leaves],
             check_all=self._half,
-            scale=self._scale,
+            scale=self._step[0],
+            rate=self._step[1],
             sharding=_sharding(self.parameters, self.group),
         )
         return operator
 
-    def keep_scale(self, operator: _C.CurvatureOperator) -> None:
+    def keep_step(self, operator: _C.CurvatureOperator) -> None:
         """Takes over the step that a batch has found."""
         if isinstance(operator, _C.FiniteDifferenceOperator) and not self._half:
-            self._scale = operator.scale
+            self._step = (operator.scale, operator.rate)
 
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Returns the gradients of the loss at the present values, and leaves none behind."""

@@ -299,7 +299,7 @@ class _Probe:
                         trial = None
                         for meter in meters.values():
                             meter.measure(operator, index)
-                        curvature.keep_scale(operator)
+                        curvature.keep_step(operator)
                         del operator
                 except _IMPOSSIBLE as error:
                     reason = self._why(error, optional)

@@ -110,16 +110,18 @@ void bind_operators(py::module_& m) {
       py::release_gil_before_calling_cpp_dtor())
       .def(py::init([](FiniteDifferenceOperator::Gradient gradient,
                        std::vector<at::Tensor> parameters, bool check_all, double scale,
-                       const Sharding* sharding) {
+                       double rate, const Sharding* sharding) {
              return std::make_unique<FiniteDifferenceOperator>(
                  std::move(gradient), std::move(parameters),
-                 FiniteDifferenceOperator::Options{.check_all = check_all, .scale = scale},
+                 FiniteDifferenceOperator::Options{
+                     .check_all = check_all, .scale = scale, .rate = rate},
                  sharding == nullptr ? Sharding{} : *sharding);
            }),
            py::arg("gradient"), py::arg("parameters"), py::kw_only(), py::arg("check_all") = false,
-           py::arg("scale") = 0.0, py::arg("sharding") = py::none(),
+           py::arg("scale") = 1.0, py::arg("rate") = 0.0, py::arg("sharding") = py::none(),
            "gradient(block) returns the gradients at the values that the parameters have now.")
-      .def_property_readonly("scale", &FiniteDifferenceOperator::scale);
+      .def_property_readonly("scale", &FiniteDifferenceOperator::scale)
+      .def_property_readonly("rate", &FiniteDifferenceOperator::rate);
 }
 
 }  // namespace

@@ -17,7 +17,12 @@ namespace moq::hessian {
 namespace {
 
 /// Tried in this order; neighbours are far enough apart to change which error dominates.
-constexpr std::array kScales = {1.0, 0.125, 8.0, 0.015625};
+constexpr std::array kScales = {1.0, 8.0, 0.125, 64.0, 0.015625};
+/// Share of the intended change of the gradient that a step may miss it by, either way.
+constexpr double kBand = 4.0;
+/// Steps at most to come into that band, and the shortest, in shares of the longest.
+constexpr int kAttempts = 4;
+constexpr double kShortest = 1.0 / 65536.0;
 /// Products that agree so well are taken without a look at other steps.
 constexpr double kGood = 0.01;
 /// Times the rounding error of a gradient, over the step: below it a product is nothing but noise.
@@ -98,10 +103,11 @@ FiniteDifferenceOperator::FiniteDifferenceOperator(Gradient gradient,
     : CurvatureOperator(std::move(parameters), std::move(sharding)),
       gradient_(std::move(gradient)),
       options_(options),
-      scale_(options.scale) {
-  MOQ_CHECK(options.agreement > 0.0 && options.scale >= 0.0,
-            "finite_difference: agreement must be > 0 and scale >= 0, got ", options.agreement,
-            " and ", options.scale);
+      scale_(options.scale),
+      rate_(options.rate) {
+  MOQ_CHECK(options.agreement > 0.0 && options.scale > 0.0 && options.rate >= 0.0,
+            "finite_difference: agreement and scale must be > 0 and rate >= 0, got ",
+            options.agreement, ", ", options.scale, " and ", options.rate);
   require_leaves(this->parameters());
 }
 
@@ -114,9 +120,9 @@ double FiniteDifferenceOperator::length(std::span<const std::int64_t> block,
   return std::sqrt(squares);
 }
 
-std::vector<at::Tensor> FiniteDifferenceOperator::difference(std::span<const std::int64_t> block,
-                                                             const std::vector<at::Tensor>& vectors,
-                                                             double step, double* noise) const {
+FiniteDifferenceOperator::Difference FiniteDifferenceOperator::difference(
+    std::span<const std::int64_t> block, const std::vector<at::Tensor>& vectors,
+    double step) const {
   const at::NoGradGuard no_grad;
   const std::vector<std::int64_t> indices(block.begin(), block.end());
   const std::vector<at::Tensor> parameters = members(block);
@@ -132,24 +138,56 @@ std::vector<at::Tensor> FiniteDifferenceOperator::difference(std::span<const std
     }
     return gradients;
   };
-  std::vector<at::Tensor> ahead;
+  Difference result{.step = step};
   std::vector<at::Tensor> behind;
   {
     Perturbed perturbed(memory_of(parameters), vectors);
     perturbed.move_to(step);
-    ahead = gradient();
+    result.product = gradient();
     perturbed.move_to(-step);
     behind = gradient();
   }
-  if (noise != nullptr) {
-    // A zero curvature is seen as one by the precision that products should have, float32's.
-    const double epsilon = rounding_error(wide(parameters.front().scalar_type()));
-    *noise = kNoise * epsilon * std::max(length(block, ahead), length(block, behind)) / step;
+  result.gradient = std::max(length(block, result.product), length(block, behind));
+  for (std::size_t i = 0; i < behind.size(); ++i) {
+    result.product[i].sub_(behind[i]).div_(2.0 * step);
   }
-  for (std::size_t i = 0; i < ahead.size(); ++i) {
-    ahead[i].sub_(behind[i]).div_(2.0 * step);
+  result.length = length(block, result.product);
+  MOQ_CHECK(std::isfinite(result.length),
+            "finite_difference: the products must be finite, got length ", result.length,
+            ": does the loss overflow near the weights?");
+  return result;
+}
+
+FiniteDifferenceOperator::Difference FiniteDifferenceOperator::first_difference(
+    std::span<const std::int64_t> block, const std::vector<at::Tensor>& vectors, double direction,
+    bool* sought) const {
+  const std::vector<at::Tensor> parameters = members(block);
+  const double values = length(block, parameters);
+  const double change = std::cbrt(rounding_error(parameters.front().scalar_type()));
+  const double longest = change * (values > 0.0 ? values : 1.0) / direction;
+  const auto step_for = [&](double rate) {
+    const double step = rate > 0.0 ? scale_ * change / (2.0 * rate * direction) : longest;
+    return std::clamp(step, kShortest * longest, longest);
+  };
+  Difference found = difference(block, vectors, step_for(rate_));
+  for (int attempt = 1; attempt < kAttempts; ++attempt) {
+    const double changed = found.change() / (scale_ * change);
+    const double next = step_for(found.rate(direction));
+    if ((changed <= kBand && changed >= 1.0 / kBand) || next == found.step) {
+      break;
+    }
+    *sought = true;
+    Difference other = difference(block, vectors, next);
+    // Where the gradient itself vanishes, any step changes all of it.
+    const bool answers = next > found.step || other.change() < 0.5 * found.change();
+    if (!answers) {
+      rate_ = scale_ * change / (2.0 * found.step * direction);  // starts from here again
+      return found;
+    }
+    found = std::move(other);
   }
-  return ahead;
+  rate_ = found.rate(direction);
+  return found;
 }
 
 std::vector<at::Tensor> FiniteDifferenceOperator::multiply(
@@ -166,30 +204,28 @@ std::vector<at::Tensor> FiniteDifferenceOperator::multiply(
     }
     return zeros;
   }
-  const double values = length(block, parameters);
-  const at::ScalarType dtype = parameters.front().scalar_type();
-  const double unit = std::cbrt(rounding_error(dtype)) * (values > 0.0 ? values : 1.0) / direction;
-  if (scale_ > 0.0 && !options_.check_all) {
-    return difference(block, vectors, scale_ * unit, nullptr);
+  bool sought = rate_ == 0.0 || options_.check_all;
+  const Difference usual = first_difference(block, vectors, direction, &sought);
+  if (!sought) {
+    return usual.product;
   }
 
+  // A zero curvature is seen as one by the precision that products should have, float32's.
+  const double epsilon = rounding_error(wide(parameters.front().scalar_type()));
   std::vector<at::Tensor> best;
   double best_scale = 0.0;
   double least = std::numeric_limits<double>::infinity();
   for (const double scale : kScales) {
-    double noise = 0.0;
-    std::vector<at::Tensor> near = difference(block, vectors, scale * unit, &noise);
-    const std::vector<at::Tensor> far = difference(block, vectors, 2.0 * scale * unit, nullptr);
-    const double apart = length(block, minus(near, far));
-    const double longer = std::max(length(block, near), length(block, far));
-    MOQ_CHECK(std::isfinite(longer), "finite_difference: the products must be finite, got length ",
-              longer, ": does the loss overflow near the weights?");
+    const Difference near = scale == 1.0 ? usual : difference(block, vectors, scale * usual.step);
+    const Difference far = difference(block, vectors, 2.0 * scale * usual.step);
+    const double apart = length(block, minus(near.product, far.product));
+    const double noise = kNoise * epsilon * near.gradient / near.step;
     // Apart by no more than rounding explains: there is no curvature to be seen.
-    const double disagreement = apart <= noise ? 0.0 : apart / longer;
+    const double disagreement = apart <= noise ? 0.0 : apart / std::max(near.length, far.length);
     if (disagreement < least) {
       least = disagreement;
       best_scale = scale;
-      best = std::move(near);
+      best = near.product;
     }
     if (least <= kGood) {
       break;
@@ -201,7 +237,7 @@ std::vector<at::Tensor> FiniteDifferenceOperator::multiply(
             " % at best: the gradient is too coarse or not smooth (half precision, rounded "
             "activations). Compute the loss in float32 (no autocast inside loss_fn, fully_shard "
             "without a half-precision param_dtype), or use form 'exact' or 'fisher'");
-  scale_ = best_scale;
+  scale_ = std::clamp(scale_ * best_scale, kScales.back(), 1.0 / kScales.back());
   return best;
 }
 
