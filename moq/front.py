@@ -33,7 +33,10 @@ def text_of(choice: TargetBits) -> str:
             "loss"
         )
         console.print(_front(choice))
-        console.print("loss: |trace| * squared rounding error, summed over blocks; *: chosen")
+        console.print(
+            "loss: expected increase, 1/2 |trace| / weights * squared rounding error, summed over "
+            "blocks; *: chosen"
+        )
     return capture.get().rstrip()
 
 
@@ -55,7 +58,7 @@ def plot(choice: TargetBits, path: str | Path) -> None:
     else:
         above.set_yscale("symlog", linthresh=min((x for x in losses if x > 0), default=1.0))
     above.set_xlabel(choice.budget.unit)
-    above.set_ylabel("sum of |trace| * squared error")
+    above.set_ylabel("expected increase of the loss")
     above.grid(alpha=0.3)
     above.legend(loc="upper right", fontsize="small")
     names = list(choice.target_bits)

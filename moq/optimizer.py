@@ -487,7 +487,8 @@ class MoQOptimizer(OptimizerWrapper):
     ) -> TargetBits:
         """Chooses the width that each block ends at, and plans the schedule by it.
 
-        Minimises the sum over blocks of |trace| * squared rounding error under one budget, exactly.
+        Minimises the expected increase of the loss, the sum over blocks of
+        1/2 |trace| / number of weights * squared rounding error, under one budget, exactly.
         Blocks whose trace was not measured (frozen ones), ternary and binary ones keep their
         configured target; a schedule.table can end earlier, not lower. Under torch.distributed all
         ranks must call it; they take the numbers of rank 0.

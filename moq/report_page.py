@@ -96,8 +96,9 @@ def front_section(run: RunRecord, front: Front | str) -> str:
     """The Pareto front of target widths."""
     title = "Pareto front of target bits"
     lead = (
-        "The least expected loss, sum over layers of |trace| times the squared rounding error, at "
-        "each mean width: no choice of target widths beats a point of the front in both."
+        "The increase of the loss that rounding is expected to make (over all layers, half the "
+        "mean eigenvalue times the squared rounding error) at each mean width: no choice of target "
+        "widths beats a point of the front in both."
     )
     if isinstance(front, str):
         return section("front", title, lead, missing(front))

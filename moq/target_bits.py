@@ -1,12 +1,16 @@
 """Target widths under a budget: the choice of least expected loss, by traces and rounding errors.
 
-The objective follows HAWQ-V2 (Dong et al., NeurIPS 2020) and HAWQ-V3 (Yao et al., ICML 2021):
-Hessian trace of a block times the squared error of rounding its weights, summed over blocks. They
-take the mean eigenvalue, trace / number of weights, which is the same for blocks of one size:
+The objective is the increase of the loss that rounding is expected to make, to second order:
 
-    loss = sum over blocks b of |trace_b| * sum over weights w of b of (w - Q(w))^2,
+    loss = sum over blocks b of 1/2 |trace_b| / n_b * sum over the n_b weights w of (w - Q(w))^2,
 
-minimised over one width per block, exactly (`moq._C.ParetoFront`).
+minimised over one width per block, exactly (`moq._C.ParetoFront`). For an error d of the weights of
+a block with Hessian H, at a point without gradient, the loss increases by d' H d / 2. If the
+elements of d have mean 0 and variance s^2 and are uncorrelated, the expectation of d' H d is
+s^2 trace(H), and that of the squared error d' d is n s^2: what weighs a squared error is the mean
+eigenvalue trace / n, not the trace. HAWQ-V2 (Dong et al., NeurIPS 2020) and HAWQ-V3 (Yao et al.,
+ICML 2021) minimise the same, but for the half. Both weights were compared
+(tests/benchmarks/rounding_loss.py; docs/benchmarks.md has what came out).
 """
 
 from __future__ import annotations
@@ -140,12 +144,16 @@ class Candidates:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """|trace| * squared error at each width; 0 where no trace was measured.
+        """1/2 |trace| / num_weights * squared error, by width; 0 where no trace was measured.
 
+        What the loss is expected to increase by if this block alone is rounded.
         Curvature of either sign means that the loss moves when weights are rounded, so the
         magnitude counts, as it does in the schedule.
         """
-        return tuple(abs(self.trace or 0.0) * error for error in self.squared_errors)
+        if not self.num_weights:
+            return (0.0,) * len(self.widths)
+        mean_eigenvalue = abs(self.trace or 0.0) / self.num_weights
+        return tuple(0.5 * mean_eigenvalue * error for error in self.squared_errors)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ class TargetBits:
         blocks: What was offered.
         bits: The width chosen for each block.
         cost: What the choice costs, in the budget's unit.
-        loss: Sum over blocks of |trace| * squared error.
+        loss: Sum over blocks of 1/2 |trace| / number of weights * squared error: how much the loss
+            is expected to increase by rounding.
         front: Every choice that no other equals or beats in both cost and loss, as (cost, loss):
             costs rise strictly, losses fall strictly. In the budget's unit too.
         front_bits: The width of each block behind each point of `front`, by its number.

@@ -87,6 +87,27 @@ def test_no_other_choice_loses_less_within_the_budget(seed):
     assert choice.loss == best(choice, sizes, limit)
 
 
+@pytest.mark.parametrize("size", [3, 48])
+def test_the_loss_is_the_mean_increase_by_errors_that_know_nothing_of_the_hessian(size):
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    hessian = half @ half.T
+    errors = 0.01 * torch.randn(20_000, size, generator=generator, dtype=torch.float64)
+    increases = 0.5 * (errors @ hessian * errors).sum(1)
+    squared = errors.square().sum(1).mean().item()
+    block = Candidates("h.0", hessian.trace().item(), size, (4,), (squared,), (1,))
+    standard_error = increases.std().item() / math.sqrt(len(increases))
+    assert abs(block.losses[0] - increases.mean().item()) <= 4 * standard_error
+    assert standard_error <= 0.02 * block.losses[0]
+
+
+def test_a_large_block_bears_the_squared_error_of_a_small_one_of_equal_trace():
+    small, large = (Candidates(f"h.{n}", 2.0, n, (4, 8), (1.0, 0.0), (n, 2 * n)) for n in (10, 40))
+    assert [block.losses for block in (small, large)] == [(0.1, 0.0), (0.025, 0.0)]
+    choice = choose([small, large], Budget("bytes", Fraction(70)))
+    assert choice.bits == (8, 4)
+
+
 def test_the_front_and_the_widths_behind_it_agree(decoder):
     _, optimizer = measured(decoder, (3.0, 0.1, 1.0, 2.0))
     choice = optimizer.choose_target_bits(mean_bits=6)
