@@ -10,9 +10,10 @@ first; from there every method trains the same number of steps on the same batch
     time          MoQ, 16 bits falling to the last, all layers alike
     trace         ... each layer at the pace of its Hessian's trace
     eigenvalue    ... of its Hessian's top eigenvalue
-    budget        ... fused blocks end at 4 or 8 bits by trace * rounding error, under a mean
-    budget_error  ... by rounding error alone
-    ptq_budget, ptq_error   the same two choices, for the rounded fp32 model
+    budget        ... fused blocks end at 4 or 8 bits, under a mean, by mean eigenvalue *
+                  rounding error
+    budget_trace, budget_error   ... by trace * rounding error, by rounding error alone
+    ptq_budget, ptq_trace, ptq_error   the same three choices, for the rounded fp32 model
     blocks        no model: the loss increase of rounding one block, beside its sensitivity
 
 A result is one JSON line; what is in the results file is not run again.
@@ -46,7 +47,7 @@ import accuracy_inputs
 import torch
 import transformers
 from accuracy_cells import FULL_BITS, Cell, run
-from accuracy_table import render
+from accuracy_table import MIXED, render
 from accuracy_tasks import FULL, SMALL, Settings
 from report import machine
 
@@ -60,12 +61,14 @@ BITS: dict[str, Sequence[float]] = {
     **dict.fromkeys(("ptq", "ptq_mse", "qat", "time", "trace", "eigenvalue"), UNIFORM),
     "budget": BUDGETS,
     # At 8 bits of {4, 8} there is nothing to choose.
-    **dict.fromkeys(("budget_error", "ptq_budget", "ptq_error"), BUDGETS[1:]),
+    **dict.fromkeys(
+        ("budget_trace", "budget_error", "ptq_budget", "ptq_trace", "ptq_error"), BUDGETS[1:]
+    ),
 }
 SMALL_BITS: dict[str, Sequence[float]] = {
     name: bits[-1:]
     for name, bits in BITS.items()
-    if name not in ("ptq_mse", "ptq_budget", "ptq_error", "budget_error")
+    if name != "ptq_mse" and name not in MIXED - {"budget"}
 }
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accuracy_inputs import once
@@ -25,6 +25,7 @@ FULL_BITS = 32
 START_BITS = 16
 FINISH_AT = 0.6
 WIDTHS = (4, 8)  # offered to a budget
+Weighing = Literal["mean eigenvalue", "trace", "nothing"]  # of rounding errors
 TRAINING = ("first_steps", "steps", "batch_size", "learning_rate", "granularity")  # recorded
 BLOCK_BITS = 4  # at which a block's own loss increase is measured
 TOLERANCE = {"trace": 0.1, "eigenvalue": 0.05}
@@ -191,10 +192,20 @@ def found_block(pattern: str, parameter: str) -> str:
     return found.group() if found else module
 
 
-def equal_traces(found: Sensitivity) -> Sensitivity:
-    """The same for every block: what is left to choose by is the rounding error."""
+def weighted(
+    found: Sensitivity, by: Weighing, optimizer: moq.MoQOptimizer, pattern: str
+) -> Sensitivity:
+    """What choose_target_bits, which divides by a block's weights, must get to weigh otherwise."""
+    if by == "mean eigenvalue":
+        return found
+    sizes = dict.fromkeys(found.blocks, 0)
+    for weight in weights_of(optimizer):
+        sizes[found_block(pattern, weight.name)] += weight.master.numel()
+    if by == "trace":
+        products = (value * sizes[b] for value, b in zip(found.values, found.blocks, strict=True))
+        return replace(found, values=tuple(products))
     ones = (1.0,) * len(found.blocks)
-    return replace(found, values=ones, normalised=ones)
+    return replace(found, values=tuple(map(float, sizes.values())), normalised=ones)
 
 
 def cost_of(found: Sensitivity) -> dict[str, float]:
@@ -203,11 +214,11 @@ def cost_of(found: Sensitivity) -> dict[str, float]:
 
 
 def chosen_widths(
-    optimizer: moq.MoQOptimizer, found: Sensitivity, bits: float, *, by_trace: bool
+    optimizer: moq.MoQOptimizer, found: Sensitivity, bits: float, by: Weighing, pattern: str
 ) -> dict[str, int]:
     """Bits of each block under a budget, which the schedule follows from now on."""
     choice = optimizer.choose_target_bits(
-        mean_bits=bits, widths=WIDTHS, sensitivity=found if by_trace else equal_traces(found)
+        mean_bits=bits, widths=WIDTHS, sensitivity=weighted(found, by, optimizer, pattern)
     )
     return choice.target_bits
 
@@ -244,12 +255,12 @@ def ptq_mse(task: Task, bits: float) -> Outcome:
     return ptq(task, bits, "mse")
 
 
-def ptq_budget(task: Task, bits: float, *, by_trace: bool = True) -> Outcome:
+def ptq_budget(task: Task, bits: float, by: Weighing = "mean eigenvalue") -> Outcome:
     """The FP32 model, rounded to the widths that a budget allows."""
     model = task.fine_tuned(first=False)
     optimizer = wrap(task, model, max(WIDTHS), task.settings.fused)
     found = probe(task, optimizer, "trace", fused=True, first=False)
-    choice = chosen_widths(optimizer, found, bits, by_trace=by_trace)
+    choice = chosen_widths(optimizer, found, bits, by, task.settings.fused)
     weights = weights_of(optimizer)
     widths = {
         weight.name: choice[found_block(task.settings.fused, weight.name)] for weight in weights
@@ -258,9 +269,14 @@ def ptq_budget(task: Task, bits: float, *, by_trace: bool = True) -> Outcome:
     return Outcome(model, weights, widths, cost_of(found) | {"choice": list(choice.values())})
 
 
+def ptq_trace(task: Task, bits: float) -> Outcome:
+    """As ptq_budget, rounding errors weighed with the trace itself."""
+    return ptq_budget(task, bits, "trace")
+
+
 def ptq_error(task: Task, bits: float) -> Outcome:
     """As ptq_budget, chosen by rounding errors alone."""
-    return ptq_budget(task, bits, by_trace=False)
+    return ptq_budget(task, bits, "nothing")
 
 
 def qat(task: Task, bits: float) -> Outcome:
@@ -293,19 +309,24 @@ def by_eigenvalue(task: Task, bits: float) -> Outcome:
     return by_trace(task, bits, "eigenvalue")
 
 
-def budget(task: Task, bits: float, *, by_trace: bool = True) -> Outcome:
+def budget(task: Task, bits: float, by: Weighing = "mean eigenvalue") -> Outcome:
     """MoQ, each fused block to the width, and at the pace, that its trace allows."""
     model = task.fine_tuned(first=True)
     optimizer = wrap(task, model, max(WIDTHS), task.settings.fused)
     found = probe(task, optimizer, "trace", fused=True)
-    choice = chosen_widths(optimizer, found, bits, by_trace=by_trace)
+    choice = chosen_widths(optimizer, found, bits, by, task.settings.fused)
     task.train(model, optimizer, first=False)
     return trained(model, optimizer, cost_of(found) | {"choice": list(choice.values())})
 
 
+def budget_trace(task: Task, bits: float) -> Outcome:
+    """As budget, rounding errors weighed with the trace itself."""
+    return budget(task, bits, "trace")
+
+
 def budget_error(task: Task, bits: float) -> Outcome:
     """As budget, the widths chosen by rounding errors alone."""
-    return budget(task, bits, by_trace=False)
+    return budget(task, bits, "nothing")
 
 
 def block_losses(task: Task, bits: float) -> Outcome:
@@ -366,12 +387,14 @@ METHODS: dict[str, Callable[[Task, float], Outcome]] = {
     "ptq": ptq,
     "ptq_mse": ptq_mse,
     "ptq_budget": ptq_budget,
+    "ptq_trace": ptq_trace,
     "ptq_error": ptq_error,
     "qat": qat,
     "time": by_time,
     "trace": by_trace,
     "eigenvalue": by_eigenvalue,
     "budget": budget,
+    "budget_trace": budget_trace,
     "budget_error": budget_error,
 }
 

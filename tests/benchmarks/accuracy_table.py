@@ -17,22 +17,26 @@ METHODS = {
     "ptq": "rounded after training",
     "ptq_mse": "rounded, scales of least squared error",
     "ptq_error": "rounded, widths by rounding error",
-    "ptq_budget": "rounded, widths by trace and rounding error",
+    "ptq_trace": "rounded, widths by trace and rounding error",
+    "ptq_budget": "rounded, widths by mean eigenvalue and rounding error",
     "qat": "QAT, this width from the first step",
     "time": "MoQ by time",
     "trace": "MoQ + trace",
     "eigenvalue": "MoQ + eigenvalue",
     "budget_error": "MoQ, widths by rounding error",
-    "budget": "MoQ, widths by trace and rounding error",
+    "budget_trace": "MoQ, widths by trace and rounding error",
+    "budget": "MoQ, widths by mean eigenvalue and rounding error",
 }
-MIXED = {"ptq_error", "ptq_budget", "budget_error", "budget"}
+MIXED = {"ptq_error", "ptq_trace", "ptq_budget", "budget_error", "budget_trace", "budget"}
 #: What a method is compared with, seed by seed.
 BASELINES = {
     "qat": "time",
     "trace": "time",
     "eigenvalue": "time",
     "budget": "budget_error",
+    "budget_trace": "budget_error",
     "ptq_budget": "ptq_error",
+    "ptq_trace": "ptq_error",
 }
 KINDS = {"layers": "layers", "fused": "fused blocks"}
 
