@@ -407,6 +407,7 @@ def pyhessian_rows(
                 cuda=args.device == "cuda",
             )
             (value,), _ = peer.eigenvalues(maxIter=100, tol=1e-3)
+            # Divides by the signed mean, and so stops where that has become negative.
             peer_samples = peer.trace(maxIter=100, tol=1e-9)
             del peer
         peer_trace = sum(peer_samples) / len(peer_samples)
@@ -423,7 +424,7 @@ def pyhessian_rows(
         sigmas = abs(trace - peer_trace) / math.hypot(error, peer_error)
         rows.append(
             Row(
-                f"{name}, trace of 100 samples",
+                f"{name}, trace of 100 samples (peer: {len(peer_samples)})",
                 trace,
                 float(peer_trace),
                 "of the loss",
