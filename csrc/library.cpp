@@ -118,11 +118,14 @@ TORCH_LIBRARY(moq, m) {
       "bool causal=False, float? scale=None, Tensor? alibi_slopes=None) -> Tensor");
   // The same for query [num_tokens, num_heads, head_dim] over a GPU's cache, which holds the new
   // tokens' keys already. A sequence is: its first token among the new ones, its number of new
-  // tokens, how many keys it had before, and its row of page_table [slots, pages].
+  // tokens, how many keys it had before, and its row of page_table [slots, pages]. past_is_ready:
+  // no kernel that may still run writes the page table, the sequences or keys and values of the
+  // past, which are then read while the kernels before this one end.
   m.def(
       "paged_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
       "Tensor sequences, *, int max_tokens, bool causal=True, float? scale=None, Tensor? "
-      "key_scales=None, Tensor? value_scales=None, Tensor? alibi_slopes=None) -> Tensor");
+      "key_scales=None, Tensor? value_scales=None, Tensor? alibi_slopes=None, "
+      "bool past_is_ready=False) -> Tensor");
   // Bytes a second of one reading of the buffer: what benchmarks compare with. prefetch: the other
   // of two ways to read, of which a caller takes the faster.
   m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");

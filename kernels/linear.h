@@ -201,17 +201,19 @@ void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 /// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
 /// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
 /// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
-/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for 2 <= m <= 8,
-/// and for m = 1 too unless the input is so wide that only one token of it fits; not on the row's
-/// place. Statistics of a norm are float32: the mean first, then the variance of the differences;
-/// where the weight is streamed, both in one pass over differences from one of the numbers.
+/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for 1 <= m <= 8
+/// unless the input is so wide that only one token of it fits into a thread block: then m = 1, 2 <=
+/// m <= 4 and, without a norm, 5 <= m <= 8 differ; not on the row's place. Statistics of a norm are
+/// float32: the mean first, then the variance of the differences; where the weight is streamed, both
+/// in one pass over differences from one of the numbers.
 ///
 /// On compute capability 9.0 up to 8 tokens stream the weight through shared memory by bulk copies,
-/// and normalise what they multiply. More tokens, and without a norm older GPUs, multiply tiles on
-/// tensor cores where k and input_stride are multiples of 8 and the input is aligned to 16 bytes;
-/// compute capability 9.0 has tiles of its own, for any k. Otherwise, and for what tensor cores do
-/// not multiply (float32; a float weight of another dtype than the activations; groups that are no
-/// multiple of 32 columns), a plain kernel computes in float32.
+/// and normalise what they multiply. More tokens, more than 4 of so wide an input that has no norm,
+/// and without a norm older GPUs, multiply tiles on tensor cores where k and
+/// input_stride are multiples of 8 and the input is aligned to 16 bytes; compute capability 9.0 has
+/// tiles of its own, for any k. Otherwise, and for what tensor cores do not multiply (float32; a
+/// float weight of another dtype than the activations; groups that are no multiple of 32 columns),
+/// a plain kernel computes in float32.
 /// @throws moq::Error for inconsistent sizes, strides or combinations, a null pointer to something
 ///         non-empty, a packed weight that is not aligned, or a launch that fails.
 void linear(const DeviceLinearArgs& args, CUstream_st* stream);

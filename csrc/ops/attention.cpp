@@ -37,6 +37,7 @@ struct AttentionCall {
   bool causal;
   double scale;
   OptionalTensor alibi_slopes;
+  bool past_is_ready = false;
 };
 
 // ------------------------------------------------------------------------------------------ checks
@@ -95,8 +96,8 @@ AttentionCall describe_paged(const Tensor& query, const Tensor& key_pages,
                              const Tensor& value_pages, const Tensor& page_table,
                              const Tensor& sequences, std::int64_t max_tokens, bool causal,
                              std::optional<double> scale, const OptionalTensor& key_scales,
-                             const OptionalTensor& value_scales,
-                             const OptionalTensor& alibi_slopes) {
+                             const OptionalTensor& value_scales, const OptionalTensor& alibi_slopes,
+                             bool past_is_ready) {
   refuse_cpu_pages(kPaged, query);
   check_activations(kPaged, "query", query);
   TORCH_CHECK_VALUE(query.dim() == 3, kPaged,
@@ -117,7 +118,8 @@ AttentionCall describe_paged(const Tensor& query, const Tensor& key_pages,
                      .num_kv_heads = kv_heads_of(kPaged, key_pages),
                      .causal = causal,
                      .scale = scale_or_default(scale, head_dim),
-                     .alibi_slopes = alibi_slopes};
+                     .alibi_slopes = alibi_slopes,
+                     .past_is_ready = past_is_ready};
   check(call);
   check(kPaged, call.pages, query, call.num_kv_heads, head_dim);
   TORCH_CHECK_VALUE(page_table.dim() == 2, kPaged, ": page_table must be [slots, pages], got ",
@@ -213,7 +215,8 @@ Tensor run(AttentionCall call) {
                                   .alibi_slopes = data_or_null<float>(slopes),
                                   .output = output.mutable_data_ptr(),
                                   .output_stride = output.stride(0),
-                                  .dtype = dtype_of(call.query.scalar_type())},
+                                  .dtype = dtype_of(call.query.scalar_type()),
+                                  .past_is_ready = call.past_is_ready},
                                  stream);
       });
   return output;

@@ -244,10 +244,13 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   if (args.m == 0 || layout.n == 0) {
     return;
   }
-  if (can_stream(args, layout)) {
+  const bool suits_wgmma =
+      (args.m > kTileTokens || layout.n * layout.k <= kTileWeights) && can_wgmma(args, layout);
+  const bool wide = args.m > kWideTokens && suits_wgmma && streams_in_clusters(args, layout);
+  if (!wide && can_stream(args, layout)) {
     return stream_linear(args, layout, stream);
   }
-  if ((args.m > kTileTokens || layout.n * layout.k <= kTileWeights) && can_wgmma(args, layout)) {
+  if (suits_wgmma) {
     return wgmma_linear(args, layout, choose_wgmma(args, layout), stream);
   }
   if (can_tile(args, layout) && args.norm.kind == NormKind::kNone) {

@@ -10,9 +10,11 @@
 /// an H200 on 2026-11-26.
 namespace moq::kernels::cuda {
 
-/// Tokens that stream_linear takes (compute capability 9.0). wgmma_linear takes more (sm_90a), but
-/// few tokens times many weights (n * k), which tile_linear reads faster.
+/// Tokens that stream_linear takes (compute capability 9.0). wgmma_linear takes more (sm_90a), more
+/// than kWideTokens of an input of which several don't fit into a thread block, but not few tokens
+/// times many weights (n * k), which stream_linear and tile_linear read faster.
 constexpr std::int64_t kStreamTokens = 8;
+constexpr std::int64_t kWideTokens = 4;  // fewer stream, which takes longer but overlaps better
 constexpr std::int64_t kTileTokens = 32;
 constexpr std::int64_t kTileWeights = 100'000'000;
 

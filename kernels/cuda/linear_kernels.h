@@ -13,6 +13,8 @@ bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout
 
 /// Whether stream_linear multiplies these, up to kStreamTokens tokens, on the current device.
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout);
+/// Whether it does so in clusters of thread blocks, because the input is too wide for one.
+bool streams_in_clusters(const DeviceLinearArgs& args, const DeviceLayout& layout);
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUstream_st* stream);
 
 /// Whether tile_linear multiplies these, any number of tokens, on the current device.

@@ -355,6 +355,10 @@ bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
          device_limits().shared_bytes_per_multiprocessor >= kMaxSharedBytes + kOtherBytes;
 }
 
+bool streams_in_clusters(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  return stream_split(layout, static_cast<int>(args.m)) > 1;
+}
+
 void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
   args.dtype == DType::kBFloat16 ? launch<true>(args, layout, stream)
                                  : launch<false>(args, layout, stream);

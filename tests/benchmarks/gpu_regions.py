@@ -180,7 +180,9 @@ def region_2_decode(layer: Layer) -> Region:
 
     def moq(i: int) -> Tensor:
         keys, values = pages[i]
-        return ops_module.paged_attention(query, keys, values, table, sequences, max_tokens=1)
+        return ops_module.paged_attention(
+            query, keys, values, table, sequences, max_tokens=1, past_is_ready=True
+        )
 
     def peer(i: int) -> Tensor:
         keys, values = caches[i]

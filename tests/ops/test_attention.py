@@ -139,12 +139,21 @@ class Cache:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_pages_are_attended_to(gpu, dtype, heads, pasts, news):
+@pytest.mark.parametrize("ready", [False, True], ids=["waits", "past_is_ready"])
+def test_pages_are_attended_to(gpu, ready, dtype, heads, pasts, news):
     num_heads, num_kv_heads, dim = heads
     cache = Cache(pasts, news, num_kv_heads, dim, dtype, gpu)
     query = random_input(sum(news), num_heads * dim, (gpu, dtype)).unflatten(1, (num_heads, dim))
+    if ready:
+        torch.cuda.synchronize()
     output = ops.paged_attention(
-        query, cache.keys, cache.values, cache.table, cache.sequences, max_tokens=max(news)
+        query,
+        cache.keys,
+        cache.values,
+        cache.table,
+        cache.sequences,
+        max_tokens=max(news),
+        past_is_ready=ready,
     )
     for begin, new, past, slot in cache.sequences.tolist():
         keys, values = (cache.read(p, slot, past + new) for p in (cache.keys, cache.values))
