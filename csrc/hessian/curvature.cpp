@@ -72,9 +72,8 @@ at::Tensor CurvatureOperator::join(std::int64_t index, const at::Tensor& piece) 
 }
 
 std::vector<double> CurvatureOperator::sum(std::span<const std::int64_t> block,
-                                           std::vector<double> values) const {
-  return sharding_.pieces.empty() ? values
-                                  : sharding_.sum({block.begin(), block.end()}, std::move(values));
+                                           const std::vector<double>& values) const {
+  return sharding_.pieces.empty() ? values : sharding_.sum({block.begin(), block.end()}, values);
 }
 
 std::vector<double> dots(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& y) {

@@ -57,7 +57,8 @@ class CurvatureOperator {
   /// The inverse of `cut`.
   at::Tensor join(std::int64_t index, const at::Tensor& piece) const;
   /// Sums over the pieces of parameters, from those over this rank's.
-  std::vector<double> sum(std::span<const std::int64_t> block, std::vector<double> values) const;
+  std::vector<double> sum(std::span<const std::int64_t> block,
+                          const std::vector<double>& values) const;
 
  protected:
   /// As `product`, after its checks.

@@ -199,6 +199,7 @@ std::vector<at::Tensor> FiniteDifferenceOperator::multiply(
             direction);
   if (direction == 0.0) {
     std::vector<at::Tensor> zeros;
+    zeros.reserve(parameters.size());
     for (const at::Tensor& parameter : parameters) {
       zeros.push_back(at::zeros_like(parameter, wide(parameter.scalar_type())));
     }
