@@ -68,6 +68,7 @@ class CurvatureOperator:
         batch: int = 0,
         names: Sequence[str] = (),
         progress: Callable[[int], None] | None = None,
+        enough: Callable[[], bool] | None = None,
     ) -> tuple[list[list[float]], bool]: ...
     def eigenvalues(
         self,

@@ -112,6 +112,7 @@ class Traces:
         total_batches: Of all ranks.
         seed: Of the random vectors.
         bar: Is told each product.
+        enough: Says whether the time is up; None: never.
     """
 
     def __init__(
@@ -122,9 +123,11 @@ class Traces:
         total_batches: int,
         seed: int,
         bar: ProductBar,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
+        self.enough = enough
         self.products = self.products_per_batch = products
         # The mean over independent batches is more accurate than each of them.
         self.tolerance_per_batch = tolerance * math.sqrt(total_batches)
@@ -146,6 +149,7 @@ class Traces:
                 batch=batch,
                 names=list(self.blocks),
                 progress=self.bar.advance,
+                enough=self.enough,
             )
             products = len(samples)
         self.rows.append((samples, products))

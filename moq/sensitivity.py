@@ -288,13 +288,17 @@ class _Probe:
 
             spent = time.perf_counter() - started
             size = self._size(own, examples, curvature.form == "fisher", spent, bar)
-            meters = self._meters(size, bar)
+            # Products may turn out slower than the one that was timed.
+            over = None if self.max_seconds is None else lambda: self._over(started)
+            meters = self._meters(size, bar, over)
             most = size.batches
             before = self.counts[: 0 if self.sharded else self.rank]
             first = sum(min(count, most) for count in before)
             with raise_together(self.group):
                 try:
                     for index, batch in enumerate(self.batches[:most], start=first):
+                        if index > first and over is not None and over():
+                            break
                         operator = trial or curvature.operator(batch, index)
                         trial = None
                         for meter in meters.values():
@@ -394,13 +398,21 @@ class _Probe:
             )
         return size
 
-    def _meters(self, size: Size, bar: ProductBar) -> dict[Kind, Traces | Eigenvalues]:
+    def _over(self, started: float) -> bool:
+        """Says whether the time is up; ranks that share parameters hear the same."""
+        assert self.max_seconds is not None
+        own = time.perf_counter() - started > self.max_seconds
+        return any(self._gather(own)) if self.sharded else own
+
+    def _meters(
+        self, size: Size, bar: ProductBar, over: Callable[[], bool] | None
+    ) -> dict[Kind, Traces | Eigenvalues]:
         total = sum(min(count, size.batches) for count in self.counts)
         meters: dict[Kind, Traces | Eigenvalues] = {}
         for kind, products in size.products.items():
             tolerance = self.tolerance[kind]
             if kind == "trace":
-                meters[kind] = Traces(self.blocks, tolerance, products, total, self.seed, bar)
+                meters[kind] = Traces(self.blocks, tolerance, products, total, self.seed, bar, over)
             else:
                 meters[kind] = Eigenvalues(self.blocks, tolerance, products, self.seed, bar)
         each = sum(meter.products_per_batch for meter in meters.values())

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -146,7 +147,8 @@ void bind_hessian(py::module_& m) {
           "traces",
           [](const CurvatureOperator& self, const Blocks& blocks, double tolerance,
              std::int64_t min_products, std::int64_t max_products, std::uint64_t seed,
-             std::uint32_t batch, std::vector<std::string> names, const Progress& progress) {
+             std::uint32_t batch, std::vector<std::string> names, const Progress& progress,
+             const std::function<bool()>& enough) {
             const py::gil_scoped_release release;
             auto result = hessian::hutchinson_traces(self, blocks,
                                                      {.tolerance = tolerance,
@@ -154,6 +156,7 @@ void bind_hessian(py::module_& m) {
                                                       .max_products = max_products,
                                                       .seed = seed,
                                                       .batch = batch,
+                                                      .enough = enough,
                                                       .names = std::move(names)},
                                                      progress);
             return std::pair(std::move(result.samples), result.converged);
@@ -161,6 +164,7 @@ void bind_hessian(py::module_& m) {
           py::arg("blocks"), py::kw_only(), py::arg("tolerance"), py::arg("min_products"),
           py::arg("max_products"), py::arg("seed"), py::arg("batch") = 0,
           py::arg("names") = std::vector<std::string>{}, py::arg("progress") = py::none(),
+          py::arg("enough") = py::none(),
           "(samples [products][blocks], converged): unbiased estimates of the trace of every "
           "block.")
       .def(

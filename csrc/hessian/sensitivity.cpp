@@ -150,6 +150,9 @@ TraceSamples hutchinson_traces(const CurvatureOperator& hessian, const Blocks& b
     if (progress) {
       progress(k + 1);
     }
+    if (k >= 1 && !traces.converged && options.enough && options.enough()) {
+      break;
+    }
   }
   return traces;
 }

@@ -26,6 +26,9 @@ struct TraceOptions {
   std::int64_t max_products = 16;  ///< >= min_products
   std::uint64_t seed = 0;
   std::uint32_t batch = 0;  ///< number of the batch, so that batches draw different vectors
+  /// Asked after each product from the second on: true makes it the last, though the tolerance is
+  /// not met. The same on all ranks of a sharded operator.
+  std::function<bool()> enough = {};
   std::vector<std::string> names = {};  ///< of the blocks, for errors; empty: their numbers
 };
 

@@ -113,6 +113,21 @@ def test_a_measurement_keeps_to_its_share(decoder, clock, max_cost, products):
     assert cost["seconds"] == cost["spent"] == clock.now <= max_cost * 1000
 
 
+def test_it_ends_early_where_products_turn_out_slower(decoder, clock):
+    model = decoder()
+    optimizer = wrap(model, differenced(max_cost=0.03, tolerance=1e-6), total_steps=1000)
+    calls = []
+
+    def loss_fn(tokens):
+        calls.append(1)
+        clock.now += 1.0 if len(calls) < 8 else 5.0
+        return loss_of(model, tokens)
+
+    found = optimizer.probe(loss_fn, BATCHES)
+    assert 2 <= found.products < 12 and not found.converged
+    assert clock.now <= 30 + 2 * 5  # the product that was under way
+
+
 def test_every_measurement_counts(decoder, clock):
     model = decoder()
     config = differenced(max_cost=0.025, max_products=4, tolerance=1e-6)
