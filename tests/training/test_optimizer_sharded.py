@@ -34,8 +34,13 @@ def in_processes(world_size: int, directory: Path, backend: str) -> list[dict[st
         for rank in range(world_size)
     ]
     try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
+        for rank, process in enumerate(processes):
+            try:
+                output, _ = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+                raise AssertionError(f"rank {rank} did not end:\n{output[-4000:]}") from None
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in processes:

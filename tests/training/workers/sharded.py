@@ -811,6 +811,7 @@ def run_checks(
     outcomes = {}
     for name, check in sorted(globals().items()):
         if name.startswith("check_"):
+            print(name, flush=True)  # a rank that never ends was last here
             try:
                 check()
                 outcomes[name] = ""
