@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accuracy_inputs import once
+from accuracy_table import EXPECTED
 from accuracy_tasks import LAYERS, Settings, Task
 from torch import nn
 
@@ -343,13 +344,14 @@ def block_losses(task: Task, bits: float) -> Outcome:
         names = found["trace"].blocks
         weights = weights_of(optimizer)
         show_masters(model, weights)
-        errors, increases = [], []
+        errors, increases, sizes = [], [], []
         for name in names:
             own = [w for w in weights if found_block(pattern, w.name) == name]
             round_weights(model, own, {w.name: BLOCK_BITS for w in own})
             increases.append(task.evaluate(model, some=True)[1] - before)
             show_masters(model, own)
             errors.append(math.fsum(w.squared_error(BLOCK_BITS) for w in own))
+            sizes.append(sum(w.master.numel() for w in own))
         predictors = {name: [abs(v) for v in f.values] for name, f in found.items()}
         predictors["squared error"] = errors
         for measure in measures:
@@ -357,8 +359,13 @@ def block_losses(task: Task, bits: float) -> Outcome:
                 abs(value) * error
                 for value, error in zip(found[measure].values, errors, strict=True)
             ]
+        predictors[EXPECTED] = [
+            0.5 * abs(value) / size * error
+            for value, size, error in zip(found["trace"].values, sizes, errors, strict=True)
+        ]
         extra["blocks"][kind] = {
             "names": list(names),
+            "num_weights": sizes,
             "increase": increases,
             "predictors": predictors,
             "rank_correlation": {

@@ -39,6 +39,8 @@ BASELINES = {
     "ptq_trace": "ptq_error",
 }
 KINDS = {"layers": "layers", "fused": "fused blocks"}
+#: The predictor that is an increase of the loss: half the mean eigenvalue times the squared error.
+EXPECTED = "mean eigenvalue * squared error"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -100,17 +102,30 @@ def scores(results: Sequence[Result]) -> str:
 def correlations(results: Sequence[Result]) -> str:
     """How well each predictor ranks the blocks by what rounding them does."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     sizes: dict[str, int] = {}
     for result in results:
         for kind, block in result.get("blocks", {}).items():
             sizes[kind] = len(block["names"])
             for predictor, value in block["rank_correlation"].items():
                 found[kind, predictor].append(value)
+            sums[kind].append(
+                (math.fsum(block["predictors"][EXPECTED]), math.fsum(block["increase"]))
+            )
     rows = [
         [f"{sizes[kind]} {KINDS[kind]}", predictor, spread(values, 2), str(len(values))]
         for (kind, predictor), values in found.items()
     ]
-    return table(["blocks", "predictor", "rank correlation", "n"], rows) if rows else ""
+    if not rows:
+        return ""
+    text = [table(["blocks", "predictor", "rank correlation", "n"], rows), ""]
+    for kind, pairs in sums.items():
+        expected, measured = (spread(values, 4) for values in zip(*pairs, strict=True))
+        text.append(
+            f"Half the mean eigenvalue times the squared error, summed over the {KINDS[kind]}, is "
+            f"{expected}, the increases {measured}."
+        )
+    return "\n".join(text)
 
 
 def costs(results: Sequence[Result]) -> str:
