@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -308,6 +308,15 @@ class MoQOptimizer(OptimizerWrapper):
     def steps(self) -> int:
         """Completed optimizer steps; steps that GradScaler skipped do not count."""
         return int(self._masters.trainer.step)
+
+    def __repr__(self) -> str:
+        """The inner optimizer and its groups, without the record that travels in them."""
+        widths = Counter(self.num_bits.values())
+        bits = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(widths.items()))
+        lines = super().__repr__().splitlines()
+        lines = [line for line in lines if not line.startswith(f"    {RECORD_KEY}: ")]
+        summary = [f"inner: {type(self.inner).__name__}", f"step: {self.steps}", f"weights: {bits}"]
+        return "\n".join([*lines[:1], *summary, *lines[1:]])
 
     @property
     def num_bits(self) -> dict[str, int]:

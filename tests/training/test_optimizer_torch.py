@@ -32,6 +32,19 @@ def test_it_is_a_torch_optimizer_over_the_models_parameters(decoder):
     assert optimizer.defaults == optimizer.inner.defaults
 
 
+def test_its_text_shows_widths_and_groups_and_no_record(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    train_step(model, optimizer, 0)
+    text = repr(optimizer)
+    (bits,) = set(optimizer.num_bits.values())
+    weights_shown = f"weights: {len(optimizer.num_bits)} at {bits} bits"
+    assert f"inner: AdamW\nstep: 1\n{weights_shown}\n" in text
+    assert "    lr: " in text
+    assert "moq:" not in text
+    assert all(len(line) < 100 for line in text.splitlines())
+
+
 def test_learning_rate_schedulers_reach_the_inner_optimizer(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
