@@ -72,8 +72,9 @@ class Probe:
         values, normalised, errors: By block.
         products, converged: As in moq.estimators.Sensitivity; None: not told.
         seconds: Wall time with all that belongs to it, on the slowest rank; None: not told.
-        max_cost: Share of the training's time that all probes could take; None: any.
-        form: Of the matrix, if the run tells: exact, finite differences and so on.
+        training_seconds: Of the whole training, as far as could be told then; None: not told.
+        max_cost: Share of `training_seconds` that all probes could take; None: any.
+        form: Of the matrix, if the run tells: as in moq.estimators.Sensitivity.
     """
 
     step: int
@@ -85,6 +86,7 @@ class Probe:
     seconds: float | None
     converged: bool | None
     form: str | None
+    training_seconds: float | None
     max_cost: float | None
 
 
@@ -123,6 +125,14 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether all planned steps were made."""
         return self.step >= self.total_steps
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Wall time of all planned steps: as the steps made took, or as was thought before any."""
+        if self.seconds_per_step is not None:
+            return self.seconds_per_step * self.total_steps
+        thought = [p.training_seconds for p in self.probes if p.training_seconds is not None]
+        return thought[-1] if thought else None
 
     def scalar(self, name: str, layer: str | None = None) -> list[Point]:
         """Returns one of moq's own scalars, of the model or of a block."""
@@ -207,8 +217,13 @@ def _get(entry: Mapping[str, Any], key: str, kind: type, where: object) -> Any:
     good = isinstance(value, (int, float) if kind is float else kind)
     if not good or (isinstance(value, bool) and kind is not bool):
         words = {int: "an integer", float: "a number", str: "a string", list: "a list"}
+        words |= {bool: "true or false"}
         raise FormatError(f"{where}: {key} must be {words.get(kind, 'an object')}, got {value!r}")
     return value
+
+
+def _get_if_told(entry: Mapping[str, Any], key: str, kind: type, where: object) -> Any:
+    return None if entry.get(key) is None else _get(entry, key, kind, where)
 
 
 def _numbers(entry: Mapping[str, Any], key: str, count: int | None, where: object) -> list[float]:
@@ -242,6 +257,7 @@ def _probe(entry: Any, where: str) -> Probe:
         raise FormatError(f"{where}: measure must be one of {list(MEASURES)}, got {measure!r}")
 
     cost = _get(entry, "cost", dict, where) if "cost" in entry else {}
+    timed = cost if "seconds" in cost else entry
 
     def by_block(key: str) -> dict[str, float]:
         return dict(zip(blocks, _numbers(entry, key, len(blocks), where), strict=True))
@@ -252,11 +268,12 @@ def _probe(entry: Any, where: str) -> Probe:
         values=by_block("values"),
         normalised=by_block("normalised"),
         errors=by_block("standard_error") if entry.get("standard_error") else {},
-        products=entry.get("products"),
-        seconds=cost["seconds"] if "seconds" in cost else entry.get("seconds"),
-        converged=entry.get("converged"),
-        form=_get(entry, "form", str, where) if "form" in entry else None,
-        max_cost=cost.get("max_cost"),
+        products=_get_if_told(entry, "products", int, where),
+        seconds=_get_if_told(timed, "seconds", float, where),
+        converged=_get_if_told(entry, "converged", bool, where),
+        form=_get_if_told(entry, "form", str, where),
+        training_seconds=_get_if_told(cost, "training_seconds", float, where),
+        max_cost=_get_if_told(cost, "max_cost", float, where),
     )
 
 

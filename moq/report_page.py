@@ -280,8 +280,8 @@ def _cards(run: RunRecord, weights: RunWeights) -> str:
         values = [y for _, y in points]
         cards.append((name, f"{number(values[0])} → {number(values[-1])}"))
     spent = math.fsum(probe.seconds or 0.0 for probe in run.probes)
-    if run.probes and run.seconds_per_step and run.step:
-        share = percent(spent / (run.seconds_per_step * run.step))
+    if run.probes and run.training_seconds:
+        share = percent(spent / run.training_seconds)
         cards.append(("probes", f"{duration(spent)}, {share} of training"))
     elif run.probes:
         cards.append(("probes", duration(spent)))

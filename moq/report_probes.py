@@ -11,10 +11,12 @@ from moq.report_html import duration, folded, missing, number, percent, section,
 
 SPECTRA = 12
 CURVATURE = {
-    "trace": "trace of its block of the Hessian",
-    "eigenvalue": "top eigenvalue of its block of the Hessian",
-    "both": "trace of its block of the Hessian; its top eigenvalue was measured too",
+    "trace": "trace of its block of the {matrix}",
+    "eigenvalue": "top eigenvalue of its block of the {matrix}",
+    "both": "trace of its block of the {matrix}; its top eigenvalue was measured too",
 }
+#: What stands for the Hessian, by the probe's form.
+MATRIX = {"gauss_newton": "Gauss-Newton matrix", "fisher": "empirical Fisher matrix"}
 #: Densities below this share of the largest are drawn as that.
 DENSITY_FLOOR = 1e-5
 
@@ -72,10 +74,11 @@ def sensitivity_section(run: RunRecord) -> str:
     content += folded("Table: sensitivities", table("Sensitivity by probe", header, table_rows))
     last = run.probes[-1]
     top = sorted(last.normalised, key=lambda name: -last.normalised[name])[:3]
+    curvature = CURVATURE[last.measure].format(matrix=MATRIX.get(last.form or "", "Hessian"))
     lead = (
-        f"How much the loss curves in the weights of each layer ({CURVATURE[last.measure]}); the "
-        "largest of a probe counts as 1. Sensitive layers stay longer at each "
-        f"width. Most sensitive at the last probe: {', '.join(top)}."
+        f"How much the loss curves in the weights of each layer ({curvature}); the largest of a "
+        "probe counts as 1. Sensitive layers stay longer at each width. Most sensitive at the last "
+        f"probe: {', '.join(top)}."
     )
     return section("sensitivity", title, lead, content)
 
@@ -132,19 +135,23 @@ def spectrum_section(run: RunRecord) -> str:
 
 def cost_section(run: RunRecord) -> str:
     """What the probes cost."""
-    lead = "Hessian-vector products and wall time of the probes"
+    lead = "Products with the matrix and wall time of the probes"
     if not run.probes:
         return section("cost", "Cost of the probes", lead + ".", missing("There was no probe."))
-    per_step = run.seconds_per_step
-    training = per_step * run.step if per_step is not None else None
+    training, per_step, last = run.training_seconds, run.seconds_per_step, run.probes[-1]
     spent = [probe.seconds for probe in run.probes if probe.seconds is not None]
     if training and spent:
+        take = "were thought to take" if per_step is None else f"of {duration(per_step)} take"
         lead += (
             f": {duration(math.fsum(spent))}, {percent(math.fsum(spent) / training)} of the "
-            f"{duration(training)} that {run.step:,} steps of {duration(per_step or 0)} take"
+            f"{duration(training)} that all {run.total_steps:,} steps {take}"
         )
-    if run.probes[-1].max_cost is not None:
-        lead += f"; at most {percent(run.probes[-1].max_cost)} of the training was allowed"
+    if last.max_cost is not None:
+        lead += f"; at most {percent(last.max_cost)} of the training was allowed"
+        if last.training_seconds is not None and per_step is not None:
+            lead += (
+                f", which at the last probe was thought to take {duration(last.training_seconds)}"
+            )
     header = ("probe at step", "measure", "products", "time", "of training", "tolerance met")
     rows = [
         (

@@ -193,6 +193,54 @@ def test_the_share_that_probes_may_take_is_told(run):
     assert rows(text, "Probes")[1][3].split() == ["1.50", "s"]
 
 
+def test_the_share_of_probes_is_of_the_whole_training_as_their_budget_is(run):
+    def change(data):
+        data["history"]["step"] = 5
+        data["pace"] = {"steps": 4, "seconds": 4.0}
+        del data["history"]["sensitivities"][1:]
+        data["history"]["sensitivities"][0]["cost"] = {
+            "seconds": 0.48, "spent": 0.48, "training_seconds": 25.0, "max_cost": 0.02,
+        }  # fmt: skip
+
+    damage(run / "run.json", change)
+    text = report(run)
+    told = words(section(text, "cost"))
+    assert "0.480 s, 2 % of the 24 s that all 24 steps of 1 s take" in told
+    assert (
+        "2 % of the training was allowed, which at the last probe was thought to take 25 s" in told
+    )
+    assert rows(text, "Probes")[0][4].split() == ["2", "%"]
+    assert "0.480 s, 2 % of training" in words(text)
+
+
+def test_before_any_step_the_share_of_probes_is_of_what_the_training_was_thought_to_take(run):
+    def change(data):
+        data["pace"] = {"steps": 0, "seconds": 0.0}
+        for probe in data["history"]["sensitivities"]:
+            probe["cost"].update(seconds=0.5, training_seconds=50.0)
+
+    damage(run / "run.json", change)
+    text = report(run)
+    told = words(section(text, "cost"))
+    assert "1 s, 2 % of the 50 s that all 24 steps were thought to take." in told
+    assert [row[4].split()[0] for row in rows(text, "Probes")] == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("form", "matrix"),
+    [
+        ("exact", "Hessian"),
+        ("finite_difference", "Hessian"),
+        ("gauss_newton", "Gauss-Newton matrix"),
+        ("fisher", "empirical Fisher matrix"),
+    ],
+)
+def test_the_matrix_is_called_by_the_form_of_the_probe(run, form, matrix):
+    change = lambda data: data["history"]["sensitivities"][-1].update(form=form)  # noqa: E731
+    damage(run / "run.json", change)
+    assert f"(trace of its block of the {matrix})" in words(section(report(run), "sensitivity"))
+
+
 def test_the_spectrum_is_drawn(text):
     assert rows(text, "Spectra")[0][:2] == ["model.layers.1", "24"]
     assert "model.layers.1, step 24" in section(text, "spectrum")
@@ -405,6 +453,24 @@ def short_probe(run: Path) -> None:
     damage(run / "run.json", lambda data: data["history"]["sensitivities"][0]["values"].pop())
 
 
+def text_products(run: Path) -> None:
+    damage(run / "run.json", lambda data: data["history"]["sensitivities"][1].update(products="9"))
+
+
+def numeric_converged(run: Path) -> None:
+    damage(run / "run.json", lambda data: data["history"]["sensitivities"][1].update(converged=1))
+
+
+def text_cost(key: str):
+    def change(run: Path) -> None:
+        damage(
+            run / "run.json",
+            lambda data: data["history"]["sensitivities"][0]["cost"].update({key: "long"}),
+        )
+
+    return change
+
+
 def damaged_plan(run: Path) -> None:
     damage(run / "run.json", lambda data: data["history"]["schedule"].pop("blocks"))
 
@@ -442,6 +508,11 @@ def damaged_masters(run: Path) -> None:
         (without_schedule, "history.schedule must hold the plan, and is missing"),
         (damaged_plan, "run.json: history.schedule:"),
         (short_probe, "history.sensitivities[0]: values must be a list of 3 numbers"),
+        (text_products, "history.sensitivities[1]: products must be an integer, got '9'"),
+        (numeric_converged, "history.sensitivities[1]: converged must be true or false, got 1"),
+        (text_cost("seconds"), "history.sensitivities[0]: seconds must be a number, got 'long'"),
+        (text_cost("training_seconds"), "sensitivities[0]: training_seconds must be a number"),
+        (text_cost("max_cost"), "history.sensitivities[0]: max_cost must be a number, got 'long'"),
         (damaged_spectrum, "history.spectra[0]: density must be a list of 401 numbers"),
         (text_step, "run.json: step must be an integer, got 'many'"),
         (cut_json, "run.json: expected a JSON object"),
