@@ -29,6 +29,7 @@ from moq.manifest import (
 )
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
+from moq.record import without_times
 from moq.staging import replaced_directory
 from moq.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
@@ -60,7 +61,7 @@ def export_checkpoint(
         tokenizer: a tokenizer to save, the directory of a model whose tokenizer files are copied,
             or None.
         history: what happened in training (schedule, sensitivities, seed, steps, …); JSON values,
-            kept in moq.json as they are.
+            kept in moq.json as they are, but for the wall times of measurements.
         probe: token ids whose FP32 logits `moq verify` replays; None: 16 ids spread over the
             vocabulary.
         max_shard_size: bytes after which a new file is begun.
@@ -100,7 +101,7 @@ def export_checkpoint(
                 name: {"sha256": tensor_sha256(tensor)} for name, tensor in tensors.items()
             },
             "aliases": parameters.aliases,
-            "history": dict(history or {}),
+            "history": without_times(history or {}),
             "probe": answer,
             "no_probe": reason,
         }

@@ -16,6 +16,8 @@ FORMAT = 1
 # param groups hold, in all its forms, and drops every other top-level key.
 RECORD_KEY = "moq"
 MASTER_KEY = "moq_master"
+#: Wall times of a measurement, in its entry of the history and in that entry's cost.
+TIMES = {"seconds", "spent", "training_seconds"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,28 @@ class Record:
             "blocks": {name: grid["block"] for name, grid in self.parameters.items()},
             "target_bits": self.target_bits,
         }
+
+
+def without_times(history: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint tells of `Record.summary()`: all but wall times.
+
+    These differ whenever the same training is repeated, and its bytes must not.
+    """
+    measured = history.get("sensitivities")
+    if not isinstance(measured, list):
+        return dict(history)
+    return dict(history) | {"sensitivities": [_timeless(entry) for entry in measured]}
+
+
+def _timeless(entry: Any) -> Any:
+    """A measurement, or its cost, without seconds."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {
+        key: _timeless(value) if key == "cost" else value
+        for key, value in entry.items()
+        if key not in TIMES
+    }
 
 
 class Pace:

@@ -84,7 +84,8 @@ def save_run(
         history: JSON values, kept as they are.
         scalars: file of a CsvLogger, to keep a copy of.
         pace: `moq.record.Pace.to_dict()`; apart from the history, which exported checkpoints hold
-            too, so that the same training exports the same bytes at any speed.
+            too, without the wall times of measurements: the same training with the same
+            measurements exports the same bytes at any speed.
 
     Returns:
         The directory.

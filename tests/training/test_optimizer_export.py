@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 
 import pytest
 import torch
@@ -119,6 +120,35 @@ def test_exporting_the_saved_run_is_exporting_from_the_optimizer(trained, tmp_pa
         assert (tmp_path / "direct" / name).read_bytes() == (
             tmp_path / "later" / name
         ).read_bytes(), name
+
+
+def test_the_same_training_exports_the_same_bytes_at_any_speed(tmp_path, monkeypatch):
+    clock = time.perf_counter
+    for speed in (1, 1000):
+        monkeypatch.setattr(time, "perf_counter", lambda speed=speed: clock() / speed)
+        model, optimizer = tiny_llama_in_training()
+        optimizer.probe(
+            lambda ids, model=model: model(input_ids=ids, labels=ids).loss,
+            [torch.arange(8)[None]],
+            max_cost=None,
+            progress=False,
+        )
+        for step in range(STEPS):
+            train_step(Logits(model), optimizer, step)
+        optimizer.save(tmp_path / f"run{speed}")
+        optimizer.export(tmp_path / f"direct{speed}")
+        run, output = str(tmp_path / f"run{speed}"), str(tmp_path / f"later{speed}")
+        assert cli.main(["export", run, "-o", output]) == 0
+        saved = json.loads((tmp_path / f"run{speed}" / "run.json").read_text())
+        (measured,) = saved["history"]["sensitivities"]
+        assert measured == json.loads(json.dumps(optimizer.history[0]))  # the run keeps its times
+    for file in (tmp_path / "direct1").iterdir():
+        for other in ("direct1000", "later1", "later1000"):
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name
+    manifest = json.loads((tmp_path / "direct1" / "moq.json").read_text())
+    (told,) = manifest["history"]["sensitivities"]
+    assert told.pop("cost") == {"max_cost": None}
+    assert told == {key: measured[key] for key in measured.keys() - {"cost", "seconds"}}
 
 
 def test_the_exported_checkpoint_tells_its_history(trained, tmp_path):
