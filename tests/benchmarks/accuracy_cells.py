@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 from accuracy_inputs import once
 from accuracy_table import EXPECTED
-from accuracy_tasks import LAYERS, Settings, Task
+from accuracy_tasks import Settings, Task
+from rank_correlation import rank_correlation
 from torch import nn
 
 import moq
+from moq.config import BLOCK_PATTERN
 from moq.sensitivity import Sensitivity
 from moq.target_bits import Weight, bytes_beside
 
@@ -91,7 +93,7 @@ def config_of(task: Task, bits: int, pattern: str, **more: Any) -> dict[str, Any
 
 
 def wrap(
-    task: Task, model: nn.Module, bits: int, pattern: str = LAYERS, **more: Any
+    task: Task, model: nn.Module, bits: int, pattern: str = BLOCK_PATTERN, **more: Any
 ) -> moq.MoQOptimizer:
     """The optimizer of a training that ends at `bits`."""
     return moq.MoQOptimizer(
@@ -336,7 +338,7 @@ def block_losses(task: Task, bits: float) -> Outcome:
     extra: dict[str, Any] = {"blocks": {}}
     _, before = task.evaluate(model, some=True)
     for kind, pattern, measures in (
-        ("layers", LAYERS, ("trace", "eigenvalue")),
+        ("layers", BLOCK_PATTERN, ("trace", "eigenvalue")),
         ("fused", task.settings.fused, ("trace",)),
     ):
         optimizer = wrap(task, model, BLOCK_BITS, pattern)
@@ -369,23 +371,11 @@ def block_losses(task: Task, bits: float) -> Outcome:
             "increase": increases,
             "predictors": predictors,
             "rank_correlation": {
-                name: spearman(values, increases) for name, values in predictors.items()
+                name: rank_correlation(values, increases) for name, values in predictors.items()
             },
         }
         del optimizer  # a model has one at a time
     return Outcome(model, [], {}, extra)
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-
-    def ranks(values: Sequence[float]) -> torch.Tensor:
-        given = torch.tensor(values, dtype=torch.float64)
-        below = (given[None] < given[:, None]).sum(1)
-        equal = (given[None] == given[:, None]).sum(1)
-        return below + (equal - 1) / 2
-
-    return float(torch.corrcoef(torch.stack([ranks(one), ranks(other)]))[0, 1])
 
 
 METHODS: dict[str, Callable[[Task, float], Outcome]] = {

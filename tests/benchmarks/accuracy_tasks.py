@@ -17,7 +17,6 @@ EVALUATED = 64  # labelled texts of a batch without gradients
 WEIGHT_DECAY = 0.01
 LARGEST_NORM = 1.0  # of a step's gradient
 WARM_UP = 0.1  # share of the steps
-LAYERS = r"^(?:.*?\.)?\d+(?=\.|$)"  # the default of MoQConfig.block_pattern
 
 
 @dataclass(frozen=True)

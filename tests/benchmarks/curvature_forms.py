@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_correlation import rank_correlation
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -76,12 +77,6 @@ def decoder() -> tuple[nn.Module, Any, Callable[[Form], Callable[[Any], Any]]]:
         return loss
 
     return model, ids, loss_fn
-
-
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's, of numbers without ties."""
-    ranks = [torch.tensor(v).abs().argsort().argsort().double() for v in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def wait(device: str) -> None:
@@ -152,7 +147,9 @@ def run(name: str, device: str, products: int, rounds: int) -> Iterator[dict[str
             "trace_difference": max(
                 abs(a - b) / largest for a, b in zip(values, exact, strict=True)
             ),
-            "rank_correlation": rank_correlation(values, exact),
+            "rank_correlation": rank_correlation(
+                [abs(value) for value in values], [abs(value) for value in exact]
+            ),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
         }
 

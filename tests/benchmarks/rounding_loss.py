@@ -36,6 +36,7 @@ from pathlib import Path
 
 import gpu
 import torch
+from rank_correlation import rank_correlation
 from report import machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -172,19 +173,6 @@ def squared_error(weights: Weights, bits: int) -> float:
         ).squared_error(bits)
         for name, p in weights.items()
     )
-
-
-def ranks(values: Sequence[float]) -> Tensor:
-    """Rank of each value, ties by order (there are none among measured numbers)."""
-    order = torch.tensor(values, dtype=torch.float64).argsort()
-    result = torch.empty(len(values), dtype=torch.float64)
-    result[order] = torch.arange(len(values), dtype=torch.float64)
-    return result
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's."""
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
 
 
 def score(objective: str, trace: float, size: int, error: float) -> float:

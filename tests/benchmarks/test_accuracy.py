@@ -87,12 +87,6 @@ def test_a_table_has_mean_deviation_and_the_difference_seed_by_seed(tmp_path):
         accuracy_table.render(results, document)
 
 
-def test_rank_correlation_shares_ranks_among_equals():
-    assert accuracy_cells.spearman([1, 2, 3], [10, 20, 25]) == pytest.approx(1)
-    assert accuracy_cells.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    assert accuracy_cells.spearman([1, 1, 2], [3, 4, 5]) == pytest.approx(0.75**0.5)
-
-
 def test_weights_are_rounded_as_the_optimizer_rounds_them():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
