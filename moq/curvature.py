@@ -47,6 +47,7 @@ class Curvature:
         self.parameters = list(parameters)
         self.loss_fn = loss_fn
         self.group = group
+        self.sharded = _shares_parameters(model)
         self.gradients = 0  # that finite differences took so far
         self._step = (1.0, 0.0)  # scale and rate of their steps, as the last batch found them
         self._stand_ins: Mapping[Tensor, Tensor] = {}
@@ -103,17 +104,29 @@ class Curvature:
         if isinstance(operator, _C.FiniteDifferenceOperator) and not self._half:
             self._step = (operator.scale, operator.rate)
 
+    def backward(self, batch: Any, index: int, form: str) -> None:
+        """Adds the gradients of a batch's loss to the parameters; of a sharded model on all ranks.
+
+        Args:
+            batch: What `loss_fn` takes.
+            index: Its number.
+            form: What `loss_fn` is made for, whatever the operators are.
+
+        Raises:
+            TypeError, ValueError: as `operator`.
+            RuntimeError: if the loss of a sharded model failed on another rank.
+        """
+        with torch.enable_grad():
+            # A rank that fails before its backward pass would leave the others waiting in theirs.
+            with raise_together(self.group) if self.sharded else contextlib.nullcontext():
+                loss = _scalar_loss(self.loss_fn(batch), index, form)
+            loss.backward()  # type: ignore[no-untyped-call]
+
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Returns the gradients of the loss at the present values, and leaves none behind."""
         self.gradients += 1
-        sharded = is_sharded(leaves[0])
         torch.clear_autocast_cache()  # of weights before they were perturbed
-        with torch.enable_grad():
-            # A rank that fails before its backward pass would leave the others waiting in theirs.
-            with raise_together(self.group) if sharded else contextlib.nullcontext():
-                loss = _finite(_tensor(self.loss_fn(batch)), index)
-                _C.require_loss(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+        self.backward(batch, index, self.form)
         gradients = [
             torch.zeros_like(local_tensor(leaf.detach()))
             if leaf.grad is None
@@ -133,14 +146,20 @@ class Curvature:
         return gradients
 
 
-def scalar_loss(found: Any, form: str) -> Tensor:
-    """Returns the loss to be differentiated once, of what loss_fn returns for a form.
+def _shares_parameters(model: nn.Module) -> bool:
+    """Says whether ranks can only evaluate the model together.
 
-    Raises:
-        TypeError, ValueError: as `Curvature.operator`.
+    A forward pass may have left the parameters of fully_shard whole, so its modules count too.
     """
+    return any(hasattr(module, "_get_fsdp_state") for module in model.modules()) or any(
+        is_sharded(p) for p in model.parameters()
+    )
+
+
+def _scalar_loss(found: Any, index: int, form: str) -> Tensor:
+    """Returns the loss to be differentiated once, of what loss_fn returns for a form."""
     loss = _loss_and_outputs(found)[0] if form == "gauss_newton" else _tensor(found)
-    loss = _finite(loss.mean() if form == "fisher" else loss, 0)
+    loss = _finite(loss.mean() if form == "fisher" else loss, index)
     _C.require_loss(loss)
     return loss
 

@@ -17,7 +17,7 @@ from moq import _C
 from moq.blocks import assign_blocks
 from moq.collective import all_gather, raise_together
 from moq.config import BLOCK_PATTERN, MoQConfig
-from moq.curvature import FORMS, Curvature, Form, scalar_loss
+from moq.curvature import FORMS, Curvature, Form
 from moq.estimators import (
     DEFAULT_PRODUCTS,
     DEFAULT_TOLERANCE,
@@ -211,23 +211,22 @@ def gradient_seconds(
         group: Ranks that measure together, all of which must call.
 
     Raises:
-        ValueError: if no rank has a batch, or as `measure` of the loss.
+        ValueError, TypeError, RuntimeError: as `measure` of the batches and of the loss.
     """
     seconds = None
     curvature = Curvature("fisher", model, [], loss_fn, group)
+    # Of a sharded model, a rank without a batch would leave the others waiting for its gradient.
+    count_batches((), batches, group, sharded=curvature.sharded)
     with raise_together(group), undisturbed(model), curvature.frame():
         for _ in range(2 if batches else 0):  # the first one also makes what is made once
             started = time.perf_counter()
-            scalar_loss(loss_fn(batches[0]), form).backward()  # type: ignore[no-untyped-call]
+            curvature.backward(batches[0], 0, form)
             for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
             for parameter in model.parameters():
                 parameter.grad = None
-    known = [other for other in all_gather(seconds, group) if other is not None]
-    if not known:
-        raise ValueError("measure: batches must hold at least one batch, got none")
-    return max(known)
+    return max(other for other in all_gather(seconds, group) if other is not None)
 
 
 class _Probe:

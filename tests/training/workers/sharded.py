@@ -670,6 +670,42 @@ def check_ranks_that_share_a_model_need_as_many_batches() -> None:
         raise AssertionError("ranks would have waited for each other")
 
 
+def check_a_loss_that_fails_on_one_rank_of_a_sharded_model_fails_all() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for max_cost in (None, 1.0):
+        try:
+            optimizer.probe(
+                lambda tokens: loss_of(model, tokens) * (float("nan") if last else 1.0),
+                [batch(50)],
+                progress=False,
+                max_cost=max_cost,
+            )
+        except (ValueError, RuntimeError) as error:
+            assert "the loss of every batch must be finite, got nan for batch 0" in str(error)
+            assert isinstance(error, ValueError) == last
+        else:
+            raise AssertionError("a loss that is not a number was measured")
+    train_step(model, optimizer, 0)  # the ranks are still together
+
+
+def check_a_rank_without_a_batch_of_a_sharded_model_fails_all() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    own = [batch(50)] if dist.get_rank() == 0 else []
+    if dist.get_world_size() == 1:
+        return
+    try:
+        optimizer.probe(lambda tokens: loss_of(model, tokens), own, progress=False, max_cost=None)
+    except ValueError as error:
+        assert "every rank must have as many batches" in str(error)
+        assert "got [1, 0]" in str(error)
+    else:
+        raise AssertionError("a rank without a batch took part")
+    train_step(model, optimizer, 0)
+
+
 def check_batches_with_other_keys_are_refused_on_all_ranks() -> None:
     model = whole_decoder()
     optimizer = wrap(model, FALLING, STEPS)
