@@ -266,16 +266,29 @@ def _mean_product(
     sizes = [p.numel() for p in members]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    def product(x: Tensor) -> Tensor:
+    def add_products(x: Tensor, result: Tensor) -> None:
         vectors = [v.view_as(p).to(p) for v, p in zip(torch.split(x, sizes), members, strict=True)]
-        result = torch.zeros(x.numel(), dtype=x.dtype, device=members[0].device)
         for operator in operators:
             pieces = operator.product(indices, vectors)
             result += torch.cat([piece.reshape(-1).to(result) for piece in pieces])
+
+    def product(x: Tensor) -> Tensor:
+        # The last element counts the ranks that failed, which the others must not wait for.
+        result = torch.zeros(x.numel() + 1, dtype=x.dtype, device=members[0].device)
+        failure: Exception | None = None
+        try:
+            add_products(x, result[:-1])
+        except Exception as error:
+            failure = error
+            result[-1] = 1
         if distributed:
             torch.distributed.all_reduce(result, group=group)
+        if result[-1] > 0:
+            with raise_together(group):
+                if failure is not None:
+                    raise failure
         bar.advance()
-        return result / total
+        return result[:-1] / total
 
     return product
 

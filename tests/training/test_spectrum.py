@@ -277,16 +277,39 @@ def _rank(rank: int, size: int, folder: str) -> None:
         measure(make(), own, steps=6, blocks=["lower"] if rank == 0 else ["upper"])
     except ValueError as error:
         torch.save((found, str(error)), f"{folder}/{rank}.pt")
+    model, calls = make(), []
+
+    def second_fails(gradient):
+        """Raises in the product, when the gradient is already there."""
+        calls.append(gradient)
+        if rank == 1 and len(calls) > 1:
+            raise ValueError("no product")
+
+    def loss_fn(pair):
+        logits = model(pair[0])
+        logits.register_hook(second_fails)
+        return F.cross_entropy(logits, pair[1])
+
+    try:
+        moq.spectral_density(loss_fn, own[:1], model, progress=False)
+    except (ValueError, RuntimeError) as error:
+        torch.save((type(error), str(error)), f"{folder}/failed-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
     os._exit(0)
 
 
-def test_ranks_with_different_data_agree_with_each_other_and_one_process(tmp_path):
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (2, str(folder)), nprocs=2)
+    return folder
+
+
+def test_ranks_with_different_data_agree_with_each_other_and_one_process(two_ranks):
     (first, error), (second, _) = (
-        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)
+        torch.load(two_ranks / f"{rank}.pt", weights_only=False) for rank in range(2)
     )
     alone = measure(make(), data(), steps=6)
     assert first == second
@@ -294,3 +317,11 @@ def test_ranks_with_different_data_agree_with_each_other_and_one_process(tmp_pat
         assert first[name].trace == pytest.approx(density.trace, rel=1e-12)
         assert first[name].density == pytest.approx(density.density, rel=1e-6, abs=1e-9)
     assert "must be the same on all ranks" in error
+
+
+def test_a_rank_that_fails_in_a_product_fails_all(two_ranks):
+    found = [torch.load(two_ranks / f"failed-{rank}.pt", weights_only=False) for rank in range(2)]
+    assert found == [
+        (RuntimeError, "rank 1 failed: ValueError: no product"),
+        (ValueError, "no product"),
+    ]
