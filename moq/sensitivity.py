@@ -173,6 +173,7 @@ def measure(
         seed=seed,
         group=group,
         sharded=sharded,
+        started=time.perf_counter(),
     )
     with ProductBar(f"sensitivity ({measure})", progress and probe.rank == 0) as bar:
         forms: list[Form] = [form] if form != "auto" else ["exact", "finite_difference"]
@@ -234,6 +235,7 @@ class _Probe:
 
     Args:
         counts: Batches of each rank; of sharded models one number, since they share them.
+        started: When the time began, of which a form that was not possible has taken some.
     """
 
     def __init__(
@@ -250,12 +252,14 @@ class _Probe:
         seed: int,
         group: ProcessGroup | None,
         sharded: bool,
+        started: float,
     ) -> None:
         self.model, self.blocks, self.batches, self.counts = model, blocks, batches, counts
         self.measure, self.tolerance, self.max_products = measure, tolerance, max_products
         self.max_seconds, self.seed, self.group, self.sharded = max_seconds, seed, group, sharded
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank(group) if ranks else 0
+        self.started = started
 
     def run(self, curvature: Curvature, bar: ProductBar, *, optional: bool) -> Sensitivity | str:
         """Measures in one form.
@@ -268,7 +272,6 @@ class _Probe:
         Returns:
             The measurement, or why this form is not possible on some rank.
         """
-        started = time.perf_counter()
         trial: _C.CurvatureOperator | None = None
         own = Cost(0.0, 0.0)
         examples = 1
@@ -285,10 +288,10 @@ class _Probe:
             if reason is not None:
                 return reason
 
-            spent = time.perf_counter() - started
+            spent = time.perf_counter() - self.started
             size = self._size(own, examples, curvature.form == "fisher", spent, bar)
             # Products may turn out slower than the one that was timed.
-            over = None if self.max_seconds is None else lambda: self._over(started)
+            over = None if self.max_seconds is None else self._over
             meters = self._meters(size, bar, over)
             most = size.batches
             before = self.counts[: 0 if self.sharded else self.rank]
@@ -310,7 +313,7 @@ class _Probe:
         if reason is not None:
             return reason
         gather = (lambda own: [own]) if self.sharded else self._gather
-        elapsed = time.perf_counter() - started
+        elapsed = time.perf_counter() - self.started
         return combine(self.measure, curvature.form, meters, gather, elapsed)
 
     def _gather(self, value: Any) -> list[Any]:
@@ -397,10 +400,10 @@ class _Probe:
             )
         return size
 
-    def _over(self, started: float) -> bool:
+    def _over(self) -> bool:
         """Says whether the time is up; ranks that share parameters hear the same."""
         assert self.max_seconds is not None
-        own = time.perf_counter() - started > self.max_seconds
+        own = time.perf_counter() - self.started > self.max_seconds
         return any(self._gather(own)) if self.sharded else own
 
     def _meters(

@@ -303,6 +303,28 @@ class OnceDifferentiable(torch.autograd.Function):
             return 2 * gradient * x
 
 
+def test_a_form_that_is_not_possible_is_paid_for_too(decoder, clock):
+    model = decoder()
+    calls = []
+
+    def loss_fn(tokens):
+        calls.append(1)
+        clock.now += 10.0 if len(calls) == 1 else 1.0
+        return (
+            loss_of(model, tokens) + OnceDifferentiable.apply(model.layers[0].q_proj.weight).sum()
+        )
+
+    options = {"tolerance": 1e-6, "progress": False}
+    with pytest.raises(BudgetTooSmallError, match="max_seconds must be at least") as error:
+        sensitivity.measure(model, None, loss_fn, BATCHES, max_seconds=13.0, **options)
+    assert error.value.least > 13.0
+    calls.clear()
+    clock.now = 0.0
+    found = sensitivity.measure(model, None, loss_fn, BATCHES, max_seconds=25.0, **options)
+    assert found.form == "finite_difference" and 2 <= found.products < 12
+    assert found.seconds == clock.now <= 25.0
+
+
 def test_that_exact_products_are_not_possible_is_said_once(decoder, capsys):
     model = decoder()
     optimizer = wrap(model, ALWAYS, 15, verbose=True)
