@@ -96,13 +96,17 @@ def fit(
         cost: Of its parts.
         blocks: Number of blocks.
         budget: Seconds; None takes all batches.
-        divisible: Whether a batch can do with fewer products.
+        divisible: Whether products can be shared out otherwise: a batch of which others are given
+            up takes theirs, and can do with fewer. If not, each batch has its even share of them.
 
     Raises:
         BudgetTooSmallError: if no measurement fits.
     """
+    each = dict(wanted)
+    if "trace" in each:
+        each["trace"] //= sum(counts)
     for batches in range(max(counts), 0, -1):
-        size = wanted_size(counts, batches, wanted)
+        size = wanted_size(counts, batches, wanted) if divisible else Size(batches, each)
         if budget is None or size.seconds(cost, blocks) <= budget:
             return size
     assert budget is not None

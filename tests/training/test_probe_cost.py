@@ -46,8 +46,22 @@ def test_the_trace_is_served_before_the_eigenvalues():
 def test_gradients_of_examples_cannot_be_fewer():
     wanted, cost = {"trace": 16 * 3}, Cost(1, 1)
     assert fit([3], wanted, cost, 4, 51.0, divisible=False) == Size(3, {"trace": 16})
-    with pytest.raises(BudgetTooSmallError, match="at least 49, .* got 48"):
-        fit([3], wanted, cost, 4, 48.0, divisible=False)
+    assert fit([3], wanted, cost, 4, 48.0, divisible=False) == Size(2, {"trace": 16})
+    assert fit([3], wanted, cost, 4, 17.0, divisible=False) == Size(1, {"trace": 16})
+    with pytest.raises(BudgetTooSmallError, match=r"at least 17, .* got 16\.9"):
+        fit([3], wanted, cost, 4, 16.9, divisible=False)
+
+
+def test_a_batch_of_one_example_has_one_gradient():
+    assert fit([2, 1], {"trace": 3}, Cost(0, 1), 4, None, divisible=False) == Size(2, {"trace": 1})
+
+
+def test_a_batch_pays_for_its_own_examples_only():
+    wanted, cost = {"trace": 64 * 4, "eigenvalue": 64}, Cost(0.02, 0.01)
+    trace = {"trace": wanted["trace"]}
+    assert fit([4], trace, cost, 4, 1.0, divisible=False) == Size(1, {"trace": 64})
+    both = {"trace": 64, "eigenvalue": 64}
+    assert fit([4], wanted, cost, 4, 7.0, divisible=False) == Size(2, both)
 
 
 @pytest.mark.parametrize("seed", range(40))
