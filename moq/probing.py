@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from moq.record import Pace
 if TYPE_CHECKING:
     from moq.estimators import Sensitivity
 
-#: Steps that are timed before their mean is trusted.
+#: Steps after which their mean time is trusted; the first of them is not timed.
 _LEAST_STEPS = 5
 
 
@@ -34,6 +34,7 @@ class ProbeState:
         cadence: Steps at which it is measured again; None: not regularly.
         form: What ``auto`` turned out to be.
         least: Seconds of the smallest measurement, if one was refused for them.
+        refused: What that was a measurement of; of another one they say nothing.
     """
 
     spent: float = 0.0
@@ -41,6 +42,7 @@ class ProbeState:
     cadence: list[int] | None = None
     form: str | None = None
     least: float = 0.0
+    refused: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,19 @@ class ProbeCost:
     Attributes:
         seconds: Wall time on the slowest rank.
         spent: Of all measurements so far.
-        training_seconds: Of the whole training, as far as can be told.
+        training_seconds: Of the whole training, as far as can be told; None: not timed.
         max_cost: The share of it that they may take; None: any.
     """
 
     seconds: float
     spent: float
-    training_seconds: float
+    training_seconds: float | None
     max_cost: float | None
 
     def __str__(self) -> str:
         """Says it in one line."""
+        if self.training_seconds is None:
+            return f"{self.seconds:.3g} s; measuring has taken {self.spent:.3g} s so far"
         share = f"{100 * self.spent / self.training_seconds:.2g} %"
         bound = "" if self.max_cost is None else f" (at most {100 * self.max_cost:g} %)"
         return (
@@ -125,7 +129,7 @@ class Probes:
         """Measures within what is left of the budget; all ranks must call.
 
         What a measurement takes is known after its first product. Where not even the smallest one
-        fits, that product was too much, once.
+        fits, that product was too much, once. Without a bound nothing is timed.
 
         Raises:
             ValueError: if too little is left, with the smallest max_cost that is enough; whatever
@@ -140,20 +144,24 @@ class Probes:
             options["form"] = self.state.form
         started = time.perf_counter()
         try:
-            total = self._training_seconds(model, loss_fn, batches, options["form"])
-            self.state.training_seconds = total
+            total = self._known_training_seconds()
             if limit is not None:
+                if total is None:
+                    total = self._guess_training_seconds(model, loss_fn, batches, options["form"])
                 overhead = time.perf_counter() - started
                 left = min(all_gather(limit * total - self.state.spent - overhead))
-                if left < self.state.least:  # known without another try
-                    raise BudgetTooSmallError(self.state.least, left)
+                request = self._request(masters, batches, options)
+                if self.state.refused == request and left < self.state.least:
+                    raise BudgetTooSmallError(self.state.least, left)  # known without another try
                 given = options.get("max_seconds")
                 options["max_seconds"] = left if given is None else min(left, given)
+            self.state.training_seconds = total
             found = measure_blocks(model, masters, self.config, loss_fn, batches, options)
         except Exception as error:
             self._spend(started)
-            if limit is not None and isinstance(error, BudgetTooSmallError):
-                self.state.least = error.least
+            if isinstance(error, BudgetTooSmallError) and limit is not None and left < error.least:
+                assert total is not None
+                self.state.least, self.state.refused = error.least, request
                 raise self._too_small(error, limit, total) from error
             raise
         self._spend(started)
@@ -161,6 +169,22 @@ class Probes:
             self.state.form = found.form
         cost = ProbeCost(self._last_seconds, self.state.spent, total, limit)
         return found, cost
+
+    def _request(
+        self, masters: Masters, batches: Sequence[Any], options: Mapping[str, Any]
+    ) -> list[Any]:
+        """Returns what decides how long the smallest measurement takes, as JSON has it.
+
+        The same on all ranks.
+        """
+        measured = [
+            name
+            for name, parameters in masters.by_block().items()
+            if any(parameter.requires_grad for parameter in parameters)
+        ]
+        measure = options.get("measure", self.config.sensitivity.measure)
+        sizes = all_gather(_shapes(batches[0]) if batches else None)
+        return [options["form"], measure, measured, sizes]
 
     def _spend(self, started: float) -> None:
         self.pace.interrupt()
@@ -173,30 +197,42 @@ class Probes:
         A tenth more, since times vary from one measurement to the next.
         """
         needed = 1.1 * (self.state.spent + error.least) / total
+        must, remedy = f"at least {needed:.2g}", "raise it (None: no bound)"
+        if needed > 1:
+            must, remedy = "None", "set max_cost to None (no bound)"
+        if self._paced():
+            other = "give smaller batches"
+        else:  # a gradient of smaller ones would make the training shorter too
+            other = f"probe after {_LEAST_STEPS} steps, whose time then counts"
         return ValueError(
-            f"MoQOptimizer.probe: sensitivity.max_cost must be at least {needed:.2g} for the "
-            f"smallest measurement ({error.least:.2g} s, after {self.state.spent:.2g} s so far) in "
-            f"a training of {total:.3g} s, got {limit:g}: raise it (None: no bound), give smaller "
-            "batches, or train longer"
+            f"MoQOptimizer.probe: sensitivity.max_cost must be {must} for the smallest measurement "
+            f"({error.least:.2g} s, after {self.state.spent:.2g} s so far) in a training of "
+            f"{total:.3g} s, got {limit:g}: {remedy}, {other}, or train longer"
         )
 
-    def _training_seconds(
+    def _paced(self) -> bool:
+        return self.pace.steps >= _LEAST_STEPS - 1
+
+    def _known_training_seconds(self) -> float | None:
+        """Estimates how long the whole training takes from what was timed; the same on all ranks.
+
+        By the mean time of a step; before there were some, by what it was at a measurement before,
+        perhaps one of the training that is resumed.
+        """
+        paces = all_gather(self.pace.seconds / self.pace.steps if self._paced() else 0.0)
+        if min(paces) > 0.0:
+            return max(paces) * self.total_steps
+        return self.state.training_seconds
+
+    def _guess_training_seconds(
         self, model: nn.Module, loss_fn: Callable[[Any], Any], batches: Sequence[Any], form: str
     ) -> float:
-        """Estimates how long the whole training takes, the same on all ranks.
+        """Estimates the same by the time of one gradient of a batch that is measured.
 
-        By the mean time of a step; before there were some, by what it was at a measurement of a
-        resumed training; in the first one by the time of one gradient of a batch that is measured:
-        a step takes that long at least, unless its batch is smaller.
+        A step takes that long at least, unless its batch is smaller.
         """
         from moq.sensitivity import gradient_seconds
 
-        enough = self.pace.steps >= _LEAST_STEPS
-        paces = all_gather(self.pace.seconds / self.pace.steps if enough else 0.0)
-        if min(paces) > 0.0:
-            return max(paces) * self.total_steps
-        if self.state.training_seconds is not None:
-            return self.state.training_seconds
         return gradient_seconds(model, loss_fn, batches, form) * self.total_steps
 
     def plan_cadence(self, schedule: Schedule, step: int, cost: ProbeCost) -> None:
@@ -208,6 +244,7 @@ class Probes:
         ahead = sorted({at for plan in schedule.plan() for at, _ in plan if at > step})
         more = len(ahead)
         if cost.max_cost is not None:
+            assert cost.training_seconds is not None
             left = cost.max_cost * cost.training_seconds - cost.spent
             more = max(0, min(more, int(left / cost.seconds)))
         between = (ahead[-1] - step) / (more + 1) if ahead else 0.0
@@ -219,3 +256,17 @@ class Probes:
         """Takes the step that is due from the cadence."""
         assert self.state.cadence
         self.state.cadence = self.state.cadence[1:]
+
+
+def _shapes(batch: Any) -> list[list[int]]:
+    """Returns the shapes of the tensors that a batch holds, and the lengths of what else it has."""
+    if isinstance(shape := getattr(batch, "shape", None), Iterable):
+        return [[int(size) for size in shape]]
+    if isinstance(batch, str | bytes):
+        return [[len(batch)]]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    elif not isinstance(batch, Sequence):
+        batch = list(getattr(batch, "__dict__", {}).values())
+        return [shape for value in batch if hasattr(value, "shape") for shape in _shapes(value)]
+    return [shape for value in batch for shape in _shapes(value)] or [[len(batch)]]

@@ -170,6 +170,79 @@ def test_the_share_that_an_error_names_is_enough(decoder, clock):
     assert optimizer.probe(timed(model, clock), BATCHES, max_cost=needed).products >= 2
 
 
+def refused(optimizer, loss_fn, batches, **options) -> str:
+    """What a probe says that there is too little time for."""
+    with pytest.raises(ValueError, match=r"sensitivity\.max_cost must be") as error:
+        optimizer.probe(loss_fn, batches, **options)
+    return str(error.value)
+
+
+def test_the_share_is_named_at_once_where_timing_alone_takes_what_there_is(decoder, clock):
+    model = decoder()
+    optimizer = wrap(model, differenced(), total_steps=50)
+    said = refused(optimizer, timed(model, clock), BATCHES)
+    assert "measurement (0 s" not in said
+    needed = float(said.split("at least ")[1].split(" ")[0])
+    assert optimizer.probe(timed(model, clock), BATCHES, max_cost=needed).products >= 2
+    assert clock.now <= needed * 50
+
+
+def test_no_share_above_one_is_asked_for(decoder, clock):
+    model = decoder()
+    optimizer = wrap(model, differenced(), total_steps=10)
+    for _ in range(2):
+        said = refused(optimizer, timed(model, clock), BATCHES)
+        assert "max_cost must be None for" in said and "set max_cost to None" in said
+    assert optimizer.probe(timed(model, clock), BATCHES, max_cost=None).products >= 2
+
+
+def test_the_remedy_named_is_one_that_helps(decoder, clock):
+    model = decoder()
+    optimizer = wrap(model, differenced(), total_steps=50)
+    said = refused(optimizer, timed(model, clock), BATCHES)
+    assert "probe after 5 steps" in said and "smaller batches" not in said
+    for step in range(5):
+        train_step(model, optimizer, step)
+        clock.now += 10.0
+    said = refused(optimizer, timed(model, clock), BATCHES)
+    assert "in a training of 500 s" in said
+    assert "give smaller batches" in said and "probe after" not in said
+    quick = timed(model, clock, seconds=0.01)
+    optimizer._probes.state.spent = 0.0
+    assert optimizer.probe(quick, [BATCHES[0][:1]]).products >= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(1, {}), (4, {"form": "exact"}), (4, {"measure": "trace"})]
+)
+def test_that_one_measurement_was_too_large_says_nothing_of_another(decoder, clock, rows, options):
+    model = decoder()
+    config = differenced(measure="eigenvalue")
+    optimizer = wrap(model, config, total_steps=1000)
+
+    def loss_fn(tokens):  # an example takes as long as the others
+        clock.now += len(tokens) / 4
+        return loss_of(model, tokens)
+
+    refused(optimizer, loss_fn, BATCHES)
+    optimizer._probes.state.spent = 5.0
+    before = clock.now
+    refused(optimizer, loss_fn, BATCHES)
+    assert clock.now == before  # the same one is not tried again
+    saved = json.loads(optimizer.state_dict()["param_groups"][0]["moq"])["probes"]
+    optimizer._probes.restore(saved, 0)
+    refused(optimizer, loss_fn, BATCHES)
+    assert clock.now == before
+    optimizer.probe(loss_fn, [tokens[:rows] for tokens in BATCHES], **options)
+
+
+def test_seconds_that_the_caller_bounds_are_not_blamed_on_the_share(decoder, clock):
+    model = decoder()
+    optimizer = wrap(model, differenced(max_cost=1.0), total_steps=1000)
+    with pytest.raises(BudgetTooSmallError, match=r"max_seconds must be at least .* got 1$"):
+        optimizer.probe(timed(model, clock), BATCHES, max_seconds=1.0)
+
+
 def test_the_time_of_steps_counts_once_they_are_known(decoder, clock):
     model = decoder()
     optimizer = wrap(model, differenced(tolerance=1e-6), total_steps=1000)
@@ -182,11 +255,32 @@ def test_the_time_of_steps_counts_once_they_are_known(decoder, clock):
     assert found.products == 12
 
 
-def test_without_a_bound_nothing_is_timed_first(decoder, clock):
+def test_without_a_bound_nothing_is_timed_first(decoder, clock, capsys):
+    calls = {}
+    for max_cost in (None, 1.0):
+        model = decoder()
+        config = differenced(max_cost=max_cost)
+        optimizer = wrap(model, config, total_steps=1000, verbose=max_cost is None)
+        optimizer.probe(timed(model, clock), BATCHES, max_products=4, progress=False)
+        calls[max_cost], clock.now = clock.now, 0.0
+        cost = optimizer.history[0]["cost"]
+        assert cost["max_cost"] == max_cost
+        assert cost["training_seconds"] == (None if max_cost is None else 1000.0)
+    # Neither the two gradients that a training's time is guessed from nor the product that is timed.
+    assert calls[None] == calls[1.0] - 2 - 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    seconds = f"{calls[None]:g} s"
+    assert line.endswith(f"batches in {seconds}; measuring has taken {seconds} so far")
+
+
+def test_without_a_bound_the_time_of_steps_is_told_once_it_is_known(decoder, clock):
     model = decoder()
-    optimizer = wrap(model, differenced(max_cost=None), total_steps=10)
+    optimizer = wrap(model, differenced(max_cost=None), total_steps=100)
+    for step in range(5):
+        train_step(model, optimizer, step)
+        clock.now += 3.0
     optimizer.probe(timed(model, clock), BATCHES, max_products=4)
-    assert optimizer.history[0]["cost"]["max_cost"] is None
+    assert optimizer.history[0]["cost"]["training_seconds"] == pytest.approx(300.0)
 
 
 @pytest.mark.parametrize("max_cost", [0.0, 1.5])
@@ -260,7 +354,7 @@ def test_the_budget_decides_how_often(decoder, clock):
         optimizer.probe_regularly(timed(model, clock), BATCHES)
         cadence = optimizer._probes.state.cadence
         cost = optimizer.history[0]["cost"]
-        assert (1 + len(cadence)) * cost["seconds"] <= max_cost * 1000 + cost["seconds"]
+        assert (1 + len(cadence)) * cost["seconds"] <= max_cost * 1000
         counts.append(len(cadence))
         del optimizer
         model = decoder()
