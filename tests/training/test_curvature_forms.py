@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import batch, loss_of, weights, wrap
+from conftest import OnceDifferentiable, batch, loss_of, weights, wrap
 from reference.hessian import block_ranges, dense_hessian, empirical_fisher, gauss_newton
 from torch import nn
 from torch.nn import functional as F
@@ -310,21 +310,6 @@ def test_exact_names_a_reentrant_checkpoint(net, data):
     data[0].requires_grad_()
     with pytest.raises(NotImplementedError, match="use_reentrant=True.*'finite_difference'"):
         measure(net, None, loss_fn_of("", net), [data], form="exact")
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """x², whose backward pass computes as a fused kernel does: outside autograd."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * gradient * x
 
 
 def test_auto_takes_differences_where_there_is_no_second_derivative_and_says_so(net, data, capsys):

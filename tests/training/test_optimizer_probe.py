@@ -5,7 +5,16 @@ import json
 
 import pytest
 import torch
-from conftest import assert_same, assert_simulated, batch, loss_of, train_step, weights, wrap
+from conftest import (
+    OnceDifferentiable,
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    train_step,
+    weights,
+    wrap,
+)
 from torch import nn
 
 from moq import MoQOptimizer
@@ -170,28 +179,17 @@ BAD_INPUT = {
     ),
     "a model without second derivatives": (
         lambda model: (
-            lambda tokens: loss_of(model, tokens) + Fused.apply(model.layers[0].q_proj.weight).sum()
+            lambda tokens: (
+                loss_of(model, tokens)
+                + OnceDifferentiable.apply(model.layers[0].q_proj.weight).sum()
+            )
         ),
         lambda: [batch(50)],
         NotImplementedError,
-        "every operation must be twice differentiable, got FusedBackward, whose backward pass",
+        "every operation must be twice differentiable, got OnceDifferentiableBackward, "
+        "whose backward pass",
     ),
 }
-
-
-class Fused(torch.autograd.Function):
-    """x², with a backward pass outside autograd."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * gradient * x
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

@@ -6,8 +6,16 @@ import math
 import random
 
 import pytest
-import torch
-from conftest import assert_same, batch, loss_of, masters, train_step, weights, wrap
+from conftest import (
+    OnceDifferentiable,
+    assert_same,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    weights,
+    wrap,
+)
 
 from moq import probing, record, sensitivity
 from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
@@ -266,7 +274,7 @@ def test_without_a_bound_nothing_is_timed_first(decoder, clock, capsys):
         cost = optimizer.history[0]["cost"]
         assert cost["max_cost"] == max_cost
         assert cost["training_seconds"] == (None if max_cost is None else 1000.0)
-    # Neither the two gradients that a training's time is guessed from nor the product that is timed.
+    # Neither the two gradients that guess a training's time nor the product that is timed.
     assert calls[None] == calls[1.0] - 2 - 2
     line = capsys.readouterr().out.splitlines()[-1]
     seconds = f"{calls[None]:g} s"
@@ -396,19 +404,6 @@ def test_a_later_measurement_that_fails_warns_and_training_goes_on(decoder):
         train_step(twin, expected, step)
     assert len(optimizer.history) == 1
     assert_same(weights(model), weights(twin))
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * gradient * x
 
 
 def test_a_form_that_is_not_possible_is_paid_for_too(decoder, clock):
