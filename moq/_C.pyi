@@ -234,6 +234,7 @@ class Trainer:
     step: int
     step_on_device: Tensor
     step_seen: int
+    step_at_most: int
     def __init__(
         self,
         parameters: Sequence[TrainedParameter],

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moq._C import Schedule
 from moq.loggers import CsvLogger, Logger
 from moq.masters import Masters
 from moq.reporting import is_main_process
@@ -172,32 +173,45 @@ def _is_capturing() -> bool:
 
 
 def _codes(masters: Masters) -> list[torch.Tensor]:
-    """The integers of every simulated weight, which lies on its grid already.
-
-    The width is the one that the host has heard of. Close to a drop it may be another than the
-    device's; codes of one step are then counted on the grid next to theirs.
-    """
-    schedule, step = masters.trainer.schedule, masters.trainer.step_seen
+    """The integers of every simulated weight, which lies on its grid already."""
+    trainer = masters.trainer
+    schedule, earliest, latest = trainer.schedule, trainer.step_seen, trainer.step_at_most
     codes = []
-    for m, block in masters.placed():
-        num_bits = schedule.bits_at(block, step)
-        if masters.simulators is not None and m.spec.scale == "learned":
-            codes.append(masters.simulators.of(m).codes(m.parameter.detach(), num_bits))
-            continue
-        weight, transposed, extremes = local_tensor(masters.simulated(m)), m.transposed, 0
-        if masters.shared_scales.row(m.parameter) is not None:
-            weight = masters.shared_scales.with_extremes(m.parameter, weight)
-            transposed, extremes = False, 2
-        found = torch.ops.moq.quantize(
-            weight,
-            num_bits,
-            granularity=m.granularity,
-            group_size=m.group_size,
-            mode=m.spec.mode,
-            transposed=transposed,
-        )[0]
-        codes.append(found[:, : found.shape[1] - extremes])
+    for index, (m, block) in enumerate(masters.placed()):
+        first, *others = _widths(schedule, block, earliest, latest)
+        found = _codes_on_grid(masters, m, first)
+        # Only the device knows which of the drops that the host asked for it has reached.
+        for num_bits in others:
+            reached = trainer.control_of(index)[0] == num_bits
+            found = torch.where(reached, _codes_on_grid(masters, m, num_bits), found)
+        codes.append(found)
     return codes
+
+
+def _widths(schedule: Schedule, block: int, earliest: int, latest: int) -> list[int]:
+    """Returns the widths that a block may have after so many completed steps."""
+    widths = [schedule.bits_at(block, earliest)]
+    if schedule.bits_at(block, latest) != widths[0]:
+        widths += [bits for at, bits in schedule.plan()[block] if earliest < at <= latest]
+    return widths
+
+
+def _codes_on_grid(masters: Masters, m: MatchedParameter, num_bits: int) -> torch.Tensor:
+    if masters.simulators is not None and m.spec.scale == "learned":
+        return masters.simulators.of(m).codes(m.parameter.detach(), num_bits)
+    weight, transposed, extremes = local_tensor(masters.simulated(m)), m.transposed, 0
+    if masters.shared_scales.row(m.parameter) is not None:
+        weight = masters.shared_scales.with_extremes(m.parameter, weight)
+        transposed, extremes = False, 2
+    found = torch.ops.moq.quantize(
+        weight,
+        num_bits,
+        granularity=m.granularity,
+        group_size=m.group_size,
+        mode=m.spec.mode,
+        transposed=transposed,
+    )[0]
+    return found[:, : found.shape[1] - extremes]
 
 
 def _measure(masters: Masters, before: list[torch.Tensor]) -> torch.Tensor:

@@ -109,7 +109,9 @@ void bind_trainer(pybind11::module_& m) {
       .def_property_readonly("step_on_device", &Trainer::step_on_device,
                              "Completed steps as a tensor, [1], that follows every step.")
       .def_property_readonly("step_seen", &Trainer::step_seen,
-                             "Completed steps as far as the host has heard; never waits.");
+                             "Completed steps as far as the host has heard; never waits.")
+      .def_property_readonly("step_at_most", &Trainer::step_at_most,
+                             "Completed steps if the device skips none that the host asked for.");
 }
 
 }  // namespace moq::bindings

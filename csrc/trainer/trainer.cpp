@@ -9,6 +9,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <span>
 #include <utility>
 
@@ -36,6 +37,7 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
       schedule_(std::move(schedule)),
       seed_(seed),
       in_place_(in_place),
+      steps_asked_(step),
       versions_(parameters_.size()),
       addresses_(parameters_.size()) {
   std::vector<std::pair<c10::Device, std::vector<std::size_t>>> devices;
@@ -126,6 +128,7 @@ void Trainer::end_step(const std::optional<at::Tensor>& found_inf) {
   abandon_step();
   // A skipped step need not write what is there already. Adopted masters are not.
   const bool must_write = std::exchange(adopted_, false);
+  ++steps_asked_;
   for (DeviceGroup& group : groups_) {
     const at::Tensor& step = group.control.step();
     std::optional<at::Tensor> found;
@@ -243,6 +246,7 @@ void Trainer::rebind(const std::vector<at::Tensor>& simulated,
 void Trainer::set_sensitivities(std::vector<double> sensitivities) {
   const std::int64_t now = step();
   schedule_.set_sensitivities(now, std::move(sensitivities));
+  steps_asked_ = now;
   for (DeviceGroup& group : groups_) {
     set_plan(group);
     group.control.set_step(now);
@@ -256,6 +260,7 @@ void Trainer::restore(schedule::Schedule schedule, std::int64_t step) {
     check_widths(parameter, schedule);
   }
   schedule_ = std::move(schedule);
+  steps_asked_ = step;
   for (DeviceGroup& group : groups_) {
     set_plan(group);
     group.control.set_step(step);
@@ -269,6 +274,10 @@ std::int64_t Trainer::step() const {
 
 std::int64_t Trainer::step_seen() const {
   return *groups_.front().step_on_host.const_data_ptr<std::int64_t>();
+}
+
+std::int64_t Trainer::step_at_most() const {
+  return std::max(steps_asked_, step_seen());
 }
 
 std::int64_t Trainer::num_bits(std::int64_t parameter) const {

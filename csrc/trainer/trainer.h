@@ -121,6 +121,10 @@ class Trainer {
   std::int64_t step() const;
   /// Completed steps as far as the host has heard; on CUDA it may lag by the steps in flight.
   std::int64_t step_seen() const;
+  /// Completed steps at most: those that the host has asked for, whether or not the device skipped
+  /// some. Replays of a captured step ask for nothing here; what they completed counts once the
+  /// host has heard of it.
+  std::int64_t step_at_most() const;
   /// Completed steps, [1], int64, in the memory of the first parameter's device.
   const at::Tensor& step_on_device() const { return groups_.front().control.step(); }
   /// What a parameter's own simulation reads, in the memory of its device: width ([1], int32),
@@ -161,7 +165,8 @@ class Trainer {
   std::function<void(int stage)> reduce_;
   std::vector<DeviceGroup> groups_;
   bool shows_masters_ = false;
-  bool adopted_ = false;  // since simulated values were written last
+  std::int64_t steps_asked_ = 0;  // completed ones, when they were known, and calls since
+  bool adopted_ = false;          // since simulated values were written last
   /// Version counter and address of each simulated value when it was written last.
   std::vector<std::uint32_t> versions_;
   std::vector<const void*> addresses_;

@@ -149,7 +149,7 @@ def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
             p.grad = q.grad.cuda()
-        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # the host hears of the drops steps later
         if step:
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -162,9 +162,7 @@ def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder
     for step, scalars in expected.steps.items():
         assert told.steps[step].keys() == scalars.keys()
         for name, value in scalars.items():
-            # The step of a drop may be counted on the grid before it.
-            if not name.startswith("moq/flips"):
-                assert told.steps[step][name] == pytest.approx(value, rel=1e-3), (step, name)
+            assert told.steps[step][name] == pytest.approx(value, rel=1e-3), (step, name)
 
 
 def test_a_step_with_loggers_can_be_captured(decoder):
