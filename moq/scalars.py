@@ -203,7 +203,7 @@ def _codes_on_grid(masters: Masters, m: MatchedParameter, num_bits: int) -> torc
     if masters.shared_scales.row(m.parameter) is not None:
         weight = masters.shared_scales.with_extremes(m.parameter, weight)
         transposed, extremes = False, 2
-    found = torch.ops.moq.quantize(
+    found: torch.Tensor = torch.ops.moq.quantize(
         weight,
         num_bits,
         granularity=m.granularity,
