@@ -59,6 +59,7 @@ BITS: dict[str, Sequence[float]] = {
     "fp32": [FULL_BITS],
     "blocks": [4],
     **dict.fromkeys(("ptq", "ptq_mse", "qat", "time", "trace", "eigenvalue"), UNIFORM),
+    "shuffled": UNIFORM[-1:],
     "budget": BUDGETS,
     # At 8 bits of {4, 8} there is nothing to choose.
     **dict.fromkeys(
@@ -68,7 +69,7 @@ BITS: dict[str, Sequence[float]] = {
 SMALL_BITS: dict[str, Sequence[float]] = {
     name: bits[-1:]
     for name, bits in BITS.items()
-    if name != "ptq_mse" and name not in MIXED - {"budget"}
+    if name not in {"ptq_mse", "shuffled"} and name not in MIXED - {"budget"}
 }
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -312,6 +313,23 @@ def by_eigenvalue(task: Task, bits: float) -> Outcome:
     return by_trace(task, bits, "eigenvalue")
 
 
+def by_shuffled_trace(task: Task, bits: float) -> Outcome:
+    """The control of by_trace: the same paces, each given to a layer drawn at random."""
+    model = task.fine_tuned(first=True)
+    optimizer = wrap(task, model, int(bits))
+    found = probe(task, optimizer, "trace", fused=False)
+    order = random.Random(task.seed).sample(range(len(found.blocks)), len(found.blocks))
+    optimizer.apply_sensitivity(
+        replace(
+            found,
+            values=tuple(found.values[i] for i in order),
+            normalised=tuple(found.normalised[i] for i in order),
+        )
+    )
+    task.train(model, optimizer, first=False)
+    return trained(model, optimizer, cost_of(found))
+
+
 def budget(task: Task, bits: float, by: Weighing = "mean eigenvalue") -> Outcome:
     """MoQ, each fused block to the width, and at the pace, that its trace allows."""
     model = task.fine_tuned(first=True)
@@ -390,6 +408,7 @@ METHODS: dict[str, Callable[[Task, float], Outcome]] = {
     "time": by_time,
     "trace": by_trace,
     "eigenvalue": by_eigenvalue,
+    "shuffled": by_shuffled_trace,
     "budget": budget,
     "budget_trace": budget_trace,
     "budget_error": budget_error,
