@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from moq.config import ObserverConfig
 from moq.leftovers import is_left_over, remember
 from moq.rules import MatchedParameter, own_weight, plain_name
+from moq.sharding import is_sharded, mesh_groups
 
 #: Name under which a layer holds the quantizer of its input.
 ATTRIBUTE = "input_quantizer"
@@ -86,15 +89,30 @@ class ActivationQuantizers:
         model: The model, unwrapped.
         config: How static scales follow what is seen.
         total_steps: Optimizer steps of the whole training.
+        process_group: Ranks that train copies of the model, if neither fully_shard nor
+            DistributedDataParallel tells.
+
+    Raises:
+        TypeError: if process_group is something else.
     """
 
-    def __init__(self, model: nn.Module, config: ObserverConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ObserverConfig,
+        total_steps: int,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Places nothing yet."""
+        _require_group(process_group)
         self.model = model
         self.config = config
+        self.process_group = process_group
         # The first step counts even where that share of the steps is less than one.
         self.freeze_step = max(1, int(config.freeze_at * total_steps + 1e-6))
         self.by_name: dict[str, ActivationQuantizer] = {}
+        self._layers: dict[str, nn.Module] = {}
+        self._shared: list[_Shared] | None = None
 
     def place(self, matched: Sequence[MatchedParameter]) -> None:
         """Puts a quantizer before every layer whose rule asks for one and that has none yet.
@@ -117,6 +135,8 @@ class ActivationQuantizers:
             if _quantize_input not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
             self.by_name[plain_name(name)] = quantizer
+            self._layers[plain_name(name)] = module
+            self._shared = None
             if quantizer.kind == "static":
                 self._keep_from_ddp(f"{name}.{ATTRIBUTE}.seen".removeprefix("."))
 
@@ -139,9 +159,47 @@ class ActivationQuantizers:
     def _static(self) -> dict[str, ActivationQuantizer]:
         return {name: q for name, q in self.by_name.items() if q.kind == "static"}
 
+    def find_ranks(self) -> list[_Shared]:
+        """Finds out, once all wrappers are there, whose batches count for each static scale.
+
+        Raises:
+            RuntimeError: in a job of several ranks, naming a layer of which nothing says it.
+        """
+        if self._shared is None:
+            static = self._static()
+            several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+            search = several and static and self.process_group is None
+            wrappers = _data_parallel() if search else []
+            by_groups = defaultdict(list)
+            for name, quantizer in static.items():
+                by_groups[self._groups_of(name, wrappers) if several else ()].append(quantizer)
+            self._shared = list(by_groups.items())
+        return self._shared
+
+    def _groups_of(
+        self, name: str, wrappers: Sequence[nn.parallel.DistributedDataParallel]
+    ) -> tuple[dist.ProcessGroup, ...]:
+        """Returns the groups of several ranks over which the inputs of a layer are spread."""
+        weight = own_weight(layer := self._layers[name])
+        groups = [] if self.process_group is None else [self.process_group]
+        if weight is not None and is_sharded(weight):
+            groups += mesh_groups(weight)
+        elif not groups:
+            groups = [w.process_group for w in wrappers if any(m is layer for m in w.modules())]
+            if not groups:
+                raise RuntimeError(
+                    f"MoQOptimizer: the ranks whose batches count for the static scale of {name} "
+                    "must be known, got a layer that neither fully_shard nor "
+                    "DistributedDataParallel holds: say MoQOptimizer(…, process_group=…), with "
+                    "torch.distributed.group.WORLD if every rank trains a copy of the model, or "
+                    "torch.distributed.new_subgroups(1)[0] if each trains a part or a model of its "
+                    "own"
+                )
+        return tuple(dict.fromkeys(g for g in groups if dist.get_world_size(g) > 1))
+
     @torch.no_grad()
     def update(self, step: torch.Tensor, found_inf: torch.Tensor | None) -> None:
-        """Moves the averages on by what was seen since the last step, on all ranks alike.
+        """Moves the averages on by what was seen since the last step, alike on all ranks it is of.
 
         Nothing moves after the step at which they freeze, nor in a step that was skipped. A step
         that GradScaler skips by not making it comes to nobody's notice: its batches count to the
@@ -151,13 +209,16 @@ class ActivationQuantizers:
             step: Completed optimizer steps, [1], on a device.
             found_inf: Non-zero if this step was skipped; None: it was not.
         """
-        static = list(self._static().values())
+        shared = self.find_ranks()
+        static = [quantizer for _, members in shared for quantizer in members]
         if not static:
             return
         device = step.device
         seen = torch.cat([q.seen.to(device) for q in static])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        parts = torch.split(seen, [len(members) for _, members in shared])
+        for (groups, _), part in zip(shared, parts, strict=True):
+            for group in groups:
+                dist.all_reduce(part, dist.ReduceOp.MAX, group=group)
         old = torch.cat([q.absmax.to(device) for q in static])
         momentum = self.config.momentum
         average = torch.where(old > 0, momentum * old + (1 - momentum) * seen, seen)
@@ -215,6 +276,35 @@ class ActivationQuantizers:
                 "layer"
             )
         return float(static_scale(quantizer.absmax, quantizer.dtype))
+
+
+#: Groups whose largest value counts, one after the other, and the quantizers of which it does.
+_Shared = tuple[tuple[Any, ...], list[ActivationQuantizer]]
+
+
+def _require_group(group: object) -> None:
+    """Refuses what is no process group; a rank outside of one has a number in its place.
+
+    Raises:
+        TypeError: naming its type.
+    """
+    if group is None:
+        return
+    if not (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER):
+        raise TypeError(
+            "MoQOptimizer: process_group must be a torch.distributed.ProcessGroup, got "
+            f"{type(group).__name__}; that of a device mesh is mesh['name'].get_group()"
+        )
+
+
+def _data_parallel() -> list[nn.parallel.DistributedDataParallel]:
+    """Returns every DistributedDataParallel that there is: one may be made after MoQOptimizer.
+
+    It knows its module; nothing leads from there to it.
+    """
+    gc.collect()  # not those of a training that is over
+    parallel = nn.parallel.DistributedDataParallel
+    return [found for found in gc.get_objects() if issubclass(type(found), parallel)]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ from moq.target_bits import WIDTHS, TargetBits, require_widths, traces_for
 from moq.wrapper import OptimizerWrapper, require_wrappable
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from moq.estimators import Sensitivity
     from moq.quantized_parameter import QuantizedParameter
 
@@ -73,6 +75,9 @@ class MoQOptimizer(OptimizerWrapper):
             each block: one or several objects with ``log(scalars, step=…)``, such as moq.loggers
             has. Rank 0 tells; with sharded parameters every rank must be given as many.
         log_every: Steps between two measurements for the loggers. A step never waits for them.
+        process_group: Ranks that train copies of the model, over which static scales of activations
+            are one. Only needed where neither fully_shard nor DistributedDataParallel, which may
+            also be applied later, says it: gradients averaged by hand, stages of a pipeline.
 
     Raises:
         TypeError: if an argument has another type, or the configuration holds a wrong one.
@@ -102,6 +107,7 @@ class MoQOptimizer(OptimizerWrapper):
         verbose: bool = True,
         loggers: Logger | Sequence[Logger] = (),
         log_every: int = 10,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """Makes the masters and writes the first simulated values into the model."""
         require_wrappable(optimizer, model, total_steps)
@@ -128,7 +134,9 @@ class MoQOptimizer(OptimizerWrapper):
             )
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
-        self._activations = ActivationQuantizers(self.model, self.config.observer, total_steps)
+        self._activations = ActivationQuantizers(
+            self.model, self.config.observer, total_steps, process_group
+        )
         remove_left_over_simulators(self.model)
         self._simulators = None
         if self.config.simulate == "autograd":
@@ -212,8 +220,9 @@ class MoQOptimizer(OptimizerWrapper):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: inside `full_precision`, or if a quantized parameter has become another
-                dtype.
+            RuntimeError: inside `full_precision`, if a quantized parameter has become another
+                dtype, or if static scales of activations need a `process_group`; then nothing has
+                changed.
             ValueError: if a quantized parameter has a sparse gradient.
         """
         if self._shows_masters:
@@ -235,6 +244,7 @@ class MoQOptimizer(OptimizerWrapper):
             self._activations.forget()
         if idle:
             return loss
+        self._activations.find_ranks()
         if self._blank_state:
             self.inner.state.clear()
             self._blank_state = False

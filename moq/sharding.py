@@ -29,6 +29,12 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def mesh_groups(parameter: DTensor) -> list[Any]:
+    """Returns the process groups of a parameter's mesh, one a dimension of several ranks."""
+    mesh = parameter.device_mesh
+    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
 def shard_groups(parameter: DTensor) -> list[Any]:
     """Returns the process groups over which a parameter is split, one a mesh dimension."""
     from torch.distributed.tensor import Shard

@@ -1,6 +1,11 @@
 """A tiny decoder and the loop that trains it, shared by the tests of the optimizer."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +166,35 @@ def assert_simulated(optimizer: moq.MoQOptimizer) -> None:
     parameters = {name: optimizer.model.get_parameter(name).detach() for name in expected}
     actual = {name: whole_tensor(parameter).cpu() for name, parameter in parameters.items()}
     assert_same(actual, expected)
+
+
+def in_processes(
+    worker: Path, world_size: int, directory: Path, backend: str = "gloo"
+) -> list[dict[str, str]]:
+    """Starts a worker as every rank; they meet through a file. Returns what each has found."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(directory), str(rank), str(world_size), backend],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for rank, process in enumerate(processes):
+            try:
+                output, _ = process.communicate(timeout=300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+                raise AssertionError(f"rank {rank} did not end:\n{output[-4000:]}") from None
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [
+        json.loads((directory / f"results-{rank}.json").read_text()) for rank in range(world_size)
+    ]

@@ -6,49 +6,16 @@ Starting ranks costs seconds, so each number of ranks is started once and makes 
 workers/sharded.py; the tests here report them one by one.
 """
 
-import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_processes
 
 WORKER = Path(__file__).parent / "workers" / "sharded.py"
 CHECKS = re.findall(r"^def check_(\w+)", WORKER.read_text(), re.MULTILINE)
-
-
-def in_processes(world_size: int, directory: Path, backend: str) -> list[dict[str, str]]:
-    """Starts every rank; they meet through a file."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(directory), str(rank), str(world_size), backend],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            try:
-                output, _ = process.communicate(timeout=300)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate()
-                raise AssertionError(f"rank {rank} did not end:\n{output[-4000:]}") from None
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [
-        json.loads((directory / f"results-{rank}.json").read_text()) for rank in range(world_size)
-    ]
 
 
 RANKS = [
@@ -68,7 +35,7 @@ def results(request, tmp_path_factory) -> list[dict[str, str]]:
             pytest.skip(f"{torch.cuda.device_count()} of {ranks} GPUs: not tested with NCCL")
     if ranks == 1:
         return [runpy.run_path(str(WORKER))["run_checks"](directory, 0, 1)]
-    return in_processes(ranks, directory, backend)
+    return in_processes(WORKER, ranks, directory, backend)
 
 
 @pytest.mark.parametrize("check", CHECKS)
