@@ -64,7 +64,8 @@ class MoQOptimizer(OptimizerWrapper):
     Args:
         optimizer: A constructed torch optimizer over parameters of `model`, or an object with its
             param_groups, state, step, state_dict and load_state_dict; from now on use only the
-            wrapper. Warm state is kept.
+            wrapper. Warm state is kept. What it holds besides (a loss's own parameters, another
+            model's) it trains as before, in full precision.
         model: The model; DistributedDataParallel and torch.compile may be around it, fully_shard
             must have been applied.
         config: A MoQConfig, a dict, the path of a JSON or YAML file, or None for the defaults:
@@ -83,7 +84,7 @@ class MoQOptimizer(OptimizerWrapper):
         TypeError: if an argument has another type, or the configuration holds a wrong one.
         ValueError: for a configuration that names what does not exist, weights that have no grid
             (NaN, infinity, other dtypes) or another MoQOptimizer already, or an optimizer that
-            cannot be wrapped.
+            cannot be wrapped or holds no parameter of `model`.
         moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
 
     Example:

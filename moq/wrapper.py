@@ -140,3 +140,22 @@ def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_
             "evaluates the loss at weights that are on no grid, so the curvature it collects is "
             "not that of the simulated model; use AdamW, SGD or another first-order optimizer"
         )
+    _require_common_parameter(optimizer, model)
+
+
+def _require_common_parameter(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuses an optimizer that trains nothing of the model: each was made for another one.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    held = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    own = {id(parameter) for parameter in model.parameters()}
+    if held and own.isdisjoint(map(id, held)):
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"MoQOptimizer: optimizer must hold parameters of model, got {len(held)} parameters of "
+            f"which none is among the {len(own)} of the {type(model).__name__}: make it of the "
+            f"model that is trained, {name}(model.parameters()), after whatever makes new "
+            "parameters (a copy of the model, fully_shard, adapters)"
+        )

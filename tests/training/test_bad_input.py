@@ -261,6 +261,40 @@ def test_two_wrappers_on_one_parameter_are_refused(decoder):
     assert_simulated(first)
 
 
+def test_an_optimizer_of_another_model_is_refused_with_the_remedy(decoder):
+    model = decoder()
+    adamw = torch.optim.AdamW(copy.deepcopy(model).parameters())
+    with pytest.raises(ValueError, match=r"none is among the 24 of the Decoder: .* AdamW\(model"):
+        MoQOptimizer(adamw, model, FALLING, total_steps=STEPS, verbose=False)
+    assert "moq" not in str(adamw.param_groups)
+
+
+def test_what_the_optimizer_holds_besides_the_model_trains_as_it_would_alone(decoder):
+    """A loss's own parameter; of the model, weights that nobody gave it stay as they are, plain."""
+    models = [decoder(), decoder()]
+    temperatures = [nn.Parameter(torch.tensor(1.5)) for _ in models]
+    plain, inner = (
+        torch.optim.AdamW([model.lm_head.weight, temperature], lr=1e-2)
+        for model, temperature in zip(models, temperatures, strict=True)
+    )
+    inner.add_param_group({"params": [models[1].layers[0].down_proj.weight], "lr": 0.0})
+    config = {"start_bits": 16, "target_bits": 16, "schedule": {"period": 1}}
+    with pytest.warns(UserWarning, match="^MoQOptimizer: 11 weights match the rules"):
+        optimizer = MoQOptimizer(inner, models[1], config, total_steps=STEPS, verbose=False)
+    assert list(optimizer.num_bits) == ["layers.0.down_proj.weight"]
+    models[0].layers[0].down_proj.weight.data.copy_(models[1].layers[0].down_proj.weight)
+    for step in range(3):
+        for model, temperature, each in zip(models, temperatures, (plain, optimizer), strict=True):
+            each.zero_grad()
+            (loss_of(model, batch(step)) * temperature).backward()
+            each.step()
+    assert torch.equal(*temperatures)
+    assert_same(weights(models[1]), weights(models[0]))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert torch.equal(*temperatures)
+
+
 def test_a_group_that_another_wrapper_has_is_refused_and_leaves_both_as_they_were(decoder):
     model = decoder()
     parts = [list(layer.parameters()) for layer in model.layers]

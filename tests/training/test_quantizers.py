@@ -148,9 +148,6 @@ def test_the_start_table_names_the_grid(decoder, capsys):
         "groups": 4,
         "scale": "mse",
     }
-    adamw = torch.optim.AdamW(decoder().parameters())
-    with pytest.warns(UserWarning):
-        moq.MoQOptimizer(adamw, decoder(), config, total_steps=STEPS)
     model = decoder()
     moq.MoQOptimizer(torch.optim.AdamW(model.parameters()), model, config, total_steps=STEPS)
     assert "per_rows of 3, ternary, mse" in capsys.readouterr().out
