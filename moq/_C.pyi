@@ -184,6 +184,7 @@ class Schedule:
     total_steps: int
     block_names: list[str]
     measured: bool
+    completed_steps: int
     def __init__(
         self,
         blocks: Sequence[ScheduledBlock],

@@ -346,12 +346,13 @@ class MoQOptimizer(OptimizerWrapper):
         return self._masters.fingerprint()
 
     def schedule(self) -> Schedule:
-        """Returns a copy of the schedule, measurements included.
+        """Returns a copy of the schedule, measurements included; waits for the device.
 
-        Printed, it is a table: for every layer the step from which it has each width. Its `plot`
-        draws that to a .png or .svg file.
+        Printed, it is a table: for every layer the step from which it has each width, a range of
+        steps where that follows measurements to come. Its `plot` draws that to a .png or .svg file.
         """
         schedule: Schedule = self._masters.trainer.schedule
+        schedule.completed_steps = self.steps
         return schedule
 
     @contextmanager

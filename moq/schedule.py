@@ -197,27 +197,38 @@ def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
 def outlook_of(schedule: Schedule) -> list[BlockOutlook]:
     """Returns when each block of a schedule can reach each of its widths.
 
-    Before a measurement these are bounds; drops beyond the end of the training have no step.
+    Before a measurement these are bounds, but of drops that have been made already; drops beyond
+    the end of the training have no step.
     """
-    total_steps = schedule.total_steps
-    earliest, latest = (schedule.plan(),) * 2 if schedule.measured else schedule.bounds()
+    total_steps, done = schedule.total_steps, schedule.completed_steps
+    plan = schedule.plan()
+    earliest, latest = (plan, plan) if schedule.measured else schedule.bounds()
 
     def within(step: int) -> int | None:
         return step if step <= total_steps else None
+
+    def width(planned: tuple[int, int], low: int, high: int) -> Width:
+        step, bits = planned
+        if step <= done:
+            low = high = step
+        elif done:  # a measurement moves no drop to a step that was made
+            low = max(low, done + 1)
+            high = max(low, high)
+        return Width(bits, within(low), within(high))
 
     stretches, unmeasured = _changed_by_measuring(schedule)
     return [
         BlockOutlook(
             name,
             tuple(
-                Width(bits, within(low), within(high))
-                for (low, bits), (high, _) in zip(first, last, strict=True)
+                width(drop, low, high)
+                for drop, (low, _), (high, _) in zip(drops, first, last, strict=True)
             ),
             factor,
             None if arrival is None else within(arrival),
         )
-        for name, first, last, factor, arrival in zip(
-            schedule.block_names, earliest, latest, stretches, unmeasured, strict=True
+        for name, drops, first, last, factor, arrival in zip(
+            schedule.block_names, plan, earliest, latest, stretches, unmeasured, strict=True
         )
     ]
 
@@ -347,8 +358,11 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
 def table_of(schedule: Schedule) -> str:
     """Renders a schedule: for every block the step from which it has each width."""
     console = _wide_console()
+    extent = f"of {schedule.total_steps} steps"
+    if schedule.completed_steps:
+        extent += f", {schedule.completed_steps} of them made"
     with console.capture() as capture:
-        _print_table(console, outlook_of(schedule), f"of {schedule.total_steps} steps")
+        _print_table(console, outlook_of(schedule), extent)
     return capture.get().rstrip()
 
 

@@ -168,6 +168,9 @@ void bind_schedule(py::module_& m) {
       .def_property_readonly(
           "measured", [](const Schedule& self) { return !self.measurements().empty(); },
           "True if the plan follows sensitivities that were measured.")
+      .def_property("completed_steps", &Schedule::completed_steps, &Schedule::set_completed_steps,
+                    "Steps that have been made, 0 unless set: printed, the drops up to then have "
+                    "one step, and ranges begin after it. No part of the state.")
       .def("unfinished", &unfinished_of,
            "Blocks that might miss total_steps: dicts of block, arrival, bits, largest_period.")
       .def_property_readonly("num_blocks", &Schedule::num_blocks)

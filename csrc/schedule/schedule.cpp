@@ -89,4 +89,9 @@ void Schedule::set_sensitivities(std::int64_t step, std::vector<double> sensitiv
   measurements_ = std::move(measurements);
 }
 
+void Schedule::set_completed_steps(std::int64_t steps) {
+  MOQ_CHECK(steps >= 0, "completed_steps must be >= 0, got ", steps);
+  completed_steps_ = steps;
+}
+
 }  // namespace moq::schedule

@@ -141,10 +141,17 @@ class Schedule {
   const std::vector<Measurement>& measurements() const { return measurements_; }
   const Plan& plan() const { return plan_; }
 
+  /// Steps that have been made, as far as anybody said so: the drops planned up to then have
+  /// happened, whatever is measured later. For who shows the schedule; no part of its state.
+  std::int64_t completed_steps() const { return completed_steps_; }
+  /// @throws moq::Error if `steps` is negative.
+  void set_completed_steps(std::int64_t steps);
+
  private:
   ScheduleConfig config_;
   std::vector<Measurement> measurements_;
   Plan plan_;
+  std::int64_t completed_steps_ = 0;
 };
 
 }  // namespace moq::schedule

@@ -200,6 +200,18 @@ def test_drops_happen_exactly_as_planned(decoder):
     assert plan[0][-1] == (12, 4)
 
 
+def test_a_printed_schedule_shows_no_ranges_of_steps_that_were_made(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING, total_steps=15)
+    assert "Ranges: " in str(optimizer.schedule())
+    for step in range(15):
+        train_step(model, optimizer, step)
+    lines = str(optimizer.schedule()).splitlines()
+    assert lines[0] == "First step at each bit width, of 15 steps, 15 of them made"
+    (row,) = [line.split() for line in lines if "layers" in line]
+    assert row[1:] == [str(at) for at, _ in optimizer.schedule().plan()[0]]
+
+
 def test_addresses_and_identities_of_parameters_never_change(decoder):
     model = decoder()
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}

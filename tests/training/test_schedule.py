@@ -142,6 +142,44 @@ def test_a_printed_schedule_has_a_row_for_each_pace():
     )
 
 
+def test_of_steps_that_were_made_the_printed_schedule_says_what_happened():
+    schedule = adaptive()
+    plan = schedule.plan()[1]
+    schedule.completed_steps = plan[2][0]
+    lines = str(schedule).splitlines()
+    assert lines[0] == f"First step at each bit width, of 425 steps, {plan[2][0]} of them made"
+    row = next(line for line in lines if "layers.1" in line).split()[1:]
+    assert row[:3] == [str(step) for step, _ in plan[:3]]
+    assert row[3].startswith(f"{plan[2][0] + 1}-")
+    schedule.completed_steps = 425
+    rows = [line.split() for line in str(schedule).splitlines()[4:] if line.strip()]
+    assert rows[1][1:] == [str(step) for step, _ in plan]
+    assert not any("-" in cell for row in rows for cell in row)
+
+
+@pytest.mark.parametrize("done", [0, 1, 50, 101, 102, 254])
+@pytest.mark.parametrize("sensitivities", [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+def test_a_measurement_between_two_steps_moves_drops_within_the_ranges_shown_then(
+    done, sensitivities
+):
+    schedule = adaptive()
+    schedule.completed_steps = done
+    shown = outlook_of(schedule)
+    schedule.set_sensitivities(done, sensitivities)
+    for block, drops in zip(shown, schedule.plan(), strict=True):
+        for width, (step, bits) in zip(block.widths, drops, strict=True):
+            assert width.bits == bits
+            assert width.earliest <= step <= width.latest
+
+
+def test_completed_steps_are_no_state_and_not_negative():
+    schedule = adaptive()
+    schedule.completed_steps = 3
+    assert schedule.state_dict() == adaptive().state_dict()
+    with pytest.raises(Error, match="completed_steps must be >= 0, got -1"):
+        schedule.completed_steps = -1
+
+
 def test_without_a_probe_the_later_step_holds_for_finish_at_and_the_earlier_for_periods():
     alike = [ScheduledBlock(name, finish_at=0.6) for name in "ab"]
     schedule = Schedule(alike, 425, stretch_rule="stepped")
