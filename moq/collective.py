@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -23,21 +23,29 @@ def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-@contextlib.contextmanager
-def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_together(group: dist.ProcessGroup | None = None) -> AbstractContextManager[None]:
     """Lets an exception on one rank raise on all, instead of leaving the others waiting for it.
 
     Raises:
         RuntimeError: on ranks that had no exception of their own, naming the first that had.
     """
+    return raise_over([group])
+
+
+@contextmanager
+def raise_over(groups: Iterable[dist.ProcessGroup | None]) -> Iterator[None]:
+    """Does so on all ranks of several groups, given in the same order by all; None has everyone."""
     own: Exception | None = None
+    report = None
     try:
         yield
     except Exception as error:
         own = error
-    reports = all_gather(None if own is None else f"{type(own).__name__}: {own}", group)
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        report = f"rank {rank} failed: {type(error).__name__}: {error}"
+    for group in groups:
+        report = next((other for other in all_gather(report, group) if other is not None), None)
     if own is not None:
         raise own
-    for rank, report in enumerate(reports):
-        if report is not None:
-            raise RuntimeError(f"rank {rank} failed: {report}")
+    if report is not None:
+        raise RuntimeError(report)

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,7 +19,13 @@ from moq.blocks import Blocks
 from moq.config import MoQConfig
 from moq.record import MASTER_KEY
 from moq.rules import MatchedParameter
-from moq.sharding import first_element, is_sharded, local_tensor, whole_tensor
+from moq.sharding import (
+    first_element,
+    is_sharded,
+    local_tensor,
+    raise_on_all_shards,
+    whole_tensor,
+)
 from moq.shared_scales import SharedScales
 
 if TYPE_CHECKING:
@@ -29,6 +35,18 @@ if TYPE_CHECKING:
 
 _OWNERS = WeakTensorKeyDictionary()
 """Parameter -> weak reference to the Masters that write its simulated values."""
+
+
+class StateToLoad(NamedTuple):
+    """What a state dict holds.
+
+    Attributes:
+        masters: Masters by parameter.
+        inner: State dict of the inner optimizer.
+    """
+
+    masters: dict[torch.Tensor, torch.Tensor]
+    inner: dict[str, Any]
 
 
 class Masters:
@@ -73,14 +91,16 @@ class Masters:
 
         Raises:
             ValueError: as the constructor; then nothing has changed.
+            RuntimeError: if another rank, with other shards, has refused them.
         """
         added = new = [m for m in matched if m.parameter not in self._of]
-        for m in added:
-            self._require_unowned(m)
-            _require_finite(m)
-            if self.simulators is None:
-                _require_dense(m)
-            first_element(m)
+        with raise_on_all_shards(added):  # one of them may have a NaN
+            for m in added:
+                self._require_unowned(m)
+                _require_finite(m)
+                if self.simulators is None:
+                    _require_dense(m)
+                first_element(m)
         if self.simulators is not None:
             self.simulators.require_possible(added)
             own = [m.parameter for m in added] + self.simulators.place(added, self.inner)
@@ -254,11 +274,11 @@ class Masters:
             for value, master in zip(saved, present, strict=True)
         )
 
-    def load(self, state_dict: dict[str, Any]) -> None:
-        """Loads masters and the inner optimizer's state.
+    def read(self, state_dict: dict[str, Any]) -> StateToLoad:
+        """Reads what `load` takes from a state dict.
 
         Raises:
-            ValueError: if param groups, shapes or masters do not fit; then nothing has changed.
+            ValueError: if param groups, shapes or masters do not fit.
         """
         where = "MoQOptimizer.load_state_dict"
         groups, own_groups = state_dict["param_groups"], self.inner.param_groups
@@ -282,10 +302,14 @@ class Masters:
                 entry = {name: value for name, value in entry.items() if name != MASTER_KEY}
             state[key] = entry
         self._require_masters(saved, where)
+        return StateToLoad(saved, {"state": state, "param_groups": groups})
+
+    def load(self, saved: StateToLoad) -> None:
+        """Loads masters and the inner optimizer's state."""
         with self.in_groups():
-            self.inner.load_state_dict({"state": state, "param_groups": groups})
+            self.inner.load_state_dict(saved.inner)
         with torch.no_grad():
-            for parameter, value in saved.items():
+            for parameter, value in saved.masters.items():
                 self._of[parameter].copy_(value)
 
     def _require_masters(self, saved: dict[torch.Tensor, torch.Tensor], where: str) -> None:

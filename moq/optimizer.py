@@ -37,6 +37,7 @@ from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
+from moq.sharding import raise_on_all_shards
 from moq.simulators import WeightSimulators, remove_left_over_simulators
 from moq.state_creation import is_state_creation, make_blank_state
 from moq.target_bits import WIDTHS, TargetBits, require_widths, traces_for
@@ -281,26 +282,32 @@ class MoQOptimizer(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; the model's weights become its simulated ones.
 
+        With sharded parameters all ranks must call it, each with its own state.
+
         Args:
             state_dict: From a MoQOptimizer over the same parameters with the same configuration.
 
         Raises:
             ValueError: naming the parameters or values that differ; then nothing has changed.
+            RuntimeError: naming a rank that could not load its shards; likewise.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        record, own = Record.from_state_dict(state_dict), self._record()
-        record.require_same_model(own)
-        schedule = record.resumed_schedule(self._configured_schedule())
-        self._masters.find_memory()
+        with raise_on_all_shards(self._masters.matched):
+            record, own = Record.from_state_dict(state_dict), self._record()
+            record.require_same_model(own)
+            schedule = record.resumed_schedule(self._configured_schedule())
+            self._masters.find_memory()
+            saved = self._masters.read(state_dict)
         # accelerate loads an optimizer's own state into it. If the model's weights were replaced
         # just before, they must stay: the next step adopts them as masters, with a warning.
         on_any_rank = self._masters.shared_scales.on_any_rank
         other_state = record != own or not self._masters.equal_those_of(state_dict)
         replaced = on_any_rank(bool(self._masters.trainer.overwritten()))
         keep_weights = replaced and not on_any_rank(other_state)
-        self._masters.load(state_dict)
+        with raise_on_all_shards(self._masters.matched):
+            self._masters.load(saved)
         self._masters.trainer.restore(schedule, record.step)
         self._activations.load(record.activations)
         self._blank_state = record.blank_state
@@ -618,9 +625,8 @@ class MoQOptimizer(OptimizerWrapper):
         """
         from moq.saved_run import save_run
 
-        self.flush_logs()
         write = partial(save_run, scalars=self._scalars.file(), pace=self._pace.to_dict())
-        self._write(write, directory, tokenizer)
+        self._write(write, directory, tokenizer, first=self.flush_logs)
 
     def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes the model as a checkpoint directory of integers and scales.
@@ -640,8 +646,7 @@ class MoQOptimizer(OptimizerWrapper):
         """
         from moq.export import export_checkpoint
 
-        self._warn_of_early_export()
-        self._write(export_checkpoint, directory, tokenizer)
+        self._write(export_checkpoint, directory, tokenizer, first=self._warn_of_early_export)
 
     # ------------------------------------------------------------------ inside
 
@@ -669,15 +674,21 @@ class MoQOptimizer(OptimizerWrapper):
         self._masters.catch_up()
 
     def _write(
-        self, write: Callable[..., Any], directory: str | os.PathLike[str], tokenizer: Any
+        self,
+        write: Callable[..., Any],
+        directory: str | os.PathLike[str],
+        tokenizer: Any,
+        *,
+        first: Callable[[], None],
     ) -> None:
-        """Hands what was trained to a writer of directories, on rank 0."""
+        """Hands what was trained to a writer of directories, on rank 0, after another task."""
         if self._masters.sharded:
             raise RuntimeError(
                 "MoQOptimizer: the model must be whole to be written, got sharded parameters: save "
                 "with torch.distributed.checkpoint, resume in one process and write from there"
             )
         with raise_together():
+            first()
             quantized = self.quantized_parameters()
             if is_main_process():
                 history = self._record().summary()
@@ -697,7 +708,7 @@ class MoQOptimizer(OptimizerWrapper):
                 f"their target after {self.steps} steps ({early[0]}): they are written at the "
                 "width that they have, above 8 bits in the model's dtype. Train on until all have "
                 "it: print(optimizer.schedule()) shows when",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _show_full_precision(self, shown: bool) -> None:

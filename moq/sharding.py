@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from moq.collective import raise_over
 from moq.rules import MatchedParameter
 
 if TYPE_CHECKING:
@@ -45,6 +48,19 @@ def shard_groups(parameter: DTensor) -> list[Any]:
         for dim, placement in enumerate(parameter.placements)
         if type(placement) is Shard and mesh.size(dim) > 1
     ]
+
+
+def raise_on_all_shards(matched: Iterable[MatchedParameter]) -> AbstractContextManager[None]:
+    """Lets an exception on one rank raise on all that have shards of the parameters.
+
+    All of them must call it; of whole parameters nothing is said to anybody.
+
+    Raises:
+        RuntimeError: on ranks that had no exception of their own, naming the first that had.
+    """
+    parameters = [m.parameter for m in matched]
+    groups = [group for p in parameters if is_sharded(p) for group in mesh_groups(p)]
+    return raise_over(dict.fromkeys(groups))
 
 
 def first_element(matched: MatchedParameter) -> tuple[int, int]:

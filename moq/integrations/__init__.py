@@ -11,7 +11,7 @@ import os
 import warnings
 from typing import Any
 
-from moq.collective import all_gather
+from moq.collective import all_gather, raise_together
 from moq.optimizer import MoQOptimizer
 
 
@@ -92,23 +92,8 @@ class Training:
             RuntimeError: if the optimizer has not made the steps that the tool has, or if ranks
                 hold different weights.
         """
-        total, steps = self.optimizer.total_steps, self.optimizer.steps
-        if planned not in (total, float("inf")):
-            raise ValueError(
-                f"MoQOptimizer: total_steps must be the {planned} optimizer steps that {self.tool} "
-                f"will make, got {total}"
-            )
-        if made > 0 and steps == 0:
-            raise RuntimeError(
-                f"MoQOptimizer: {self.tool} resumes at step {made}, and the optimizer's state was "
-                "not in its checkpoint: the full-precision masters and the schedule are lost. Save "
-                "whole checkpoints, or begin a new training from these weights"
-            )
-        if steps > made:
-            raise RuntimeError(
-                f"MoQOptimizer: {self.tool} begins at step {made}, and the optimizer has made "
-                f"{steps} already: make a new MoQOptimizer for each training"
-            )
+        with raise_together():
+            self._require_same_steps(made, planned)
         self._require_equal_ranks(
             f"begin with the same weights, got different ones: {self.tool} broadcasts the "
             "simulated weights, not the full-precision masters. Load or seed the model alike on "
@@ -123,7 +108,8 @@ class Training:
         Raises:
             RuntimeError: if ranks hold different weights; then nothing is exported.
         """
-        self.optimizer.flush_logs()
+        with raise_together():
+            self.optimizer.flush_logs()
         self._require_equal_ranks(
             "end with the same weights, got different ones, as when nothing averages the "
             f"gradients: {self.tool} or the model must do it for all parameters of the optimizer"
@@ -143,6 +129,25 @@ class Training:
             )
         if self.export is not None:
             self.optimizer.export(self.export, tokenizer=self.tokenizer)
+
+    def _require_same_steps(self, made: int, planned: float) -> None:
+        total, steps = self.optimizer.total_steps, self.optimizer.steps
+        if planned not in (total, float("inf")):
+            raise ValueError(
+                f"MoQOptimizer: total_steps must be the {planned} optimizer steps that {self.tool} "
+                f"will make, got {total}"
+            )
+        if made > 0 and steps == 0:
+            raise RuntimeError(
+                f"MoQOptimizer: {self.tool} resumes at step {made}, and the optimizer's state was "
+                "not in its checkpoint: the full-precision masters and the schedule are lost. Save "
+                "whole checkpoints, or begin a new training from these weights"
+            )
+        if steps > made:
+            raise RuntimeError(
+                f"MoQOptimizer: {self.tool} begins at step {made}, and the optimizer has made "
+                f"{steps} already: make a new MoQOptimizer for each training"
+            )
 
     def _require_equal_ranks(self, rule: str) -> None:
         if len(set(all_gather(self.optimizer.fingerprint()))) > 1:

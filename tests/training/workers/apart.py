@@ -6,6 +6,8 @@ As a program: DIRECTORY RANK WORLD_SIZE BACKEND; writes {check: error or ""} int
 import json
 import os
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from workers.job import run_checks
 
 import moq
+from moq.integrations import Training
 
 STATIC = {
     "start_bits": 8,
@@ -156,6 +159,91 @@ def check_only_a_process_group_is_taken() -> None:
         )
     else:
         raise AssertionError("a mesh was taken")
+
+
+# ---------------------------------------------------------------- an error of one rank alone
+
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+#: With one scale over all shards ranks wait for each other whenever they write simulated values.
+SCALES = ["per_channel", "per_tensor"]
+
+
+def require_error(act, culprit: int, kind: type[Exception], text: str) -> None:
+    """Requires the culprit's own error on it, and on the others one that names it."""
+    try:
+        act()
+    except Exception as error:
+        own = dist.get_rank() == culprit
+        assert isinstance(error, kind if own else RuntimeError), error
+        assert text in str(error), error
+        assert own or str(error).startswith(f"rank {culprit} failed: {kind.__name__}: "), error
+    else:
+        raise AssertionError("a rank went on without the others")
+
+
+def check_a_shard_that_is_not_finite_is_refused_on_all_ranks() -> None:
+    culprit = dist.get_world_size() - 1
+    for mesh in (None, mesh_of_stages()):
+        for granularity in SCALES:
+            model = fully_shard(part_of(0), mesh=mesh)
+            if dist.get_rank() == culprit:
+                model.layers[0].q_proj.weight.data.to_local().fill_(float("nan"))
+            config = FALLING | {"granularity": granularity}
+            refused = "layers.0.q_proj.weight: weights must be finite"
+            require_error(partial(wrap, model, config, STEPS), culprit, ValueError, refused)
+
+
+def check_a_state_that_one_rank_cannot_load_changes_no_rank() -> None:
+    for granularity in SCALES:
+        models, optimizers = [], []
+        for _ in range(2):
+            models.append(fully_shard(part_of(0)))
+            config = FALLING | {"granularity": granularity}
+            optimizers.append(wrap(models[-1], config, STEPS))
+        optimizer = optimizers[0]
+        bad = optimizer.state_dict()
+        for model, each in zip(models, optimizers, strict=True):
+            train_step(model, each, 0)
+        if dist.get_rank() == 1:
+            number = next(key for key, entry in bad["state"].items() if "moq_master" in entry)
+            del bad["state"][number]["moq_master"]
+        missing = "the state must hold a master of layers.0.q_proj.weight"
+        require_error(partial(optimizer.load_state_dict, bad), 1, ValueError, missing)
+        for step in (1, 2):
+            for model, each in zip(models, optimizers, strict=True):
+                train_step(model, each, step)
+        assert optimizer.steps == 3
+        for value, expected in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(value.to_local(), expected.to_local())
+
+
+def check_what_fails_before_rank_0_writes_fails_on_all_ranks() -> None:
+    directory = Path(os.environ["MOQ_TEST_DIRECTORY"]) / "out"
+    optimizer = wrap(part_of(0), FALLING, STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        early = "weights have not reached their target"
+        require_error(partial(optimizer.export, directory), 0, UserWarning, early)
+
+    def full_disk() -> None:
+        raise OSError("no space left")
+
+    if dist.get_rank() == 0:
+        optimizer.flush_logs = full_disk
+    require_error(partial(optimizer.save, directory), 0, OSError, "no space left")
+    training = Training(optimizer, "test", export=directory)
+    require_error(training.end, 0, OSError, "no space left")
+    assert not directory.exists()
+
+
+def check_a_rank_that_lost_its_state_ends_the_resumption_on_all_ranks() -> None:
+    model = part_of(0)
+    optimizer = wrap(model, FALLING, STEPS)
+    if dist.get_rank() != 1:
+        train_step(model, optimizer, 0)
+    training = Training(optimizer, "test")
+    lost = "the optimizer's state was not in its checkpoint"
+    require_error(partial(training.begin, 1, STEPS), 1, RuntimeError, lost)
 
 
 if __name__ == "__main__":
