@@ -61,16 +61,14 @@ class Weight:
     absmax: torch.Tensor | None = None
 
     @torch.no_grad()
-    def squared_error(self, num_bits: int) -> float:
-        """Sums (master - simulated)^2 over all elements, in float64.
+    def simulated(self, num_bits: int) -> torch.Tensor:
+        """Returns what the model would compute with at `num_bits`: rounded to nearest.
 
-        The simulated value is what the model would compute with at `num_bits`: rounded to nearest,
-        with scales of the present master, or with the learned ones.
+        Scales are those of the present master, or the learned ones.
         """
-        master = self.master.detach()
-        simulated = torch.ops.moq.simulate(
-            master,
-            torch.tensor([num_bits], dtype=torch.int32, device=master.device),
+        rounded: torch.Tensor = torch.ops.moq.simulate(
+            self.master,
+            torch.tensor([num_bits], dtype=torch.int32, device=self.master.device),
             absmax=self.absmax,
             granularity=self.granularity,
             group_size=self.group_size,
@@ -78,8 +76,13 @@ class Weight:
             transposed=self.transposed,
             scale_dtype=self.dtype,
             scale_rule="absmax" if self.scale == "learned" else self.scale,
-        ).to(self.dtype)
-        difference = simulated.float() - master.float()
+        )
+        return rounded.to(self.dtype)
+
+    @torch.no_grad()
+    def squared_error(self, num_bits: int) -> float:
+        """Sums (master - simulated)^2 over all elements, in float64."""
+        difference = self.simulated(num_bits).float() - self.master.float()
         return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
 
     def bytes(self, num_bits: int) -> int:

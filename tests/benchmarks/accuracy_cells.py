@@ -164,21 +164,7 @@ def round_weights(model: nn.Module, weights: Sequence[Weight], widths: Mapping[s
     parameters = dict(model.named_parameters())
     for weight in weights:
         if weight.name in widths:
-            bits = torch.tensor(
-                [widths[weight.name]], dtype=torch.int32, device=weight.master.device
-            )
-            parameters[weight.name].copy_(
-                torch.ops.moq.simulate(
-                    weight.master,
-                    bits,
-                    granularity=weight.granularity,
-                    group_size=weight.group_size,
-                    mode=weight.mode,
-                    transposed=weight.transposed,
-                    scale_dtype=weight.dtype,
-                    scale_rule=weight.scale,
-                )
-            )
+            parameters[weight.name].copy_(weight.simulated(widths[weight.name]))
 
 
 @torch.no_grad()

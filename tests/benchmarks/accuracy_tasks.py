@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import accuracy_inputs as inputs
@@ -65,38 +65,35 @@ FUSED_LLAMA = (
     r"^.*layers\.\d+\.(?:self_attn(?=\.[qkv]_proj)|self_attn\.o_proj|mlp(?=\.gate|\.up)|mlp\.down)"
 )
 
+GLOSSES = Settings(
+    model="minilm",
+    data="wordnet",
+    batch_size=64,
+    learning_rate=2e-4,
+    first_steps=300,
+    steps=400,
+    held_out=4000,
+    probe=(2, 64),
+    products=(64, 12),
+    block_examples=1024,
+    granularity="per_channel",
+    group_size=0,
+    fused=FUSED_BERT,
+)
+
 FULL = {
-    "wordnet": Settings(
-        model="minilm",
-        data="wordnet",
-        batch_size=64,
-        learning_rate=2e-4,
-        first_steps=300,
-        steps=400,
-        held_out=4000,
-        probe=(2, 64),
-        products=(64, 12),
-        block_examples=1024,
-        granularity="per_channel",
-        group_size=0,
-        fused=FUSED_BERT,
-    ),
-    "rotten": Settings(
-        model="minilm",
+    "wordnet": GLOSSES,
+    "rotten": replace(
+        GLOSSES,
         data="rotten",
         batch_size=32,
         learning_rate=1e-4,
         first_steps=200,
         steps=300,
         held_out=2000,
-        probe=(2, 64),
-        products=(64, 12),
-        block_examples=1024,
-        granularity="per_channel",
-        group_size=0,
-        fused=FUSED_BERT,
     ),
-    "sotu": Settings(
+    "sotu": replace(
+        GLOSSES,
         model="smollm2",
         data="sotu",
         batch_size=8,
@@ -107,16 +104,13 @@ FULL = {
         probe=(2, 1),
         products=(32, 6),
         block_examples=16,
-        granularity="per_channel",
-        group_size=0,
         fused=FUSED_LLAMA,
     ),
 }
 
 SMALL = {
-    "wordnet": Settings(
-        model="minilm",
-        data="wordnet",
+    "wordnet": replace(
+        GLOSSES,
         batch_size=16,
         learning_rate=5e-4,
         first_steps=10,
@@ -125,9 +119,6 @@ SMALL = {
         probe=(1, 4),
         products=(4, 3),
         block_examples=16,
-        granularity="per_channel",
-        group_size=0,
-        fused=FUSED_BERT,
     )
 }
 

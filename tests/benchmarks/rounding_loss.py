@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import gpu
 import torch
@@ -58,6 +59,16 @@ BLOCKS: dict[str, Callable[[str, str], str]] = {
 }
 OBJECTIVES = ("mean eigenvalue", "trace", "squared error", "trace alone")
 WIDTHS = (3, 4, 8)
+
+
+class Subject(NamedTuple):
+    """A trained model, its blocks of a granularity with their traces, and what its loss is of."""
+
+    model: nn.Module
+    blocks: dict[str, Weights]
+    traces: dict[str, float]
+    held_out: Sequence[Batch]
+    granularity: str
 
 
 def half_of(rest: str) -> str:
@@ -195,15 +206,9 @@ def emit(args: argparse.Namespace, **row: object) -> None:
     print(", ".join(cells), flush=True)
 
 
-def single_blocks(
-    args: argparse.Namespace,
-    model: nn.Module,
-    blocks: dict[str, Weights],
-    traces: dict[str, float],
-    held_out: Sequence[Batch],
-    granularity: str,
-) -> None:
+def single_blocks(args: argparse.Namespace, subject: Subject) -> None:
     """Rounds each block alone."""
+    model, blocks, traces, held_out, granularity = subject
     base = mean_loss(model, held_out)
     for bits in args.bits:
         increases, second_order = [], []
@@ -243,15 +248,9 @@ def single_blocks(
         )
 
 
-def whole_model(
-    args: argparse.Namespace,
-    model: nn.Module,
-    blocks: dict[str, Weights],
-    traces: dict[str, float],
-    held_out: Sequence[Batch],
-    granularity: str,
-) -> None:
+def whole_model(args: argparse.Namespace, subject: Subject) -> None:
     """Rounds all blocks at the widths that each objective chooses under a budget."""
+    model, blocks, traces, held_out, granularity = subject
     base = mean_loss(model, held_out)
     errors = {
         name: tuple(squared_error(weights, bits) for bits in WIDTHS)
@@ -339,8 +338,9 @@ def main() -> None:
     for granularity in args.granularities:
         blocks = quantized_weights(model, granularity)
         traces = {block: sum(of_matrix[name] for name in w) for block, w in blocks.items()}
-        single_blocks(args, model, blocks, traces, held_out, granularity)
-        whole_model(args, model, blocks, traces, held_out, granularity)
+        subject = Subject(model, blocks, traces, held_out, granularity)
+        single_blocks(args, subject)
+        whole_model(args, subject)
 
 
 if __name__ == "__main__":

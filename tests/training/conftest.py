@@ -64,6 +64,34 @@ def decoder() -> Callable[..., Decoder]:
     return make
 
 
+def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+    """The same small Llama each time, with a config that exports and the engine take."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class Logits(nn.Module):
+    """Makes a transformers model look like the decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).logits
+
+
 def batch(step: int) -> torch.Tensor:
     """Tokens of one batch, [4, 6]; the same for the same step."""
     return torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(step))

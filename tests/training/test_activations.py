@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import batch, loss_of, train_step, wrap
+from conftest import batch, loss_of, tiny_llama, train_step, wrap
 from reference import quantize as reference
 from torch import nn
 
@@ -408,17 +408,6 @@ def test_compiling_does_not_compile_again_at_a_drop(decoder, device, kind):
         optimizer.zero_grad()
     assert counter.frame_count == 1
     torch._dynamo.reset()  # another decoder has the same code
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import OnceDifferentiable
 from reference.hessian import block_ranges, dense_hessian
 from torch import nn
 from torch.nn import functional as F
@@ -216,16 +217,6 @@ class Square(torch.autograd.Function):
         return 2 * gradient * x
 
 
-class DetachedSquare(Square):
-    """x², whose backward pass computes as a fused kernel does: outside autograd."""
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * gradient * x
-
-
 class RefusingSquare(Square):
     """x², declared to be differentiable once."""
 
@@ -269,7 +260,10 @@ def test_products_run_while_another_thread_holds_the_global_lock_in_turns(proble
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (DetachedSquare, "DetachedSquareBackward, whose backward pass leaves the autograd graph"),
+        (
+            OnceDifferentiable,
+            "OnceDifferentiableBackward, whose backward pass leaves the autograd graph",
+        ),
         (RefusingSquare, "RefusingSquareBackward: .*once_differentiable"),
     ],
 )
@@ -288,8 +282,8 @@ def test_a_function_without_second_derivative_is_named(function, words, position
 def test_a_function_without_second_derivative_is_named_where_the_gradient_is_zero():
     w = torch.randn(5, requires_grad=True)
     scale = torch.zeros(5, requires_grad=True)  # d²loss / dw dscale is 2 w all the same
-    with pytest.raises(NotImplementedError, match="DetachedSquareBackward"):
-        HvpOperator((DetachedSquare.apply(w) * scale).sum(), [w, scale])
+    with pytest.raises(NotImplementedError, match="OnceDifferentiableBackward"):
+        HvpOperator((OnceDifferentiable.apply(w) * scale).sum(), [w, scale])
 
 
 def test_fused_attention_is_named():

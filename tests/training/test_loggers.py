@@ -209,16 +209,17 @@ def test_a_logger_added_later_is_told_from_then_on(decoder):
     assert list(recorder.steps) == [2]
 
 
+class Late:
+    """Stands for an event of a device that is behind."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
 def test_what_is_on_its_way_is_told_before_a_param_group_brings_blocks(decoder, monkeypatch):
-    class Late:
-        """Stands for an event of a device that is behind."""
-
-        def query(self) -> bool:
-            return False
-
-        def synchronize(self) -> None:
-            pass
-
     monkeypatch.setattr("moq.scalars._to_host", lambda values: _Measurement(values, Late()))
     model, recorder = decoder(), Recorder()
     adamw = torch.optim.AdamW(model.layers[1].parameters())
@@ -342,13 +343,6 @@ def test_figures_of_ones_own_are_told_at_the_present_step(decoder):
 
 
 def test_figures_keep_their_place_behind_the_scalars_that_are_on_their_way(decoder, monkeypatch):
-    class Late:
-        def query(self) -> bool:
-            return False
-
-        def synchronize(self) -> None:
-            pass
-
     monkeypatch.setattr("moq.scalars._to_host", lambda values: _Measurement(values, Late()))
     model, recorder = decoder(), Recorder()
     optimizer = wrap(model, FALLING, loggers=recorder, log_every=1)

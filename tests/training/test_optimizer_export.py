@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import train_step, wrap
+from conftest import Logits, tiny_llama, train_step, wrap
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,27 +25,9 @@ FALLING = {
 STEPS = 4
 
 
-class Logits(torch.nn.Module):
-    """Makes a transformers model look like the decoder of the other tests."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens):
-        return self.model(tokens).logits
-
-
 def tiny_llama_in_training(optimizer=True):
     """A tiny Llama at the beginning of its training, and its optimizer."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    model = tiny_llama()
     return model, (wrap(model, FALLING, STEPS) if optimizer else None)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_simulated, batch, train_step, wrap
+from conftest import assert_simulated, batch, tiny_llama, train_step, wrap
 from torch import nn
 
 import moq
@@ -57,15 +57,8 @@ def test_what_was_trained_is_exported_and_verified(
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_engine_answers_as_what_was_trained(tmp_path, grid, grouping):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    pytest.importorskip("transformers")
+    model = tiny_llama()
     bits = {"start_bits": GRIDS[grid]["target_bits"]}
     optimizer = wrap(model, bits | GRIDS[grid] | GROUPINGS[grouping], STEPS)
     model(batch(0), labels=batch(0)).loss.backward()

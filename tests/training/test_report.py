@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_step, wrap
+from conftest import Logits, tiny_llama, train_step, wrap
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,30 +33,8 @@ SECTIONS = (
 HOSTILE = 'loss <img src="https://example.org/x">'
 
 
-class Logits(torch.nn.Module):
-    """Makes a transformers model look like the decoder of the other tests."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens):
-        return self.model(tokens).logits
-
-
-def tiny_llama(layers=3):
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
-
-
 def training(**options):
-    model = tiny_llama()
+    model = tiny_llama(layers=3)
     config = {"start_bits": 16, "target_bits": 4, "schedule": {"finish_at": 0.75}}
     return model, wrap(model, config, STEPS, **options)
 
@@ -382,7 +360,7 @@ def test_an_unfinished_training_is_told_apart_from_its_plan(tmp_path):
     ids=str,
 )
 def test_every_grid_and_shape_of_schedule_has_a_page(tmp_path, config):
-    model = tiny_llama()
+    model = tiny_llama(layers=3)
     optimizer = wrap(model, {"schedule": {"finish_at": 1.0}} | config, 3)
     for step in range(3):
         train_step(Logits(model), optimizer, step)

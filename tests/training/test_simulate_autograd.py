@@ -5,7 +5,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_same, batch, loss_of, name_hash, train_step, weights, wrap
+from conftest import (
+    assert_same,
+    batch,
+    loss_of,
+    name_hash,
+    tiny_llama,
+    train_step,
+    weights,
+    wrap,
+)
 from reference import quantize as reference
 from torch import nn
 
@@ -257,20 +266,6 @@ def test_logged_scalars_are_those_of_the_simulated_weights(decoder):
 
 
 # ------------------------------------------------------------------------------------- export
-
-
-def tiny_llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
-    for parameter in model.parameters():  # not the rotary frequencies, which stay float32
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
