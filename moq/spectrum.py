@@ -15,14 +15,9 @@ from torch.distributed import ProcessGroup
 from moq import _C
 from moq.collective import raise_together
 from moq.curvature import Curvature
+from moq.probe_inputs import count_batches, require_whole, trainable_blocks
 from moq.progress import ProductBar
-from moq.sensitivity import (
-    count_batches,
-    find_blocks,
-    quantized_blocks,
-    require_whole,
-    trainable_blocks,
-)
+from moq.sensitivity import find_blocks, quantized_blocks
 from moq.strict import suggestion
 from moq.undisturbed import undisturbed
 

@@ -17,7 +17,7 @@ from conftest import (
     wrap,
 )
 
-from moq import probing, record, sensitivity
+from moq import measurement, probing, record, sensitivity
 from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
@@ -102,7 +102,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (probing, record, sensitivity):
+    for module in (measurement, probing, record, sensitivity):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -1,0 +1,254 @@
+"""One measurement of sensitivity: how much of it there is time for, on all ranks alike, and it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from moq import _C
+from moq.collective import all_gather, raise_together
+from moq.curvature import Curvature
+from moq.estimators import (
+    Eigenvalues,
+    Measure,
+    Sensitivity,
+    Traces,
+    combine,
+    indices_of,
+    kinds_of,
+)
+from moq.probe_cost import BudgetTooSmallError, Cost, Kind, Size, fit
+from moq.progress import ProductBar
+from moq.undisturbed import undisturbed
+
+#: What another form may do without: second derivatives, and their memory.
+_IMPOSSIBLE = (NotImplementedError, torch.OutOfMemoryError)
+
+
+class Measurement:
+    """One measurement, whatever its form; the arguments of moq.sensitivity.measure, and these.
+
+    Args:
+        counts: Batches of each rank; of sharded models one number, since they share them.
+        sharded: Whether the parameters are.
+        started: When the time began, of which a form that was not possible has taken some.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        blocks: dict[str, list[Tensor]],
+        batches: list[Any],
+        counts: list[int],
+        measure: Measure,
+        tolerance: dict[Kind, float],
+        max_products: dict[Kind, int],
+        max_seconds: float | None,
+        seed: int,
+        group: ProcessGroup | None,
+        sharded: bool,
+        started: float,
+    ) -> None:
+        """Computes nothing yet."""
+        self.model, self.blocks, self.batches, self.counts = model, blocks, batches, counts
+        self.measure, self.tolerance, self.max_products = measure, tolerance, max_products
+        self.max_seconds, self.seed, self.group, self.sharded = max_seconds, seed, group, sharded
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank(group) if ranks else 0
+        self.started = started
+
+    def run(self, curvature: Curvature, bar: ProductBar, *, optional: bool) -> Sensitivity | str:
+        """Measures in one form.
+
+        Args:
+            curvature: The form.
+            bar: Is told each product.
+            optional: Whether another form follows where this one is not possible.
+
+        Returns:
+            The measurement, or why this form is not possible on some rank.
+        """
+        trial: _C.CurvatureOperator | None = None
+        own = Cost(0.0, 0.0)
+        examples = 1
+        reason: str | None = None
+        with undisturbed(self.model), curvature.frame():
+            timed = self.max_seconds is not None or "eigenvalue" in kinds_of(self.measure)
+            with raise_together(self.group):
+                try:
+                    if self.batches and (timed or curvature.form == "fisher"):
+                        trial, own, examples = self._try(curvature, timed=timed)
+                except _IMPOSSIBLE as error:
+                    reason = self._why(error, optional)
+            reason = self._first(reason)
+            if reason is not None:
+                return reason
+
+            spent = time.perf_counter() - self.started
+            size = self._size(own, examples, curvature.form == "fisher", spent, bar)
+            # Products may turn out slower than the one that was timed.
+            over = None if self.max_seconds is None else self._over
+            meters = self._meters(size, bar, over)
+            most = size.batches
+            before = self.counts[: 0 if self.sharded else self.rank]
+            first = sum(min(count, most) for count in before)
+            with raise_together(self.group):
+                try:
+                    for index, batch in enumerate(self.batches[:most], start=first):
+                        if index > first and over is not None and over():
+                            break
+                        operator = trial or curvature.operator(batch, index)
+                        trial = None
+                        for meter in meters.values():
+                            meter.measure(operator, index)
+                        curvature.keep_step(operator)
+                        del operator
+                except _IMPOSSIBLE as error:
+                    reason = self._why(error, optional)
+            reason = self._first(reason)
+        if reason is not None:
+            return reason
+        gather = (lambda own: [own]) if self.sharded else self._gather
+        elapsed = time.perf_counter() - self.started
+        return combine(self.measure, curvature.form, meters, gather, elapsed)
+
+    def _gather(self, value: Any) -> list[Any]:
+        return all_gather(value, self.group)
+
+    def _why(self, error: Exception, optional: bool) -> str:
+        if not optional:
+            raise error
+        return str(error).splitlines()[0]
+
+    def _first(self, reason: str | None) -> str | None:
+        """Returns what the first rank says for which the form is not possible."""
+        return next((other for other in self._gather(reason) if other is not None), None)
+
+    def _try(self, curvature: Curvature, *, timed: bool) -> tuple[_C.CurvatureOperator, Cost, int]:
+        """Makes the first batch's operator and one product, and says what both took.
+
+        Returns:
+            The operator, the cost of its parts (zeros unless timed), the examples of the batch.
+        """
+        indices = indices_of(self.blocks)
+        # The first block lies deepest, so that its product is the most expensive one.
+        block = indices[0] if self.measure == "eigenvalue" else sum(indices, [])
+        started = time.perf_counter()
+        operator = curvature.operator(self.batches[0], 0)
+        examples = operator.examples if isinstance(operator, _C.FisherOperator) else 1
+        if not timed:
+            return operator, Cost(0.0, 0.0), examples
+        self._wait()
+        ready = time.perf_counter()
+        taken = curvature.gradients
+        operator.product(block, [torch.ones_like(operator.parameters[i]) for i in block])
+        self._wait()
+        seconds = time.perf_counter() - ready
+        seconds /= examples
+        if curvature.form == "finite_difference":
+            # The first product also finds the step.
+            seconds *= 2 / (curvature.gradients - taken)
+        return operator, Cost(ready - started, seconds), examples
+
+    def _wait(self) -> None:
+        for device in {p.device for block in self.blocks.values() for p in block}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    def _size(self, own: Cost, examples: int, fixed: bool, spent: float, bar: ProductBar) -> Size:
+        """Decides together how much is measured; prints what eigenvalues will cost.
+
+        Args:
+            own: Cost on this rank.
+            examples: Of its first batch.
+            fixed: Whether there is a product for each example.
+            spent: Seconds so far.
+            bar: Prints.
+        """
+        ranks = self._gather((own, examples, spent))
+        cost = Cost(max(c.graph for c, _, _ in ranks), max(c.product for c, _, _ in ranks))
+        wanted: dict[Kind, int] = dict(self.max_products)
+        if fixed:
+            # As many as there are examples, of all batches for the trace and of each for the rest.
+            most = max(n for _, n, _ in ranks)
+            wanted = {k: most * (sum(self.counts) if k == "trace" else 1) for k in wanted}
+        # The first graph is there already.
+        gone = max(seconds for _, _, seconds in ranks) - cost.graph
+        try:
+            size = fit(
+                self.counts,
+                wanted,
+                cost,
+                len(self.blocks),
+                None if self.max_seconds is None else self.max_seconds - gone,
+                divisible=not fixed,
+            )
+        except BudgetTooSmallError as error:
+            assert self.max_seconds is not None
+            raise BudgetTooSmallError(error.least + gone, self.max_seconds) from error
+        total = sum(min(count, size.batches) for count in self.counts)
+        if "eigenvalue" in wanted:
+            most = total * len(self.blocks) * size.products["eigenvalue"]
+            bar.say(
+                f"top eigenvalues of {len(self.blocks)} blocks, {total} batches: at most {most} "
+                f"products of {cost.product:.2f} s, "
+                f"{size.seconds(cost, len(self.blocks)):.0f} s together"
+            )
+        return size
+
+    def _over(self) -> bool:
+        """Says whether the time is up; ranks that share parameters hear the same."""
+        assert self.max_seconds is not None
+        own = time.perf_counter() - self.started > self.max_seconds
+        return any(self._gather(own)) if self.sharded else own
+
+    def _meters(
+        self, size: Size, bar: ProductBar, over: Callable[[], bool] | None
+    ) -> dict[Kind, Traces | Eigenvalues]:
+        total = sum(min(count, size.batches) for count in self.counts)
+        meters: dict[Kind, Traces | Eigenvalues] = {}
+        for kind, products in size.products.items():
+            tolerance = self.tolerance[kind]
+            if kind == "trace":
+                meters[kind] = Traces(self.blocks, tolerance, products, total, self.seed, bar, over)
+            else:
+                meters[kind] = Eigenvalues(self.blocks, tolerance, products, self.seed, bar)
+        each = sum(meter.products_per_batch for meter in meters.values())
+        bar.start(min(len(self.batches), size.batches) * each)
+        return meters
+
+    def report(self, found: Sensitivity, bar: ProductBar) -> None:
+        """Says what a reader of the numbers should know; refuses those that say nothing.
+
+        Raises:
+            ValueError: if no block curves the loss.
+        """
+        flat = [
+            name for name, value in zip(found.blocks, found.values, strict=True) if value == 0.0
+        ]
+        if len(flat) == len(found.blocks):
+            raise ValueError(
+                f"sensitivity: the loss must curve in some block, got 0 in all {len(flat)} "
+                f"({', '.join(flat[:3])}): does loss_fn call the model that is measured, and not a "
+                "copy of it?"
+            )
+        if flat:
+            bar.say(
+                f"sensitivity: the loss does not curve at all in {', '.join(flat)}: on these "
+                "batches it may not depend on them"
+            )
+        if not found.converged:
+            bar.say(
+                f"sensitivity ({found.measure}): tolerance "
+                f"{' and '.join(map(str, self.tolerance.values()))} not met in {found.products} "
+                f"products; largest error {max(found.standard_error):.3g}, largest value "
+                f"{max(map(abs, found.values)):.3g}: raise sensitivity.max_products (now "
+                f"{' and '.join(map(str, self.max_products.values()))}) or "
+                "sensitivity.tolerance, or give more batches"
+            )
