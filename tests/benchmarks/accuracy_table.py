@@ -34,7 +34,7 @@ BASELINES = {
     "qat": "time",
     "trace": "time",
     "eigenvalue": "time",
-    "shuffled": "time",
+    "shuffled": "trace",
     "budget": "budget_error",
     "budget_trace": "budget_error",
     "ptq_budget": "ptq_error",
