@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -63,13 +64,15 @@ void bind_spectrum(py::module_& m) {
   m.def(
       "lanczos",
       [](const hessian::FlatProduct& product, std::int64_t n, at::ScalarType dtype,
-         int max_iterations, double tolerance, std::uint64_t seed) {
+         int max_iterations, double tolerance, std::uint64_t seed,
+         const std::optional<at::Tensor>& guess) {
         hessian::LanczosResult<double> result;
         {
           const py::gil_scoped_release release;
           result = hessian::lanczos_of(
               product, n, dtype,
-              {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed});
+              {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed},
+              guess.value_or(at::Tensor()));
         }
         return py::dict(
             py::arg("largest") = result.largest.value, py::arg("smallest") = result.smallest.value,
@@ -79,10 +82,11 @@ void bind_spectrum(py::module_& m) {
             py::arg("history") = result.history);
       },
       py::arg("product"), py::arg("n"), py::kw_only(), py::arg("dtype"), py::arg("max_iterations"),
-      py::arg("tolerance"), py::arg("seed"),
+      py::arg("tolerance"), py::arg("seed"), py::arg("guess") = py::none(),
       "Both ends of the spectrum of A [n, n]: a dict as that of HvpOperator.eigenvalues, and "
       "history, the dominant value after each product. product(x) returns A x for x [n] of `dtype` "
-      "on the CPU, which is valid during the call only.");
+      "on the CPU, which is valid during the call only. guess [n]: a vector near the dominant "
+      "eigenvector, supposedly.");
 
   m.def(
       "spectral_quadrature",

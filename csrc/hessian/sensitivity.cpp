@@ -1,5 +1,6 @@
 #include "csrc/hessian/sensitivity.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
@@ -8,6 +9,7 @@
 
 #include "csrc/hessian/solvers/random.h"
 #include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
 
 namespace moq::hessian {
 
@@ -83,7 +85,10 @@ LanczosResult<double> eigenvalues_in(const CurvatureOperator& hessian,
       progress(++products);
     }
   };
-  const LanczosResult<Scalar> result = lanczos(product, size, options);
+  std::vector<Scalar> guess(static_cast<std::size_t>(size));
+  join<Scalar>(hessian, block, hessian.gradient(block), guess);
+  const kernels::ThreadScope threads(at::get_num_threads());
+  const LanczosResult<Scalar> result = lanczos(product, size, options, std::move(guess));
   return {.largest = {result.largest.value, result.largest.residual, {}},
           .smallest = {result.smallest.value, result.smallest.residual, {}},
           .iterations = result.iterations,

@@ -1,6 +1,9 @@
 #include "csrc/hessian/spectrum.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
+
+#include "kernels/common/parallel.h"
 
 namespace moq::hessian {
 
@@ -20,6 +23,16 @@ Operator<Scalar> flat_operator(const FlatProduct& product, std::int64_t n) {
   };
 }
 
+template <typename Scalar>
+std::vector<Scalar> flat_vector(const at::Tensor& x) {
+  if (!x.defined()) {
+    return {};
+  }
+  const at::Tensor flat = x.reshape(-1).to(at::kCPU, c10::CppTypeToScalarType<Scalar>::value);
+  const Scalar* data = flat.contiguous().const_data_ptr<Scalar>();
+  return {data, data + flat.numel()};
+}
+
 bool is_double(at::ScalarType dtype) {
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
                     "hessian: dtype must be float32 or float64, got ", dtype);
@@ -37,13 +50,17 @@ LanczosResult<double> widened(const LanczosResult<float>& result) {
 }  // namespace
 
 LanczosResult<double> lanczos_of(const FlatProduct& product, std::int64_t n, at::ScalarType dtype,
-                                 const EigenOptions& options) {
-  return is_double(dtype) ? lanczos(flat_operator<double>(product, n), n, options)
-                          : widened(lanczos(flat_operator<float>(product, n), n, options));
+                                 const EigenOptions& options, const at::Tensor& guess) {
+  const kernels::ThreadScope threads(at::get_num_threads());
+  return is_double(dtype)
+             ? lanczos(flat_operator<double>(product, n), n, options, flat_vector<double>(guess))
+             : widened(lanczos(flat_operator<float>(product, n), n, options,
+                               flat_vector<float>(guess)));
 }
 
 SpectralQuadrature spectral_quadrature_of(const FlatProduct& product, std::int64_t n,
                                           at::ScalarType dtype, const QuadratureOptions& options) {
+  const kernels::ThreadScope threads(at::get_num_threads());
   return is_double(dtype) ? spectral_quadrature(flat_operator<double>(product, n), n, options)
                           : spectral_quadrature(flat_operator<float>(product, n), n, options);
 }

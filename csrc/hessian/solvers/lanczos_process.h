@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "csrc/hessian/solvers/vectors.h"
+#include "kernels/common/parallel.h"
 
 namespace moq::hessian {
 
@@ -46,11 +47,7 @@ class LanczosProcess {
     alpha_.push_back(first.back());
     MOQ_CHECK(std::isfinite(alpha_.back()), where_, ": the products must be finite, got ",
               alpha_.back(), " in product ", size());
-    const std::vector<double> second = sweep(first);
-    for (Eigen::Index begin = 0; begin < rest_.size(); begin += kPiece) {
-      subtract(second, begin, std::min(kPiece, rest_.size() - begin));
-    }
-    beta_.push_back(norm(rest_));
+    beta_.push_back(subtract(sweep(first)));
   }
 
   /// j, the number of products made.
@@ -89,26 +86,54 @@ class LanczosProcess {
   /// each vector is read from memory once a sweep: bandwidth is what the process costs beside its
   /// products. Sums over a piece are Scalars, those over pieces doubles.
   static constexpr Eigen::Index kPiece = 256;
+  /// Elements that a thread takes at a time. Their sums are added up in order, whichever thread
+  /// made them: the result is the same on any number of threads.
+  static constexpr Eigen::Index kChunk = 64 * kPiece;
 
   /// rest_ -= V c; returns V' rest_ of the new rest_. Without c only the latter.
   std::vector<double> sweep(const std::vector<double>& c = {}) {
-    std::vector<double> dots(basis_.size(), 0.0);
-    for (Eigen::Index begin = 0; begin < rest_.size(); begin += kPiece) {
-      const Eigen::Index length = std::min(kPiece, rest_.size() - begin);
-      subtract(c, begin, length);
-      const auto piece = rest_.segment(begin, length);
+    return sums(basis_.size(), [&](Eigen::Index begin, Eigen::Index length, double* dots) {
+      const auto piece = subtract(c, begin, length);
       for (std::size_t i = 0; i < basis_.size(); ++i) {
         dots[i] += static_cast<double>(piece.dot(basis_[i].segment(begin, length)));
       }
-    }
-    return dots;
+    });
   }
 
-  /// rest_ -= V c in one piece.
-  void subtract(const std::vector<double>& c, Eigen::Index begin, Eigen::Index length) {
+  /// rest_ -= V c; returns the length of the new rest_.
+  double subtract(const std::vector<double>& c) {
+    const auto square = [&](Eigen::Index begin, Eigen::Index length, double* sum) {
+      *sum += subtract(c, begin, length).template cast<double>().squaredNorm();
+    };
+    return std::sqrt(sums(1, square).front());
+  }
+
+  /// rest_ -= V c in one piece, which is returned.
+  auto subtract(const std::vector<double>& c, Eigen::Index begin, Eigen::Index length) {
+    auto piece = rest_.segment(begin, length);
     for (std::size_t i = 0; i < c.size(); ++i) {
-      rest_.segment(begin, length) -= static_cast<Scalar>(c[i]) * basis_[i].segment(begin, length);
+      piece -= static_cast<Scalar>(c[i]) * basis_[i].segment(begin, length);
     }
+    return piece;
+  }
+
+  /// Sums over all pieces, `count` of them, of what body(begin, length, sums) adds for one.
+  template <typename Body>
+  std::vector<double> sums(std::size_t count, const Body& body) const {
+    const Eigen::Index chunks = (rest_.size() + kChunk - 1) / kChunk;
+    std::vector<double> partial(static_cast<std::size_t>(chunks) * count, 0.0);
+    kernels::parallel_for(chunks, 1, [&](Eigen::Index first, Eigen::Index last) {
+      const Eigen::Index end = std::min(last * kChunk, rest_.size());
+      for (Eigen::Index begin = first * kChunk; begin < end; begin += kPiece) {
+        double* own = partial.data() + static_cast<std::size_t>(begin / kChunk) * count;
+        body(begin, std::min(kPiece, end - begin), own);
+      }
+    });
+    std::vector<double> total(count, 0.0);
+    for (std::size_t i = 0; i < partial.size(); ++i) {
+      total[i % count] += partial[i];
+    }
+    return total;
   }
 
   /// An upper bound of |T|, and so a scale for what counts as zero.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/common/parallel.h"
 #include "tests/cpp/hessian/known_spectrum.h"
 
 namespace moq::hessian {
@@ -117,6 +118,55 @@ INSTANTIATE_TEST_SUITE_P(
         Spectrum{"TinyScale", std::vector{3e-9} + evenly(-1e-9, 1e-9, 99), 40},
         Spectrum{"HessianLike", std::vector{120.0, 35.0, 11.0, -2.0} + evenly(-0.3, 0.5, 508), 20}),
     [](const auto& info) { return info.param.name; });
+
+TEST_P(KnownSpectrum, AWrongGuessHidesNothing) {
+  const Matrix<double> a = matrix_with<double>(GetParam().values);
+  const auto ends =
+      lanczos(product_with(a), a.rows(),
+              {.max_iterations = static_cast<int>(a.rows()), .tolerance = 1e-12, .vectors = true});
+  for (const double length : {1.0, 1e-8, 0.0}) {  // of an eigenvector of the other end
+    const auto& other = &ends.dominant() == &ends.largest ? ends.smallest : ends.largest;
+    std::vector<double> guess = other.vector;
+    for (double& x : guess) {
+      x *= length;
+    }
+    const auto result =
+        lanczos(product_with(a), a.rows(),
+                {.max_iterations = GetParam().products + 2, .tolerance = 1e-6}, guess);
+    EXPECT_TRUE(result.converged);
+    EXPECT_NEAR(result.dominant().value, dominant(), 1e-6 * std::max(std::abs(dominant()), 1e-12));
+  }
+}
+
+TEST(Lanczos, SavesProductsByAGuess) {
+  const Matrix<double> a =
+      matrix_with<double>(std::vector{120.0, 35.0, 11.0, -2.0} + evenly(-0.3, 0.5, 508));
+  const EigenOptions options{.tolerance = 1e-6, .vectors = true};
+  const auto without = lanczos(product_with(a), a.rows(), options);
+  const auto with = lanczos(product_with(a), a.rows(), options, without.largest.vector);
+  EXPECT_LT(with.iterations, without.iterations);
+  EXPECT_NEAR(with.dominant().value, 120.0, 1.2e-4);
+}
+
+TEST(Lanczos, RefusesAGuessOfAnotherSizeOrThatIsNotFinite) {
+  const Matrix<double> a = Matrix<double>::Identity(2, 2);
+  EXPECT_THROW(lanczos(product_with(a), 2, {}, {1.0}), Error);
+  EXPECT_THROW(lanczos(product_with(a), 2, {}, {1.0, std::nan("")}), Error);
+}
+
+TEST(Lanczos, GivesTheSameBitsOnAnyNumberOfThreads) {
+  constexpr std::int64_t kSize = 100'003;  // several chunks, the last one short
+  const Operator<float> diagonal = [](std::span<const float> x, std::span<float> y) {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      y[i] = static_cast<float>(i % 1009) * x[i];
+    }
+  };
+  const auto values = [&](int threads) {
+    const kernels::ThreadScope scope(threads);
+    return lanczos(diagonal, kSize, {.max_iterations = 15, .tolerance = 1e-9}).history;
+  };
+  EXPECT_EQ(values(1), values(3));
+}
 
 TEST(Lanczos, StopsEarlierWhenLessIsAsked) {
   const Matrix<double> a = matrix_with<double>(evenly(-4, 7, 101));
