@@ -1,5 +1,7 @@
 """Defects of the first implementation of MoQ (DeepSpeed 0.4 to 0.16), each shown not to be here.
 
+Those of its CUDA kernel are tested on a GPU as well: `device` is both.
+
 What is tested at length elsewhere:
 
 | defect there | tests |
@@ -17,6 +19,7 @@ What is tested at length elsewhere:
 | no integers are ever written; inference has another grid | export/test_export_equals_simulated |
 """
 
+import json
 import warnings
 
 import pytest
@@ -59,20 +62,52 @@ def test_an_embedding_that_comes_first_does_not_move_layer_0(decoder):
     assert plan[0] != plan[1]
 
 
-def test_a_large_group_is_quantized():
+@pytest.mark.parametrize(
+    ("granularity", "sizes"),
+    [("per_tensor", (1024, 4096)), ("per_channel", (1_048_581, 2)), ("per_tensor", (3, 349_527))],
+)
+def test_a_large_group_is_quantized(device, granularity, sizes):
     """There a group of more than 1,048,576 weights was returned unchanged, without a message."""
     torch.manual_seed(0)
-    layer = nn.Linear(1024, 4096, bias=False)
-    config = {"start_bits": 8, "target_bits": 8, "granularity": "per_tensor"}
+    layer = nn.Linear(*sizes, bias=False).to(device)
+    before = layer.weight.detach().clone()
+    config = {"start_bits": 8, "target_bits": 8, "granularity": granularity}
     wrap(layer, config, total_steps=1)
-    assert layer.weight.numel() == 4 * 1_048_576
-    assert len(layer.weight.detach().unique()) <= 255
+    after = layer.weight.detach()
+    groups = (before, after) if granularity == "per_channel" else ([before], [after])
+    for group, written in zip(*groups, strict=True):
+        assert group.numel() > 1_048_576
+        step = group.abs().max() / 127
+        codes = written / step
+        assert len(codes.round().unique()) == 255
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+        assert (written - group).abs().max() <= step * 0.5001
 
 
-def test_an_odd_group_loses_no_remainder():
+@pytest.mark.gpu
+def test_one_group_is_the_work_of_the_whole_gpu(gpu, tmp_path):
+    """There each group had one block of threads, and a matrix of one group all the time of one."""
+    weight = torch.randn(4096, 1024, device=gpu)
+    torch.ops.moq.fake_quantize(weight, 8, granularity="per_tensor")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        torch.ops.moq.fake_quantize(weight, 8, granularity="per_tensor")
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    blocks = [
+        event["args"]["grid"][0]
+        for event in events
+        if event.get("cat") == "kernel" and "moq" in event["name"]
+    ]
+    assert len(blocks) >= 2  # one finds the scale, one writes
+    assert min(blocks) >= torch.cuda.get_device_properties(gpu).multi_processor_count
+
+
+def test_an_odd_group_loses_no_remainder(device):
     """There the kernel dropped what was left over by groups of 4, 8 or 16 bytes."""
     torch.manual_seed(0)
-    layer = nn.Linear(35, 3, bias=False)
+    layer = nn.Linear(35, 3, bias=False).to(device)
     config = {"start_bits": 3, "target_bits": 3, "granularity": "per_group", "group_size": 5}
     wrap(layer, config, total_steps=1)
     for group in layer.weight.detach().reshape(-1, 5):
@@ -80,9 +115,10 @@ def test_an_odd_group_loses_no_remainder():
         torch.testing.assert_close(group / step, (group / step).round())
 
 
-def test_the_largest_weight_is_not_clipped():
+def test_the_largest_weight_is_not_clipped(device):
     """There the largest positive weight lost a step, and the CUDA kernel shifted every grid."""
-    layer = nn.Linear(64, 64, bias=False)
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False).to(device)
     before = layer.weight.detach().clone()
     wrap(layer, {"start_bits": 8, "target_bits": 8}, total_steps=1)
     largest = before.abs().argmax(dim=1, keepdim=True)
@@ -91,11 +127,11 @@ def test_the_largest_weight_is_not_clipped():
     )
 
 
-def test_nearest_is_nearest_and_stochastic_is_not(decoder):
+def test_nearest_is_nearest_and_stochastic_is_not(decoder, device):
     """There the kernel rounded stochastically whatever the configuration said."""
     written = {}
     for rounding in ("nearest", "stochastic"):
-        model = decoder()
+        model = decoder().to(device)
         config = {"start_bits": 4, "target_bits": 4, "rounding": rounding}
         still = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer = MoQOptimizer(still, model, config, total_steps=2, verbose=False)
@@ -106,8 +142,12 @@ def test_nearest_is_nearest_and_stochastic_is_not(decoder):
             optimizer.step()
             seen.append(model.layers[0].q_proj.weight.detach().clone())
         written[rounding] = seen
+        assert_simulated(optimizer)  # by the operator of the CPU
     assert torch.equal(*written["nearest"])
     assert not torch.equal(*written["stochastic"])
+    step = masters(optimizer)["layers.0.q_proj.weight"].detach().abs().amax(1, keepdim=True) / 7
+    moved = (written["stochastic"][0] - written["nearest"][0]) / step
+    assert moved.abs().max() <= 1.0001  # up or down, to a neighbour
 
 
 def test_one_layers_drop_leaves_another_layers_blend_alone():
@@ -167,17 +207,23 @@ def test_micro_batches_are_no_steps(decoder):
         optimizer.zero_grad()
 
 
-def test_measuring_leaves_dropout_as_it_would_have_been(decoder):
+def test_measuring_leaves_dropout_as_it_would_have_been(decoder, device):
     """There the CPU's random state was put back after a draw on the GPU's."""
-    model = decoder()
+    model = decoder().to(device)
     optimizer = wrap(model, FALLING)
+    drawn = []
+
+    def loss_fn(tokens):
+        drawn.append(torch.rand(3, device=device))  # as a dropout of the model's own would
+        return loss_of(model, tokens)
+
     torch.manual_seed(3)
-    expected = torch.rand(5)
+    expected = torch.rand(5), torch.rand(5, device=device)
     torch.manual_seed(3)
-    optimizer.probe(
-        lambda tokens: loss_of(model, tokens), [batch(50)], max_products=4, max_cost=None
-    )
-    assert torch.equal(torch.rand(5), expected)
+    optimizer.probe(loss_fn, [batch(50)], max_products=4, max_cost=None)
+    assert drawn
+    for values in expected:
+        assert torch.equal(torch.rand(5, device=values.device), values)
 
 
 def test_sensitivities_reach_tensorboard(decoder, tmp_path):
