@@ -46,6 +46,16 @@ CONFIG = {
     ],
 }
 
+AUTOGRAD = CONFIG | {"simulate": "autograd"}
+# Learned scales are symmetric and have no gradient through draws.
+LEARNED = AUTOGRAD | {
+    "scale": "learned",
+    "rounding": "nearest",
+    "rules": [
+        {key: value for key, value in rule.items() if key != "mode"} for rule in CONFIG["rules"]
+    ],
+}
+
 
 class Dropping(Decoder):
     """The decoder with dropout, so that torch's random state matters too."""
@@ -57,28 +67,37 @@ class Dropping(Decoder):
         return self.lm_head(x)
 
 
-# name -> (dtype of the parameters, dtype of autocast, whether gradients are scaled)
-PRECISIONS = {
-    "float32": (torch.float32, None, False),
-    "bfloat16": (torch.bfloat16, None, False),
-    "float16": (torch.float16, None, True),
-    "bfloat16 autocast": (torch.float32, torch.bfloat16, False),
-    "float16 autocast": (torch.float32, torch.float16, True),
-}
+# name -> (dtype of the parameters, dtype of autocast, whether gradients are scaled, configuration)
+KINDS = {
+    "float32": (torch.float32, None, False, CONFIG),
+    "bfloat16": (torch.bfloat16, None, False, CONFIG),
+    "float16": (torch.float16, None, True, CONFIG),
+    "bfloat16 autocast": (torch.float32, torch.bfloat16, False, CONFIG),
+    "float16 autocast": (torch.float32, torch.float16, True, CONFIG),
+    "bfloat16 masters": (torch.bfloat16, None, False, CONFIG | {"master_dtype": "parameter"}),
+    "float16 masters": (torch.float16, None, True, CONFIG | {"master_dtype": "parameter"}),
+    "autograd": (torch.float32, None, False, AUTOGRAD),
+    "autograd, float16 autocast": (torch.float32, torch.float16, True, AUTOGRAD),
+    "learned": (torch.float32, None, False, LEARNED),
+    "learned, bfloat16": (
+        torch.bfloat16, None, False, LEARNED | {"master_dtype": "parameter"}
+    ),
+}  # fmt: skip
 
 
 @dataclass
 class Run:
     """A training with all that a user keeps: model, optimizer, scheduler, scaler, random state."""
 
-    precision: str
+    kind: str
+    device: str = "cpu"
     seed: int = 0
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        dtype, self.autocast, scaled = PRECISIONS[self.precision]
+        dtype, self.autocast, scaled, config = KINDS[self.kind]
         torch.manual_seed(self.seed)
-        self.model = Dropping().to(dtype)
+        self.model = Dropping().to(self.device, dtype)
         if self.seed:
             for p in self.model.parameters():
                 nn.init.normal_(p)
@@ -86,10 +105,10 @@ class Run:
         fused = dtype == torch.float16
         adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-2, eps=1e-4, fused=fused)
         self.clips = not fused
-        self.optimizer = MoQOptimizer(adamw, self.model, CONFIG, total_steps=STEPS, verbose=False)
+        self.optimizer = MoQOptimizer(adamw, self.model, config, total_steps=STEPS, verbose=False)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
         # So large a scale that the first steps overflow and are skipped.
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**20, enabled=scaled)
         torch.manual_seed(11)
 
     def train(self, steps: range) -> None:
@@ -98,7 +117,7 @@ class Run:
                 self.optimizer._masters.trainer.set_sensitivities(
                     [0.1 * block for block in range(self.optimizer.schedule().num_blocks)]
                 )
-            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+            with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
                 loss = loss_of(self.model, batch(step))
             self.scaler.scale(loss).backward()
             if self.clips:
@@ -112,11 +131,16 @@ class Run:
                 self.scheduler.step()
             self.losses.append(loss.item())
 
+    def _device_random(self) -> torch.Generator:
+        cuda = self.device == "cuda"
+        return torch.cuda.default_generators[0] if cuda else torch.default_generator
+
     def rest(self) -> dict:
         return {
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
+            "random_on_device": self._device_random().get_state(),
             "losses": list(self.losses),
         }
 
@@ -124,6 +148,7 @@ class Run:
         self.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
+        self._device_random().set_state(saved["random_on_device"])
         self.losses = list(saved["losses"])
 
 
@@ -184,32 +209,46 @@ def require_equal(actual: Run, expected: Run) -> None:
     assert actual.optimizer.schedule().state_dict() == expected.optimizer.schedule().state_dict()
 
 
-@pytest.mark.parametrize("save", [save_file, save_distributed])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_run_resumed_at_any_of_20_random_steps_is_the_uninterrupted_one(
-    precision, save, tmp_path
-):
-    at = set(random.Random(f"{precision} {save.__name__}").sample(range(STEPS + 1), 20))
-    whole = Run(precision)
+def train_and_resume(kind: str, save: Callable, directory: Path, points: int, device: str) -> None:
+    at = set(random.Random(f"{kind} {save.__name__}").sample(range(STEPS + 1), points))
+    whole = Run(kind, device)
     saved = {}
     for step in range(STEPS + 1):
         if step in at:
-            saved[step] = save(whole, tmp_path / str(step))
+            saved[step] = save(whole, directory / str(step))
         if step < STEPS:
             whole.train(range(step, step + 1))
     # With a scaler some steps were skipped: the state must cover these too.
-    assert (whole.optimizer.steps < STEPS) == precision.startswith("float16")
+    assert (whole.optimizer.steps < STEPS) == KINDS[kind][2]
     assert set(whole.optimizer.num_bits.values()) == {4}
 
-    untouched = Run(precision)
+    untouched = Run(kind, device)
     untouched.train(range(STEPS))
     require_equal(untouched, whole)  # saving disturbs nothing
 
     for step, load in saved.items():
-        resumed = Run(precision, seed=99)
+        resumed = Run(kind, device, seed=99)
         load(resumed)
         resumed.train(range(step, STEPS))
         require_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("save", [save_file, save_distributed])
+@pytest.mark.parametrize("kind", [kind for kind, of in KINDS.items() if of[3] is CONFIG])
+def test_a_run_resumed_at_any_of_20_random_steps_is_the_uninterrupted_one(kind, save, tmp_path):
+    train_and_resume(kind, save, tmp_path, 20, "cpu")
+
+
+@pytest.mark.parametrize("save", [save_file, save_distributed])
+@pytest.mark.parametrize("kind", [kind for kind, of in KINDS.items() if of[3] is not CONFIG])
+def test_a_run_of_another_form_is_resumed_alike(kind, save, tmp_path):
+    train_and_resume(kind, save, tmp_path, 4, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bfloat16", "float16 autocast", "autograd", "learned"])
+def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(kind, tmp_path, gpu):
+    train_and_resume(kind, save_file, tmp_path, 6, gpu)
 
 
 def test_a_process_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_path):
