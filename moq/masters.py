@@ -227,7 +227,8 @@ class Masters:
         Masters move along, and so does the state that the inner optimizer has of them.
 
         Raises:
-            RuntimeError: if one has lost its values or become another dtype; masters stay.
+            RuntimeError: if one has lost its values, or become another dtype, shape or layout;
+                masters stay.
         """
         for m in self.matched:
             dtype, device = m.parameter.dtype, m.parameter.device
@@ -237,6 +238,7 @@ class Masters:
                     f"CUDA device, got {dtype} on {device}: convert the model before MoQOptimizer "
                     "is made. The masters are as they were, and state_dict() still gives them"
                 )
+        self.trainer.check_layouts()
         moved = [p for p, device in self._devices.items() if p.device != device]
         for parameter in moved:
             self._devices[parameter] = parameter.device

@@ -77,6 +77,8 @@ void bind_trainer(pybind11::module_& m) {
            "Writes the simulated values of the current step.")
       .def("write_masters", &Trainer::write_masters, py::call_guard<py::gil_scoped_release>(),
            "Writes the masters where the simulated values are.")
+      .def("check_layouts", &Trainer::check_layouts,
+           "Makes sure that the parameters' memory is laid out as it was.")
       .def("overwritten", &Trainer::overwritten, py::call_guard<py::gil_scoped_release>(),
            "Numbers of the parameters whose simulated value somebody else has changed.")
       .def("grid_width", &Trainer::grid_width, py::arg("parameter"),

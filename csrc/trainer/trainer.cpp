@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <span>
+#include <sstream>
 #include <utility>
 
 #include "csrc/ops/quantizer.h"
@@ -18,6 +19,24 @@
 
 namespace moq::trainer {
 namespace {
+
+std::string layout_words(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  std::ostringstream words;
+  words << "shape " << sizes << " and strides " << strides;
+  return words.str();
+}
+
+/// Bytes of a tensor's storage up to the end of its last element.
+std::size_t bytes_reached(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return 0;
+  }
+  std::int64_t last = tensor.storage_offset();
+  for (std::int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  return static_cast<std::size_t>(last + 1) * tensor.itemsize();
+}
 
 /// A schedule may plan widths for which there is no grid.
 void check_widths(const TrainedParameter& parameter, const schedule::Schedule& schedule) {
@@ -40,6 +59,9 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
       steps_asked_(step),
       versions_(parameters_.size()),
       addresses_(parameters_.size()) {
+  for (const TrainedParameter& parameter : parameters_) {
+    layouts_.push_back({parameter.simulated.sizes().vec(), parameter.simulated.strides().vec()});
+  }
   std::vector<std::pair<c10::Device, std::vector<std::size_t>>> devices;
   for (std::size_t p = 0; p < parameters_.size(); ++p) {
     const TrainedParameter& parameter = parameters_[p];
@@ -151,6 +173,7 @@ void Trainer::abandon_step() {
 }
 
 void Trainer::write_simulated() {
+  check_layouts();
   shows_masters_ = false;
   adopted_ = false;
   for (const DeviceGroup& group : groups_) {
@@ -162,6 +185,7 @@ void Trainer::write_masters() {
   if (!in_place_) {
     return;
   }
+  check_layouts();
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> targets;
   std::vector<at::Tensor> sources;
@@ -178,7 +202,30 @@ void Trainer::write_masters() {
   }
 }
 
+void Trainer::check_layouts() const {
+  for (std::size_t p = 0; p < parameters_.size(); ++p) {
+    const at::Tensor& simulated = parameters_[p].simulated;
+    const auto& [sizes, strides] = layouts_[p];
+    MOQ_CHECK(
+        simulated.sizes() == sizes && simulated.strides() == strides,
+        "MoQOptimizer: ", parameters_[p].name,
+        " must keep the layout that it had when MoQOptimizer was made, ",
+        layout_words(sizes, strides), ", got ",
+        layout_words(simulated.sizes(), simulated.strides()),
+        ": copy other values into its memory (parameter.data.copy_(values)) instead of giving "
+        "it another (parameter.data = values); for another shape make a new MoQOptimizer. The "
+        "masters are as they were, and state_dict() still gives them");
+    const std::size_t present = simulated.storage().nbytes();
+    MOQ_CHECK(bytes_reached(simulated) <= present, "MoQOptimizer: the memory of ",
+              parameters_[p].name, " must hold its ", bytes_reached(simulated), " bytes, got ",
+              present,
+              ": somebody has resized its storage. The masters are as they were, and "
+              "state_dict() still gives them");
+  }
+}
+
 std::vector<std::int64_t> Trainer::overwritten() {
+  check_layouts();
   const at::NoGradGuard no_grad;
   std::vector<std::int64_t> changed;
   if (!in_place_) {
@@ -241,6 +288,7 @@ void Trainer::rebind(const std::vector<at::Tensor>& simulated,
     parameters_[p].full_precision = full_precision[p];
     check_memory(parameters_[p]);
   }
+  check_layouts();
 }
 
 void Trainer::set_sensitivities(std::vector<double> sensitivities) {

@@ -92,6 +92,12 @@ class Trainer {
   /// Writes the masters, rounded to the parameters' dtype, where the simulated values are.
   void write_masters();
 
+  /// Makes sure that every parameter's memory is laid out as it was when this object was made:
+  /// kernels get addresses, and take sizes and strides from the masters.
+  /// @throws moq::Error naming the parameter and both layouts. So does whatever writes, with
+  ///     nothing written.
+  void check_layouts() const;
+
   /// Numbers of the parameters whose simulated value somebody else changed since it was written.
   /// Costs a comparison of version counters, and one fake-quantize for each that has moved.
   std::vector<std::int64_t> overwritten();
@@ -150,6 +156,11 @@ class Trainer {
     at::Tensor sharing_index{};           // [sharing], int64: their places in `members`
   };
 
+  struct Layout {
+    std::vector<std::int64_t> sizes;
+    std::vector<std::int64_t> strides;
+  };
+
   void check_memory(const TrainedParameter& parameter) const;
   void set_plan(DeviceGroup& group) const;
   kernels::FakeQuantizeTensor describe(const TrainedParameter& parameter) const;
@@ -167,6 +178,7 @@ class Trainer {
   bool shows_masters_ = false;
   std::int64_t steps_asked_ = 0;  // completed ones, when they were known, and calls since
   bool adopted_ = false;          // since simulated values were written last
+  std::vector<Layout> layouts_;   // of the parameters' memory at first
   /// Version counter and address of each simulated value when it was written last.
   std::vector<std::uint32_t> versions_;
   std::vector<const void*> addresses_;
