@@ -30,10 +30,10 @@ from moq.manifest import (
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
 from moq.record import without_times
-from moq.staging import replaced_directory
+from moq.staging import replaced_directory, require_replaceable
 from moq.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
-__all__ = ["QuantizedParameter", "export_checkpoint"]
+__all__ = ["QuantizedParameter", "export_checkpoint", "require_exportable"]
 
 
 def export_checkpoint(
@@ -108,6 +108,16 @@ def export_checkpoint(
         write_json(staged / MANIFEST_NAME, manifest)
         write_sums(staged, list_files(staged))
     return target
+
+
+def require_exportable(directory: str | os.PathLike[str]) -> None:
+    """Refuses a directory that `export_checkpoint` would refuse.
+
+    Raises:
+        OSError: if the file system refuses.
+        ValueError: if it holds files that are not a checkpoint's.
+    """
+    require_replaceable(directory, _own_files)
 
 
 def _own_files(target: Path) -> set[str]:

@@ -103,7 +103,7 @@ class ExportedModel:
         for name in track(stored, "converting"):
             parameter = self.quantized.get(name)
             if parameter is None:
-                _refuse_nonfinite(name, self.state[name])
+                refuse_nonfinite(name, self.state[name])
                 tensors[name] = self.state[name].cpu()
             else:
                 module = self.modules[name.rpartition(".")[0]]
@@ -167,7 +167,12 @@ def _class_name(module: torch.nn.Module) -> str:
     return kind.__bases__[0].__name__ if is_parametrized(module) else kind.__name__
 
 
-def _refuse_nonfinite(name: str, value: torch.Tensor) -> None:
+def refuse_nonfinite(name: str, value: torch.Tensor) -> None:
+    """Refuses a tensor that no training could go on from.
+
+    Raises:
+        moq._C.Error: naming it.
+    """
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise _C.Error(f"{name}: expected finite values, got a NaN or an infinity")
 
@@ -185,7 +190,7 @@ def _convert_weight(
     products = None
     if dense:
         for which in (master, simulated):
-            _refuse_nonfinite(name, which)
+            refuse_nonfinite(name, which)
         norm = float(torch.linalg.vector_norm(master.double()))
         difference = float(torch.linalg.vector_norm(master.double() - simulated.double()))
         error = difference / norm if norm > 0 else 0.0

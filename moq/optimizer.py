@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moq.activations import ActivationQuantizers
+from moq.before_writing import require_equal_ranks, require_in_model
 from moq.blocks import (
     Blocks,
     assign_blocks,
@@ -412,7 +413,9 @@ class MoQOptimizer(PlannedOptimizer):
             tokenizer: A transformers tokenizer to write beside the model.
 
         Raises:
-            RuntimeError: as `quantized_parameters`, if parameters are sharded, or if rank 0 failed.
+            RuntimeError: as `quantized_parameters`; if parameters are sharded, no longer those of
+                the model, or different on other ranks; or if rank 0 failed.
+            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
             ValueError: if the model is not a transformers model, whose config can rebuild it, or if
                 the directory holds something else already.
         """
@@ -431,7 +434,8 @@ class MoQOptimizer(PlannedOptimizer):
             tokenizer: A transformers tokenizer to write beside the model.
 
         Raises:
-            RuntimeError: as `quantized_parameters`, if parameters are sharded, or if rank 0 failed.
+            RuntimeError: as `save`.
+            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
             ValueError: if the directory holds something else already.
 
         Warns:
@@ -440,6 +444,23 @@ class MoQOptimizer(PlannedOptimizer):
         from moq.export import export_checkpoint
 
         self._write(export_checkpoint, directory, tokenizer, first=self._warn_of_early_export)
+
+    def require_exportable(self, directory: str | os.PathLike[str]) -> None:
+        """Refuses, before a long training, a directory that `export` could not write at its end.
+
+        All ranks must call it; rank 0 looks at the directory.
+
+        Raises:
+            OSError: if the file system refuses.
+            RuntimeError: if parameters are sharded, or if rank 0 failed.
+            ValueError: if the directory holds something else already.
+        """
+        from moq.export import require_exportable
+
+        self._require_whole()
+        with raise_together():
+            if is_main_process():
+                require_exportable(directory)
 
     # ------------------------------------------------------------------ inside
 
@@ -465,17 +486,31 @@ class MoQOptimizer(PlannedOptimizer):
         first: Callable[[], None],
     ) -> None:
         """Hands what was trained to a writer of directories, on rank 0, after another task."""
+        self._require_whole()
+        with raise_together():
+            first()
+            require_in_model(self.model, self._masters.matched, "MoQOptimizer")
+            quantized = self.quantized_parameters()
+        require_equal_ranks(
+            self.fingerprint(),
+            self._activations.process_group,
+            "hold the same weights to be written, got different ones, as when nothing averages the "
+            "gradients, or when the model was not the same on all ranks before MoQOptimizer was "
+            "made (DistributedDataParallel made afterwards broadcasts the simulated weights, not "
+            "the full-precision masters)",
+        )
+        with raise_together():
+            if is_main_process():
+                history = self._record().summary()
+                write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
+
+    def _require_whole(self) -> None:
+        """Refuses to write shards."""
         if self._masters.sharded:
             raise RuntimeError(
                 "MoQOptimizer: the model must be whole to be written, got sharded parameters: save "
                 "with torch.distributed.checkpoint, resume in one process and write from there"
             )
-        with raise_together():
-            first()
-            quantized = self.quantized_parameters()
-            if is_main_process():
-                history = self._record().summary()
-                write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
 
     def _warn_of_early_export(self) -> None:
         """Says which weights are exported before they have their target width."""

@@ -20,7 +20,7 @@ import transformers
 
 from moq import _C
 from moq.export import save_generation_config, save_tokenizer
-from moq.exported_model import ExportedModel
+from moq.exported_model import ExportedModel, refuse_nonfinite
 from moq.manifest import CONFIG_NAME, FormatError, read_json, write_json
 from moq.quantized_parameter import QuantizedParameter
 from moq.staging import files_below, recover, replaced_directory, replaced_file
@@ -93,6 +93,8 @@ def save_run(
     Raises:
         ValueError: if the model has no Hugging Face config, so that nobody could rebuild it; or if
             `directory` holds a file that is not a run's.
+        moq._C.Error: naming the parameter, if a weight or master is NaN or infinite; an older run
+            stays.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise ValueError(
@@ -101,15 +103,17 @@ def save_run(
         )
     target = Path(directory)
     exported = ExportedModel(model, quantized)
+    stored = [(n, value) for n, value in exported.state.items() if n not in exported.aliases]
+    masters = [(name, p.master.detach()) for name, p in exported.quantized.items()]
+    masters += [
+        (f"{name}_absmax", p.absmax.detach())
+        for name, p in exported.quantized.items()
+        if p.absmax is not None
+    ]
+    for name, value in masters + stored:  # the older run may be the last good one
+        refuse_nonfinite(name, value)
     with replaced_directory(target, _own_files) as staged:
-        stored = [(n, value) for n, value in exported.state.items() if n not in exported.aliases]
         _C.write_safetensors(str(staged / "model.safetensors"), stored, {"format": "pt"})
-        masters = [(name, p.master.detach()) for name, p in exported.quantized.items()]
-        masters += [
-            (f"{name}_absmax", p.absmax.detach())
-            for name, p in exported.quantized.items()
-            if p.absmax is not None
-        ]
         _C.write_safetensors(str(staged / MASTERS_NAME), masters, {"format": "pt"})
         write_json(staged / CONFIG_NAME, exported.config({}))
         save_generation_config(staged, model)

@@ -161,6 +161,29 @@ def _require_only(target: Path, own_files: Callable[[Path], Iterable[str]]) -> N
         )
 
 
+def require_replaceable(
+    directory: str | os.PathLike[str], own_files: Callable[[Path], Iterable[str]]
+) -> None:
+    """Raises now what `replaced_directory` would raise before its block.
+
+    What is written there at the end of hours should not fail for a reason of the beginning.
+
+    Args:
+        directory: as for `replaced_directory`; its parent is created if missing.
+        own_files: likewise.
+
+    Raises:
+        OSError: if the file system refuses.
+        ValueError: if `directory` holds any other file.
+    """
+    target = _resolve(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target):
+        _put_back(target)
+        _require_only(target, own_files)
+        os.rmdir(tempfile.mkdtemp(prefix=_sibling(target, "new-").name, dir=target.parent))
+
+
 @contextmanager
 def replaced_directory(
     directory: str | os.PathLike[str], own_files: Callable[[Path], Iterable[str]]

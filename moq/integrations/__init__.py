@@ -11,7 +11,8 @@ import os
 import warnings
 from typing import Any
 
-from moq.collective import all_gather, raise_together
+from moq.before_writing import require_equal_ranks
+from moq.collective import raise_together
 from moq.optimizer import MoQOptimizer
 
 
@@ -88,12 +89,16 @@ class Training:
             planned: Optimizer steps of the whole training; infinite if the tool does not know.
 
         Raises:
-            ValueError: if the schedule was made for another number of steps.
-            RuntimeError: if the optimizer has not made the steps that the tool has, or if ranks
-                hold different weights.
+            ValueError: if the schedule was made for another number of steps, or if the directory to
+                export to holds something else.
+            OSError: if that cannot be written.
+            RuntimeError: if the optimizer has not made the steps that the tool has, if ranks
+                hold different weights, or if shards are to be exported.
         """
         with raise_together():
             self._require_same_steps(made, planned)
+        if self.export is not None:
+            self.optimizer.require_exportable(self.export)
         self._require_equal_ranks(
             f"begin with the same weights, got different ones: {self.tool} broadcasts the "
             "simulated weights, not the full-precision masters. Load or seed the model alike on "
@@ -150,5 +155,4 @@ class Training:
             )
 
     def _require_equal_ranks(self, rule: str) -> None:
-        if len(set(all_gather(self.optimizer.fingerprint()))) > 1:
-            raise RuntimeError(f"MoQOptimizer: the ranks must {rule}")
+        require_equal_ranks(self.optimizer.fingerprint(), None, rule)

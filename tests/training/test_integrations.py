@@ -180,6 +180,18 @@ def test_a_schedule_for_other_steps_than_trainers_is_refused_before_the_first(tm
     assert unwrap_optimizer(trainer.optimizer).steps == 0
 
 
+def test_a_directory_that_cannot_be_exported_to_is_refused_before_the_first_step(tmp_path):
+    from moq.integrations.transformers import attach
+
+    trainer = make_trainer(tmp_path / "trainer", save_strategy="no")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("keep")
+    attach(trainer, export=tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"expected a directory that may be replaced .* todo\.txt"):
+        trainer.train()
+    assert unwrap_optimizer(trainer.optimizer).steps == 0
+
+
 def test_a_checkpoint_without_the_optimizers_file_is_refused(tmp_path):
     from moq.integrations.transformers import attach
 

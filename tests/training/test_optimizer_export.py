@@ -295,3 +295,45 @@ def test_nothing_is_written_within_full_precision(trained, tmp_path):
     with optimizer.full_precision(), pytest.raises(RuntimeError, match="outside full_precision"):
         optimizer.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def normalisation(model, optimizer):
+    return model.model.norm.weight
+
+
+def weight(model, optimizer):
+    return optimizer.state[model.model.layers[1].mlp.up_proj.weight]["moq_master"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("tensor", "name"), [(normalisation, "model.norm"), (weight, "model.layers.1.mlp.up_proj")]
+)
+def test_what_is_not_finite_does_not_replace_the_last_good_run(
+    trained, tmp_path, bad, tensor, name
+):
+    model, optimizer = trained
+    optimizer.save(tmp_path / "run")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with torch.no_grad():
+        tensor(model, optimizer).view(-1)[1] = bad
+    for write, directory in ((optimizer.save, "run"), (optimizer.export, "out")):
+        with pytest.raises(RuntimeError, match=f"{name}.weight: expected finite"):
+            write(tmp_path / directory)
+    assert not (tmp_path / "out").exists()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == files
+
+
+def test_a_directory_that_cannot_be_exported_to_is_refused_beforehand(trained, tmp_path):
+    _, optimizer = trained
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for directory, error in (("notes", ValueError), ("file", ValueError), ("file/x", OSError)):
+        with pytest.raises(error):
+            optimizer.require_exportable(tmp_path / directory)
+    optimizer.require_exportable(tmp_path / "new" / "model")
+    assert not (tmp_path / "new" / "model").exists()
+    assert list((tmp_path / "new").iterdir()) == []
+    optimizer.export(tmp_path / "new" / "model")
+    optimizer.require_exportable(tmp_path / "new" / "model")

@@ -1,10 +1,11 @@
-"""Weights and modules that somebody replaced after the optimizer was made: refused, nothing lost."""
+"""Weights and modules replaced after the optimizer was made: refused, and nothing is lost."""
 
 import re
 
 import pytest
 import torch
 from conftest import assert_same, assert_simulated, masters, train_step, weights, wrap
+from torch.nn.utils import parametrize
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 FORMS = ["in_place", "autograd"]
@@ -103,3 +104,45 @@ def test_other_values_in_other_memory_of_the_same_layout_become_the_masters(deco
         optimizer.step()
     assert torch.equal(masters(optimizer)[NAME], other)
     assert_simulated(optimizer)
+
+
+# ------------------------------------------------------------------------------------- modules
+
+
+def put_another_module(model):
+    model.layers[0].up_proj = torch.nn.Linear(12, 20, bias=False)
+
+
+def put_another_parameter(model):
+    layer = model.layers[0].up_proj
+    if parametrize.is_parametrized(layer):
+        layer.parametrizations["weight"].original = torch.nn.Parameter(torch.zeros(20, 12))
+    else:
+        layer.weight = torch.nn.Parameter(torch.zeros(20, 12))
+
+
+def assign(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def remove_the_module(model):
+    model.layers[0].up_proj = None
+
+
+REPLACED = [put_another_module, put_another_parameter, assign, remove_the_module]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("replace", REPLACED)
+def test_weights_that_the_model_no_longer_has_are_not_written(decoder, tmp_path, replace, form):
+    model = decoder()
+    optimizer = wrap(model, FALLING | {"simulate": form})
+    train_step(model, optimizer, 0)
+    replace(model)
+    first = "layers.0.q_proj.weight and 11 more" if replace is assign else NAME
+    words = f"^MoQOptimizer: the model must hold the parameters that were trained, and {first} is"
+    for write in (optimizer.export, optimizer.save):
+        with pytest.raises(RuntimeError, match=words):
+            write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -236,6 +236,23 @@ def check_what_fails_before_rank_0_writes_fails_on_all_ranks() -> None:
     assert not directory.exists()
 
 
+def check_ranks_that_hold_different_weights_write_nothing() -> None:
+    directory = Path(os.environ["MOQ_TEST_DIRECTORY"]) / "different"
+    torch.manual_seed(dist.get_rank())
+    plain = Decoder()
+    optimizer = wrap(plain, FALLING, STEPS)
+    model = nn.parallel.DistributedDataParallel(plain)  # broadcasts the simulated weights alone
+    train_step(model, optimizer, 0)
+    for write in (optimizer.save, optimizer.export):
+        try:
+            write(directory)
+        except RuntimeError as error:
+            assert "the ranks must hold the same weights to be written" in str(error)
+        else:
+            raise AssertionError("the weights of rank 0 stand for all")
+    assert not directory.exists()
+
+
 def check_a_rank_that_lost_its_state_ends_the_resumption_on_all_ranks() -> None:
     model = part_of(0)
     optimizer = wrap(model, FALLING, STEPS)
