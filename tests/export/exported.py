@@ -35,8 +35,13 @@ def learned_absmax(master: torch.Tensor, spec: Spec, transposed: bool) -> torch.
     return (scales.flatten() * 127 * 0.7).contiguous()
 
 
-def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torch.Tensor:
-    """The trained value of a master: the operator that training runs."""
+def simulate(
+    master: torch.Tensor, spec: Spec, transposed: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The trained value of a master: the operator that training runs.
+
+    `dtype` is that of the model, in which scales are stored; None: the master's.
+    """
     if spec.scale == "learned":
         return torch.ops.moq.simulate(
             master,
@@ -57,12 +62,18 @@ def simulate(master: torch.Tensor, spec: Spec, transposed: bool = False) -> torc
         seed=3,
         step=5,
         transposed=transposed,
-    )
+        scale_dtype=dtype,
+    ).to(dtype or master.dtype)
 
 
 @torch.no_grad()
-def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[QuantizedParameter]:
-    """Replaces the weights of the modules named in `specs` (by full name or last part)."""
+def quantize_modules(
+    model: torch.nn.Module, specs: dict[str, Spec], dtype: torch.dtype | None = None
+) -> list[QuantizedParameter]:
+    """Replaces the weights of the modules named in `specs` (by full name or last part).
+
+    With a `dtype` the present values are the masters of a model that has that dtype from then on.
+    """
     quantized = []
     for name, module in model.named_modules():
         spec = specs.get(name) or specs.get(name.rpartition(".")[2])
@@ -70,7 +81,7 @@ def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[Qua
             continue
         transposed = isinstance(module, Conv1D)
         master = module.weight.detach().clone()
-        module.weight.copy_(simulate(master, spec, transposed))
+        module.weight.data = simulate(master, spec, transposed, dtype)
         quantized.append(
             QuantizedParameter(
                 f"{name}.weight",
@@ -89,6 +100,9 @@ def quantize_modules(model: torch.nn.Module, specs: dict[str, Spec]) -> list[Qua
                 else None,
             )
         )
+    if dtype is not None:
+        for parameter in model.parameters():  # biases, and weights that are not quantized
+            parameter.data = parameter.data.to(dtype)
     return quantized
 
 
