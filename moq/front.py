@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,15 @@ SHOWN = 12
 
 def text_of(choice: TargetBits) -> str:
     """Renders the choice: each block's widths and what they lose, then the front around it."""
-    console = Console(width=10_000, no_color=True, force_terminal=False, highlight=False)
+    console = Console(
+        width=10_000,
+        no_color=True,
+        force_terminal=False,
+        highlight=False,
+        markup=False,  # names of blocks hold patterns
+        emoji=False,
+    )
+    points = _shown(choice)
     with console.capture() as capture:
         console.print(
             f"Target bits under {choice.budget}: {_cost(choice, choice.cost)} used, "
@@ -30,9 +39,9 @@ def text_of(choice: TargetBits) -> str:
         console.print(_blocks(choice))
         console.print(
             f"Front: {len(choice.front)} choices that no other beats in {choice.budget.unit} and "
-            "loss"
+            "loss" + ("" if len(points) == len(choice.front) else f"; {len(points)} of them:")
         )
-        console.print(_front(choice))
+        console.print(_front(choice, points))
         console.print(
             "loss: expected increase, 1/2 |trace| / weights * squared rounding error, summed over "
             "blocks; *: chosen"
@@ -91,14 +100,19 @@ def _blocks(choice: TargetBits) -> Table:
     return table
 
 
-def _front(choice: TargetBits) -> Table:
+def _shown(choice: TargetBits) -> list[int]:
+    """Points of the front that are shown: the ends, the chosen one, and some between."""
+    last = len(choice.front) - 1
+    chosen = choice.front.index((choice.cost, choice.loss))
+    return sorted({round(last * i / (SHOWN - 1)) for i in range(SHOWN)} | {chosen})
+
+
+def _front(choice: TargetBits, points: Sequence[int]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for heading in (choice.budget.unit, "loss", "blocks at each width", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     chosen = choice.front.index((choice.cost, choice.loss))
-    last = len(choice.front) - 1
-    shown = {round(last * i / (SHOWN - 1)) for i in range(SHOWN)} | {chosen}
-    for point in sorted(shown):
+    for point in points:
         cost, loss = choice.front[point]
         counts = sorted(Counter(choice.front_bits(point)).items())
         table.add_row(

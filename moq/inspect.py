@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(description))
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     model = description["model"]
     console.print(
         f"{description['directory']}: {', '.join(model['architectures'] or ['?'])}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -105,7 +106,9 @@ def start_table(
             f"{plans[0][0][1]} -> {plans[0][-1][1]}",
             str(low) if low == high else f"{low} to {high}",
         )
-    console = Console(width=120, no_color=True)
+    # Patterns hold brackets and colons, which are not rich's markup.
+    width = max(60, shutil.get_terminal_size(fallback=(120, 24)).columns)
+    console = Console(width=width, no_color=True, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()

@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_as_json(outlook, config, options.steps)))
     else:
-        _print_table(Console(), outlook, _extent(config, options.steps))
+        _print_table(_console(), outlook, _extent(config, options.steps))
     # Last: without matplotlib the plan is printed all the same.
     if options.plot is not None:
         plot(outlook, options.steps, options.plot)
@@ -188,7 +188,7 @@ def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
     else:
         print(choice)
         if plan is not None:
-            _print_table(Console(), outlook, f"of {options.steps} steps")
+            _print_table(_console(), outlook, f"of {options.steps} steps")
     if options.plot is not None:
         choice.plot(options.plot)
     return 0
@@ -415,9 +415,14 @@ def _extent(config: MoQConfig, total_steps: int) -> str:
     return f"of {total_steps} steps, all at their target by {100 * finish_at:g} %"
 
 
+def _console() -> Console:
+    """The terminal; the brackets and colons of patterns are not rich's markup."""
+    return Console(markup=False, emoji=False)
+
+
 def _wide_console() -> Console:
     """A console for text that is not for a terminal: no colours, and lines as long as they are."""
-    return Console(width=10_000, no_color=True, force_terminal=False)
+    return Console(width=10_000, no_color=True, force_terminal=False, markup=False, emoji=False)
 
 
 def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str) -> None:
