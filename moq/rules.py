@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -257,11 +259,28 @@ def _require_match(index: int, rule: Rule, candidates: list[_Candidate], model: 
                 f"{where} with a weight matrix: {name} is a {type(module).__name__}, and Linear, "
                 "Conv1D and Embedding can be quantized"
             )
-    stem = rule.match.removeprefix("re:").strip("*.^$")
+    raise ValueError(f"{where}{_nearest(rule, candidates)}")
+
+
+def _nearest(rule: Rule, candidates: Sequence[_Candidate]) -> str:
+    """Names the pattern nearest to that of `rule` that would match, or some of the modules."""
     names = [candidate.name for candidate in candidates]
-    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
-    last = stem.rpartition(".")[2]
-    raise ValueError(f"{where}{suggestion(stem, names) or suggestion(last, sorted(parts))}")
+    if _is_exact(rule) and "." in rule.match and (near := suggestion(rule.match, names)):
+        return near
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})
+    stem = rule.match.removeprefix("re:").removesuffix(".weight")
+    last = (re.findall(r"\w+", stem) or [""])[-1]
+    for near in difflib.get_close_matches(last, parts, n=3, cutoff=0.5):
+        head, _, tail = rule.match.rpartition(last)
+        for pattern in (f"{head}{near}{tail}", f"*.{near}", f"*{near}*"):
+            with suppress(ValueError):  # for a broken regular expression
+                tried = replace(rule, match=pattern)
+                if any(_applies(tried, candidate) for candidate in candidates):
+                    return f" (did you mean {pattern!r}?)"
+    if not names:
+        return ": the model has no module with a weight matrix"
+    more = ", …" if names[3:] else ""
+    return f"; the {len(names)} modules with a weight matrix are {', '.join(names[:3])}{more}"
 
 
 def _decide(
@@ -375,18 +394,32 @@ def _require_equal_siblings(candidates: list[_Candidate], matched: list[MatchedP
             # A schedule may hold a table, which cannot be hashed.
             if len({repr((m.spec, m.block, m.timing)) if m else "" for m in present.values()}) <= 1:
                 continue
-            how = ", ".join(
-                f"{part}: {_described(m) if m else 'not quantized'}" for part, m in present.items()
-            )
             raise ValueError(
                 f"{parent}: {', '.join(present)} are one matrix at inference and must share one "
-                f"spec, got {how}; write one rule that matches all of them"
+                f"spec, got {_differences(present)}; write one rule that matches all of them"
             )
 
 
-def _described(m: MatchedParameter) -> str:
-    timing = f", {m.timing}" if m.timing else ""
-    return f"rule {m.rule!r}, {m.spec}, block {m.block}{timing}"
+def _differences(siblings: Mapping[str, MatchedParameter | None]) -> str:
+    """Says of every sibling which rule it has, and the values that differ from another's."""
+    values = {
+        part: m.spec.to_dict() | {"block": m.block, "schedule": m.timing and _given(m.timing)}
+        for part, m in siblings.items()
+        if m
+    }
+    every = list(values.values())
+    keys = [key for key in every[0] if any(other[key] != every[0][key] for other in every)]
+    words = []
+    for part, m in siblings.items():
+        own = "".join(f", {key} {values[part][key]!r}" for key in keys) if m else ""
+        words.append(f"{part}: rule {m.rule!r}{own}" if m else f"{part}: not quantized")
+    return "; ".join(words)
+
+
+def _given(timing: Timing) -> dict[str, Any]:
+    """The values of a rule's schedule that are not the usual ones."""
+    usual = {field.name: field.default for field in fields(Timing)}
+    return {key: value for key, value in timing.to_dict().items() if value != usual[key]}
 
 
 def _require_distinct_storage(matched: list[MatchedParameter]) -> None:

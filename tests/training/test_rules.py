@@ -1,5 +1,7 @@
 """Which parameters the rules quantize, and what they refuse."""
 
+import re
+
 import pytest
 import torch
 from conftest import wrap
@@ -141,10 +143,18 @@ def test_names_are_those_of_the_module_inside_compile_and_checkpoint_wrappers(de
     ("rule", "message"),
     [
         (Rule("layers.0.down_prj"), r"matches nothing \(did you mean 'layers\.0\.down_proj'"),
-        (Rule("*.dwn_proj"), r"rules\[0\] \('\*\.dwn_proj'\) matches nothing .*\.down_proj'"),
+        (Rule("*.dwn_proj"), r"nothing \(did you mean '\*\.down_proj'\?\)$"),
+        (Rule("down_proj"), r"nothing \(did you mean '\*\.down_proj'\?\)$"),
+        (Rule("*.dwn_proj.weight"), r"nothing \(did you mean '\*\.down_proj'\?\)$"),
+        (Rule("re:.*[/.]dwn_proj"), r"nothing \(did you mean 're:\.\*\[/\.\]down_proj'\?\)$"),
+        (Rule("re:dwn_proj"), r"nothing \(did you mean '\*\.down_proj'\?\)$"),
         (Rule("embed*"), r"of kind linear, conv1d; what it matches is of kind embedding: add"),
         (Rule("layers.0.norm"), r"layers\.0\.norm is a LayerNorm"),
-        (Rule("nothing.like.it"), r"matches nothing"),
+        (
+            Rule("nothing.like.it"),
+            r"matches nothing; the 14 modules with a weight matrix are embedding, "
+            r"layers\.0\.q_proj, layers\.0\.k_proj, …$",
+        ),
     ],
 )
 def test_a_rule_that_matches_nothing_is_an_error_that_says_what_is_near(decoder, rule, message):
@@ -153,17 +163,42 @@ def test_a_rule_that_matches_nothing_is_an_error_that_says_what_is_near(decoder,
 
 
 @pytest.mark.parametrize(
-    ("rule", "parts"),
+    ("rule", "parts", "got"),
     [
-        (Rule("*.q_proj", target_bits=6), "q_proj, k_proj, v_proj"),
-        (Rule("*.v_proj", exclude=True), "q_proj, k_proj, v_proj"),
-        (Rule("*.up_proj", granularity="per_tensor"), "gate_proj, up_proj"),
-        (Rule("layers.1.gate_proj", rounding="stochastic"), "gate_proj, up_proj"),
-        (Rule("layers.1.up_proj", schedule=Timing(period=1)), "gate_proj, up_proj"),
+        (
+            Rule("*.q_proj", target_bits=6),
+            "q_proj, k_proj, v_proj",
+            "q_proj: rule '*.q_proj', target_bits 6; k_proj: rule 'default', target_bits 8; "
+            "v_proj: rule 'default', target_bits 8;",
+        ),
+        (
+            Rule("*.v_proj", exclude=True),
+            "q_proj, k_proj, v_proj",
+            "q_proj: rule 'default'; k_proj: rule 'default'; v_proj: not quantized;",
+        ),
+        (
+            Rule("*.up_proj", granularity="per_tensor", blend_steps=1),
+            "gate_proj, up_proj",
+            "gate_proj: rule 'default', granularity 'per_channel', blend_steps 0; "
+            "up_proj: rule '*.up_proj', granularity 'per_tensor', blend_steps 1;",
+        ),
+        (
+            Rule("layers.1.gate_proj", rounding="stochastic"),
+            "gate_proj, up_proj",
+            "gate_proj: rule 'layers.1.gate_proj', rounding 'stochastic'; "
+            "up_proj: rule 'default', rounding 'nearest';",
+        ),
+        (
+            Rule("layers.1.up_proj", schedule=Timing(period=1)),
+            "gate_proj, up_proj",
+            "gate_proj: rule 'default', schedule None; "
+            "up_proj: rule 'layers.1.up_proj', schedule {'period': 1};",
+        ),
     ],
 )
-def test_siblings_that_inference_fuses_must_share_one_spec(decoder, rule, parts):
-    with pytest.raises(ValueError, match=rf"layers\.\d: {parts} are one matrix at inference"):
+def test_siblings_that_inference_fuses_must_share_one_spec(decoder, rule, parts, got):
+    words = rf"layers\.\d: {parts} are one matrix at inference and must share one spec, got "
+    with pytest.raises(ValueError, match=f"{words}{re.escape(got)} write one rule"):
         matched(decoder(), rule)
 
 
