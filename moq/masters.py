@@ -12,12 +12,20 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moq._C import Schedule, TrainedParameter, Trainer
 from moq.blocks import Blocks
 from moq.config import MoQConfig
 from moq.record import MASTER_KEY
+from moq.replaced import (
+    require_finite,
+    require_finite_replacement,
+    require_in_model,
+    some,
+    warn_of_replacement,
+)
 from moq.rules import MatchedParameter
 from moq.sharding import (
     first_element,
@@ -81,6 +89,7 @@ class Masters:
         self._of: dict[torch.Tensor, torch.Tensor] = {}
         self._dtypes: dict[torch.Tensor, torch.dtype] = {}
         self._devices: dict[torch.Tensor, torch.device] = {}
+        self._without_gradient: set[str] = set()
         self.matched: Sequence[MatchedParameter] = ()
         self.extend(matched, blocks, schedule)
 
@@ -97,7 +106,7 @@ class Masters:
         with raise_on_all_shards(added):  # one of them may have a NaN
             for m in added:
                 self._require_unowned(m)
-                _require_finite(m)
+                require_finite(m.name, m.parameter)
                 if self.simulators is None:
                     _require_dense(m)
                 first_element(m)
@@ -202,24 +211,64 @@ class Masters:
         Args:
             before_write: All weights are written next in any case, on all ranks. Where ranks share
                 scales they agree on writing only without it, which waits for the device.
+
+        Raises:
+            ValueError: naming a parameter whose new values are not finite; masters stay.
+            RuntimeError: as `find_memory`, or naming a rank whose shards are not finite.
         """
         self.find_memory()
-        changed = self.trainer.overwritten()
-        for index in changed:
-            self.trainer.adopt(index)
-        if not before_write and self.shared_scales.on_any_rank(bool(changed)):
-            self.trainer.write_simulated()
-        if not changed:
-            return
-        warnings.warn(
-            f"MoQOptimizer: the weights of {_some([self.matched[i].name for i in changed])} were "
-            "replaced from outside, as model.load_state_dict does: training goes on from the new "
-            "values. If they come from a checkpoint of a MoQ training they lie on the integer "
-            "grid, and the full-precision masters, the step of the schedule and the sensitivities "
-            "are lost: load the optimizer's state as well. If DistributedDataParallel broadcast "
-            "them, wrap the model in it before making MoQOptimizer",
-            stacklevel=3,
-        )
+        changed = self._replaced()
+        self.forget_replaced()
+        if self.simulators is None:
+            self.trainer.adopt(changed)
+            if not before_write and self.shared_scales.on_any_rank(bool(changed)):
+                self.trainer.write_simulated()
+        if changed:
+            names = [self.matched[index].name for index in changed]
+            warn_of_replacement(names, masters_lost=self.simulators is None)
+
+    def can_adopt(self) -> bool:
+        """Says whether weights were replaced since they were written last, by finite ones."""
+        try:
+            return bool(self._replaced())
+        except (ValueError, RuntimeError):
+            return False
+
+    def _replaced(self) -> list[int]:
+        """Returns the numbers of the parameters that somebody else has given other values.
+
+        Raises:
+            ValueError: naming a parameter whose new values are not finite.
+            RuntimeError: naming a rank whose shards are not finite.
+        """
+        # Ranks do the same to their shards, but the values may be others on some of them alone.
+        with raise_on_all_shards(self.matched if self.trainer.touched() else ()):
+            changed = (
+                self.trainer.overwritten()
+                if self.simulators is None
+                else self.simulators.loaded(self.matched)
+            )
+            for index in changed:
+                require_finite_replacement(self.matched[index], masters_kept=not self.simulators)
+        return changed
+
+    def require_in(self, model: nn.Module, *, idle: bool) -> None:
+        """Makes sure that gradients are not missing because the model has other parameters now.
+
+        Looks in a step without a gradient, and where a parameter has none for the first time.
+
+        Raises:
+            RuntimeError: naming one that the model has no longer.
+        """
+        without = {m.name for m in self.matched if m.parameter.grad is None}
+        if idle or not without <= self._without_gradient:
+            require_in_model(self.matched, model)
+            self._without_gradient |= without
+
+    def forget_replaced(self) -> None:
+        """Takes what the parameters hold for masters, where they are these."""
+        if self.simulators is not None:
+            self.simulators.accept_loaded()
 
     def find_memory(self) -> None:
         """Follows the parameters to where they lie now: fully_shard and Module.to move them.
@@ -316,21 +365,26 @@ class Masters:
 
     def _require_masters(self, saved: dict[torch.Tensor, torch.Tensor], where: str) -> None:
         """Checks the masters of a state dict against the present ones."""
-        frozen = []
+        frozen: list[str] = []
+        for parameter, master in saved.items():
+            if parameter.dim() == 1:
+                require_finite(f"{where}: a learned scale", master, "; nothing has changed")
         for m in self.matched:
             value = saved.get(m.parameter)
             if value is None and m.parameter.requires_grad:
                 raise ValueError(f"{where}: the state must hold a master of {m.name}, got none")
             if value is None:
                 frozen.append(m.name)
-            elif value.shape != m.parameter.shape:
+                continue
+            if value.shape != m.parameter.shape:
                 raise ValueError(
                     f"{where}: the master of {m.name} must have shape {list(m.parameter.shape)}, "
                     f"got {list(value.shape)}"
                 )
+            require_finite(f"{where}: the master of {m.name}", value, "; nothing has changed")
         if frozen:
             warnings.warn(
-                f"{where}: the state holds no masters of the frozen {_some(frozen)} "
+                f"{where}: the state holds no masters of the frozen {some(frozen)} "
                 "(torch.distributed.checkpoint leaves frozen parameters out): they keep the "
                 "full-precision values that MoQOptimizer was made with",
                 stacklevel=4,
@@ -452,15 +506,6 @@ class Masters:
             }
 
 
-def _require_finite(matched: MatchedParameter) -> None:
-    local = local_tensor(matched.parameter.detach())
-    if not bool(torch.isfinite(local).all()):
-        raise ValueError(
-            f"{matched.name}: weights must be finite, got {int(local.isnan().sum())} NaN and "
-            f"{int(local.isinf().sum())} infinite of {local.numel()}"
-        )
-
-
 def _require_dense(matched: MatchedParameter) -> None:
     local = local_tensor(matched.parameter.detach())
     if local.numel() and torch.empty_like(local, device="meta").stride() != local.stride():
@@ -481,8 +526,3 @@ def _has_telling_groups(matched: MatchedParameter) -> bool:
         "per_rows": matched.group_size * matched.in_features,
     }[matched.granularity]
     return sharing >= 8 and local.numel() >= 8 and len(set(local.flatten()[:64].tolist())) > 3
-
-
-def _some(names: Sequence[str]) -> str:
-    """Names one and counts the rest."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

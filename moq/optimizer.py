@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moq.activations import ActivationQuantizers
-from moq.before_writing import require_equal_ranks, require_in_model
+from moq.before_writing import require_equal_ranks
 from moq.blocks import (
     Blocks,
     assign_blocks,
@@ -33,6 +33,7 @@ from moq.masters import Masters
 from moq.planned_optimizer import PlannedOptimizer
 from moq.probing import Probes
 from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
+from moq.replaced import require_in_model
 from moq.reporting import Reporter, is_main_process
 from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
 from moq.scalars import ScalarLog, require_logger
@@ -221,8 +222,9 @@ class MoQOptimizer(PlannedOptimizer):
         Raises:
             RuntimeError: inside `full_precision`, if a quantized parameter has become another
                 dtype, or if static scales of activations need a `process_group`; then nothing has
-                changed.
-            ValueError: if a quantized parameter has a sparse gradient.
+                changed. Likewise if the model has other parameters in place of the trained ones.
+            ValueError: if a quantized parameter has a sparse gradient, or was given values that are
+                not finite.
         """
         if self._shows_masters:
             raise RuntimeError(
@@ -241,6 +243,8 @@ class MoQOptimizer(PlannedOptimizer):
         self._masters.catch_up(before_write=bool(self._masters.shared_scales) and not idle)
         if skipped:
             self._activations.forget()
+        else:
+            self._masters.require_in(self.model, idle=idle)
         if idle:
             return loss
         self._activations.find_ranks()
@@ -301,7 +305,7 @@ class MoQOptimizer(PlannedOptimizer):
         # just before, they must stay: the next step adopts them as masters, with a warning.
         on_any_rank = self._masters.shared_scales.on_any_rank
         other_state = record != own or not self._masters.equal_those_of(state_dict)
-        replaced = on_any_rank(bool(self._masters.trainer.overwritten()))
+        replaced = on_any_rank(self._masters.can_adopt())
         keep_weights = replaced and not on_any_rank(other_state)
         with raise_on_all_shards(self._masters.matched):
             self._masters.load(saved)
@@ -312,8 +316,10 @@ class MoQOptimizer(PlannedOptimizer):
         self._target_bits = record.target_bits
         self._probes.restore(record.probes, record.step)
         self._reporter.reported = record.step
-        if not (self._shows_masters or keep_weights):
-            self._masters.trainer.write_simulated()
+        if not keep_weights:
+            self._masters.forget_replaced()
+            if not self._shows_masters:
+                self._masters.trainer.write_simulated()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -343,6 +349,8 @@ class MoQOptimizer(PlannedOptimizer):
 
         Raises:
             RuntimeError: if one is open already.
+            ValueError: at either end, naming a parameter that was given values that are not finite;
+                masters stay, and at the second the simulated values return.
         """
         if self._shows_masters:
             raise RuntimeError("MoQOptimizer.full_precision: must not be nested")
@@ -353,10 +361,12 @@ class MoQOptimizer(PlannedOptimizer):
         try:
             yield
         finally:
-            self._masters.catch_up(before_write=True)
-            self._shows_masters = False
-            self._show_full_precision(False)
-            self._masters.trainer.write_simulated()
+            try:
+                self._masters.catch_up(before_write=True)
+            finally:
+                self._shows_masters = False
+                self._show_full_precision(False)
+                self._masters.trainer.write_simulated()
 
     def log(self, figures: Mapping[str, float | torch.Tensor]) -> None:
         """Tells the loggers figures of your own at the present step: a loss, an accuracy.
@@ -489,7 +499,7 @@ class MoQOptimizer(PlannedOptimizer):
         self._require_whole()
         with raise_together():
             first()
-            require_in_model(self.model, self._masters.matched, "MoQOptimizer")
+            require_in_model(self._masters.matched, self.model)
             quantized = self.quantized_parameters()
         require_equal_ranks(
             self.fingerprint(),

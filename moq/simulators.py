@@ -6,7 +6,8 @@ weights is kept, and scales can be learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class WeightSimulator(nn.Module):
     """
 
     is_weight_simulator = True
+    loaded_over: bytes | None
+    """Digest of the weight that load_state_dict has replaced, if any."""
     num_bits: torch.Tensor
     blend_ratio: torch.Tensor | None
     step: torch.Tensor
@@ -50,6 +53,7 @@ class WeightSimulator(nn.Module):
             "transposed": matched.transposed,
             "scale_rule": "absmax" if spec.scale == "learned" else spec.scale,
         }
+        self.loaded_over: bytes | None = None
         self.absmax: nn.Parameter | None = None
         self.group_elements = 1
         if spec.scale == "learned":
@@ -175,6 +179,20 @@ class WeightSimulators:
         """Returns the parametrization of a parameter."""
         return self._of[m.parameter]
 
+    def loaded(self, matched: Sequence[MatchedParameter]) -> list[int]:
+        """Returns the numbers of the parameters that load_state_dict gave other values."""
+        return [
+            index
+            for index, m in enumerate(matched)
+            if (before := self._of[m.parameter].loaded_over) is not None
+            and before != _digest(m.parameter)
+        ]
+
+    def accept_loaded(self) -> None:
+        """Takes the values that the parameters have now for theirs."""
+        for simulator in self._of.values():
+            simulator.loaded_over = None
+
     def enable(self, enabled: bool) -> None:
         """Shows the simulated weights, or the parameters as they are."""
         for simulator in self._of.values():
@@ -193,6 +211,24 @@ def _parametrize(module: nn.Module, simulator: WeightSimulator) -> None:
     parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
     chain: Any = module.parametrizations["weight"]  # type: ignore[index]
     chain.original = weight
+    chain.register_load_state_dict_pre_hook(_remember_weight)
+
+
+def _remember_weight(
+    chain: Any, state_dict: Mapping[str, Any], prefix: str, *_arguments: object
+) -> None:
+    """Notes what a weight was before load_state_dict gives it other values."""
+    loaded, weight = state_dict.get(f"{prefix}original"), chain.original.detach()
+    for simulator in chain:
+        if isinstance(simulator, WeightSimulator) and simulator.loaded_over is None:
+            same = isinstance(loaded, torch.Tensor) and loaded.shape == weight.shape
+            if loaded is not None and not (same and torch.equal(loaded.to(weight), weight)):
+                simulator.loaded_over = _digest(weight)
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    values = weight.detach().contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).digest()
 
 
 def remove_left_over_simulators(model: nn.Module) -> None:

@@ -79,12 +79,14 @@ void bind_trainer(pybind11::module_& m) {
            "Writes the masters where the simulated values are.")
       .def("check_layouts", &Trainer::check_layouts,
            "Makes sure that the parameters' memory is laid out as it was.")
+      .def("touched", &Trainer::touched,
+           "True if somebody else has written to a simulated value, be it the same.")
       .def("overwritten", &Trainer::overwritten, py::call_guard<py::gil_scoped_release>(),
            "Numbers of the parameters whose simulated value somebody else has changed.")
       .def("grid_width", &Trainer::grid_width, py::arg("parameter"),
            "Width of the grid on which a parameter lies exactly now, or None.")
-      .def("adopt", &Trainer::adopt, py::arg("parameter"),
-           "Makes what is in the parameter now its master.")
+      .def("adopt", &Trainer::adopt, py::arg("changed"),
+           "Makes what is in these parameters now their masters; the others are unchanged.")
       .def("rebind", &Trainer::rebind, py::arg("simulated"), py::arg("full_precision"),
            "Points at the memory that holds the values now.")
       .def("set_sensitivities", &Trainer::set_sensitivities, py::arg("sensitivities"),

@@ -224,7 +224,16 @@ void Trainer::check_layouts() const {
   }
 }
 
-std::vector<std::int64_t> Trainer::overwritten() {
+bool Trainer::touched() const {
+  for (std::size_t p = 0; in_place_ && p < parameters_.size(); ++p) {
+    if (parameters_[p].simulated._version() != versions_[p]) {
+      return true;
+    }
+  }
+  return false;
+}
+
+std::vector<std::int64_t> Trainer::overwritten() const {
   check_layouts();
   const at::NoGradGuard no_grad;
   std::vector<std::int64_t> changed;
@@ -239,9 +248,7 @@ std::vector<std::int64_t> Trainer::overwritten() {
         continue;
       }
       // Many tools write a parameter's own value back (a DDP broadcast, a weight swap that ended).
-      if (at::equal(simulated, expected_value(group, index))) {
-        record_written(p);
-      } else {
+      if (!at::equal(simulated, expected_value(group, index))) {
         changed.push_back(static_cast<std::int64_t>(p));
       }
     }
@@ -270,12 +277,16 @@ std::optional<int> Trainer::grid_width(std::int64_t parameter) const {
   return std::nullopt;
 }
 
-void Trainer::adopt(std::int64_t parameter) {
+void Trainer::adopt(const std::vector<std::int64_t>& changed) {
   const at::NoGradGuard no_grad;
-  TrainedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
-  adopted.full_precision.copy_(adopted.simulated);
-  adopted_ = true;
-  record_written(static_cast<std::size_t>(parameter));
+  for (const std::int64_t parameter : changed) {
+    TrainedParameter& adopted = parameters_.at(static_cast<std::size_t>(parameter));
+    adopted.full_precision.copy_(adopted.simulated);
+    adopted_ = true;
+  }
+  for (std::size_t p = 0; p < parameters_.size(); ++p) {
+    record_written(p);
+  }
 }
 
 void Trainer::rebind(const std::vector<at::Tensor>& simulated,

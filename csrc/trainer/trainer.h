@@ -98,17 +98,22 @@ class Trainer {
   ///     nothing written.
   void check_layouts() const;
 
+  /// True if somebody else wrote to a simulated value since it was written here, if only what was
+  /// there already: the same on all ranks that do the same, whatever their shards hold.
+  bool touched() const;
+
   /// Numbers of the parameters whose simulated value somebody else changed since it was written.
   /// Costs a comparison of version counters, and one fake-quantize for each that has moved.
-  std::vector<std::int64_t> overwritten();
+  std::vector<std::int64_t> overwritten() const;
 
   /// Width of the grid on which the values in the parameter now lie exactly, if there is one.
   /// Random weights lie on none, unless fewer than a handful of them share a scale.
   std::optional<int> grid_width(std::int64_t parameter) const;
 
-  /// Makes what is in the parameter now its master. The next call that writes simulated values puts
-  /// it on the grid.
-  void adopt(std::int64_t parameter);
+  /// Makes what is in these parameters now their masters, and takes all others for unchanged: they
+  /// are what `overwritten` returned. The next call that writes simulated values puts them on the
+  /// grid.
+  void adopt(const std::vector<std::int64_t>& changed);
 
   /// Points at the memory that holds the values now (FSDP and Module.to replace it).
   void rebind(const std::vector<at::Tensor>& simulated,

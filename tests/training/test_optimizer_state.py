@@ -297,7 +297,8 @@ def test_adopted_weights_are_put_on_the_grid_by_a_skipped_step_too(decoder):
     trainer = optimizer._masters.trainer
     with torch.no_grad():
         model.layers[0].q_proj.weight.normal_()
-    (changed,) = trainer.overwritten()
+    changed = trainer.overwritten()
+    assert len(changed) == 1
     trainer.adopt(changed)
     trainer.begin_step()
     trainer.end_step(torch.ones(1))

@@ -155,15 +155,55 @@ def check_one_scale_when_only_some_ranks_see_other_weights() -> None:
     }
     for name, look in looks.items():
         largest = full(weight.detach())[-1].abs().max()
-        if dist.get_rank() == dist.get_world_size() - 1:
-            with torch.no_grad():
-                weight.to_local().mul_(2)
+        last = dist.get_rank() == dist.get_world_size() - 1
+        with torch.no_grad():
+            weight.to_local().mul_(2 if last else 1)  # all write, as load_state_dict does
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*were replaced from outside")
             look()
             optimizer.quantized_parameters()  # what load_state_dict leaves to the next use
         assert_simulated(optimizer)
         assert full(weight.detach())[-1].abs().max() > 1.5 * largest, name
+
+
+def check_bad_weights_in_one_shard_are_refused_on_all_ranks() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING, STEPS)
+    train_step(model, optimizer, 0)
+    before = {name: full(master).clone() for name, master in masters(optimizer).items()}
+    weight = model.layers[0].q_proj.weight
+    last = dist.get_rank() == dist.get_world_size() - 1
+    loss_of(model, batch(1)).backward()
+    with torch.no_grad():
+        weight.to_local().mul_(float("nan") if last else 1)
+    for use in (optimizer.step, optimizer.quantized_parameters):
+        try:
+            use()
+        except (ValueError, RuntimeError) as error:
+            assert isinstance(error, ValueError) is last
+            assert "layers.0.q_proj.weight" in str(error) and "must be finite" in str(error)
+        else:
+            raise AssertionError("a NaN became a master")
+    assert optimizer.steps == 1
+    for name, master in masters(optimizer).items():
+        assert torch.equal(full(master), before[name]), name
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_simulated(optimizer)
+    state = optimizer.state_dict()
+    entry = next(e for e in state["state"].values() if "moq_master" in e)
+    if last:
+        entry["moq_master"] = entry["moq_master"].detach() * float("nan")
+    else:
+        entry["moq_master"] = entry["moq_master"].detach().clone()
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        assert isinstance(error, ValueError) is last
+        assert "must be finite" in str(error)
+    else:
+        raise AssertionError("a NaN was loaded")
+    assert_simulated(optimizer)
+    assert not optimizer._masters.trainer.touched()
 
 
 def check_binary_and_searched_grids() -> None:

@@ -1,0 +1,194 @@
+"""Values and parameters that load_state_dict, or somebody by hand, puts into a trained model."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import (
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    weights,
+    wrap,
+)
+
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+STEPS = 12
+FORMS = ["in_place", "autograd"]
+NAME = "layers.0.q_proj.weight"
+
+
+def trained(decoder, form: str = "in_place", steps: int = 3):
+    model = decoder()
+    optimizer = wrap(model, FALLING | {"simulate": form}, STEPS)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    return model, optimizer
+
+
+def copies(optimizer) -> dict[str, torch.Tensor]:
+    return {name: master.detach().clone() for name, master in masters(optimizer).items()}
+
+
+def spoiled(model, bad: float) -> dict[str, torch.Tensor]:
+    state = copy.deepcopy(model.state_dict())
+    state[NAME][1, 2] = bad
+    return state
+
+
+def open_full_precision(optimizer) -> None:
+    with optimizer.full_precision():
+        pass
+
+
+USES = {
+    "step": lambda optimizer: optimizer.step(),
+    "full_precision": open_full_precision,
+    "export": lambda optimizer: optimizer.quantized_parameters(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_do_not_become_masters(decoder, use, bad):
+    model, optimizer = trained(decoder)
+    before, simulated = copies(optimizer), weights(model)
+    loss_of(model, batch(3)).backward()
+    model.load_state_dict(spoiled(model, bad))
+    with pytest.raises(ValueError, match=rf"{NAME}.*must be finite.*masters are as they were"):
+        USES[use](optimizer)
+    assert optimizer.steps == 3
+    assert_same(copies(optimizer), before)
+    optimizer.load_state_dict(optimizer.state_dict())  # the remedy that the message names
+    assert_same(weights(model), simulated)
+    USES[use](optimizer)
+
+
+def test_finite_weights_after_bad_ones_are_taken_as_if_these_had_never_been(decoder):
+    model, optimizer = trained(decoder)
+    good = copy.deepcopy(model.state_dict())
+    good[NAME] = good[NAME] + 1
+    model.load_state_dict(spoiled(model, float("nan")))
+    with pytest.raises(ValueError, match="must be finite"):
+        optimizer.step()
+    model.load_state_dict(good)
+    with pytest.warns(UserWarning, match=rf"{NAME} were replaced from outside"):
+        optimizer.step()
+    assert torch.equal(masters(optimizer)[NAME], good[NAME])
+
+
+def test_bad_weights_within_full_precision_are_refused_at_its_end_and_vanish(decoder):
+    model, optimizer = trained(decoder)
+    before, simulated = copies(optimizer), weights(model)
+    with pytest.raises(ValueError, match=NAME), optimizer.full_precision():
+        model.load_state_dict(spoiled(model, float("nan")))
+    assert_same(copies(optimizer), before)
+    assert_same(weights(model), simulated)
+    train_step(model, optimizer, 3)
+    assert_simulated(optimizer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_with_a_master_that_is_not_finite_is_refused_whole(decoder, form):
+    model, optimizer = trained(decoder, form)
+    state = copy.deepcopy(optimizer.state_dict())
+    entry = next(e for e in state["state"].values() if "moq_master" in e)
+    entry["moq_master"].detach()[0, 0] = float("nan")
+    train_step(model, optimizer, 3)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"the master of layers\.\S+: weights must be"):
+        optimizer.load_state_dict(state)
+    assert optimizer.steps == 4
+    assert_same(weights(model), before)
+
+
+# ---------------------------------------------------------------------- simulated in the forward
+
+
+def test_weights_loaded_without_the_state_warn_where_the_forward_simulates_too(decoder):
+    model, _ = trained(decoder, "autograd")
+    other, fresh = trained(decoder, "autograd", steps=0)
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match=r"q_proj\.weight and 11 more were replaced.*schedule"):
+        train_step(other, fresh, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(other, fresh, 4)
+
+
+def test_weights_loaded_with_the_state_do_not_warn_where_the_forward_simulates(decoder):
+    model, optimizer = trained(decoder, "autograd")
+    other, resumed = trained(decoder, "autograd", steps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train_step(other, resumed, 3)
+        train_step(model, optimizer, 3)
+    assert_same(weights(other), weights(model))
+
+
+def test_weights_exchanged_for_a_while_do_not_warn_where_the_forward_simulates(decoder):
+    model, optimizer = trained(decoder, "autograd")
+    own = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({name: value + 1 for name, value in own.items()})
+        model.load_state_dict(own)
+        train_step(model, optimizer, 3)
+
+
+def test_an_own_state_loaded_after_other_weights_still_warns_of_them(decoder):
+    """accelerate does so when it prepares an optimizer."""
+    model, _ = trained(decoder, "autograd")
+    other, fresh = trained(decoder, "autograd", steps=0)
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(fresh.state_dict())
+    with pytest.warns(UserWarning, match="were replaced"):
+        train_step(other, fresh, 3)
+
+
+def test_bad_weights_are_refused_where_the_forward_simulates(decoder):
+    model, optimizer = trained(decoder, "autograd")
+    state = copy.deepcopy(optimizer.state_dict())
+    good = weights(model)
+    model.load_state_dict(
+        {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}
+    )
+    with pytest.raises(ValueError, match=f"{NAME}.*must be finite"):
+        optimizer.step()
+    optimizer.load_state_dict(state)
+    restored = {m.name: m.parameter for m in optimizer._masters.matched}
+    for name, value in good.items():
+        plain = name.replace("parametrizations.weight.original", "weight")
+        assert plain not in restored or torch.equal(restored[plain], value)
+
+
+# ---------------------------------------------------------------------- other parameters
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("part", ["", "layers.0"], ids=["model", "part"])
+def test_a_model_with_other_parameters_is_not_silently_left_untrained(decoder, form, part):
+    model, optimizer = trained(decoder, form)
+    module = model.get_submodule(part)
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    loss_of(model, batch(3)).backward()
+    with pytest.raises(RuntimeError, match=rf"{NAME} and \d+ more.*assign=True.*without assign"):
+        optimizer.step()
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_without_a_gradient_are_looked_for_once(decoder, form, monkeypatch):
+    model, optimizer = trained(decoder, form, steps=0)
+    model.layers[1].down_proj.requires_grad_(False)
+    looked = []
+    monkeypatch.setattr("moq.masters.require_in_model", lambda *_: looked.append(1))
+    for step in range(3):
+        train_step(model, optimizer, step)
+    assert looked == [1]
