@@ -133,11 +133,6 @@ class QuantizedParameter:
         )
 
     @property
-    def module_name(self) -> str:
-        """Name of the module that owns the parameter."""
-        return self.name.rpartition(".")[0]
-
-    @property
     def out_features(self) -> int:
         """Number of output features, whatever the storage."""
         return self.simulated.shape[1 if self.transposed else 0]

@@ -106,8 +106,6 @@ void bind_trainer(pybind11::module_& m) {
           py::arg("parameter"),
           "Width, blend ratio (None: nothing blends) and step of a parameter, each [1], on its "
           "device.")
-      .def("num_bits", &Trainer::num_bits, py::arg("parameter"),
-           "Width of a parameter after the current step.")
       .def_property_readonly("schedule", &Trainer::schedule, py::return_value_policy::copy)
       .def_property_readonly("step", &Trainer::step, "Completed steps; waits for the device.")
       .def_property_readonly("step_on_device", &Trainer::step_on_device,

@@ -339,10 +339,6 @@ std::int64_t Trainer::step_at_most() const {
   return std::max(steps_asked_, step_seen());
 }
 
-std::int64_t Trainer::num_bits(std::int64_t parameter) const {
-  return schedule_.bits_at(parameters_.at(static_cast<std::size_t>(parameter)).block, step());
-}
-
 Trainer::OnDevice Trainer::control_of(std::int64_t parameter) const {
   const auto wanted = static_cast<std::size_t>(parameter);
   for (const DeviceGroup& group : groups_) {

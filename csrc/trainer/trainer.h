@@ -147,8 +147,6 @@ class Trainer {
     at::Tensor step;
   };
   OnDevice control_of(std::int64_t parameter) const;
-  /// Width of a parameter after the current step; waits for the device.
-  std::int64_t num_bits(std::int64_t parameter) const;
 
  private:
   /// The parameters of one device, and the control data that its kernel call reads.
