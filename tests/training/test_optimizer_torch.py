@@ -243,6 +243,26 @@ def test_a_param_group_that_is_refused_leaves_everything_as_it_was(decoder):
     assert len(optimizer.num_bits) == 6
 
 
+def test_a_param_group_whose_blend_would_not_end_is_refused(decoder):
+    model = decoder()
+    rules = [{"match": "layers.1.*", "blend_steps": 4}]
+    config = FALLING | {"rules": rules, "sensitivity": {"rule": "none"}}
+    with pytest.warns(UserWarning, match="no param group"):
+        adamw = torch.optim.AdamW(model.layers[0].parameters())
+        optimizer = MoQOptimizer(adamw, model, config, total_steps=12, verbose=False)
+    train_step(model, optimizer, 0)
+    before, plan = weights(model), optimizer.schedule().plan()
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.\w+\.weight .*blend_steps must be at most 3,"
+    ):
+        optimizer.add_param_group({"params": list(model.layers[1].parameters())})
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.schedule().plan() == plan
+    assert_same(weights(model), before)
+    train_step(model, optimizer, 1)
+    assert_simulated(optimizer)
+
+
 def test_a_tied_weight_has_one_master_and_both_places_see_its_value(decoder):
     model = decoder()
     model.lm_head.weight = model.embedding.weight
@@ -309,14 +329,49 @@ def test_warm_state_of_the_inner_optimizer_is_kept(decoder):
     assert_same(masters(optimizer), {name: expected[name] for name in masters(optimizer)})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_warm_state_of_a_half_precision_model_is_in_the_dtype_of_the_masters(decoder, dtype):
+    """Moments of the parameters' dtype; others (bytes, sums in float32) stay what they are."""
+    model = decoder(dtype)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    for step in range(2):
+        train_step(model, sgd, step)
+    warm = {name: sgd.state[p]["momentum_buffer"].clone() for name, p in model.named_parameters()}
+    own = {
+        "codes": torch.arange(12 * 12, dtype=torch.uint8).reshape(12, 12),
+        "wide": torch.full((12, 12), 1 / 3),
+        "rows": torch.ones(12, dtype=dtype),
+    }
+    sgd.state[model.layers[0].k_proj.weight] |= own
+    before = weights(model)
+    optimizer = MoQOptimizer(sgd, model, FALLING, total_steps=9, verbose=False)
+    found = optimizer.state[model.layers[0].k_proj.weight]
+    assert_same({key: found[key] for key in own}, own)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    optimizer.step()
+    for name, master in masters(optimizer).items():
+        momentum = optimizer.state[model.get_parameter(name)]["momentum_buffer"]
+        assert momentum.dtype == master.dtype == torch.float32
+        expected = warm[name].float() * 0.5 + 0.25
+        torch.testing.assert_close(momentum, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(master.detach(), before[name].float() - 0.5 * expected)
+    assert optimizer.state[model.layers[0].norm.weight]["momentum_buffer"].dtype == dtype
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["host skip", "fused found_inf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_overflow_step_changes_nothing_not_even_the_schedule(decoder, dtype, fused):
+@pytest.mark.parametrize("form", ["in_place", "autograd", "learned"])
+def test_an_overflow_step_changes_nothing_not_even_the_schedule(decoder, dtype, fused, form):
     model = decoder(dtype)
+    config = FALLING | {"rounding": "nearest" if form == "learned" else "stochastic"}
+    if form != "in_place":
+        scale = "learned" if form == "learned" else "absmax"
+        config |= {"simulate": "autograd", "scale": scale, "master_dtype": "parameter"}
     optimizer = MoQOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused),
         model,
-        FALLING | {"rounding": "stochastic"},
+        config,
         total_steps=4,
         verbose=False,
     )
@@ -325,24 +380,35 @@ def test_an_overflow_step_changes_nothing_not_even_the_schedule(decoder, dtype, 
     def scaled_step(step: int, overflow: bool) -> None:
         scaler.scale(loss_of(model, batch(step))).backward()
         if overflow:
-            model.layers[0].q_proj.weight.grad[0, 0] = float("inf")
+            dict(model.named_parameters())[spoilt].grad[0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
+    def state() -> dict[str, torch.Tensor]:
+        names = {p: name for name, p in model.named_parameters()}
+        found = {f"{name} of the model": p for p, name in names.items()}
+        for p, entry in optimizer.state.items():
+            found |= {f"{key} of {names[p]}": v for key, v in entry.items()}
+        return {name: value.detach().clone() for name, value in found.items()}
+
+    spoilt = [name for name, _ in model.named_parameters() if "layers.0.q_proj" in name][-1]
+    assert spoilt.endswith("absmax") == (form == "learned")
     scaled_step(0, overflow=False)
     assert optimizer.steps == 1
-    before, full = weights(model), {n: m.detach().clone() for n, m in masters(optimizer).items()}
-    bits, moments = optimizer.num_bits, [s["step"].clone() for s in optimizer.inner.state.values()]
+    before, bits, seen = state(), optimizer.num_bits, model(batch(9)).detach()
+    assert len(before) > 2 * len(bits)
     scaled_step(1, overflow=True)
     assert scaler.get_scale() == 32.0
     assert (optimizer.steps, optimizer.num_bits) == (1, bits)
-    assert_same(weights(model), before)
-    assert_same({name: m.detach() for name, m in masters(optimizer).items()}, full)
-    assert [s["step"] for s in optimizer.inner.state.values()] == moments
+    assert_same(state(), before)
+    assert torch.equal(model(batch(9)), seen)
     scaled_step(1, overflow=False)
     assert optimizer.steps == 2
-    assert_simulated(optimizer)
+    assert optimizer.num_bits != bits
+    assert not torch.equal(model(batch(9)), seen)
+    if form == "in_place":
+        assert_simulated(optimizer)
 
 
 @pytest.mark.parametrize("fused", [False, True])

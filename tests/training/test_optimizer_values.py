@@ -1,5 +1,8 @@
 """The two values of a quantized parameter: what each step makes of them."""
 
+import json
+import warnings
+
 import pytest
 import torch
 from conftest import (
@@ -316,6 +319,44 @@ def test_weights_that_are_not_finite_are_refused_by_name(decoder, value):
 def test_a_schedule_that_cannot_finish_is_refused_before_training(decoder):
     with pytest.raises(moq._C.Error, match="layers"):
         wrap(decoder(), {"schedule": {"period": 5}, "sensitivity": {"rule": "none"}})
+
+
+LATE = {
+    "start_bits": 9,
+    "target_bits": 4,
+    "rounding": "stochastic",
+    "sensitivity": {"rule": "none"},
+    "rules": [{"match": "layers.1.*", "schedule": {"period": 1, "growth": 1.0}}],
+}
+
+
+# Layer 0 would need 15 steps at a period of 3; clamp gives it the 10 that there are.
+@pytest.mark.parametrize(
+    ("policy", "widths"),
+    [("clamp", [9, 9, 8, 8, 7, 7, 6, 6, 5, 5, 4]), ("allow", [9, 9, 9, 8, 8, 8, 7, 7, 7, 6, 6])],
+)
+def test_a_late_schedule_is_trained_to_its_end_under_each_policy(decoder, tmp_path, policy, widths):
+    section = {"period": 3, "growth": 1.0}
+    with pytest.raises(moq._C.Error, match="'layers.0', arrives at step 15"):
+        wrap(decoder(), LATE | {"schedule": section}, total_steps=10)
+    model = decoder()
+    config = LATE | {"schedule": section | {"on_unfinished": policy}}
+    optimizer = wrap(model, config, total_steps=10)
+    for step, width in enumerate(widths):
+        assert optimizer.num_bits["layers.0.q_proj.weight"] == width
+        assert optimizer.num_bits["layers.1.q_proj.weight"] == max(9 - step, 4)
+        assert_simulated(optimizer)
+        if step < 10:
+            train_step(model, optimizer, step)
+    assert optimizer.schedule().finished(10) == (policy == "clamp")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        optimizer.export(tmp_path / "out")
+    early = [str(w.message) for w in warned if "have not reached" in str(w.message)]
+    assert len(early) == (policy == "allow")
+    assert all("6 of 12 weights" in text and "at 6 of 4 bits" in text for text in early)
+    manifest = json.loads((tmp_path / "out" / "moq.json").read_text())
+    assert {w["trained_bits"] for w in manifest["weights"].values()} == {widths[-1], 4}
 
 
 def test_loss_falls_while_bits_fall():

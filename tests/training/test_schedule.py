@@ -347,9 +347,26 @@ def random_config(seed: int) -> dict:
     return own | {"rules": rules, "schedule": section, "sensitivity": {"rule": rule}}
 
 
-@pytest.mark.parametrize("seed", range(40))
+def with_targets_of_at_least(config: dict, bits: int) -> dict:
+    """The configuration whose widths end at so many bits, or at their starts below."""
+
+    def raised(widths: dict) -> dict:
+        target = max(widths["target_bits"], min(widths["start_bits"], bits))
+        table = widths["schedule"].get("table")
+        kept: dict[int, int] = {}
+        for step, width in (table or {}).items():
+            if max(width, target) not in kept.values():
+                kept[step] = max(width, target)
+        schedule = widths["schedule"] | ({"table": kept} if table else {})
+        return widths | {"target_bits": target, "schedule": schedule}
+
+    return raised(config) | {"rules": [raised(rule) for rule in config["rules"]]}
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_any_configuration_finishes_or_is_refused_with_what_would_help(seed):
-    config = MoQConfig.from_dict(random_config(seed))
+    drawn = random_config(seed)
+    config = MoQConfig.from_dict(drawn)
     assert MoQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     policy = config.schedule.on_unfinished
     try:
@@ -358,6 +375,10 @@ def test_any_configuration_finishes_or_is_refused_with_what_would_help(seed):
         assert policy == "error"
         change = re.search(r"total_steps >= (\d+)", str(error))
         assert rules_outlook(config, int(change.group(1)))
+        reached = int(re.search(r"target_bits >= (\d+)", str(error)).group(1))
+        assert rules_outlook(MoQConfig.from_dict(with_targets_of_at_least(drawn, reached)), 300)
+        with pytest.raises(Error):
+            rules_outlook(MoQConfig.from_dict(with_targets_of_at_least(drawn, reached - 1)), 300)
         return
     for block in outlook:
         bits = [width.bits for width in block.widths]

@@ -6,6 +6,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/schedule/schedule.h"
@@ -186,6 +187,48 @@ TEST_P(RandomSchedule, IsFinishedByEachOfTheChangesThatItsRefusalNames) {
     }
   }
   EXPECT_TRUE(unfinished(faster).empty());
+}
+
+/// Ends a block at `target` bits, or at its start below.
+void raise_target(ScheduledBlock& block, int target) {
+  if (auto* geometric = std::get_if<Geometric>(&block.rule)) {
+    geometric->target_bits =
+        std::max(geometric->target_bits, std::min(target, geometric->start_bits));
+    return;
+  }
+  Table raised;
+  for (const auto& [step, bits] : std::get<Table>(block.rule)) {
+    const int kept = std::max(bits, target);
+    if (raised.empty()) {
+      raised.emplace(step, bits);
+    } else if (kept < raised.rbegin()->second) {
+      raised.emplace(step, kept);
+    }
+  }
+  block.rule = std::move(raised);
+}
+
+TEST_P(RandomSchedule, IsFinishedByTheTargetThatItsRefusalNames) {
+  ScheduleConfig config = draw_mixed_config();
+  config.on_unfinished = OnUnfinished::kError;
+  try {
+    Schedule{config};
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    const std::string before = "target_bits >= ";
+    const std::size_t at = text.find(before);
+    ASSERT_NE(at, std::string::npos) << text;
+    const int target = std::stoi(text.substr(at + before.size()));
+    const auto late_with = [&](int bits) {
+      ScheduleConfig changed = config;
+      for (ScheduledBlock& block : changed.blocks) {
+        raise_target(block, bits);
+      }
+      return unfinished(changed).size();
+    };
+    EXPECT_EQ(late_with(target), 0U) << text;
+    EXPECT_GT(late_with(target - 1), 0U) << text;
+  }
 }
 
 /// Ranks and resumed runs make the schedule from a text, and may list the blocks in another order.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/schedule/config.h"
 #include "kernels/common/check.h"
 
 namespace moq::schedule {
@@ -50,6 +51,13 @@ TEST(GeometricPlan, FractionalGrowthRoundsEachDropUp) {
             .total_steps = 15});
   const BlockPlan expected = {{0, 8}, {3, 7}, {8, 6}, {15, 5}};  // 3, 3 + 4.5, 7.5 + 6.75
   EXPECT_EQ(drops.at(0), expected);
+}
+
+TEST(GeometricPlan, GrowthIsRoundedToTheNearestFraction) {
+  // 1.1 * 2^16 = 72089.6: the nearest multiple of 2^-16 is the one above.
+  const std::vector<std::int64_t> times =
+      residence_times({.start_bits = 10, .target_bits = 8, .period = kOne, .growth = 1.1});
+  EXPECT_EQ(times, (std::vector<std::int64_t>{kOne * kOne, kOne * 72090}));
 }
 
 TEST(GeometricPlan, EqualStartAndTargetNeverDrops) {
@@ -198,6 +206,21 @@ TEST(Unfinished, OffersThePeriodThatIsShortEnoughForAllLateBlocks) {
   expect_error([&] { make(10, 11); }, {"1 of 2", "Smallest change: its period <= 10, or"});
 }
 
+TEST(Unfinished, OffersTheTargetThatAllLateBlocksReach) {
+  // At step 100 the blocks have fallen once and five times, to 15 and 10 bits.
+  const auto make = [](int target) {
+    return Schedule({.blocks = {block({.target_bits = target, .period = 60}),
+                                block({.start_bits = 15,
+                                       .target_bits = std::min(target, 8),
+                                       .period = 20,
+                                       .growth = 1.0},
+                                      "layers.1")},
+                     .total_steps = 100});
+  };
+  expect_error([&] { make(8); }, {"2 of 2", "target_bits >= 15"});
+  expect_error([&] { make(14); }, {"target_bits >= 15"});
+}
+
 TEST(Unfinished, OffersNoPeriodWhereNoneFits) {
   const ScheduleConfig config{.blocks = {block({.period = 2})}, .total_steps = 254};
   EXPECT_FALSE(unfinished(config).at(0).largest_period.has_value());
@@ -340,6 +363,14 @@ INSTANTIATE_TEST_SUITE_P(
     All, RefusedConfig,
     ::testing::Values(
         BadConfig{{.blocks = {block({.period = 0})}, .total_steps = 9}, "period of 'layers.0'"},
+        BadConfig{{.blocks = {block({.start_bits = 8, .period = kMaxSteps + 1})}, .total_steps = 9},
+                  "period of 'layers.0' must be in [1, 2^40]"},
+        BadConfig{{.blocks = {block({.offset = kMaxSteps + 1})}, .total_steps = 9},
+                  "offset of 'layers.0' must be in [0, 2^40]"},
+        BadConfig{{.blocks = {block({})}, .total_steps = kMaxSteps + 1},
+                  "total_steps must be in [1, 2^40]"},
+        BadConfig{{.blocks = {{"t", Table{{0, 16}, {kMaxSteps + 1, 8}}}}, .total_steps = 9},
+                  "the steps of the table of 't' must be <= 2^40, got 1099511627777"},
         BadConfig{{.blocks = {block({.start_bits = 4})}, .total_steps = 9}, "start_bits of"},
         BadConfig{{.blocks = {block({.start_bits = 33})}, .total_steps = 9}, "start_bits of"},
         BadConfig{{.blocks = {block({.target_bits = 0})}, .total_steps = 9}, "target_bits of"},

@@ -71,6 +71,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadState{"\"start_bits\": 16", "\"start_bits\": 4294967304",
                  "blocks[0]: start_bits: expected a width in [1, 32] bits, got 4294967304"},
         BadState{"[0, 16]", "[0]", "blocks[1]: table: expected pairs of step and bits, got 1"},
+        BadState{"[0, 16]", "[0, 16, 3]",
+                 "blocks[1]: table: expected pairs of step and bits, got 3"},
         BadState{"\"step\": 40", "\"step\": 4", "step must be in [17, "},
         BadState{"\"sensitivities\": [1.0, 0.5]", "\"sensitivities\": [1.0]", "got 1 for 2 blocks"},
         BadState{"\"stretch_rule\": \"linear\"", "\"stretch_rule\": \"steep\"", "got 'steep'"}));
