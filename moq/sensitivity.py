@@ -121,7 +121,8 @@ def measure(
             each example; its traces are exact. ``auto``: exact, or finite_difference where an
             operation has no second derivative or memory is short, which is printed.
         tolerance: At which to stop. Trace: standard error of every block over the largest |trace|
-            (default 0.1). Eigenvalue: relative residual (default 0.01).
+            (default 0.1). Eigenvalue: relative residual (default 0.05; the
+            error is of the order of its square).
         max_products: Trace: over all batches, at least two each (default 12). Eigenvalue: for each
             block and batch (default 30).
         max_seconds: Of wall time that the measurement may take, by the time of its first product:

@@ -43,6 +43,7 @@ from train_step import NUM_LABELS
 from transformers import BertConfig, BertForSequenceClassification
 
 from moq import _C
+from moq.estimators import DEFAULT_TOLERANCE
 from moq.sensitivity import find_blocks, measure
 
 ANCESTOR_TOLERANCE, ANCESTOR_PRODUCTS, ANCESTOR_STABILITY = 1e-2, 100, 1e-6
@@ -230,7 +231,7 @@ def eigenvalue_rows(args: argparse.Namespace, layers: Layers) -> tuple[list[Row]
     for name in chosen(args, layers):
         layers.seconds, layers.count = 0.0, 0
         started = time.perf_counter()
-        found = layers.lanczos(name, 30, 1e-2)
+        found = layers.lanczos(name, 30, DEFAULT_TOLERANCE["eigenvalue"])
         lanczos_seconds, product_seconds = time.perf_counter() - started, layers.seconds
         longer = layers.lanczos(name, args.reference, 1e-6)
         reference = longer["dominant"]
@@ -394,7 +395,7 @@ def pyhessian_rows(
 
     rows = []
     for name in chosen(args, layers)[: args.pyhessian_blocks]:
-        found = layers.lanczos(name, 30, 1e-2)
+        found = layers.lanczos(name, 30, 1e-3)
         samples, _ = layers.operator.traces(
             [layers.indices(name)], tolerance=1e-9, min_products=2, max_products=100, seed=1
         )
