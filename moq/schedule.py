@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from moq._C import Schedule, stretch
 from moq.blocks import Blocks, Pace, assign_blocks, make_schedule, retarget
-from moq.config import MoQConfig
+from moq.config import MoQConfig, OnUnfinished
 from moq.deepspeed import convert
 from moq.plotting import new_figure
 from moq.reporting import compact_names
@@ -76,9 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         nargs="?",
         help="configuration file (.json, .yaml), as MoQOptimizer takes it; may be left out with "
-        "--budget: then the run's grids and start widths count",
+        "--run: then that training's own counts",
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps of the training")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of the training (with --run: as many as it has)"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--model",
@@ -89,14 +92,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--run",
         metavar="RUN",
-        help="a saved training (optimizer.save): plan the layers of its model with the "
-        "sensitivities that it measured",
+        help="a saved training (optimizer.save): its own plan, or with CONFIG the one of its "
+        "model's layers with the sensitivities that it measured",
     )
     parser.add_argument(
         "--deepspeed",
         action="store_true",
         help="the file is DeepSpeed's (quantize_training or compression_training): read it in true "
         "steps, and list what moq does in another way",
+    )
+    parser.add_argument(
+        "--on-unfinished",
+        choices=typing.get_args(OnUnfinished),
+        help="what to do about layers that would not reach their target: instead of what CONFIG "
+        "says; with --deepspeed 'allow', which ends as DeepSpeed does",
     )
     budget = parser.add_argument_group("target widths under a budget, from a saved run")
     budget.add_argument(
@@ -126,12 +135,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs `moq schedule`; a schedule that cannot finish is an error with the remedy."""
     _require_usable(options)
-    if options.deepspeed:
-        conversion = convert(options.config)
-        config = conversion.config
-        print(conversion, file=sys.stderr)
-    else:
-        config = MoQConfig.load(options.config)
+    if options.config is None and options.budget is None:
+        schedule = schedule_of_run(options.run, options.steps, options.on_unfinished)
+        facts, outlook = _facts_of(schedule), outlook_of(schedule)
+        _show(options, outlook, facts, _extent_of(schedule))
+        return 0
+    config = _configuration(options)
+    if options.steps is None and options.run is not None:
+        options.steps = _steps_of_run(options.run)
     if options.budget is not None:
         return _run_budget(options, None if options.config is None else config)
     if options.run is not None:
@@ -140,28 +151,52 @@ def run(options: argparse.Namespace) -> int:
         outlook = rules_outlook(config, options.steps)
     else:
         outlook = model_outlook(config, options.steps, _empty_model(options.model))
+    _show(options, outlook, _facts(config, options.steps), _extent(config, options.steps))
+    return 0
+
+
+def _show(
+    options: argparse.Namespace,
+    outlook: Sequence[BlockOutlook],
+    facts: Mapping[str, Any],
+    extent: str,
+) -> None:
+    """Prints a plan, and draws it if that was asked for."""
     if options.json:
-        print(json.dumps(_as_json(outlook, config, options.steps)))
+        print(json.dumps(_as_json(outlook, facts)))
     else:
-        _print_table(_console(), outlook, _extent(config, options.steps))
+        _print_table(_console(), outlook, extent)
     # Last: without matplotlib the plan is printed all the same.
     if options.plot is not None:
-        plot(outlook, options.steps, options.plot)
-    return 0
+        plot(outlook, facts["total_steps"], options.plot)
+
+
+def _configuration(options: argparse.Namespace) -> MoQConfig:
+    """Reads the configuration, and says what becomes of DeepSpeed's."""
+    if options.deepspeed:
+        conversion = convert(options.config, on_unfinished=options.on_unfinished or "allow")
+        print(conversion, file=sys.stderr)
+        return conversion.config
+    config = MoQConfig.load(options.config)
+    if options.on_unfinished is None:
+        return config
+    section = replace(config.schedule, on_unfinished=options.on_unfinished)
+    return replace(config, schedule=section)
 
 
 def _require_usable(options: argparse.Namespace) -> None:
     """Ends the program over options that say too little or too much together."""
     if options.budget is None:
-        if options.config is None or options.steps is None:
-            options.usage_error("CONFIG and --steps are needed to plan (without --budget)")
+        if options.run is None and (options.config is None or options.steps is None):
+            options.usage_error("CONFIG and --steps are needed to plan (without --run)")
         if options.latency_table is not None:
             options.usage_error("--latency-table needs --budget latency=N")
-        return
-    if options.run is None:
+    elif options.run is None:
         options.usage_error("--budget needs --run RUN, whose layers were measured")
-    if options.config is None and (options.steps is not None or options.deepspeed):
-        options.usage_error("--steps and --deepspeed need a CONFIG")
+    if options.config is None and options.deepspeed:
+        options.usage_error("--deepspeed needs a CONFIG")
+    if options.config is None and options.budget is not None and options.steps is not None:
+        options.usage_error("--steps with --budget needs a CONFIG")
 
 
 def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
@@ -182,7 +217,7 @@ def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
     outlook: list[BlockOutlook] = []
     if config is not None and options.steps is not None:
         outlook = run_outlook(config, options.steps, options.run, choice.target_bits)
-        plan = _as_json(outlook, config, options.steps)
+        plan = _as_json(outlook, _facts(config, options.steps))
     if options.json:
         print(json.dumps(choice.to_dict() | {"plan": plan}))
     else:
@@ -307,6 +342,40 @@ def run_outlook(
     return outlook_of(schedule)
 
 
+def schedule_of_run(
+    directory: str | os.PathLike[str],
+    total_steps: int | None = None,
+    on_unfinished: str | None = None,
+) -> Schedule:
+    """Returns the schedule of a saved run, measurements and chosen widths included.
+
+    Args:
+        directory: The saved run.
+        total_steps: Of the same training made anew in other steps; None: as many as it has.
+        on_unfinished: Instead of the run's.
+
+    Raises:
+        FormatError: if the directory holds no run.
+        moq._C.Error: as model_outlook.
+    """
+    from moq.saved_run import read_history
+
+    history = read_history(directory)
+    state = dict(history["schedule"])
+    anew = total_steps not in (None, state["total_steps"])
+    state |= {"total_steps": total_steps} if anew else {}
+    state |= {"on_unfinished": on_unfinished} if on_unfinished else {}
+    schedule: Schedule = Schedule.from_state_dict(state)
+    schedule.completed_steps = 0 if anew else history["step"]
+    return schedule
+
+
+def _steps_of_run(directory: str | os.PathLike[str]) -> int:
+    from moq.saved_run import read_history
+
+    return int(read_history(directory)["total_steps"])
+
+
 def _carried_over(measured: Mapping[str, float], blocks: Sequence[str]) -> list[float] | None:
     """Returns the sensitivity of each block, or None if no layer of theirs was measured.
 
@@ -358,12 +427,14 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
 def table_of(schedule: Schedule) -> str:
     """Renders a schedule: for every block the step from which it has each width."""
     console = _wide_console()
-    extent = f"of {schedule.total_steps} steps"
-    if schedule.completed_steps:
-        extent += f", {schedule.completed_steps} of them made"
     with console.capture() as capture:
-        _print_table(console, outlook_of(schedule), extent)
+        _print_table(console, outlook_of(schedule), _extent_of(schedule))
     return capture.get().rstrip()
+
+
+def _extent_of(schedule: Schedule) -> str:
+    made = f", {schedule.completed_steps} of them made" if schedule.completed_steps else ""
+    return f"of {schedule.total_steps} steps{made}"
 
 
 def plot_schedule(schedule: Schedule, path: str | Path) -> None:
@@ -380,7 +451,11 @@ def _empty_model(directory: str) -> PreTrainedModel:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory)
+    if not os.path.isfile(os.path.join(directory, "config.json")):
+        raise FileNotFoundError(
+            f"{directory}: expected a directory with a Hugging Face model's config.json, got none"
+        )
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     names = config.architectures or [None]
     model_class = getattr(transformers, str(names[0]), None)
     if model_class is None:
@@ -454,6 +529,8 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
             highlight=False,
             soft_wrap=True,
         )
+    if any(width.latest is None for block in outlook for width in block.widths):
+        console.print("- and never: not within the training.", highlight=False, soft_wrap=True)
     if measured:
         console.print(
             "stretch: of the times ahead, by the last measurement; unmeasured: the step at the "
@@ -463,16 +540,30 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
         )
 
 
-def _as_json(
-    outlook: Sequence[BlockOutlook], config: MoQConfig, total_steps: int
-) -> dict[str, Any]:
+def _facts(config: MoQConfig, total_steps: int) -> dict[str, Any]:
+    """What holds for all blocks of a plan."""
     return {
         "total_steps": total_steps,
         "finish_at": config.schedule.finish_at,
         "on_unfinished": config.schedule.on_unfinished,
         "sensitivity_rule": config.sensitivity.rule,
-        "blocks": [asdict(block) for block in outlook],
     }
+
+
+def _facts_of(schedule: Schedule) -> dict[str, Any]:
+    """The same of a schedule whose configuration is gone; finish_at if all blocks have one."""
+    state = schedule.state_dict()
+    shares = {block.get("finish_at") for block in state["blocks"]}
+    return {
+        "total_steps": schedule.total_steps,
+        "finish_at": shares.pop() if len(shares) == 1 else None,
+        "on_unfinished": state["on_unfinished"],
+        "sensitivity_rule": state["stretch_rule"],
+    }
+
+
+def _as_json(outlook: Sequence[BlockOutlook], facts: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(facts) | {"blocks": [asdict(block) for block in outlook]}
 
 
 def plot(outlook: Sequence[BlockOutlook], total_steps: int, path: str | Path) -> None:

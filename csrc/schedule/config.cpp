@@ -56,7 +56,9 @@ std::optional<std::int64_t> steps_for_share(double fraction, std::int64_t share)
 std::string fraction_for_share(std::int64_t share, std::int64_t steps) {
   constexpr std::int64_t kMillion = 1000000;
   const std::int64_t millionths = (share * kMillion + steps - 1) / steps;
-  return std::to_string(static_cast<double>(millionths) / kMillion);
+  std::string digits = std::to_string(static_cast<double>(millionths) / kMillion);
+  digits.erase(digits.find_last_not_of('0') + 1);
+  return digits.back() == '.' ? digits + '0' : digits;
 }
 
 void check_rule(const std::string& name, const Geometric& rule) {
@@ -103,13 +105,21 @@ void check_finish_at(const std::string& name, const Geometric& rule, std::int64_
   std::ostringstream text;
   text << "schedule: the offset of '" << name
        << "' must lie before step floor(finish_at * total_steps) = " << last << ", got "
-       << rule.offset << ". Smallest change: offset <= " << last - 1
-       << (last == 0 ? " (impossible)" : "");
+       << rule.offset;
+  std::string before = ". Smallest change: ";
+  const auto offer = [&](const auto&... words) {
+    text << before;
+    (text << ... << words);
+    before = ", or ";
+  };
+  if (last > 0) {
+    offer("offset <= ", last - 1);
+  }
   if (const auto steps = steps_for_share(finish_at, needed)) {
-    text << ", or total_steps >= " << *steps;
+    offer("total_steps >= ", *steps);
   }
   if (needed <= total_steps) {
-    text << ", or finish_at >= " << fraction_for_share(needed, total_steps);
+    offer("finish_at >= ", fraction_for_share(needed, total_steps));
   }
   detail::fail(text.str());
 }

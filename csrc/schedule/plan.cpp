@@ -235,7 +235,8 @@ std::vector<Unfinished> unfinished(const ScheduleConfig& config) {
     }
     Unfinished block{.block = config.blocks[i].name,
                      .arrival = latest[i].back().step,
-                     .bits = bits_at(latest[i], config.total_steps)};
+                     .bits = bits_at(latest[i], config.total_steps),
+                     .has_table = rule == nullptr};
     if (rule != nullptr) {
       block.largest_period =
           largest_period(*rule, stretch(config.stretch_rule, 1.0), config.total_steps);

@@ -53,9 +53,16 @@ std::string describe(const ScheduleConfig& config, const std::vector<Unfinished>
   if (unfinished(unstretched).empty()) {
     text << "sensitivity: {rule: none} (nothing is measured), or ";
   }
-  text << "total_steps >= " << slowest.arrival << ", or target_bits >= " << reached
-       << ", or finish_at (at most 1.0) instead of period, which scales the periods to fit; "
-          "on_unfinished='clamp' shortens only the late blocks, 'allow' accepts the width reached";
+  text << "total_steps >= " << slowest.arrival << ", or target_bits >= " << reached;
+  const auto has_table = [](const Unfinished& block) { return block.has_table; };
+  if (!std::all_of(late.begin(), late.end(), has_table)) {
+    text << ", or finish_at (at most 1.0) instead of period, which scales the periods to fit";
+  }
+  if (std::any_of(late.begin(), late.end(), has_table)) {
+    text << ", or no step of the table beyond " << config.total_steps;
+  }
+  text << "; on_unfinished='clamp' shortens only the late blocks, 'allow' accepts the width "
+          "reached";
   return text.str();
 }
 

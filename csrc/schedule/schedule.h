@@ -112,6 +112,7 @@ struct Unfinished {
   int bits = 0;              ///< the width at total_steps if it comes that late
   /// The largest period that is certain to finish; empty for a Table, or if even 1 is too long.
   std::optional<std::int64_t> largest_period = std::nullopt;
+  bool has_table = false;  ///< it falls at given steps, not by periods
 };
 
 /// All unfinished blocks of a configuration, whatever on_unfinished says; finish_at is always met.

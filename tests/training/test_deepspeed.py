@@ -273,6 +273,23 @@ def test_an_unfinished_schedule_is_refused_unless_told_otherwise(decoder):
     assert allowed.schedule().bits_at(0, 345) == 13
 
 
+def test_the_schedule_command_shows_where_deepspeed_ends(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(old(period=400, offset=0)))
+    command = ["schedule", str(path), "--steps", "345", "--deepspeed"]
+    assert main(command) == 0
+    captured = capsys.readouterr().out
+    heading, row = (line.split() for line in captured.splitlines() if line.split()[1:2] in _COLUMNS)
+    widths = dict(zip(heading[1:], row[1:], strict=True))
+    assert widths["13"] != "-" and widths["12"] == "-" and widths["8"] == "-"
+    assert "- and never: not within the training." in captured
+    assert main([*command, "--on-unfinished", "error"]) == 1
+    assert "total_steps >= 8534" in capsys.readouterr().err
+
+
+_COLUMNS = (["16"], ["0"])
+
+
 def test_a_pattern_that_matches_nothing_is_refused(decoder):
     config = convert(new((8, 8, 1, ["attention.self"]))).config
     with pytest.raises(ValueError, match="matches nothing"):

@@ -156,6 +156,33 @@ def planned(capsys, *arguments: str) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+def test_a_saved_run_alone_has_its_own_schedule_and_steps(tmp_path, capsys):
+    model, _ = tiny_llama_in_training(optimizer=False)
+    optimizer = wrap(model, FALLING | {"target_bits": 5}, 40)
+    for step in range(2):
+        train_step(Logits(model), optimizer, step)
+    batches = [torch.tensor([[step, 1, 2, 3, 4]]) for step in range(2)]
+    optimizer.probe(lambda tokens: model(tokens, labels=tokens).loss, batches, max_cost=None)
+    optimizer.save(tmp_path / "run")
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    assert cli.main(["schedule", "--run", run]) == 0
+    assert capsys.readouterr().out.strip() == str(optimizer.schedule()).strip()
+    assert cli.main(["schedule", "--run", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["total_steps"], found["finish_at"]) == (40, 0.5)
+    assert cli.main(["schedule", "--run", run, "--steps", "80", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_steps"] == 80
+    (tmp_path / "moq.json").write_text(json.dumps(FALLING | {"target_bits": 5}))
+    assert cli.main(["schedule", str(tmp_path / "moq.json"), "--run", run, "--json"]) == 0
+    with_config = json.loads(capsys.readouterr().out)
+    assert with_config["total_steps"] == 40
+    arrivals = [
+        [block["widths"][-1]["latest"] for block in f["blocks"]] for f in (found, with_config)
+    ]
+    assert arrivals[0] == arrivals[1]
+
+
 def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, capsys):
     model, optimizer = tiny_llama_in_training()
     config = tmp_path / "moq.json"

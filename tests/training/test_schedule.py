@@ -435,6 +435,30 @@ def test_the_command_refuses_a_schedule_that_cannot_finish(config_file, capsys):
     assert main(["schedule", config, "--steps", "2550"]) == 0
 
 
+def test_what_the_command_does_about_an_unfinished_schedule_can_be_said(config_file, capsys):
+    config = config_file(schedule={"table": {"0": 16, "100": 12, "300": 8}})
+    command = ["schedule", config, "--steps", "200"]
+    assert main(command) == 1
+    assert "or no step of the table beyond 200" in capsys.readouterr().err
+    steps = {}
+    for choice in ("allow", "clamp"):
+        assert main([*command, "--on-unfinished", choice, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["on_unfinished"] == choice
+        steps[choice] = [width["latest"] for width in found["blocks"][0]["widths"]]
+    assert steps == {"allow": [0, 100, None], "clamp": [0, 100, 200]}
+
+
+@pytest.mark.parametrize("directory", ["nowhere", "empty"])
+def test_a_model_directory_that_is_none_is_refused_without_a_look_elsewhere(
+    config_file, tmp_path, capsys, monkeypatch, directory
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["schedule", config_file(), "--steps", "400", "--model", directory]) == 1
+    assert f"{directory}: expected a directory with" in capsys.readouterr().err
+
+
 def test_the_command_names_a_rule_that_matches_nothing(config_file, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     config = config_file(rules=[{"match": "*.mpl.*", "target_bits": 4}])

@@ -26,6 +26,17 @@ void expect_error(const std::function<void()>& call, const std::vector<std::stri
   }
 }
 
+/// What `call` throws says.
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  ADD_FAILURE() << "no error";
+  return "";
+}
+
 ScheduledBlock block(Geometric rule, std::string name = "layers.0") {
   return {.name = std::move(name), .rule = rule};
 }
@@ -225,6 +236,30 @@ TEST(Unfinished, OffersNoPeriodWhereNoneFits) {
   const ScheduleConfig config{.blocks = {block({.period = 2})}, .total_steps = 254};
   EXPECT_FALSE(unfinished(config).at(0).largest_period.has_value());
   expect_error([&] { Schedule{config}; }, {"Smallest change: total_steps >= 510"});
+}
+
+TEST(Unfinished, OffersForATableWhatATableHas) {
+  const ScheduledBlock head{"head", Table{{0, 16}, {5, 12}, {90, 8}}};
+  const std::string text = message_of([&] { Schedule{{.blocks = {head}, .total_steps = 60}}; });
+  EXPECT_NE(text.find("total_steps >= 90, or target_bits >= 12, or no step of the table beyond 60"),
+            std::string::npos)
+      << text;
+  EXPECT_EQ(text.find("period"), std::string::npos) << text;
+  expect_error(
+      [&] {
+        Schedule{{.blocks = {head, block({.period = 10})}, .total_steps = 60}};
+      },
+      {"finish_at (at most 1.0) instead of period", "no step of the table beyond 60"});
+}
+
+TEST(Unfinished, OffersNothingImpossibleToATrainingOfOneStep) {
+  const auto make = [](std::int64_t steps, double finish_at) {
+    return Schedule({.blocks = {block({.finish_at = finish_at})}, .total_steps = steps});
+  };
+  const std::string text = message_of([&] { make(1, 0.6); });
+  EXPECT_TRUE(text.ends_with("Smallest change: total_steps >= 2, or finish_at >= 1.0")) << text;
+  EXPECT_NO_THROW(make(2, 0.6));
+  EXPECT_NO_THROW(make(1, 1.0));
 }
 
 TEST(Unfinished, CountsTheLongestStretchOfAnAdaptiveSchedule) {
