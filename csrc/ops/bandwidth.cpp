@@ -1,4 +1,4 @@
-// moq::read_bandwidth: what the benchmarks hold weight streaming against.
+// moq::read_bandwidth, moq::read_once: what the benchmarks hold weight streaming against.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -19,6 +19,9 @@ namespace {
 using at::Tensor;
 
 constexpr const char* kName = "read_bandwidth";
+#if defined(MOQ_WITH_CUDA)
+constexpr const char* kOnce = "read_once";
+#endif
 
 double read_bandwidth_cpu(const Tensor& buffer, bool prefetch) {
   check_contiguous(kName, "buffer", buffer);
@@ -42,6 +45,15 @@ double read_bandwidth_cuda(const Tensor& buffer, bool prefetch) {
   end.synchronize();
   return static_cast<double>(buffer.nbytes()) / (begin.elapsed_time(end) * 1e-3);
 }
+
+void read_once_cuda(const Tensor& buffer, const Tensor& exclusive_or, bool prefetch) {
+  check_contiguous(kOnce, "buffer", buffer);
+  check_tensor(kOnce, "exclusive_or", exclusive_or, at::kLong, buffer.device(), {1});
+  const c10::cuda::CUDAGuard guard(buffer.device());
+  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch,
+                      static_cast<std::uint64_t*>(exclusive_or.mutable_data_ptr()),
+                      c10::cuda::getCurrentCUDAStream().stream());
+}
 #endif
 
 }  // namespace
@@ -53,6 +65,7 @@ TORCH_LIBRARY_IMPL(moq, CPU, m) {
 #if defined(MOQ_WITH_CUDA)
 TORCH_LIBRARY_IMPL(moq, CUDA, m) {
   m.impl(kName, read_bandwidth_cuda);
+  m.impl(kOnce, read_once_cuda);
 }
 #endif
 

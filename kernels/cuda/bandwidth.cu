@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx.h"
 
 namespace moq::kernels::cuda {
@@ -19,8 +20,9 @@ __device__ std::uint64_t fold(ulonglong2 words) {
   return words.x ^ words.y;
 }
 
-/// Adds what the threads of a block have found to the result.
+/// Adds what the threads of a block have found to the result, which kernels ahead may still use.
 __device__ void finish(std::uint64_t found, std::uint64_t* exclusive_or) {
+  wait_for_previous_kernels();
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
     found ^= __shfl_xor_sync(0xffffffffU, found, offset);
   }
@@ -38,6 +40,7 @@ constexpr int kBlocksPerMultiprocessor = 8;
 __global__ void __launch_bounds__(kThreads)
     read_plain(const ulonglong2* pairs, std::int64_t num_pairs, std::uint64_t* exclusive_or) {
   constexpr std::int64_t kSpan = std::int64_t{kThreads} * kLoads;
+  allow_next_kernel();
   std::uint64_t found = 0;
   for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kSpan; first < num_pairs;
        first += gridDim.x * kSpan) {
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 // -------------------------------------------------------------------------------------- bulk
 // copies
 
-constexpr int kStages = 8;
+constexpr int kStages = 6;  // the next kernel's block has room beside this one's
 constexpr std::int64_t kStageBytes = 16 << 10;
 constexpr std::size_t kRingBytes = kStages * kStageBytes;
 
@@ -68,6 +71,7 @@ __global__ void __launch_bounds__(kThreads)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char ring[];
   __shared__ std::uint64_t barriers[kStages];
+  allow_next_kernel();
   const std::int64_t chunks = (bytes + kStageBytes - 1) / kStageBytes;
   const auto size_of_chunk = [&](std::int64_t chunk) {
     const std::int64_t left = bytes - chunk * kStageBytes;
@@ -122,19 +126,16 @@ void read(const void* buffer, std::size_t bytes, bool bulk, std::uint64_t* exclu
   const auto size = static_cast<std::int64_t>(bytes);
   const std::int64_t multiprocessors = device_limits().multiprocessors;
   if (bulk && architecture_of(read_bulk) >= 90) {
-    MOQ_CUDA_CHECK(cudaFuncSetAttribute(read_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(kRingBytes)));
     const std::int64_t blocks = std::min(multiprocessors, (size + kStageBytes - 1) / kStageBytes);
-    read_bulk<<<static_cast<unsigned>(blocks), kThreads, kRingBytes, stream>>>(
-        static_cast<const char*>(buffer), size, exclusive_or);
+    launch(read_bulk, static_cast<unsigned>(blocks), kThreads, kRingBytes, stream,
+           static_cast<const char*>(buffer), size, exclusive_or);
   } else {
     const std::int64_t pairs = size / 16;
     const std::int64_t spans = (pairs + kThreads * kLoads - 1) / (kThreads * kLoads);
     const std::int64_t blocks = std::min(multiprocessors * kBlocksPerMultiprocessor, spans);
-    read_plain<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        static_cast<const ulonglong2*>(buffer), pairs, exclusive_or);
+    launch(read_plain, static_cast<unsigned>(blocks), kThreads, 0, stream,
+           static_cast<const ulonglong2*>(buffer), pairs, exclusive_or);
   }
-  MOQ_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace moq::kernels::cuda

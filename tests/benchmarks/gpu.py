@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -160,6 +161,18 @@ def read_bandwidth(turns: int = 9) -> float:
         for prefetch in (False, True)
     ]
     return max(rates)
+
+
+def readings(num_bytes: int) -> dict[str, Call]:
+    """Two ways to read so many bytes, of as many copies as copies_of makes, and do nothing else."""
+    size = -(-num_bytes // 16) * 16
+    buffers = torch.zeros(copies_of(num_bytes), size, dtype=torch.uint8, device="cuda")
+    found = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def read(i: int, *, prefetch: bool) -> None:
+        torch.ops.moq.read_once(buffers[i], found, prefetch=prefetch)
+
+    return {"loads": partial(read, prefetch=False), "copies": partial(read, prefetch=True)}
 
 
 def random_weight(n: int, k: int, seed: int) -> Tensor:

@@ -17,7 +17,9 @@ times the L2 cache. Notes:
   target    the factor that the source article reports for the region
   weights   moq's time over what reading the weights (or keys and values) takes at the read
             bandwidth of the same run
-  bound     the largest ratio that reading them once allows
+  bound     the largest ratio that reading them once allows: the peer's time over that of a kernel
+            that reads as many bytes and does nothing else, launched and timed the same way (the
+            better of plain loads and bulk copies); and moq's time over the latter
   eager     the ratio to the peer launched kernel by kernel, without a graph
 """
 
@@ -296,14 +298,15 @@ def measure(layer: Layer, name: str, weights: str, read_rate: float, turns: int)
         error = gpu.relative_error(*region.result())
         if not error < 0.1:
             raise AssertionError(f"region {name}: moq and the peer must agree, got {error:.2e}")
-        calls = {"moq": region.moq, "peer": region.peer}
+        calls = {"moq": region.moq, "peer": region.peer, **gpu.readings(region.num_bytes)}
         seconds = gpu.median_of_calls(calls, region.copies, turns)
-        reading = region.num_bytes / read_rate
+        reading = min(seconds["loads"], seconds["copies"])
         eager = eager_seconds(region.peer, region.copies)
         note = (
-            f"(target {TARGETS[name]}x, weights {seconds['moq'] / reading:.2f}x, "
-            f"bound {seconds['peer'] / reading:.1f}x, eager {eager / seconds['moq']:.1f}x, "
-            f"error {error:.0e})"
+            f"(target {TARGETS[name]}x, "
+            f"weights {seconds['moq'] * read_rate / region.num_bytes:.2f}x, "
+            f"bound {seconds['peer'] / reading:.2f}x at {seconds['moq'] / reading:.2f}x, "
+            f"eager {eager / seconds['moq']:.1f}x, error {error:.0e})"
         )
         stored = "" if name == "2" else f", {weights} weights"
         case = f"region {name}{label}, hidden {layer.hidden}, batch {layer.batch}{stored}"

@@ -32,6 +32,21 @@ TEST_P(ReadSizeCuda, ReadsEveryWord) {
   }
 }
 
+TEST_P(ReadSizeCuda, AddsUpWhatReadingsThatOverlapFind) {
+  MOQ_SKIP_WITHOUT_GPU();
+  std::vector<std::uint64_t> words(static_cast<std::size_t>(GetParam()), 0);
+  words.back() = 0x9e3779b97f4a7c15U;
+  const Buffer buffer(words);
+  std::vector<std::uint64_t> found(1);
+  const Buffer sum(found);
+  for (int i = 0; i < 51; ++i) {  // an odd number of times
+    read(buffer.data(), words.size() * sizeof(words[0]), i % 2 == 0, sum.as<std::uint64_t>(),
+         nullptr);
+  }
+  sum.copy_to(found);
+  EXPECT_EQ(found[0], words.back());
+}
+
 INSTANTIATE_TEST_SUITE_P(Words, ReadSizeCuda,
                          ::testing::Values(2, 62, 2048, 2050, 4094, 1'000'002, 20'000'000));
 
