@@ -40,7 +40,7 @@ from moq.scalars import ScalarLog, require_logger
 from moq.sharding import raise_on_all_shards
 from moq.simulators import WeightSimulators, remove_left_over_simulators
 from moq.state_creation import is_state_creation, make_blank_state
-from moq.wrapper import require_wrappable
+from moq.wrapper import require_wrappable, warn_of_lost_eps
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -143,13 +143,14 @@ class MoQOptimizer(PlannedOptimizer):
             self._simulators = WeightSimulators(
                 self.model, self.config.seed, self.config.master_dtype
             )
-            _require_gradients_reduced(matched, model)
+            _require_learnable(matched, model, optimizer)
         self._masters = Masters(
             matched, blocks, schedule, self.config, self.inner, self._simulators
         )
         self._masters.warn_if_simulated()
         self._masters.trainer.write_simulated()
         self._activations.place(matched)
+        warn_of_lost_eps(self.param_groups, self._masters.get)
         self._probes = Probes(self.config, total_steps, self._pace)
         self.param_groups[0][RECORD_KEY] = self._record().to_json()
         self._reporter = Reporter(verbose)
@@ -571,17 +572,28 @@ class MoQOptimizer(PlannedOptimizer):
         )
 
 
-def _require_gradients_reduced(matched: Sequence[MatchedParameter], model: nn.Module) -> None:
-    """Refuses learned scales that DistributedDataParallel would know nothing of.
+def _require_learnable(
+    matched: Sequence[MatchedParameter], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuses learned scales that others would know nothing of, which were made before them.
 
     Raises:
         ValueError: naming the first of them.
     """
     learned = [m.name for m in matched if m.spec.scale == "learned"]
+    if not learned:
+        return
     parallel = nn.parallel.DistributedDataParallel
-    if learned and any(isinstance(module, parallel) for module in model.modules()):
+    if any(isinstance(module, parallel) for module in model.modules()):
         raise ValueError(
             f"{learned[0]}: with scale 'learned' make MoQOptimizer of the plain model and wrap "
             "that in DistributedDataParallel afterwards: it reduces the gradients of the "
             "parameters that it finds, and the scales are made here"
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # as torch's schedulers ask themselves
+        raise ValueError(
+            f"{learned[0]}: with scale 'learned' make the learning-rate scheduler after "
+            "MoQOptimizer, and of it: it moves the rates of the param groups that it finds, and "
+            "that of the scales is made here. An optimizer that has had a scheduler keeps its "
+            "mark: make a new one"
         )

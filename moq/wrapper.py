@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+
+#: The smallest positive float16.
+_SMALLEST_FLOAT16 = 2.0**-24
 
 #: What an inner optimizer must have.
 _INTERFACE = ("param_groups", "state", "step", "state_dict", "load_state_dict")
@@ -141,6 +145,42 @@ def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_
             "not that of the simulated model; use AdamW, SGD or another first-order optimizer"
         )
     _require_common_parameter(optimizer, model)
+
+
+def warn_of_lost_eps(
+    groups: Iterable[Mapping[str, Any]], masters: Callable[[torch.Tensor], torch.Tensor | None]
+) -> None:
+    """Warns of an eps that is 0 in float16, in which parameters without a master are updated.
+
+    Small gradients square to 0 there, and 0 / (0 + eps) is a NaN or a huge step.
+
+    Args:
+        groups: Param groups, with the model's parameters in them.
+        masters: Gives the master of a parameter, or None.
+    """
+    for group in groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or not 0 <= eps < _SMALLEST_FLOAT16:
+            continue
+        lost = [
+            p
+            for p in group["params"]
+            if p.requires_grad and p.dtype == torch.float16 and not _in_float32(masters(p))
+        ]
+        if lost:
+            warnings.warn(
+                f"MoQOptimizer: eps must be at least {_SMALLEST_FLOAT16:.0e} for the {len(lost)} "
+                f"float16 parameters that have no float32 master (those outside the rules have "
+                f"none), got {eps:g}, which is 0 in float16: they become NaN or jump as soon as a "
+                "gradient squares to 0. Use eps=1e-4, or a float32 or bfloat16 model (float32 with "
+                "autocast trains in float16 too)",
+                stacklevel=3,
+            )
+            return
+
+
+def _in_float32(master: torch.Tensor | None) -> bool:
+    return master is not None and master.dtype == torch.float32
 
 
 def _require_common_parameter(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

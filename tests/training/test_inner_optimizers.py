@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections import defaultdict
 
 import pytest
@@ -288,6 +289,39 @@ def test_a_gradient_below_float16_reaches_the_master_scaled(fused):
     scaler.update()
     moved = before - masters(optimizer)["weight"].detach()
     torch.testing.assert_close(moved, torch.full((2, 4), 2.0**-26))
+
+
+def eps_warnings(model, make, config=FALLING) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MoQOptimizer(make(model.parameters()), model, config, total_steps=10, verbose=False)
+    return [str(w.message) for w in caught if " eps " in str(w.message)]
+
+
+def test_an_eps_that_is_0_in_float16_is_warned_of(decoder):
+    adamw = torch.optim.AdamW
+    (warning,) = eps_warnings(decoder(torch.float16), adamw)
+    # biases, norms, embedding and head
+    assert "eps must be at least 6e-08 for the 12 float16 parameters that have no" in warning
+    assert "got 1e-08" in warning
+
+
+@pytest.mark.parametrize(
+    ("dtype", "make", "frozen"),
+    [
+        (torch.float16, lambda p: torch.optim.AdamW(p, eps=1e-4), False),
+        (torch.float16, lambda p: torch.optim.SGD(p, lr=0.1), False),
+        (torch.float16, torch.optim.AdamW, True),
+        (torch.bfloat16, torch.optim.AdamW, False),
+        (torch.float32, torch.optim.AdamW, False),
+    ],
+)
+def test_an_eps_that_harms_no_parameter_is_not_warned_of(decoder, dtype, make, frozen):
+    model = decoder(dtype)
+    if frozen:  # all that has no master
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("_proj.weight"))
+    assert eps_warnings(model, make) == []
 
 
 def test_float32_weights_train_under_float16_autocast_with_gradscaler(decoder):

@@ -364,6 +364,20 @@ def test_distributed_data_parallel_comes_after_learned_scales(decoder, tmp_path)
         torch.distributed.destroy_process_group()
 
 
+def test_a_scheduler_comes_after_learned_scales(decoder):
+    model = decoder()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.LinearLR(adamw, total_iters=STEPS)
+    with pytest.raises(ValueError, match=r"^layers\.0\.q_proj\.weight: .* scheduler after MoQ"):
+        moq.MoQOptimizer(adamw, model, LEARNED, total_steps=STEPS, verbose=False)
+    moq.MoQOptimizer(adamw, model, FALLING, total_steps=STEPS, verbose=False)  # has all its groups
+    optimizer = wrap(decoder(), LEARNED, STEPS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS)
+    train_step(optimizer.model, optimizer, 0)
+    schedule.step()
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
+
+
 @pytest.mark.parametrize("simulate", ["in_place", "autograd"])
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_model_is_wrapped_again_as_if_for_the_first_time(decoder, simulate, copied):
