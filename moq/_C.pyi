@@ -177,6 +177,7 @@ class ScheduledBlock:
         offset: int = 0,
         growth: float = 2.0,
         finish_at: float | None = None,
+        counts_per_step: int = 0,
     ) -> None: ...
     @staticmethod
     def from_table(name: str, table: dict[int, int]) -> ScheduledBlock: ...

@@ -232,6 +232,7 @@ def _scheduled(name: str, pace: Pace, section: ScheduleConfig) -> ScheduledBlock
         offset=timing.offset,
         growth=timing.growth,
         finish_at=timing.finish_at,
+        counts_per_step=timing.counts_per_step or 0,
     )
 
 

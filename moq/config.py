@@ -22,6 +22,7 @@ OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 1, 16
 MAX_STEPS = 2**40
+MAX_COUNTS = 2**20
 #: Where the modes end that are made of signs: ternary codes take 2 bits, binary ones 1.
 SIGN_BITS = {"ternary": 2, "binary": 1}
 #: Finds the transformer layer in the name of a module or parameter, as ``model.layers.3`` or
@@ -145,6 +146,10 @@ class Timing(Strict):
         offset: Steps at start_bits before the first period begins.
         growth: Factor between the residence times of two consecutive widths, in [1, 16].
         table: {step: bits}, first entry at step 0 with start_bits, last one with target_bits.
+        counts_per_step: Makes `period` a count, as DeepSpeed with eigenvalues has it: from the
+            offset on a counter grows by so many a step, the width falls when it reaches `period`,
+            and each next time at `growth` times the count before; a sensitivity multiplies each of
+            these counts but the first.
     """
 
     finish_at: float | None = None
@@ -152,6 +157,7 @@ class Timing(Strict):
     offset: int = 0
     growth: float = 2.0
     table: dict[int, int] | None = None
+    counts_per_step: int | None = None
 
     def validate(self) -> None:
         """Refuses mixed shapes and values out of range.
@@ -178,6 +184,17 @@ class Timing(Strict):
             self.offset,
         )
         require(1 <= self.growth <= 16, "growth must lie in [1, 16]", self.growth)
+        if self.counts_per_step is not None:
+            require(
+                self.period is not None,
+                "counts_per_step must be left out unless period is given",
+                self.counts_per_step,
+            )
+            require(
+                1 <= self.counts_per_step <= MAX_COUNTS,
+                "counts_per_step must lie in [1, 2^20]",
+                self.counts_per_step,
+            )
         if self.table is not None:
             self._validate_table(self.table)
 

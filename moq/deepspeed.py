@@ -5,6 +5,8 @@ at each optimizer step, or by 6 times the number of layers with eigenvalues; per
 compared with that counter. The second (since 0.7) is ``compression_training.weight_quantization``,
 whose unit is one optimizer step. In both the width falls at the counts P, 2 P, 4 P, … after the
 offset, so the second width stays as long as the first. A table in true steps says exactly that.
+With eigenvalues each count but the first is multiplied by 1 + floor(4 s) once more than the one
+before: P, 2 f P, 4 f² P, … for a layer of factor f. `counts_per_step` says that.
 """
 
 from __future__ import annotations
@@ -265,7 +267,13 @@ class _Converter:
         self.changed.append(
             f"quantize_period {schedule.quantize_period} and schedule_offset "
             f"{schedule.schedule_offset} are counts, of which DeepSpeed adds {counts} at each "
-            "optimizer step: here they are true steps"
+            "optimizer step: here "
+            + (
+                "the offset is true steps, and the period a count of a layer's own "
+                "(counts_per_step)"
+                if eigenvalue.enabled
+                else "they are true steps"
+            )
         )
         offset = math.ceil(schedule.schedule_offset / counts)
         values = self._grid(
@@ -280,13 +288,19 @@ class _Converter:
             "(remove the rule '*' to leave those in full precision)"
         )
         if eigenvalue.enabled:
+            if offset and bits.start_bits < UNQUANTIZED_BITS:
+                self.changed.append(
+                    f"schedule_offset: weights have {bits.start_bits} bits from the start, where "
+                    "DeepSpeed leaves them as they are until the offset is over"
+                )
             return MoQConfig(
                 **values,
                 start_bits=bits.start_bits,
                 target_bits=bits.target_bits,
                 rules=rules,
                 schedule=ScheduleConfig(
-                    period=math.ceil(schedule.quantize_period / counts),
+                    period=schedule.quantize_period,
+                    counts_per_step=counts,
                     offset=offset,
                     on_unfinished=self.on_unfinished,
                 ),
@@ -398,9 +412,8 @@ class _Converter:
     def _sensitivity(self, eigenvalue: _Eigenvalue) -> SensitivityConfig:
         self.changed.append(
             "eigenvalue: optimizer.probe measures once, on batches that you give it, instead of at "
-            "each switch; it stretches the times ahead of a layer by 1 + floor(4 s), where "
-            "DeepSpeed multiplies thresholds, and every layer stays twice as long at each next "
-            "width"
+            "each switch: a layer's factor 1 + floor(4 s), which multiplies each count beside the "
+            "2, is one for all its drops"
         )
         self.ignored.append(
             "eigenvalue.layer_name, stability, gas_boundary_resolution, verbose: layers are found, "

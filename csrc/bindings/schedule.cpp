@@ -110,18 +110,22 @@ void bind_schedule(py::module_& m) {
   py::class_<ScheduledBlock>(
       m, "ScheduledBlock",
       "One block of a Schedule: a name for messages and the rule its width follows.")
-      .def(py::init([](std::string name, int start_bits, int target_bits, std::int64_t period,
-                       std::int64_t offset, double growth, std::optional<double> finish_at) {
-             return ScheduledBlock{std::move(name), Geometric{start_bits, target_bits, period,
-                                                              offset, growth, finish_at}};
-           }),
-           py::arg("name"), py::kw_only(), py::arg("start_bits") = 16, py::arg("target_bits") = 8,
-           py::arg("period") = 1, py::arg("offset") = 0, py::arg("growth") = 2.0,
-           py::arg("finish_at") = py::none(),
-           "One bit less at a time: `offset` steps, then `period` steps at start_bits, then "
-           "`growth` times as long at each following width. The slowest of the blocks with the "
-           "same finish_at arrives at that share of the training: only the ratio of their periods "
-           "counts.")
+      .def(
+          py::init([](std::string name, int start_bits, int target_bits, std::int64_t period,
+                      std::int64_t offset, double growth, std::optional<double> finish_at,
+                      std::int64_t counts_per_step) {
+            return ScheduledBlock{std::move(name),
+                                  Geometric{start_bits, target_bits, period, offset, growth,
+                                            finish_at, counts_per_step}};
+          }),
+          py::arg("name"), py::kw_only(), py::arg("start_bits") = 16, py::arg("target_bits") = 8,
+          py::arg("period") = 1, py::arg("offset") = 0, py::arg("growth") = 2.0,
+          py::arg("finish_at") = py::none(), py::arg("counts_per_step") = 0,
+          "One bit less at a time: `offset` steps, then `period` steps at start_bits, then "
+          "`growth` times as long at each following width. The slowest of the blocks with the "
+          "same finish_at arrives at that share of the training: only the ratio of their periods "
+          "counts. With counts_per_step a count that grows by so many a step: the width falls when "
+          "it reaches period, and each next time at growth times (and stretch times) that count.")
       .def_static(
           "from_table",
           [](std::string name, Table table) {

@@ -73,6 +73,11 @@ void check_rule(const std::string& name, const Geometric& rule) {
             "' must be in [0, 2^40] steps, got ", rule.offset);
   MOQ_CHECK(rule.growth >= 1.0 && rule.growth <= 16.0, "schedule: growth of '", name,
             "' must be in [1, 16], got ", rule.growth);
+  MOQ_CHECK(rule.counts_per_step >= 0 && rule.counts_per_step <= kMaxCounts,
+            "schedule: counts_per_step of '", name, "' must be in [0, 2^20], got ",
+            rule.counts_per_step);
+  MOQ_CHECK(rule.counts_per_step == 0 || !rule.finish_at, "schedule: counts_per_step of '", name,
+            "' must be 0 with finish_at, got ", rule.counts_per_step);
   residence_times(rule);
 }
 
@@ -176,8 +181,8 @@ std::vector<std::int64_t> residence_times(const Geometric& rule) {
     MOQ_CHECK(time <= kMaxDuration - sum, "schedule: the residence times from ", rule.start_bits,
               " to ", rule.target_bits, " bits must sum to at most 2^44 steps, got period ",
               rule.period, " growing by ", rule.growth, " at each drop");
-    times.push_back(time);
-    sum += time;
+    times.push_back(rule.counts_per_step > 0 ? time - sum : time);
+    sum += times.back();
     // Both factors are below 2^61 and 2^21: the product needs more than 64 bits.
     time = static_cast<std::int64_t>(static_cast<__int128>(time) * growth >> kFractionBits);
   }

@@ -25,11 +25,13 @@ inline constexpr std::int64_t kOne = std::int64_t{1} << kFractionBits;
 /// bits.
 inline constexpr std::int64_t kMaxDuration = std::int64_t{1} << 60;
 inline constexpr std::int64_t kMaxSteps = std::int64_t{1} << 40;
+inline constexpr std::int64_t kMaxCounts = std::int64_t{1} << 20;
 
 /// The stretch factor, in units of 2^-16, that the named rule gives to `sensitivity`.
 std::int64_t stretch(const std::string& rule, double sensitivity);
 
-/// Residence times at start_bits, start_bits - 1, … target_bits + 1, unstretched, in 2^-16 steps.
+/// Residence times at start_bits, start_bits - 1, … target_bits + 1, unstretched, in 2^-16 steps;
+/// with counts_per_step in 2^-16 counts.
 /// @throws moq::Error if they sum to more than kMaxDuration.
 std::vector<std::int64_t> residence_times(const Geometric& rule);
 

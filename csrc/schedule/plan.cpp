@@ -9,6 +9,9 @@
 //   pace   = scale * stretch
 //   scale  = min over these blocks of (deadline - start) / (stretch * its last length)
 //
+// Where the block follows a counter, lengths are counts, of which a step has counts_per_step, and
+// the n-th drop of all is stretched n - 1 times.
+//
 // A measurement subtracts what has been covered since `start`, which then moves to its step. All of
 // it is integer arithmetic, and what has been covered is the only number that is rounded and kept:
 // up, so that a block is never later than its paces say, however often it is measured.
@@ -29,16 +32,19 @@ Wide divide(Wide dividend, Wide divisor) {
   return (dividend + divisor - 1) / divisor;
 }
 
+/// As good as never: no training is as long.
+constexpr Wide kNever = Wide{1} << 62;
+
 /// `steps` steps for each `per_length` of a length. Lengths count in units of 2^-16 steps.
 struct Pace {
   Wide steps;
   Wide per_length;
 
   std::int64_t steps_for(Wide length) const {
-    return static_cast<std::int64_t>(divide(steps * length, per_length));
+    return static_cast<std::int64_t>(std::min(divide(steps * length, per_length), kNever));
   }
   Wide length_in(std::int64_t duration) const { return divide(duration * per_length, steps); }
-  Pace stretched(std::int64_t stretch) const { return {steps * stretch, per_length}; }
+  Pace stretched(Wide stretch) const { return {steps * stretch, per_length}; }
   bool operator<(const Pace& other) const {
     return steps * other.per_length < other.steps * per_length;
   }
@@ -47,6 +53,21 @@ struct Pace {
 /// One step a step, once it has been multiplied by a stretch.
 constexpr Pace kUnscaled{1, Wide{1} << (2 * kFractionBits)};
 
+/// A stretch to a power, in units of 2^-16. Bounded, so that products with lengths fit: what comes
+/// as late never comes.
+Wide power(std::int64_t stretch, std::size_t exponent) {
+  Wide result = kOne;
+  for (std::size_t i = 0; i < exponent; ++i) {
+    result = std::min<Wide>(result * stretch >> kFractionBits, Wide{1} << 62);
+  }
+  return result;
+}
+
+/// One step for each counts_per_step counts.
+Pace count_pace(const Geometric& rule) {
+  return {kUnscaled.steps, kUnscaled.per_length * rule.counts_per_step};
+}
+
 /// One block between two measurements.
 struct Progress {
   BlockPlan made;             ///< drops that have been made, or that nothing can move
@@ -54,6 +75,14 @@ struct Progress {
   std::vector<Wide> lengths;  ///< from `start` to each drop that is yet to be made, > 0
   Pace pace = kUnscaled;
   std::optional<double> finish_at;
+  std::optional<Pace> counter;  ///< steps for counts; `pace` is only for blocks without one
+  std::int64_t stretch = kOne;  ///< of each next count
+  std::int64_t latest = static_cast<std::int64_t>(kNever);  ///< step by which each drop is made
+
+  /// The pace towards a drop, by its number among those that are yet to be made.
+  Pace towards(std::size_t ahead) const {
+    return counter ? counter->stretched(power(stretch, made.size() - 1 + ahead)) : pace;
+  }
 };
 
 Progress begin(const ScheduledBlock& block, const ScheduleConfig& config) {
@@ -69,6 +98,10 @@ Progress begin(const ScheduledBlock& block, const ScheduleConfig& config) {
   progress.made = {{0, rule.start_bits}};
   progress.start = clamp ? std::min(rule.offset, config.total_steps - 1) : rule.offset;
   progress.finish_at = rule.finish_at;
+  if (rule.counts_per_step > 0) {
+    progress.counter = count_pace(rule);
+    progress.latest = clamp ? config.total_steps : progress.latest;
+  }
   Wide length = 0;
   for (const std::int64_t time : residence_times(rule)) {
     progress.lengths.push_back(length += time);
@@ -106,6 +139,7 @@ void set_paces(const ScheduleConfig& config, const std::vector<std::int64_t>& st
   const std::map<double, Pace> scales = common_scales(config, blocks, stretches);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     Progress& block = blocks[i];
+    block.stretch = stretches[i];
     const auto scale = block.finish_at ? scales.find(*block.finish_at) : scales.end();
     block.pace = (scale == scales.end() ? kUnscaled : scale->second).stretched(stretches[i]);
     if (config.on_unfinished == OnUnfinished::kClamp && !block.lengths.empty()) {
@@ -117,8 +151,9 @@ void set_paces(const ScheduleConfig& config, const std::vector<std::int64_t>& st
 
 BlockPlan drops_of(const Progress& block) {
   BlockPlan drops = block.made;
-  for (const Wide length : block.lengths) {
-    drops.push_back({block.start + block.pace.steps_for(length), drops.back().bits - 1});
+  for (std::size_t ahead = 0; ahead < block.lengths.size(); ++ahead) {
+    const std::int64_t step = block.start + block.towards(ahead).steps_for(block.lengths[ahead]);
+    drops.push_back({std::min(step, block.latest), drops.back().bits - 1});
   }
   return drops;
 }
@@ -134,9 +169,10 @@ void advance(Progress& block, std::int64_t step) {
     block.made.push_back(drops[block.made.size()]);
     block.lengths.erase(block.lengths.begin());
   }
-  const Wide covered = block.pace.length_in(step - block.start);
-  for (Wide& length : block.lengths) {
-    length = std::max<Wide>(length - covered, 1);  // the drop has not been made, so it lies ahead
+  for (std::size_t ahead = 0; ahead < block.lengths.size(); ++ahead) {
+    const Wide covered = block.towards(ahead).length_in(step - block.start);
+    // The drop has not been made, so it lies ahead.
+    block.lengths[ahead] = std::max<Wide>(block.lengths[ahead] - covered, 1);
   }
   block.start = step;
 }
@@ -152,11 +188,18 @@ std::vector<std::int64_t> stretches_of(const ScheduleConfig& config,
 
 /// The unclamped step at which a block with `rule` arrives when nothing but its stretch delays it.
 std::int64_t natural_arrival(const Geometric& rule, std::int64_t stretch) {
+  const std::vector<std::int64_t> times = residence_times(rule);
   Wide length = 0;
-  for (const std::int64_t time : residence_times(rule)) {
+  for (const std::int64_t time : times) {
     length += time;
   }
-  return rule.offset + kUnscaled.stretched(stretch).steps_for(length);
+  if (times.empty()) {
+    return rule.offset;
+  }
+  const Pace pace = rule.counts_per_step > 0
+                        ? count_pace(rule).stretched(power(stretch, times.size() - 1))
+                        : kUnscaled.stretched(stretch);
+  return rule.offset + pace.steps_for(length);
 }
 
 /// The largest period with which `rule` arrives by `total_steps`, if there is one.

@@ -26,6 +26,11 @@ namespace moq::schedule {
 /// the same finish_at are scaled by one common factor, anew after each measurement, so that the
 /// slowest of them arrives exactly at floor(finish_at * total_steps). Several widths may then fall
 /// in one step. (A product within 1e-6 below an integer counts as that integer.)
+///
+/// With counts_per_step the block follows a counter instead, as DeepSpeed's layers do: from the
+/// offset on it grows by so many a step, and the width falls when it reaches `period`, then when it
+/// reaches growth times that count, and so on. A sensitivity multiplies each of these counts but
+/// the first: the next one is growth times stretch times the one before.
 struct Geometric {
   int start_bits = 16;      ///< in [1, 32], >= target_bits
   int target_bits = 8;      ///< >= 1
@@ -33,6 +38,7 @@ struct Geometric {
   std::int64_t offset = 0;  ///< steps at start_bits before the first period begins, >= 0
   double growth = 2.0;      ///< in [1, 16]; taken to the nearest 2^-16
   std::optional<double> finish_at = std::nullopt;  ///< in (0, 1]
+  std::int64_t counts_per_step = 0;  ///< in [0, 2^20]; 0: `period` is steps. Without finish_at
 };
 
 /// {step: bits}, fixed whatever is measured. The first entry is at step 0 (the start width); bits

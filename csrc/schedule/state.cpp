@@ -23,13 +23,17 @@ Json describe(const ScheduledBlock& block) {
     return Json::Object{{"name", block.name}, {"table", std::move(entries)}};
   }
   const auto& rule = std::get<Geometric>(block.rule);
-  return Json::Object{{"name", block.name},
-                      {"start_bits", rule.start_bits},
-                      {"target_bits", rule.target_bits},
-                      {"period", rule.period},
-                      {"offset", rule.offset},
-                      {"growth", rule.growth},
-                      {"finish_at", rule.finish_at ? Json(*rule.finish_at) : Json()}};
+  Json::Object members{{"name", block.name},
+                       {"start_bits", rule.start_bits},
+                       {"target_bits", rule.target_bits},
+                       {"period", rule.period},
+                       {"offset", rule.offset},
+                       {"growth", rule.growth},
+                       {"finish_at", rule.finish_at ? Json(*rule.finish_at) : Json()}};
+  if (rule.counts_per_step > 0) {
+    members.emplace_back("counts_per_step", rule.counts_per_step);
+  }
+  return members;
 }
 
 Json describe(const Measurement& measurement) {
@@ -92,6 +96,9 @@ ScheduledBlock block_from(const Members& members) {
                    .growth = members.number("growth")};
     if (!members["finish_at"].is_null()) {
       rule.finish_at = members.number("finish_at");
+    }
+    if (members.has("counts_per_step")) {
+      rule.counts_per_step = members.integer("counts_per_step");
     }
     block.rule = rule;
   }

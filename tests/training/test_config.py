@@ -126,6 +126,8 @@ def test_a_rule_inherits_what_it_does_not_say():
         ({"schedule": {"period": 9, "offset": -1}}, ValueError, r"config\.schedule\.offset"),
         ({"schedule": {"period": 9, "growth": 0.5}}, ValueError, r"config\.schedule\.growth"),
         ({"schedule": {"period": 9, "finish_at": 0.5}}, ValueError, r"exclude each other"),
+        ({"schedule": {"counts_per_step": 6}}, ValueError, r"counts_per_step must be left out"),
+        ({"schedule": {"period": 9, "counts_per_step": 0}}, ValueError, r"\[1, 2\^20\]"),
         ({"schedule": {"table": {"5": 16}}}, ValueError, r"table must begin at step 0"),
         ({"schedule": {"table": {"0": 16, "5": 0}}}, ValueError, r"table must hold widths"),
         ({"schedule": {"table": {"0": 8, "5": 8}}}, ValueError, r"table must fall strictly"),

@@ -155,10 +155,81 @@ def test_quantize_weight_in_forward_goes_to_the_target_at_once():
     assert not any("quantize_weight_in_forward" in text for text in conversion.changed)
 
 
-def test_eigenvalues_stretch_a_schedule_in_true_steps():
+def run_eigen(start, target, period, offset, layers, factors, steps):
+    """DeepSpeed 0.4's with eigenvalues: every layer has its own period, all share the counter.
+
+    Each of a layer's parameters asks in turn, so that a layer can drop several times in a step; a
+    drop makes the period twice, and factor times, as long. Widths of each layer after each step.
+    """
+    counts, quantizes = 0, offset == 0
+    bits, periods = [start] * len(factors), [period] * len(factors)
+    widths = [list(bits)]
+    for _ in range(steps):
+        counts += 6 * layers
+        if offset > 0 and counts >= offset:
+            offset, counts, quantizes = 0, 0, True
+        for layer, factor in enumerate(factors):
+            while quantizes and bits[layer] != target and counts >= periods[layer]:
+                periods[layer] = (periods[layer] << 1) * factor
+                bits[layer] -= 1
+        widths.append(list(bits))
+    return widths
+
+
+# DeepSpeed's own settings with eigenvalues, and the steps at which a layer that is not sensitive at
+# all reaches 8 bits, and the most sensitive one.
+@pytest.mark.parametrize(
+    ("settings", "arrivals"),
+    [
+        ({"start": 12, "period": 10}, (2, 139)),  # MRPC
+        ({"start": 12, "period": 8}, (1, 112)),  # CoLA, RTE, WNLI
+        ({"start": 12, "period": 18}, (2, 250)),  # QQP
+        ({"start": 14, "period": 12}, (6, 16_667)),  # MNLI
+    ],
+)
+def test_with_eigenvalues_layers_arrive_when_deepspeeds_do(decoder, settings, arrivals):
+    eigenvalue = {"enabled": True, "layer_num": 12}
+    config = convert(old(offset=0, eigenvalue=eigenvalue, **settings)).config
+    schedule = wrap(decoder(), config, total_steps=20_000).schedule()
+    earliest, latest = schedule.bounds()
+    assert {(low[-1][0], high[-1][0]) for low, high in zip(earliest, latest, strict=True)} == {
+        arrivals
+    }
+    sensitivities = [0.0, 1.0, 0.6, *[1.0] * (schedule.num_blocks - 3)]
+    schedule.set_sensitivities(0, sensitivities)
+    factors = [1, 5, 3]
+    start, target = settings["start"], 8
+    widths = run_eigen(start, target, settings["period"], 0, 12, factors, arrivals[1])
+    for step, expected in enumerate(widths):
+        found = [schedule.bits_at(block, step) for block in range(3)]
+        assert found == expected, step
+    assert [plan[-1][0] for plan in schedule.plan()[:2]] == list(arrivals)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_with_eigenvalues_layers_have_the_widths_of_deepspeeds_counter(decoder, seed):
+    rng = random.Random(seed)
+    layers, target = rng.randint(1, 24), rng.randint(3, 14)
+    start = rng.randint(target, 16)
+    period, offset = rng.randint(1, 300), rng.choice([0, rng.randint(1, 500)])
+    ds = old(start, target, period, offset, eigenvalue={"enabled": True, "layer_num": layers})
+    config = convert(ds, on_unfinished="allow").config
+    schedule = wrap(decoder(), config, total_steps=400).schedule()
+    sensitivities = [rng.random() for _ in range(schedule.num_blocks)]
+    schedule.set_sensitivities(0, sensitivities)
+    factors = [1 + int(4 * s) for s in sensitivities]
+    expected = run_eigen(start, target, period, offset, layers, factors, 400)
+    for step, widths in enumerate(expected):
+        assert [schedule.bits_at(b, step) for b in range(len(factors))] == widths, step
+
+
+def test_what_eigenvalues_change_is_said():
     eigenvalue = {"enabled": True, "layer_num": 12, "max_iter": 50, "tol": 0.05}
-    config = convert(old(period=720, offset=144, eigenvalue=eigenvalue)).config
-    assert (config.schedule.period, config.schedule.offset) == (10, 2)
+    conversion = convert(old(start=12, period=720, offset=144, eigenvalue=eigenvalue))
+    config = conversion.config
+    assert (config.schedule.period, config.schedule.counts_per_step) == (720, 72)
+    assert config.schedule.offset == 2
+    assert any("12 bits from the start" in text for text in conversion.changed)
     assert config.sensitivity.to_dict() == {
         "measure": "eigenvalue", "form": "auto", "rule": "stepped", "tolerance": 0.05,
         "max_products": 50, "max_cost": 0.02,

@@ -22,7 +22,8 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
     return std::uniform_int_distribution<std::int64_t>(low, high)(generator_);
   }
 
-  /// Blocks that fall by period; with finish_at all of them by one share of the training.
+  /// Blocks that fall by period or counter; with finish_at all of them by one share of the
+  /// training.
   ScheduleConfig draw_config(bool with_finish_at) {
     ScheduleConfig config{.total_steps = draw(64, 5000),
                           .on_unfinished = OnUnfinished::kAllow,
@@ -34,12 +35,14 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
     for (std::int64_t i = draw(1, 8); i > 0; --i) {
       const int target = static_cast<int>(draw(1, 12));
       config.blocks.push_back(
-          {std::to_string(i), Geometric{.start_bits = target + static_cast<int>(draw(0, 8)),
-                                        .target_bits = target,
-                                        .period = draw(1, 40),
-                                        .offset = draw(0, 31),
-                                        .growth = 1.0 + static_cast<double>(draw(0, 20)) / 10.0,
-                                        .finish_at = finish_at}});
+          {std::to_string(i),
+           Geometric{.start_bits = target + static_cast<int>(draw(0, 8)),
+                     .target_bits = target,
+                     .period = draw(1, 40),
+                     .offset = draw(0, 31),
+                     .growth = 1.0 + static_cast<double>(draw(0, 20)) / 10.0,
+                     .finish_at = finish_at,
+                     .counts_per_step = with_finish_at ? 0 : draw(0, 1) * draw(1, 90)}});
     }
     return config;
   }
@@ -63,7 +66,9 @@ class RandomSchedule : public ::testing::TestWithParam<int> {
       if (kind == 0) {
         block.rule = draw_table(config.total_steps);
       } else if (kind <= 2) {
-        std::get<Geometric>(block.rule).finish_at = kind == 1 ? 0.5 : 0.9;
+        auto& rule = std::get<Geometric>(block.rule);
+        rule.finish_at = kind == 1 ? 0.5 : 0.9;
+        rule.counts_per_step = 0;
       }
     }
     return config;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <string>
@@ -69,6 +70,54 @@ TEST(GeometricPlan, GrowthIsRoundedToTheNearestFraction) {
   const std::vector<std::int64_t> times =
       residence_times({.start_bits = 10, .target_bits = 8, .period = kOne, .growth = 1.1});
   EXPECT_EQ(times, (std::vector<std::int64_t>{kOne * kOne, kOne * 72090}));
+}
+
+/// DeepSpeed's settings for MRPC, whose counter grows by 72 a step: 10, 20, 40, 80 unless measured,
+/// 10, 100, 1000, 10000 for the most sensitive layer.
+ScheduleConfig counted(OnUnfinished on_unfinished = OnUnfinished::kError) {
+  const Geometric rule{.start_bits = 12, .period = 10, .offset = 3, .counts_per_step = 72};
+  return {.blocks = {block(rule, "a"), block(rule, "b")},
+          .total_steps = 200,
+          .on_unfinished = on_unfinished,
+          .stretch_rule = "stepped"};
+}
+
+TEST(CountedPlan, FallsAsACounterReachesCountsThatGrow) {
+  const Plan drops = plan(counted());
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 12}, {4, 11}, {4, 10}, {4, 9}, {5, 8}}));
+}
+
+TEST(CountedPlan, ASensitivityMultipliesEachCountOnceMoreThanTheOneBefore) {
+  const Plan drops = plan(counted(), std::vector<Measurement>{{0, {0.0, 1.0}}});
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 12}, {4, 11}, {4, 10}, {4, 9}, {5, 8}}));
+  EXPECT_EQ(drops.at(1), BlockPlan({{0, 12}, {4, 11}, {5, 10}, {17, 9}, {142, 8}}));
+  EXPECT_EQ(bounds(counted()).latest.at(0), drops.at(1));
+}
+
+TEST(CountedPlan, ALaterMeasurementStretchesOnlyWhatLiesAhead) {
+  const Plan drops = plan(counted(), std::vector<Measurement>{{0, {1.0, 1.0}}, {17, {0.0, 1.0}}});
+  // 1008 of 10000 stretched counts are covered, 8.064 of 80: 71.936 are left.
+  EXPECT_EQ(drops.at(0), BlockPlan({{0, 12}, {4, 11}, {5, 10}, {17, 9}, {18, 8}}));
+  EXPECT_EQ(drops.at(1), BlockPlan({{0, 12}, {4, 11}, {5, 10}, {17, 9}, {142, 8}}));
+}
+
+TEST(CountedPlan, LateDropsAreRefusedOrComeAtTheLastStep) {
+  ScheduleConfig config = counted();
+  config.total_steps = 100;
+  EXPECT_EQ(unfinished(config).at(0).arrival, 142);
+  EXPECT_EQ(unfinished(config).at(0).largest_period, 6);  // 6000 / 72 + 3 = 87
+  config.on_unfinished = OnUnfinished::kClamp;
+  const Plan drops = plan(config, std::vector<Measurement>{{0, {0.0, 1.0}}});
+  EXPECT_EQ(drops.at(1), BlockPlan({{0, 12}, {4, 11}, {5, 10}, {17, 9}, {100, 8}}));
+}
+
+TEST(CountedPlan, CountsThatNoTrainingReachesAreNoError) {
+  ScheduleConfig config = counted(OnUnfinished::kAllow);
+  std::get<Geometric>(config.blocks[0].rule) = {
+      .start_bits = 32, .target_bits = 1, .period = 1000, .counts_per_step = 1};
+  const Plan drops = plan(config, std::vector<Measurement>{{0, {1.0, 1.0}}});
+  EXPECT_GT(drops.at(0).back().step, config.total_steps);
+  EXPECT_TRUE(std::ranges::is_sorted(drops.at(0), {}, &Drop::step));
 }
 
 TEST(GeometricPlan, EqualStartAndTargetNeverDrops) {
@@ -415,6 +464,10 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{
             {.blocks = {block({.period = std::int64_t{1} << 40, .growth = 16})}, .total_steps = 9},
             "must sum to at most 2^44 steps"},
+        BadConfig{{.blocks = {block({.counts_per_step = -1})}, .total_steps = 9},
+                  "counts_per_step of 'layers.0' must be in [0, 2^20], got -1"},
+        BadConfig{{.blocks = {block({.finish_at = 0.5, .counts_per_step = 6})}, .total_steps = 9},
+                  "counts_per_step of 'layers.0' must be 0 with finish_at"},
         BadConfig{{.blocks = {block({})}, .total_steps = 0}, "total_steps must be"},
         BadConfig{{.blocks = {block({.finish_at = 0.0})}, .total_steps = 9},
                   "finish_at of 'layers.0'"},

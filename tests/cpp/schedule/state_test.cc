@@ -41,6 +41,13 @@ TEST(ScheduleState, HoldsAScheduleWithoutFinishAt) {
   EXPECT_FALSE(std::get<Geometric>(resumed.config().blocks[0].rule).finish_at.has_value());
 }
 
+TEST(ScheduleState, HoldsACounter) {
+  const Schedule schedule(
+      {.blocks = {{"a", Geometric{.start_bits = 12, .period = 10, .counts_per_step = 72}}},
+       .total_steps = 200});
+  EXPECT_EQ(from_json(to_json(schedule)).plan(), schedule.plan());
+}
+
 struct BadState {
   std::string from;
   std::string to;
