@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,18 +64,47 @@ def decoder() -> Callable[..., Decoder]:
     return make
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+class CausalDecoder(Decoder):
+    """The decoder with the call that transformers' Trainer makes."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = super().forward(input_ids)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        )
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its settings in a process-wide object."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Recorder:
+    """Any object with one method is a logger; this one keeps what it hears, by step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.steps[step] = self.steps.get(step, {}) | scalars
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2, **settings) -> nn.Module:
     """The same small Llama each time, with a config that exports and the engine take."""
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=16, max_position_embeddings=32,
-            bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    settings = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16,
+        "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2,
+    } | settings  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     for parameter in model.parameters():  # not the rotary frequencies, which stay float32
         parameter.data = parameter.data.to(dtype)
     return model

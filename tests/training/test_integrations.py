@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import Decoder, assert_same, batch, loss_of, masters, weights, wrap
+from conftest import CausalDecoder, Decoder, assert_same, batch, loss_of, masters, weights, wrap
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -66,17 +66,6 @@ def test_a_training_that_ends_early_says_what_has_not_arrived(decoder):
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-
-class CausalDecoder(Decoder):
-    """The decoder with the call that Trainer makes."""
-
-    def forward(self, input_ids, labels=None):
-        logits = super().forward(input_ids)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
-        )
-        return {"loss": loss, "logits": logits}
 
 
 DATA = [{"input_ids": row, "labels": row} for step in range(4) for row in batch(step)]
@@ -278,15 +267,6 @@ def test_the_steps_of_a_dataset_without_a_length_must_be_given(tmp_path):
 
 
 # ------------------------------------------------------------------ accelerate
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """accelerate keeps its settings in a process-wide object."""
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import batch, loss_of, masters, train_step, weights, wrap
+from conftest import Recorder, batch, loss_of, masters, train_step, weights, wrap
 from torch import nn
 
 from moq import MoQOptimizer
@@ -12,16 +12,6 @@ from moq.loggers import CsvLogger, Logger, TensorBoardLogger
 from moq.scalars import _Measurement
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
-
-
-class Recorder:
-    """Any object with one method is a logger."""
-
-    def __init__(self) -> None:
-        self.steps: dict[int, dict[str, float]] = {}
-
-    def log(self, scalars, step):
-        self.steps[step] = self.steps.get(step, {}) | scalars
 
 
 def codes(model: nn.Module, optimizer: MoQOptimizer, bits: dict[str, int]) -> dict:

@@ -4,7 +4,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_same, assert_simulated, batch, loss_of, masters, weights, wrap
+from conftest import (
+    Recorder,
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    masters,
+    weights,
+    wrap,
+)
 from torch import nn
 
 from moq import MoQOptimizer
@@ -120,14 +129,6 @@ def test_a_step_never_waits_for_the_device(decoder):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.steps == 2
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.steps: dict[int, dict[str, float]] = {}
-
-    def log(self, scalars, step):
-        self.steps[step] = scalars
 
 
 def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder):

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import Decoder, assert_same, assert_simulated, batch, masters, weights, wrap
+from conftest import CausalDecoder, assert_same, assert_simulated, batch, masters, weights, wrap
 
 from moq import MoQOptimizer
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 FALLING = {
     "start_bits": 9,
@@ -19,29 +20,9 @@ FALLING = {
 }
 
 
-class CausalDecoder(Decoder):
-    """The decoder with the call that Trainer makes."""
-
-    def forward(self, input_ids, labels=None):
-        logits = super().forward(input_ids)
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
-        )
-        return {"loss": loss, "logits": logits}
-
-
 def causal_decoder(dtype=torch.float32) -> CausalDecoder:
     torch.manual_seed(0)
     return CausalDecoder().to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its settings in a process-wide object."""
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 DATA = [{"input_ids": row, "labels": row} for step in range(4) for row in batch(step)]

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    Recorder,
     assert_same,
     batch,
     loss_of,
@@ -238,13 +239,6 @@ def test_integers_of_learned_scales_are_those_of_their_grid(dtype):
 
 
 def test_logged_scalars_are_those_of_the_simulated_weights(decoder):
-    class Recorder:
-        def __init__(self):
-            self.rows = []
-
-        def log(self, scalars, step):
-            self.rows.append(scalars)
-
     recorders = {}
     for simulate in ("in_place", "autograd"):
         model = decoder()
@@ -262,7 +256,8 @@ def test_logged_scalars_are_those_of_the_simulated_weights(decoder):
         for step in range(3):
             train_step(model, optimizer, step)
         optimizer.flush_logs()
-    assert recorders["in_place"].rows == recorders["autograd"].rows
+    assert list(recorders["autograd"].steps) == [1, 2, 3]
+    assert recorders["in_place"].steps == recorders["autograd"].steps
 
 
 # ------------------------------------------------------------------------------------- export

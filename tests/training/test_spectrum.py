@@ -7,8 +7,7 @@ import os
 
 import pytest
 import torch
-import transformers
-from conftest import assert_same, batch, loss_of, weights, wrap
+from conftest import assert_same, batch, loss_of, tiny_llama, weights, wrap
 from reference.hessian import block_ranges, dense_hessian
 from torch import nn
 from torch.nn import functional as F
@@ -205,18 +204,9 @@ def test_an_optimizer_measures_the_blocks_of_its_schedule(decoder):
 @pytest.fixture
 def saved(tmp_path):
     """A saved run with its optimizer, and a function that measures into it."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=30,
-        max_position_embeddings=16,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = tiny_llama()
     optimizer = wrap(model, {}, 9)
-    row = torch.randint(30, (1, 8))
+    row = torch.randint(16, (1, 8))
     optimizer.save(tmp_path / "run")
 
     def record(run=tmp_path / "run", **options):

@@ -8,8 +8,16 @@ from fractions import Fraction
 
 import pytest
 import torch
-import transformers
-from conftest import assert_same, assert_simulated, batch, loss_of, train_step, weights, wrap
+from conftest import (
+    assert_same,
+    assert_simulated,
+    batch,
+    loss_of,
+    tiny_llama,
+    train_step,
+    weights,
+    wrap,
+)
 from reference import quantize as reference
 from torch import nn
 
@@ -557,17 +565,15 @@ def test_the_choice_is_printed_and_drawn(decoder, tmp_path, capsys):
 
 
 def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    return tiny_llama(
+        dtype,
+        layers=3,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
+        num_key_value_heads=2,
         vocab_size=50,
-        max_position_embeddings=32,
         tie_word_embeddings=True,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype)
 
 
 def tokens(seed):

@@ -4,9 +4,20 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import SkipTest
 
 import torch
 import torch.distributed as dist
+
+
+def require_several_ranks() -> None:
+    """Leaves a check that says nothing of one rank alone.
+
+    Raises:
+        SkipTest: if there is only one.
+    """
+    if dist.get_world_size() == 1:
+        raise SkipTest("one rank alone shares nothing with another")
 
 
 def run_checks(
@@ -16,7 +27,10 @@ def run_checks(
     world_size: int,
     backend: str = "gloo",
 ) -> dict[str, str]:
-    """Makes every check, ``check_…``; returns its traceback if it failed, "" if not."""
+    """Makes every check, ``check_…``; returns its traceback if it failed, "" if not.
+
+    Of one that raises SkipTest it returns ``skipped: `` and the reason.
+    """
     os.environ["MOQ_TEST_DIRECTORY"] = str(directory)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -30,6 +44,8 @@ def run_checks(
             try:
                 check()
                 outcomes[name] = ""
+            except SkipTest as reason:
+                outcomes[name] = f"skipped: {reason}"
             except Exception:
                 outcomes[name] = traceback.format_exc()
     dist.destroy_process_group()

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 
@@ -18,7 +17,17 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed.checkpoint as dcp
-from conftest import Decoder, assert_simulated, batch, loss_of, masters, train_step, wrap
+from conftest import (
+    Decoder,
+    OnceDifferentiable,
+    Recorder,
+    assert_simulated,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    wrap,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from workers.job import require_several_ranks, run_checks
 
 import moq
 from moq.sensitivity import measure, quantized_blocks
@@ -232,13 +242,16 @@ def check_groups_of_whole_output_features() -> None:
         wrap(model, config | {"groups": 3, "rules": [{"match": "*_proj", "groups": 2}]}, STEPS)
     except ValueError as error:
         raise AssertionError("two groups of halves were refused") from error
-    if dist.get_world_size() == 1:
-        return
-    model = build()
-    fully_shard(model)
+
+
+def check_groups_over_two_shards_are_refused() -> None:
+    require_several_ranks()
+    torch.manual_seed(0)
+    model = fully_shard(Decoder(hidden=12, intermediate=20).to(device()))
+    config = FALLING | {"granularity": "per_group", "groups": 3}
     up = {"match": "re:.*(gate|up)_proj", "granularity": "per_channel"}
     try:
-        wrap(model, config | {"groups": 3, "rules": [up]}, STEPS)
+        wrap(model, config | {"rules": [up]}, STEPS)
     except ValueError as error:
         assert "must split into equal shards of whole groups of the 4" in str(error), error
     else:
@@ -291,10 +304,8 @@ def conv1d_model() -> nn.Module:
 
 
 def check_scales_over_split_input_features_are_refused() -> None:
+    require_several_ranks()
     model = fully_shard(conv1d_model())
-    if dist.get_world_size() == 1:
-        wrap(model, FALLING, STEPS)
-        return
     try:
         wrap(model, FALLING, STEPS)
     except ValueError as error:
@@ -395,14 +406,6 @@ def check_both_values_are_gathered_for_export() -> None:
         assert "the model must be whole" in str(error)
     else:
         raise AssertionError("a sharded model was exported")
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.steps: dict[int, dict[str, float]] = {}
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self.steps[step] = scalars
 
 
 def check_rank_0_tells_the_numbers_of_all_shards() -> None:
@@ -698,10 +701,9 @@ def check_a_sharded_model_in_half_precision_is_refused() -> None:
 
 
 def check_ranks_that_share_a_model_need_as_many_batches() -> None:
+    require_several_ranks()
     optimizer = wrap(sharded_decoder(), FALLING, STEPS)
     own = [batch(50)] * (1 + dist.get_rank())
-    if dist.get_world_size() == 1:
-        return
     try:
         optimizer.probe(lambda tokens: loss_of(optimizer.model, tokens), own, max_cost=None)
     except ValueError as error:
@@ -731,11 +733,10 @@ def check_a_loss_that_fails_on_one_rank_of_a_sharded_model_fails_all() -> None:
 
 
 def check_a_rank_without_a_batch_of_a_sharded_model_fails_all() -> None:
+    require_several_ranks()
     model = sharded_decoder()
     optimizer = wrap(model, FALLING, STEPS)
     own = [batch(50)] if dist.get_rank() == 0 else []
-    if dist.get_world_size() == 1:
-        return
     try:
         optimizer.probe(lambda tokens: loss_of(model, tokens), own, progress=False, max_cost=None)
     except ValueError as error:
@@ -747,11 +748,10 @@ def check_a_rank_without_a_batch_of_a_sharded_model_fails_all() -> None:
 
 
 def check_batches_with_other_keys_are_refused_on_all_ranks() -> None:
+    require_several_ranks()
     model = whole_decoder()
     optimizer = wrap(model, FALLING, STEPS)
     own = [{"tokens": batch(50)} | ({"mask": batch(51)} if dist.get_rank() else {})]
-    if dist.get_world_size() == 1:
-        return
     try:
         optimizer.probe(lambda b: loss_of(model, b["tokens"]), own, max_cost=None)
     except ValueError as error:
@@ -797,21 +797,6 @@ def check_one_rank_that_cannot_differentiate_twice_takes_all_to_differences() ->
     assert all(other == found.values for other in everywhere(found.values))
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """x², with a backward pass outside autograd."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 2 * gradient * x
-
-
 def check_target_bits_are_those_of_one_process() -> None:
     reference = whole_decoder()
     blocks = quantized_blocks(reference, FALLING)
@@ -837,14 +822,13 @@ def check_target_bits_are_those_of_one_process() -> None:
 
 
 def check_ranks_that_ask_for_different_target_bits_are_refused() -> None:
+    require_several_ranks()
     model = whole_decoder()
     optimizer = wrap(model, FALLING, STEPS)
     optimizer.probe(
         lambda tokens: loss_of(model, tokens), [batch(50)], progress=False, max_cost=None
     )
     plan = optimizer.schedule().plan()
-    if dist.get_world_size() == 1:
-        return
     try:
         optimizer.choose_target_bits(mean_bits=5 + dist.get_rank())
     except ValueError as error:
@@ -874,32 +858,9 @@ def check_all_ranks_hear_of_an_error_of_the_one_that_writes() -> None:
     assert (directory / "out" / "SHA256SUMS").exists()  # on every rank: the others have waited
 
 
-def run_checks(
-    directory: Path, rank: int, world_size: int, backend: str = "gloo"
-) -> dict[str, str]:
-    """Makes every check; returns the traceback of each that failed, "" for the others."""
-    os.environ["MOQ_TEST_DIRECTORY"] = str(directory)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend, init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    outcomes = {}
-    for name, check in sorted(globals().items()):
-        if name.startswith("check_"):
-            print(name, flush=True)  # a rank that never ends was last here
-            try:
-                check()
-                outcomes[name] = ""
-            except Exception:
-                outcomes[name] = traceback.format_exc()
-    dist.destroy_process_group()
-    return outcomes
-
-
 if __name__ == "__main__":
     where, own_rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    found = run_checks(where, own_rank, ranks, sys.argv[4])
+    found = run_checks(globals(), where, own_rank, ranks, sys.argv[4])
     (where / f"results-{own_rank}.json").write_text(json.dumps(found))
     # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
     os._exit(0)

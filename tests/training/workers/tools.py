@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import Decoder, batch, loss_of, masters, wrap
+from conftest import CausalDecoder, Decoder, Recorder, batch, loss_of, masters, wrap
 
 from moq import MoQOptimizer
 from moq.integrations import Training, unwrap_optimizer
@@ -32,14 +32,6 @@ FALLING = {
 }
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self.steps.append(step)
-
-
 def require_equal_on_all_ranks(optimizer: MoQOptimizer) -> None:
     for name, master in masters(optimizer).items():
         for value in (master.detach(), optimizer.model.get_parameter(name).detach()):
@@ -49,7 +41,7 @@ def require_equal_on_all_ranks(optimizer: MoQOptimizer) -> None:
 
 
 def make_trainer(directory: Path, model: torch.nn.Module | None = None):
-    from test_integrations import DATA, CausalDecoder, training_arguments
+    from test_integrations import DATA, training_arguments
     from transformers import Trainer
 
     from moq.integrations.transformers import num_training_steps
@@ -74,14 +66,12 @@ def check_trainer() -> None:
     trainer.train()
     assert dist.get_world_size() == 2
     assert optimizer.steps == optimizer.total_steps == trainer.state.global_step
-    assert recorder.steps == (list(range(1, 9)) if dist.get_rank() == 0 else [])
+    assert list(recorder.steps) == (list(range(1, 9)) if dist.get_rank() == 0 else [])
     require_equal_on_all_ranks(optimizer)
     assert (DIRECTORY / "trainer" / "SHA256SUMS").exists()
 
 
 def check_models_that_differ_between_ranks_are_refused() -> None:
-    from test_integrations import CausalDecoder
-
     from moq.integrations.transformers import attach
 
     torch.manual_seed(dist.get_rank())
@@ -97,7 +87,6 @@ def check_models_that_differ_between_ranks_are_refused() -> None:
 
 def check_accelerate() -> None:
     from accelerate import Accelerator
-    from test_integrations import Decoder
 
     from moq.integrations.accelerate import num_training_steps
 
