@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from conftest import CausalDecoder, Decoder, assert_same, batch, loss_of, masters, weights, wrap
+from conftest import (
+    CausalDecoder,
+    Decoder,
+    assert_same,
+    batch,
+    loss_of,
+    masters,
+    train_step,
+    weights,
+    wrap,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -60,6 +70,51 @@ def test_a_training_that_ends_early_says_what_has_not_arrived(decoder):
     optimizer = wrap(decoder(), FALLING)
     with pytest.warns(UserWarning, match="ended after 0 of 12 steps, and layers.0, layers.1 had"):
         Training(optimizer, "test").end()
+
+
+@pytest.mark.parametrize(
+    ("made", "steps", "planned", "message"),
+    [
+        (0, 0, 12, None),
+        (0, 0, math.inf, None),
+        (5, 5, 12, None),
+        (5, 3, 12, None),  # two were lost to overflows
+        (0, 0, 13, "must be the 13 optimizer steps that test will make, got 12"),
+        (1, 0, 12, "test resumes at step 1, and the optimizer's state was not in its checkpoint"),
+        (4, 5, 12, "test begins at step 4, and the optimizer has made 5 already"),
+        (0, 1, 12, "test begins at step 0, and the optimizer has made 1 already"),
+    ],
+)
+def test_a_training_begins_where_its_optimizer_is(decoder, made, steps, planned, message):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    training = Training(optimizer, "test")
+    if message is None:
+        training.begin(made, planned)
+    else:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            training.begin(made, planned)
+
+
+@pytest.mark.parametrize(
+    ("total", "steps", "warns"), [(12, 11, False), (4, 4, False), (4, 3, True)]
+)
+def test_a_training_that_ends_is_warned_of_only_if_steps_would_have_lowered_widths(
+    decoder, total, steps, warns
+):
+    """Ended early with every width reached; complete without that, which `allow` accepted."""
+    section = {"period": 2, "growth": 1.0, "on_unfinished": "allow"}
+    config = FALLING | {"schedule": section, "sensitivity": {"rule": "none"}}
+    model = decoder()
+    optimizer = wrap(model, config, total)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        Training(optimizer, "test").end()
+    assert ["had not reached the target width" in str(w.message) for w in found] == [True] * warns
 
 
 # ------------------------------------------------------------------ transformers
@@ -293,7 +348,8 @@ def test_accelerate_makes_the_steps_that_were_counted(decoder, fresh_accelerator
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_the_steps_of_accelerate_are_those_of_one_process(processes, drop_last):
+@pytest.mark.parametrize("split", [False, True], ids=["batches", "split batches"])
+def test_the_steps_of_accelerate_are_those_of_one_process(processes, drop_last, split):
     from types import SimpleNamespace
 
     from accelerate.data_loader import BatchSamplerShard
@@ -301,13 +357,13 @@ def test_the_steps_of_accelerate_are_those_of_one_process(processes, drop_last):
     from moq.integrations.accelerate import num_training_steps
 
     accelerator = SimpleNamespace(
-        split_batches=False, num_processes=processes, gradient_accumulation_steps=1
+        split_batches=split, num_processes=processes, gradient_accumulation_steps=1
     )
     for rows in range(13, 29):
-        loader = DataLoader(list(range(rows)), batch_size=4, drop_last=drop_last)
+        loader = DataLoader(list(range(rows)), batch_size=12 if split else 4, drop_last=drop_last)
         steps = num_training_steps(accelerator, loader)
         for process in range(processes):
-            shard = BatchSamplerShard(loader.batch_sampler, processes, process)
+            shard = BatchSamplerShard(loader.batch_sampler, processes, process, split)
             assert steps == len(shard) == len(list(shard))
 
 

@@ -337,11 +337,70 @@ def test_starting_from_ordinary_weights_does_not_warn(decoder):
             wrap(decoder(dtype), FALLING)
 
 
+# Weights of these lie on a grid by themselves: alone in their group, few, or all alike.
+@pytest.mark.parametrize(
+    ("sizes", "grid", "fill"),
+    [
+        ((12, 4), {"granularity": "per_group", "group_size": 1}, None),
+        ((1, 12), {"granularity": "per_channel"}, None),
+        ((3, 1), {"granularity": "per_tensor"}, None),
+        ((12, 4), {"granularity": "per_channel"}, 0.25),
+        ((12, 0), {"granularity": "per_tensor"}, None),
+    ],
+    ids=["groups of one", "rows of one", "three weights", "constant", "none"],
+)
+def test_weights_that_say_nothing_of_a_grid_do_not_warn(sizes, grid, fill):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Initializing zero-element")
+        layer = nn.Linear(*sizes, bias=False)
+        if fill is not None:
+            nn.init.constant_(layer.weight, fill)
+        wrap(layer, FALLING | grid)
+
+
 def test_a_plain_optimizers_state_is_refused_with_the_remedy(decoder):
     model = decoder()
     plain = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="load it into that optimizer before wrapping it"):
         wrap(model, FALLING).load_state_dict(plain.state_dict())
+
+
+def test_a_state_of_another_format_is_refused(decoder):
+    optimizer = wrap(decoder(), FALLING)
+    state = copy.deepcopy(optimizer.state_dict())
+    record = json.loads(state["param_groups"][0]["moq"])
+    state["param_groups"][0]["moq"] = json.dumps(record | {"format": record["format"] + 1})
+    with pytest.raises(ValueError, match="must have format 1: it was written by another version"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_state_of_other_param_groups_is_refused_with_their_sizes(decoder):
+    model = decoder()
+    halves = [list(layer.parameters()) for layer in model.layers]
+    rest = [model.embedding.weight, model.lm_head.weight]
+    several = torch.optim.AdamW([{"params": params} for params in [*halves, rest]])
+    saved = MoQOptimizer(several, model, FALLING, total_steps=12, verbose=False).state_dict()
+    resumed = wrap(decoder(), FALLING)
+    before = weights(resumed.model)
+    with pytest.raises(ValueError, match=r"must have \[24\] parameters, got \[11, 11, 2\]"):
+        resumed.load_state_dict(saved)
+    assert_same(weights(resumed.model), before)
+
+
+def test_a_resumed_training_prints_the_drops_to_come_and_no_earlier_ones(decoder, capsys):
+    config = FALLING | {"schedule": {"table": {0: 9, 2: 7, 5: 6, 8: 4}}}
+    model = decoder()
+    optimizer = wrap(model, config)
+    run(model, optimizer, range(5))
+    other = decoder()
+    resumed = wrap(other, config, verbose=True)
+    assert "arrives at step" in capsys.readouterr().out
+    resumed.load_state_dict(optimizer.state_dict())
+    run(other, resumed, range(5, 10))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("moq: step")]
+    assert [line.split(":")[1] for line in lines] == [" step 8"]
 
 
 def smaller(model: nn.Module) -> nn.Module:

@@ -123,6 +123,24 @@ def test_a_rule_for_any_name_of_a_tied_weight_counts(decoder):
     assert "embedding.weight" in matched(model, Rule("lm_head"))
 
 
+def test_a_linear_that_shares_an_embeddings_weight_is_the_head_whatever_its_name(decoder):
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "to_words": nn.Linear(4, 6)}
+    )
+    model["to_words"].weight = model["words"].weight
+    held = list(model.parameters())
+
+    def matched(**rule):
+        config = MoQConfig.from_dict({"rules": [rule]} if rule else {})
+        return {m.name for m in match_parameters(model, config, held)[0]}
+
+    assert matched() == {"inner.weight"}
+    assert matched(match="*", modules=["head"]) == {"inner.weight", "words.weight"}
+    assert matched(match="to_words") == {"inner.weight", "words.weight"}
+    with pytest.raises(ValueError, match="matches nothing of kind linear, conv1d; .*of kind head:"):
+        matched(match="to_*")
+
+
 def test_two_parameters_over_one_memory_are_refused(decoder):
     model = decoder()
     model.layers[1].down_proj.weight.data = model.layers[0].down_proj.weight.data
