@@ -74,19 +74,32 @@ def test_after_a_bad_gradient_the_last_state_takes_up_the_training_bit_for_bit(d
     assert_same(copies(optimizer), copies(expected))
 
 
-def test_the_guard_that_the_page_names_leaves_everything_as_it_was(decoder):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    train_step(model, optimizer, 0)
-    before, full = weights(model), copies(optimizer)
-    loss_of(model, batch(1)).backward()
-    model.layers[0].q_proj.weight.grad[1, 2] = float("nan")
-    with pytest.raises(RuntimeError, match="non-finite"):
+@pytest.mark.parametrize("form", FORMS)
+def test_after_the_guard_that_the_page_names_the_training_goes_on_as_without_the_batch(
+    decoder, form
+):
+    def guarded_step(step: int, spoilt: bool = False) -> None:
+        loss_of(model, batch(step)).backward()
+        if spoilt:
+            next(p for n, p in model.named_parameters() if "q_proj" in n).grad[1] = float("nan")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    optimizer.zero_grad()
-    assert optimizer.steps == 1
-    assert_same(weights(model), before)
-    assert_same(copies(optimizer), full)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    config = FALLING | {"simulate": form, "rounding": "stochastic"}
+    ends = []
+    for with_bad_batch in (True, False):
+        model = decoder()
+        optimizer = wrap(model, config)
+        for step in range(6):
+            if with_bad_batch and step in (0, 3):
+                with pytest.raises(RuntimeError, match="non-finite"):
+                    guarded_step(20, spoilt=True)
+                optimizer.zero_grad()
+                assert optimizer.steps == step
+            guarded_step(step)
+        ends.append(weights(model) | copies(optimizer))
+    assert_same(*ends)
 
 
 def test_weights_that_are_not_finite_are_not_exported(decoder, tmp_path):
