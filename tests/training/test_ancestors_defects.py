@@ -104,6 +104,24 @@ def test_one_group_is_the_work_of_the_whole_gpu(gpu, tmp_path):
     assert min(blocks) >= torch.cuda.get_device_properties(gpu).multi_processor_count
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_more_weights_than_a_32_bit_count_are_quantized_to_the_last(gpu, granularity):
+    """There elements were counted in 32 bits."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    rows, columns = 2**31 // 4096 + 8, 4096
+    weight = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu)
+    torch.manual_seed(0)
+    ends = torch.randn(32, columns, device=gpu).to(torch.bfloat16)
+    weight[:16], weight[-16:] = ends[:16], ends[16:]
+    found = torch.ops.moq.fake_quantize(weight, 4, granularity=granularity)
+    expected = torch.ops.moq.fake_quantize(ends, 4, granularity=granularity)
+    assert torch.equal(found[:16], expected[:16])
+    assert torch.equal(found[-16:], expected[16:])
+    assert not found[16:-16].any()
+
+
 def test_an_odd_group_loses_no_remainder(device):
     """There the kernel dropped what was left over by groups of 4, 8 or 16 bytes."""
     torch.manual_seed(0)
