@@ -389,7 +389,11 @@ class MoQOptimizer(PlannedOptimizer):
         self._scalars.add(figures, self._masters)
 
     def flush_logs(self) -> None:
-        """Tells the loggers what has been measured and has not reached them yet; waits for it."""
+        """Tells the loggers what has been measured and has not reached them yet; waits for it.
+
+        Drops of the last steps on a GPU, of which the host has not heard, are printed too.
+        """
+        self._reporter.drops(self._masters.trainer, wait=True)
         self._scalars.deliver(self._masters, wait=True)
 
     def add_logger(self, logger: Logger) -> None:

@@ -199,10 +199,18 @@ class Reporter:
         if self.enabled and parameters:
             print_line(start_table(parameters, blocks, schedule))
 
-    def drops(self, trainer: Trainer) -> None:
-        """Prints the drops that the host has heard of since it printed last."""
-        step = trainer.step_seen
-        if self.enabled and step != self.reported:
+    def drops(self, trainer: Trainer, *, wait: bool = False) -> None:
+        """Prints the drops that the host has heard of since it printed last.
+
+        Args:
+            trainer: Whose plan and steps count.
+            wait: Waits for the device, and prints those of all steps that have been made.
+        """
+        step = trainer.step if wait else trainer.step_seen
+        if not self.enabled or step <= self.reported:
+            return
+        due = trainer.next_drop(self.reported)
+        if due is not None and due <= step:  # a copy of the schedule takes long for each step
             for line in drop_lines(trainer.schedule, self.reported, step):
                 print_line(line)
         self.reported = step

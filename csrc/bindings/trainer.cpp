@@ -106,6 +106,8 @@ void bind_trainer(pybind11::module_& m) {
           py::arg("parameter"),
           "Width, blend ratio (None: nothing blends) and step of a parameter, each [1], on its "
           "device.")
+      .def("next_drop", &Trainer::next_drop, py::arg("step"),
+           "Step of the first planned drop after `step`, or None.")
       .def_property_readonly("schedule", &Trainer::schedule, py::return_value_policy::copy)
       .def_property_readonly("step", &Trainer::step, "Completed steps; waits for the device.")
       .def_property_readonly("step_on_device", &Trainer::step_on_device,

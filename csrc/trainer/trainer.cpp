@@ -335,6 +335,18 @@ std::int64_t Trainer::step_seen() const {
   return *groups_.front().step_on_host.const_data_ptr<std::int64_t>();
 }
 
+std::optional<std::int64_t> Trainer::next_drop(std::int64_t step) const {
+  std::optional<std::int64_t> next;
+  for (const schedule::BlockPlan& plan : schedule_.plan()) {
+    const auto drop =
+        std::ranges::find_if(plan, [&](const schedule::Drop& d) { return d.step > step; });
+    if (drop != plan.end() && (!next || drop->step < *next)) {
+      next = drop->step;
+    }
+  }
+  return next;
+}
+
 std::int64_t Trainer::step_at_most() const {
   return std::max(steps_asked_, step_seen());
 }

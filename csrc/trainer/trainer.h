@@ -132,6 +132,8 @@ class Trainer {
   std::int64_t step() const;
   /// Completed steps as far as the host has heard; on CUDA it may lag by the steps in flight.
   std::int64_t step_seen() const;
+  /// Step of the first planned drop after `step`, if there is one.
+  std::optional<std::int64_t> next_drop(std::int64_t step) const;
   /// Completed steps at most: those that the host has asked for, whether or not the device skipped
   /// some. Replays of a captured step ask for nothing here; what they completed counts once the
   /// host has heard of it.
