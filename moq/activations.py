@@ -112,6 +112,8 @@ class ActivationQuantizers:
         self.freeze_step = max(1, int(config.freeze_at * total_steps + 1e-6))
         self.by_name: dict[str, ActivationQuantizer] = {}
         self._layers: dict[str, nn.Module] = {}
+        self._completed = 0  # steps, at least
+        self._frozen = False
         self._shared: list[_Shared] | None = None
 
     def place(self, matched: Sequence[MatchedParameter]) -> None:
@@ -205,6 +207,10 @@ class ActivationQuantizers:
         that GradScaler skips by not making it comes to nobody's notice: its batches count to the
         next one. Waits for no device.
 
+        Once all ranks know that it is over, nothing is computed or sent any more; on a GPU that is
+        never known of a fused optimizer under GradScaler, whose skipped steps only the device
+        counts.
+
         Args:
             step: Completed optimizer steps, [1], on a device.
             found_inf: Non-zero if this step was skipped; None: it was not.
@@ -212,6 +218,9 @@ class ActivationQuantizers:
         shared = self.find_ranks()
         static = [quantizer for _, members in shared for quantizer in members]
         if not static:
+            return
+        self._frozen = self._is_over(step, found_inf)
+        if self._frozen:
             return
         device = step.device
         seen = torch.cat([q.seen.to(device) for q in static])
@@ -229,6 +238,16 @@ class ActivationQuantizers:
         torch._foreach_copy_([q.absmax for q in static], list(torch.split(new, 1)))
         torch._foreach_zero_([q.seen for q in static])
 
+    def _is_over(self, step: torch.Tensor, found_inf: torch.Tensor | None) -> bool:
+        """Says whether nothing can move any more, by what the hosts of all ranks know alike."""
+        if step.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # the captured step may be replayed after an earlier state was loaded
+        if not step.is_cuda:
+            self._completed = int(step)
+        elif found_inf is None:
+            self._completed += 1
+        return self._completed > self.freeze_step
+
     def forget(self) -> None:
         """Drops what was seen since the last update."""
         for quantizer in self._static().values():
@@ -245,12 +264,15 @@ class ActivationQuantizers:
             return {}
         values = torch.cat([q.absmax.cpu() for q in static.values()]).tolist()
         seen = torch.cat([q.seen.cpu() for q in static.values()]).tolist()
+        if self._frozen:
+            seen = [0.0] * len(seen)  # nobody asks any more
         pending = {f"{name}.seen": v for name, v in zip(static, seen, strict=True) if v != 0}
         return dict(zip(static, values, strict=True)) | pending
 
     @torch.no_grad()
-    def load(self, state: dict[str, float]) -> None:
-        """Continues with the averages that `state` returned."""
+    def load(self, state: dict[str, float], completed: int) -> None:
+        """Continues with the averages that `state` returned after so many completed steps."""
+        self._completed, self._frozen = completed, False
         for name, quantizer in self._static().items():
             quantizer.absmax.fill_(state.get(name, 0.0))
             quantizer.seen.fill_(state.get(f"{name}.seen", 0.0))

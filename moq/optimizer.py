@@ -311,7 +311,7 @@ class MoQOptimizer(PlannedOptimizer):
         with raise_on_all_shards(self._masters.matched):
             self._masters.load(saved)
         self._masters.trainer.restore(schedule, record.step)
-        self._activations.load(record.activations)
+        self._activations.load(record.activations, record.step)
         self._blank_state = record.blank_state
         self.history = record.history
         self._target_bits = record.target_bits

@@ -8,6 +8,7 @@ import torch
 from conftest import assert_same, batch, loss_of, tiny_llama, train_step, weights, wrap
 from reference import quantize as reference
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
@@ -274,6 +275,35 @@ def test_the_average_follows_the_largest_magnitude_of_each_step_until_it_freezes
     assert step_over(layer, optimizer, 100.0) == 6.0
     scale = optimizer.quantized_parameters()[0].input_scale
     assert scale == float(torch.tensor(6.0) / 127)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_frozen_scale_costs_nothing_in_a_step_and_moves_again_in_an_earlier_state(observed):
+    layer, optimizer = observed
+    early = copy.deepcopy(optimizer.state_dict())
+    step_over(layer, optimizer, -8.0, 4.0)
+    for _ in range(3):
+        step_over(layer, optimizer, 4.0)
+    frozen = step_over(layer, optimizer, 5.0)
+    layer(torch.full((2, 4), 9.0, device=layer.weight.device))
+    step = optimizer._masters.trainer.step_on_device
+    with Operations() as operations:
+        optimizer._activations.update(step, None)
+    assert [name for name in operations.names if "_local_scalar_dense" not in name] == []
+    assert optimizer._activations.state() == {"": frozen}
+    optimizer.load_state_dict(early)
+    assert step_over(layer, optimizer, 3.0) == 3.0
 
 
 def test_evaluation_is_not_observed(observed):

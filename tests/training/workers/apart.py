@@ -113,6 +113,25 @@ def check_a_layer_on_a_mesh_of_two_dimensions_is_of_all_its_ranks() -> None:
     require_shared(model, wrap(model, STATIC, STEPS), part_of(0), 0)
 
 
+def check_frozen_scales_are_sent_to_nobody() -> None:
+    config = STATIC | {"observer": {"freeze_at": 0.5}}
+    plain = part_of(0)
+    optimizer = wrap(plain, config, STEPS)
+    model = nn.parallel.DistributedDataParallel(plain)
+    sent = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: sent.append(1) or original(*args, **kwargs)
+    try:
+        counts = []
+        for step in range(STEPS):
+            train_step(model, optimizer, step)
+            counts.append(len(sent))
+    finally:
+        dist.all_reduce = original
+    assert counts == [1, 2, 2, 2], counts
+    assert len(set(map(str, everywhere(averages(optimizer))))) == 1
+
+
 def check_a_stage_of_one_rank_is_alone() -> None:
     shape = (dist.get_world_size(), 1)
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("stage", "data"))
