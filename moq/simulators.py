@@ -67,8 +67,11 @@ class WeightSimulator(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the simulated weight.
 
-        The gradient of a learned scale is divided by the square root of the number of weights that
-        share it, as in LSQ (Esser et al., 2020): it is a sum over them.
+        The gradient of a learned magnitude A is divided by √N, with N weights that share it: it is
+        a sum over them. LSQ (Esser et al., 2020) learns the step size s = A / Q of codes up to Q,
+        and divides its gradient by √(N Q). As dL/dA = dL/ds / Q, a plain gradient step moves s here
+        by Q^(-3/2) times what it does there. Adam knows no constant factor: it moves A by the
+        learning rate, and s by the Q-th part of that, so in A a step is as long at every width.
 
         The weight may have moved to another device since the last step, which moves the rest.
         """

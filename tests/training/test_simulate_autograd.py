@@ -203,6 +203,35 @@ def test_learned_scales_begin_at_the_largest_weight_and_are_trained(decoder, dev
     assert all(not torch.equal(p.detach(), old) for p, old in zip(ranges, before, strict=True))
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_gradient_step_moves_the_scale_by_a_known_part_of_what_lsq_moves_it_by(bits, granularity):
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 6, bias=False)
+    grid = {"start_bits": bits, "target_bits": bits, "granularity": granularity}
+    wrap(layer, LEARNED | grid, STEPS)
+    (chain,) = (
+        m for m in layer.modules() if isinstance(m, nn.utils.parametrize.ParametrizationList)
+    )
+    magnitude, weight = chain[0].absmax, chain.original.detach().double()
+    with torch.no_grad():
+        magnitude.mul_(0.6)  # some weights are clipped, most are rounded
+    towards = torch.randn(6, 24, dtype=torch.float64)
+    (layer.weight.double() * towards).sum().backward()
+
+    # LSQ (Esser et al., 2020), equations 2 to 4: the step size s, codes within [-largest, largest],
+    # and the gradient that reaches s over the square root of the number of weights times largest.
+    largest, groups = 2 ** (bits - 1) - 1, (len(magnitude), -1)
+    step_size = magnitude.detach().double()[:, None] / largest
+    code = weight.reshape(groups) / step_size
+    inside = code.round().abs() <= largest  # theirs ends half a code earlier, at largest
+    slope = torch.where(inside, code.round() - code, code.sign() * largest)
+    of_lsq = (towards.reshape(groups) * slope).sum(1) / (code.shape[1] * largest) ** 0.5
+    moved = magnitude.grad.double() / largest  # of the step size, by a step of the magnitude
+    assert 0 < (~inside).sum() < inside.sum()
+    torch.testing.assert_close(moved, of_lsq * largest**-1.5, rtol=1e-4, atol=1e-7)
+
+
 def test_learning_finds_a_better_scale_than_the_largest_weight():
     torch.manual_seed(0)
     target = torch.randn(8, 64)
