@@ -200,6 +200,18 @@ def require_same_past(
             )
 
 
+def blend_end(drops: Sequence[tuple[int, int]], blend_steps: int, step: int) -> int:
+    """Returns the step from which a weight lies on its grid, 0 before the first drop.
+
+    Args:
+        drops: (step, bits) of its block; the first is no drop.
+        blend_steps: Steps over which the weight fades into its grid after each.
+        step: Completed steps; later drops do not count.
+    """
+    last = max(at for at, _ in drops if at <= step)
+    return last + blend_steps if last else 0
+
+
 def require_blends_end(
     matched: Sequence[MatchedParameter], blocks: Blocks, schedule: Schedule
 ) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moq._C import Schedule, TrainedParameter, Trainer
-from moq.blocks import Blocks
+from moq.blocks import Blocks, blend_end
 from moq.config import MoQConfig
 from moq.record import MASTER_KEY
 from moq.replaced import (
@@ -417,11 +417,11 @@ class Masters:
         plans = schedule.plan()
         result = []
         for m, block in self.placed():
-            last_drop = max(drop for drop, _ in plans[block] if drop <= step)
-            if 0 < last_drop and step < last_drop + m.spec.blend_steps:
+            end = blend_end(plans[block], m.spec.blend_steps, step)
+            if step < end:
                 raise RuntimeError(
                     f"MoQOptimizer: {m.name} still blends with its full-precision value until step "
-                    f"{last_drop + m.spec.blend_steps}, got step {step}: export after it"
+                    f"{end}, got step {step}: export after it"
                 )
             result.append(
                 QuantizedParameter(

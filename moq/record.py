@@ -70,10 +70,11 @@ class Record:
                 "into that optimizer before wrapping it"
             )
         data = json.loads(text)
-        if data.pop("format") != FORMAT:
+        written = data.pop("format", None)
+        if written != FORMAT:
             raise ValueError(
-                f"MoQOptimizer.load_state_dict: the state must have format {FORMAT}: it was "
-                "written by another version of moq"
+                f"MoQOptimizer.load_state_dict: the state must have format {FORMAT}, got "
+                f"{written!r}: continue with the version of moq that saved it"
             )
         return cls(**data)
 

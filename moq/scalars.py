@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moq._C import Schedule
+from moq.blocks import blend_end
 from moq.loggers import CsvLogger, Logger
 from moq.masters import Masters
 from moq.reporting import is_main_process
@@ -279,14 +280,9 @@ def _blend_ratios(
     masters: Masters, plans: Sequence[Sequence[tuple[int, int]]], step: int
 ) -> dict[int, float]:
     """Returns the share of full precision in the weights of each block that blends at all."""
-
-    def ratio(m: MatchedParameter, block: int) -> float:
-        last_drop = max(at for at, _ in plans[block] if at <= step)
-        left = last_drop + m.spec.blend_steps - step
-        return max(0.0, left / m.spec.blend_steps) if last_drop else 0.0
-
     ratios: dict[int, float] = {}
     for m, block in masters.placed():
         if m.spec.blend_steps:
-            ratios[block] = max(ratios.get(block, 0.0), ratio(m, block))
+            left = blend_end(plans[block], m.spec.blend_steps, step) - step
+            ratios[block] = max(ratios.get(block, 0.0), left / m.spec.blend_steps)
     return ratios

@@ -131,7 +131,10 @@ def require_wrappable(optimizer: torch.optim.Optimizer, model: nn.Module, total_
             "MoQOptimizer(optimizer, model, config)"
         )
     if isinstance(optimizer, OptimizerWrapper):
-        raise TypeError(f"{where}: optimizer must not be a MoQOptimizer already")
+        raise TypeError(
+            f"{where}: optimizer must not be a MoQOptimizer already: give it further parameters by "
+            "its add_param_group, or use it as it is"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int):

@@ -539,3 +539,17 @@ def test_loss_of_a_resumed_model_is_that_of_the_saved_one(decoder):
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     assert loss_of(other, batch(9)).item() == loss_of(model, batch(9)).item()
+
+
+@pytest.mark.parametrize("written", [None, 0, 99])
+def test_a_state_of_another_format_is_refused_with_the_remedy(decoder, written):
+    optimizer = wrap(decoder(), FALLING)
+    state = optimizer.state_dict()
+    record = json.loads(state["param_groups"][0]["moq"])
+    if written is None:
+        del record["format"]
+    else:
+        record["format"] = written
+    state["param_groups"][0]["moq"] = json.dumps(record)
+    with pytest.raises(ValueError, match=rf"got {written}: continue with the version of moq that"):
+        optimizer.load_state_dict(state)

@@ -17,6 +17,7 @@ from moq._C import (
     stretch,
     stretch_rules,
 )
+from moq.blocks import blend_end
 from moq.cli import main
 from moq.config import MoQConfig
 from moq.schedule import Width, outlook_of, rules_outlook
@@ -524,3 +525,10 @@ def test_a_rule_is_a_named_function_of_the_sensitivity(rule, factors):
     assert [stretch(rule, s) for s in (0.0, 0.125, 0.5, 1.0)] == factors
     with pytest.raises(Error, match="'none', 'stepped' or 'linear', got 'cubic'"):
         stretch("cubic", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("step", "end"), [(0, 0), (2, 0), (3, 8), (6, 8), (7, 12), (8, 13), (40, 13)]
+)
+def test_a_blend_ends_so_many_steps_after_the_last_drop_so_far(step, end):
+    assert blend_end([(0, 9), (3, 8), (7, 7), (8, 6)], 5, step) == end
