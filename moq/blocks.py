@@ -84,6 +84,16 @@ def assign_blocks(matched: Sequence[MatchedParameter]) -> Blocks:
     )
 
 
+def layer_of(block: str) -> str:
+    """Returns the layer that a block is, or is a part of, by the block's name.
+
+    Example:
+        >>> layer_of("model.layers.3 (16 to 4 bits)")
+        'model.layers.3'
+    """
+    return block.partition(" ")[0]
+
+
 def _suffix(paces: Sequence[Pace], pace: Pace, rule: str) -> str:
     """Tells one of several blocks of a layer from the others."""
     if len(paces) == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moq._C import Schedule
+from moq.blocks import layer_of
 from moq.manifest import CONFIG_NAME, MANIFEST_NAME, FormatError, read_json
 from moq.report_axis import Point
 from moq.report_html import short_names
@@ -45,6 +46,11 @@ class Layer:
     def bits_at(self, step: int) -> int:
         """Returns the width after so many steps."""
         return min(bits for at, bits in self.drops if at <= step)
+
+    @property
+    def whole(self) -> str:
+        """The layer of which this is all or, where rules split it, a part."""
+        return layer_of(self.name)
 
     @property
     def start_bits(self) -> int:

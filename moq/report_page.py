@@ -261,7 +261,8 @@ def _headline(run: RunRecord, weights: RunWeights) -> str:
         "is plan"
     )
     matrices = sum(total.matrices for total in weights.widths.values())
-    return f"{run.model}, {matrices:,} quantized weights in {len(run.layers)} layers; {state}."
+    layers = len({layer.whole for layer in run.layers})
+    return f"{run.model}, {matrices:,} quantized weights in {layers} layers; {state}."
 
 
 def _cards(run: RunRecord, weights: RunWeights) -> str:

@@ -35,11 +35,12 @@ def plan_section(run: RunRecord, weights: dict[str, int]) -> str:
     steps = Axis(0, run.total_steps, "optimizer step")
     happened, planned = "what happened", "plan without sensitivities"
     late = {layer.name: layer.arrival - layer.even[-1][0] for layer in run.layers}
-    moved = sum(1 for shift in late.values() if shift)
-    reached = sum(1 for layer in run.layers if layer.arrival <= run.step)
+    moved = len({layer.whole for layer in run.layers if late[layer.name]})
+    layers = {layer.whole for layer in run.layers}
+    ahead_of = {layer.whole for layer in run.layers if layer.arrival > run.step}
     lead = (
-        f"{reached} of {len(run.layers)} layers have their target width after {run.step:,} of "
-        f"{run.total_steps:,} steps. "
+        f"{len(layers) - len(ahead_of)} of {len(layers)} layers have their target width after "
+        f"{run.step:,} of {run.total_steps:,} steps. "
     )
     if run.probes:
         lead += (
@@ -100,7 +101,7 @@ def plan_section(run: RunRecord, weights: dict[str, int]) -> str:
         for layer in run.layers
     ]
     header = ("layer", "bits", "possible before probes", "plan without", "arrival", "difference")
-    note = ". *: not reached" if reached < len(run.layers) else ""
+    note = ". *: not reached" if ahead_of else ""
     content += folded(
         "Table: steps of arrival", table(f"Step of arrival at the target width{note}", header, rows)
     )

@@ -20,7 +20,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from moq._C import Schedule, stretch
-from moq.blocks import Blocks, Pace, assign_blocks, make_schedule, retarget
+from moq.blocks import Blocks, Pace, assign_blocks, layer_of, make_schedule, retarget
 from moq.config import MoQConfig, OnUnfinished
 from moq.deepspeed import convert
 from moq.plotting import new_figure
@@ -385,12 +385,12 @@ def _carried_over(measured: Mapping[str, float], blocks: Sequence[str]) -> list[
     """
     layers: dict[str, dict[str, float]] = {}
     for name, value in measured.items():
-        layers.setdefault(name.partition(" ")[0], {})[name] = value
-    if layers.keys().isdisjoint(name.partition(" ")[0] for name in blocks):
+        layers.setdefault(layer_of(name), {})[name] = value
+    if layers.keys().isdisjoint(map(layer_of, blocks)):
         return None
     carried = []
     for name in blocks:
-        values = layers.get(name.partition(" ")[0], {})
+        values = layers.get(layer_of(name), {})
         alike = values.keys() <= set(blocks)
         carried.append(values.get(name, 0.0) if alike else max(values.values()))
     return carried

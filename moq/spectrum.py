@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moq import _C
+from moq.blocks import layer_of
 from moq.collective import raise_together
 from moq.curvature import Curvature
 from moq.probe_inputs import count_batches, require_whole, trainable_blocks
@@ -118,7 +119,8 @@ def spectral_density(
         batches: Data of this rank.
         model: The model that `loss_fn` calls, or the MoQOptimizer that trains it: then the blocks
             are those of its schedule.
-        blocks: Names among the model's blocks, or {name: parameters}; None takes all.
+        blocks: Names among the model's blocks, or {name: parameters}; None takes all. A layer that
+            rules split into several blocks may be named as a whole, without their suffix.
         steps: Lanczos steps for each random vector: nodes that stand for the spectrum.
         probes: Random vectors, at least 2; the standard error falls with their root.
         width: Standard deviation of the Gaussian that blurs the nodes into a density; None takes
@@ -235,18 +237,21 @@ def _choose(
     known: Mapping[str, Sequence[Tensor]],
     blocks: Sequence[str] | Mapping[str, Sequence[Tensor]] | None,
 ) -> Mapping[str, Sequence[Tensor]]:
-    """Returns the blocks that were asked for."""
+    """Returns the blocks that were asked for, by their names or those of their layers."""
     if blocks is None or isinstance(blocks, Mapping):
         return known if blocks is None else blocks
     if isinstance(blocks, str):
         blocks = [blocks]
+    layers: dict[str, list[Tensor]] = {}
+    for name, members in known.items():
+        layers.setdefault(layer_of(name), []).extend(members)
     for name in blocks:
-        if name not in known:
+        if name not in known and name not in layers:
             raise ValueError(
                 f"spectral_density: blocks must be among the model's {len(known)}, "
                 f"{', '.join(list(known)[:3])}…, got {name!r}{suggestion(name, known)}"
             )
-    return {name: known[name] for name in blocks}
+    return {name: known.get(name) or layers[name] for name in blocks}
 
 
 def _mean_product(

@@ -376,6 +376,19 @@ def test_every_grid_and_shape_of_schedule_has_a_page(tmp_path, config):
         assert "0 of 3 layers have their target width" in words(text)
 
 
+def test_layers_that_rules_split_are_counted_once(tmp_path):
+    model = tiny_llama(layers=3)
+    rules = [{"match": "model.layers.[01].mlp.down_proj", "schedule": {"finish_at": 1.0}}]
+    optimizer = wrap(model, {"schedule": {"finish_at": 0.6}, "rules": rules}, 20)
+    for step in range(12):
+        train_step(Logits(model), optimizer, step)
+    assert len(optimizer.schedule().block_names) == 5
+    optimizer.save(tmp_path / "run")
+    text = words(report(tmp_path / "run"))
+    assert "21 quantized weights in 3 layers" in text
+    assert "1 of 3 layers have their target width after 12 of 20 steps" in text
+
+
 def test_steps_that_a_resumed_training_made_again_count_once(run):
     file = run / "scalars.csv"
     file.write_text(file.read_text() + "3,loss,7.5\n999,loss,8.5\n")

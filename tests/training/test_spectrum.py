@@ -198,6 +198,23 @@ def test_an_optimizer_measures_the_blocks_of_its_schedule(decoder):
     )
 
 
+def test_a_layer_that_rules_split_is_measured_whole_or_in_parts(decoder):
+    model = decoder()
+    rules = [{"match": "*.down_proj", "target_bits": 4}]
+    optimizer = wrap(model, {"rules": rules}, 20)
+    sizes = {}
+    for names in (["layers.0"], ["layers.0 (16 to 8 bits)", "layers.0 (16 to 4 bits)"]):
+        found = moq.spectral_density(
+            lambda tokens: loss_of(model, tokens), [batch(0)], optimizer, blocks=names, steps=4,
+            progress=False,
+        )  # fmt: skip
+        assert list(found) == names
+        sizes |= {name: density.num_weights for name, density in found.items()}
+    part = model.layers[0].down_proj.weight.numel()
+    assert sizes["layers.0 (16 to 4 bits)"] == part
+    assert sizes["layers.0"] == sizes["layers.0 (16 to 8 bits)"] + part
+
+
 # ---------------------------------------------------------------------------------- in a run
 
 
