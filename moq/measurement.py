@@ -191,7 +191,7 @@ class Measurement:
             )
         except BudgetTooSmallError as error:
             assert self.max_seconds is not None
-            raise BudgetTooSmallError(error.least + gone, self.max_seconds) from error
+            raise BudgetTooSmallError(error.least + gone, self.max_seconds) from None
         total = sum(min(count, size.batches) for count in self.counts)
         if "eigenvalue" in wanted:
             most = total * len(self.blocks) * size.products["eigenvalue"]

@@ -18,7 +18,7 @@ from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.masters import Masters
 from moq.planning import choose_for_masters, plan_by, require_plannable
-from moq.probe_cost import BudgetTooSmallError
+from moq.probe_cost import ProbeRefusedError
 from moq.probing import ProbeCost, Probes
 from moq.reporting import Reporter, is_main_process
 from moq.scalars import ScalarLog
@@ -228,14 +228,12 @@ class PlannedOptimizer(OptimizerWrapper):
         try:
             self._masters.catch_up()
             self._probe(probes.loss_fn, probes.batches, probes.options)
+        except ProbeRefusedError as error:
+            self._reporter.probe_left_out(self.steps, str(error))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error.__cause__, BudgetTooSmallError):
-                self._reporter.probe_left_out(self.steps, reason)
-                return
             warnings.warn(
                 f"MoQOptimizer: the measurement of step {self.steps} failed, and the plan stays "
-                f"as it is: {reason}",
+                f"as it is: {type(error).__name__}: {error}",
                 stacklevel=3,
             )
 

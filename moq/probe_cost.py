@@ -28,6 +28,10 @@ class BudgetTooSmallError(ValueError):
         self.least = least
 
 
+class ProbeRefusedError(ValueError):
+    """What is left of a training's budget for measurements has no room for the smallest one."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Wall seconds on the slowest rank.

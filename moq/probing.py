@@ -14,7 +14,7 @@ from moq.collective import all_gather
 from moq.config import MoQConfig
 from moq.masters import Masters
 from moq.planning import measure_blocks
-from moq.probe_cost import BudgetTooSmallError
+from moq.probe_cost import BudgetTooSmallError, ProbeRefusedError
 from moq.record import Pace
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Probes:
             if isinstance(error, BudgetTooSmallError) and limit is not None and left < error.least:
                 assert total is not None
                 self.state.least, self.state.refused = error.least, request
-                raise self._too_small(error, limit, total) from error
+                raise self._too_small(error, limit, total) from None
             raise
         self._spend(started)
         if form == "auto":
@@ -191,7 +191,9 @@ class Probes:
         self._last_seconds = max(all_gather(time.perf_counter() - started))
         self.state.spent += self._last_seconds
 
-    def _too_small(self, error: BudgetTooSmallError, limit: float, total: float) -> ValueError:
+    def _too_small(
+        self, error: BudgetTooSmallError, limit: float, total: float
+    ) -> ProbeRefusedError:
         """Says the share that would be enough: for what was spent, on trying too, and the rest.
 
         A tenth more, since times vary from one measurement to the next.
@@ -204,7 +206,7 @@ class Probes:
             other = "give smaller batches"
         else:  # a gradient of smaller ones would make the training shorter too
             other = f"probe after {_LEAST_STEPS} steps, whose time then counts"
-        return ValueError(
+        return ProbeRefusedError(
             f"MoQOptimizer.probe: sensitivity.max_cost must be {must} for the smallest measurement "
             f"({error.least:.2g} s, after {self.state.spent:.2g} s so far) in a training of "
             f"{total:.3g} s, got {limit:g}: {remedy}, {other}, or train longer"
