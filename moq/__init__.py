@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 from moq.config import (  # noqa: E402
     MoQConfig,
+    ObserverConfig,
     QuantSpec,
     Rule,
     ScheduleConfig,
@@ -44,6 +45,7 @@ if _TYPE_CHECKING:
 __all__ = [
     "MoQConfig",
     "MoQOptimizer",
+    "ObserverConfig",
     "QuantSpec",
     "Rule",
     "ScheduleConfig",
@@ -67,3 +69,8 @@ def __getattr__(name: str) -> _Any:
 
         return spectral_density
     raise AttributeError(f"module 'moq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists what is loaded at its first use too."""
+    return sorted({*globals(), *__all__})

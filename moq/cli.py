@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import moq
+
 # name -> (module with add_arguments(parser) and run(args) -> exit status, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "schedule": ("moq.schedule", "print the step at which every layer reaches every bit width"),
@@ -29,6 +31,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         description="Mixture-of-quantization training and INT8 inference.",
         epilog="moq COMMAND --help teaches one command.",
     )
+    parser.add_argument("--version", action="version", version=f"moq {moq.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(

@@ -578,6 +578,9 @@ def _parse_yaml(text: str) -> Any:
         loader.flatten_mapping(node)
         return _unique(loader.construct_pairs(node, deep=True))
 
+    # YAML 1.2 has 1e-1 among its numbers; to PyYAML, which reads 1.1, it is text.
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         return yaml.load(text, Loader)

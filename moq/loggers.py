@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,8 @@ class TensorBoardLogger:
 class CsvLogger:
     """Writes scalars to a CSV file with the columns step, name, value: one row for each.
 
-    A file that is there already is continued, so that a resumed training goes on in it.
+    A file that is there already is continued, so that a resumed training goes on in it: what it has
+    of the first step that is logged, and of later ones, is dropped, since they are made again.
     `MoQOptimizer.save` keeps a copy in the run, for ``moq report``.
 
     Args:
@@ -81,15 +83,40 @@ class CsvLogger:
             self._file.close()
             raise ValueError(f"{path}: must have the columns {list(self.COLUMNS)}, got {found}")
         self._writer = csv.writer(self._file)
+        self._continues = found is not None
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Writes the scalars of one step, into an empty file after the names of the columns."""
+        if self._continues:  # not when it is opened: every rank does that, one logs
+            self._continues = False
+            self._drop_from(step)
         self._file.seek(0, os.SEEK_END)
-        if self._file.tell() == 0:  # not when it is opened: every rank does that, one logs
+        if self._file.tell() == 0:
             self._writer.writerow(self.COLUMNS)
         self._writer.writerows((step, name, repr(value)) for name, value in scalars.items())
         self._file.flush()
 
+    def _drop_from(self, step: int) -> None:
+        """Drops the rows of a step and of those after it, and a row that was not written whole."""
+        self._file.seek(0)
+        rows = list(csv.reader(self._file))
+        kept = [rows[0]] + [row for row in rows[1:] if _step_of(row) < step]
+        if len(kept) == len(rows):
+            return
+        # Beside it first: killed at any moment, the file is the old or the new one.
+        beside = self.path.with_name(f".{self.path.name}.new")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(kept)
+        self._file.close()
+        os.replace(beside, self.path)
+        self._file = self.path.open("a+", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+
     def close(self) -> None:
         """Closes the file; what has been logged is in it after every call already."""
         self._file.close()
+
+
+def _step_of(row: list[str]) -> float:
+    """The step of a row; infinity of what is none, as when the process was killed in writing it."""
+    return int(row[0]) if len(row) == len(CsvLogger.COLUMNS) and row[0].isdecimal() else math.inf

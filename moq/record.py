@@ -61,6 +61,11 @@ class Record:
         Raises:
             ValueError: if there is none, or it has another format.
         """
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                "MoQOptimizer.load_state_dict: the state must have the keys 'state' and "
+                f"'param_groups', got {_some({str(key) for key in state_dict})}"
+            )
         groups = state_dict["param_groups"]
         text = groups[0].get(RECORD_KEY) if groups else None
         if text is None:

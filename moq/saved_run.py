@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,9 +183,9 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
     recover(directory)
     path = Path(directory)
     run = read_run(path)
-    model = _model_class(path / CONFIG_NAME).from_pretrained(
-        path, dtype="auto", local_files_only=True
-    )
+    model_class = _model_class(path / CONFIG_NAME)
+    with _without_progress_bar():
+        model = model_class.from_pretrained(path, dtype="auto", local_files_only=True)
     state = model.state_dict()
     masters = _C.read_safetensors(str(path / MASTERS_NAME))
     quantized = []
@@ -196,6 +197,19 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
             _parameter(name, entry, masters[name], state[name], absmax, path / RUN_NAME)
         )
     return SavedRun(model, quantized, run["history"], path)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing its own on standard error, for what takes a moment."""
+    logging: Any = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def read_run(directory: Path) -> dict[str, Any]:

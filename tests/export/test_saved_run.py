@@ -132,3 +132,10 @@ def test_sizes_are_read_with_their_units():
     for text in ("", "0", "-1", "5 TB", "many"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_size(text)
+
+
+def test_reading_a_run_draws_no_progress_bar_of_another_library(tmp_path, capsys):
+    save(tmp_path / "run")
+    capsys.readouterr()
+    load_run(tmp_path / "run")
+    assert "Loading weights" not in capsys.readouterr().err

@@ -39,3 +39,10 @@ def test_import_without_torch_says_how_to_get_an_environment(tmp_path: Path) -> 
 
     assert result.returncode != 0
     assert "make build" in result.stderr
+
+
+def test_what_is_loaded_at_its_first_use_is_listed_and_the_command_says_its_version() -> None:
+    listed = run_python("-c", "import moq; print(set(moq.__all__) - set(dir(moq)))")
+    assert listed.stdout.strip() == "set()", listed.stderr
+    version = run_python("-m", "moq", "--version")
+    assert version.stdout.startswith("moq 0."), version.stderr

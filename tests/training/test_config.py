@@ -217,3 +217,12 @@ def test_an_unreadable_file_is_an_error_that_names_it(tmp_path, name, text, mess
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         MoQConfig.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(("text", "value"), [("6e-1", 0.6), ("6E-1", 0.6), ("0.06e1", 0.6)])
+def test_yaml_has_numbers_with_an_exponent_and_no_dot(tmp_path, text, value):
+    path = tmp_path / "moq.yaml"
+    path.write_text(f"schedule: {{finish_at: {text}}}\nrules: [{{match: 1e.x}}]\n")
+    config = MoQConfig.load(path)
+    assert config.schedule.finish_at == pytest.approx(value)
+    assert config.rules[0].match == "1e.x"

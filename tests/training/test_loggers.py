@@ -1,5 +1,6 @@
 """What loggers are told: the right numbers, at the right steps, whoever listens."""
 
+import copy
 import csv
 
 import pytest
@@ -228,21 +229,46 @@ def test_what_is_on_its_way_is_told_before_a_param_group_brings_blocks(decoder, 
 
 def test_a_csv_file_has_a_row_for_each_scalar_and_is_continued(decoder, tmp_path):
     path = tmp_path / "logs" / "run.csv"
-    for first in (0, 2):
+    state = None
+    for first, last in ((0, 3), (2, 4)):  # killed after step 3, resumed from step 2
         model = decoder()
         logger = CsvLogger(path)
         optimizer = wrap(model, FALLING, loggers=logger, log_every=1)
-        for step in range(first, first + 2):
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in range(first, last):
             train_step(model, optimizer, step)
+            if optimizer.steps == 2:
+                state = copy.deepcopy(optimizer.state_dict())
         logger.close()
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["step", "name", "value"]
-    assert [row[0] for row in rows if row[1] == "moq/bits"] == ["1", "2", "1", "2"]
+    assert [row[0] for row in rows if row[1] == "moq/bits"] == ["1", "2", "3", "4"]
     plan = optimizer.schedule().plan()[0]
     bits = [bits for step, bits in plan if step <= 1][-1]
     assert float(next(row[2] for row in rows if row[1] == "moq/bits/layers.0")) == bits
     assert not any(row == rows[0] for row in rows[1:])
+
+
+def test_a_csv_file_forgets_the_steps_that_are_made_again(tmp_path):
+    path = tmp_path / "run.csv"
+    logger = CsvLogger(path)
+    for step in (10, 20, 30):
+        logger.log({"loss": step / 10, 'a "name", quoted': 1.0}, step=step)
+    logger.close()
+    path.write_text(path.read_text() + "40,lo")  # killed while it wrote
+    unused, logger = CsvLogger(path), CsvLogger(path)
+    assert path.read_text().endswith("40,lo")  # until something is logged
+    for step in (20, 20, 25):
+        logger.log({"loss": 5.0 + step}, step=step)
+    unused.close()
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row[1] == "loss"]
+    assert [(row[0], float(row[2])) for row in rows] == [
+        ("10", 1.0), ("20", 25.0), ("20", 25.0), ("25", 30.0),
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["run.csv"]
 
 
 def test_a_csv_file_that_two_ranks_open_has_one_header(tmp_path):

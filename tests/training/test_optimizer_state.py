@@ -553,3 +553,11 @@ def test_a_state_of_another_format_is_refused_with_the_remedy(decoder, written):
     state["param_groups"][0]["moq"] = json.dumps(record)
     with pytest.raises(ValueError, match=rf"got {written}: continue with the version of moq that"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [{}, {"state": {}}, {"model": 1}])
+def test_what_is_no_state_of_an_optimizer_is_refused_with_what_it_has(decoder, state):
+    optimizer = wrap(decoder(), {})
+    found = next(iter(state), "none")
+    with pytest.raises(ValueError, match=f"keys 'state' and 'param_groups', got {found}$"):
+        optimizer.load_state_dict(state)
