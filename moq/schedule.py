@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=N",
         help="mean_bits=6, bytes=90MB or latency=12ms: choose the last width of each layer of "
         "--run with the least expected loss (mean eigenvalue * squared rounding error), and print "
-        "the Pareto front; with CONFIG and --steps the plan with these widths too",
+        "the Pareto front; with CONFIG the plan with these widths too",
     )
     budget.add_argument(
         "--widths", metavar="BITS", help="widths that are offered (4,8,16)", default="4,8,16"
