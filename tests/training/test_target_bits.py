@@ -676,9 +676,11 @@ def test_the_command_refuses_a_run_that_does_not_name_its_blocks(run, tmp_path, 
     [
         (["--budget", "mean_bits=6"], "--budget needs --run RUN"),
         ([], "CONFIG and --steps are needed"),
-        (["--run", "x"], "CONFIG and --steps are needed"),
+        (["x"], "CONFIG and --steps are needed"),
+        (["--steps", "9"], "CONFIG and --steps are needed"),
         (["x", "--steps", "9", "--latency-table", "t"], "--latency-table needs --budget"),
-        (["--run", "x", "--budget", "bytes=9", "--steps", "9"], "--steps and --deepspeed need a"),
+        (["--run", "x", "--budget", "bytes=9", "--steps", "9"], "--steps with --budget needs a"),
+        (["--run", "x", "--deepspeed"], "--deepspeed needs a CONFIG"),
     ],
 )
 def test_the_command_refuses_a_line_that_it_cannot_use(arguments, message, capsys):
