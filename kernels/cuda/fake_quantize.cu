@@ -13,6 +13,7 @@
 #include "kernels/common/visit.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/fake_quantize_elements.h"
+#include "kernels/cuda/fake_quantize_groups.h"
 #include "kernels/cuda/fake_quantize_table.h"
 #include "kernels/cuda/fake_quantize_tiles.h"
 #include "kernels/cuda/fake_quantize_vectors.h"
@@ -107,8 +108,9 @@ __global__ void __launch_bounds__(kThreads)
   if (step.skip != nullptr && *step.skip != 0.0F) {
     return;
   }
-  for_each_tile(table, [&](int tensor, const Tiling& tiling, std::int64_t tile) {
+  for_each_tile(table, [&](int tensor, std::int64_t tile) {
     const FakeQuantizeTensor& matrix = table.tensors[tensor];
+    const Tiling tiling = tiling_of(matrix);
     if (matrix.scale_rule == ScaleRule::kGiven) {
       return;
     }
@@ -129,8 +131,9 @@ __global__ void __launch_bounds__(kThreads)
   if (step.skip != nullptr && *step.skip != 0.0F) {
     return;
   }
-  for_each_tile(table, [&](int tensor, const Tiling& tiling, std::int64_t tile) {
+  for_each_tile(table, [&](int tensor, std::int64_t tile) {
     const FakeQuantizeTensor& matrix = table.tensors[tensor];
+    const Tiling tiling = tiling_of(matrix);
     const Place place = place_of(matrix, tiling, tile, static_cast<int>(threadIdx.x));
     const int num_bits = step.num_bits[table.number[tensor]];
     GroupCollection* slots = slots_of(table, step, tensor);
@@ -162,8 +165,9 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const auto draw_step = static_cast<std::uint32_t>(step.step != nullptr ? *step.step : 0);
-  for_each_tile(table, [&](int tensor, const Tiling& tiling, std::int64_t tile) {
+  for_each_tile(table, [&](int tensor, std::int64_t tile) {
     const FakeQuantizeTensor& matrix = table.tensors[tensor];
+    const Tiling tiling = tiling_of(matrix);
     const Place place = place_of(matrix, tiling, tile, static_cast<int>(threadIdx.x));
     const int num_bits = step.num_bits[table.number[tensor]];
     const float blend_ratio =
@@ -261,15 +265,6 @@ void launch_collecting(const FakeQuantizeArgs& args, const Step& step, int multi
   }
 }
 
-Step step_of(const FakeQuantizeArgs& args) {
-  return {.num_bits = args.num_bits,
-          .blend_ratio = args.blend_ratio,
-          .step = args.step,
-          .skip = args.skip,
-          .slots = static_cast<GroupCollection*>(args.workspace),
-          .seed = args.seed};
-}
-
 void check(const FakeQuantizeArgs& args) {
   for (std::size_t i = 0; i < args.tensors.size(); ++i) {
     check_fake_quantize_tensor(args.tensors[i], i);
@@ -301,6 +296,7 @@ void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream) {
   const Step step = step_of(args);
   launch_collecting(args, step, sm_count, stream);
   fake_quantize_vectors(args, sm_count, stream);
+  fake_quantize_groups(args, sm_count, stream);
   const auto others = [](const FakeQuantizeTensor& matrix) { return !takes_vectors(matrix); };
   for_each_table(args.tensors, others, [&](const Table& table) {
     const std::span tensors(table.tensors, static_cast<std::size_t>(table.size));

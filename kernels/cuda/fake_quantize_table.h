@@ -41,7 +41,17 @@ struct Step {
 constexpr std::size_t kMoreParameters = 128;  // that a kernel may have besides
 static_assert(sizeof(Table) + sizeof(Step) + kMoreParameters <= 32764);
 
-/// Calls body(tensor's index in the table, its tiling, tile) for the tiles that are this block's.
+/// The part of a call that is not its matrices.
+Step step_of(const FakeQuantizeArgs& args) {
+  return {.num_bits = args.num_bits,
+          .blend_ratio = args.blend_ratio,
+          .step = args.step,
+          .skip = args.skip,
+          .slots = static_cast<GroupCollection*>(args.workspace),
+          .seed = args.seed};
+}
+
+/// Calls body(tensor's index in the table, tile) for the tiles that are this block's.
 template <typename Body>
 __device__ void for_each_tile(const Table& table, const Body& body) {
   int tensor = 0;
@@ -50,7 +60,7 @@ __device__ void for_each_tile(const Table& table, const Body& body) {
     while (tile >= table.first_tile[tensor + 1]) {
       ++tensor;
     }
-    body(tensor, tiling_of(table.tensors[tensor]), tile - table.first_tile[tensor]);
+    body(tensor, tile - table.first_tile[tensor]);
   }
 }
 
@@ -70,10 +80,15 @@ bool is_collected_here(const FakeQuantizeTensor& matrix) {
   return rows_share_scales(matrix) && matrix.collected == nullptr;
 }
 
+std::int64_t default_tiles(const FakeQuantizeTensor& matrix) {
+  return tiling_of(matrix).tiles;
+}
+
 /// Calls body(table) for tables of the matrices that are wanted.
-template <typename Wanted, typename Body>
+/// @param tiles_of  a matrix's number of tiles
+template <typename Wanted, typename Body, typename Tiles = decltype(default_tiles)>
 void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& wanted,
-                    const Body& body) {
+                    const Body& body, const Tiles& tiles_of = default_tiles) {
   Table table{};
   std::int64_t slot = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -82,7 +97,7 @@ void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& w
       table.tensors[table.size] = matrix;
       table.number[table.size] = static_cast<std::int32_t>(i);
       table.first_slot[table.size] = slot;
-      table.first_tile[table.size + 1] = table.first_tile[table.size] + tiling_of(matrix).tiles;
+      table.first_tile[table.size + 1] = table.first_tile[table.size] + tiles_of(matrix);
       ++table.size;
     }
     slot += is_collected_here(matrix) ? num_groups(matrix) : 0;

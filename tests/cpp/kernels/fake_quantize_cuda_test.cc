@@ -21,6 +21,7 @@ TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/cuda/fake_quantize_groups.h"
 #include "kernels/cuda/fake_quantize_vectors.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
@@ -312,6 +313,110 @@ TEST(FakeQuantizeCuda, VectorsOfGroupsGiveTheBitsOfTheDefinition) {
                           .group_size = group_size,
                           .padding = 0});
   }
+}
+
+// ---- The same in groups that a few lanes hold.
+
+using Groups = std::tuple<std::int64_t, QuantMode, Rounding, DType, DType>;
+
+class FakeQuantizeCudaGroups : public ::testing::TestWithParam<Groups> {
+ protected:
+  /// `columns` groups in each of `rows` rows.
+  static Case groups(std::int64_t rows, std::int64_t columns) {
+    const auto& [group_size, mode, rounding, input, output] = GetParam();
+    return {.rows = rows,
+            .cols = columns * group_size,
+            .granularity = columns == 1 ? Granularity::kPerChannel : Granularity::kPerGroup,
+            .mode = mode,
+            .rounding = rounding,
+            .group_size = columns == 1 ? 0 : group_size,
+            .input_dtype = input,
+            .output_dtype = output,
+            .scale_dtype = output,
+            .first_element = 4096,
+            .padding = 0};
+  }
+
+  static void expect_right(const Case& c, const std::vector<std::pair<int, float> >& values = {}) {
+    const Problem problem(c);
+    const DeviceProblem device{problem};
+    FakeQuantizeTensor tensor = device.tensor();
+    tensor.codes = nullptr;
+    ASSERT_TRUE(cuda::takes_groups(tensor)) << c;
+    expect_vectors_right(c, values);
+  }
+};
+
+TEST_P(FakeQuantizeCudaGroups, GiveTheBitsOfTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const auto& [rows, columns] : {Shape{1, 1}, Shape{5, 3}, Shape{37, 2}, Shape{3, 65}}) {
+    Case c = groups(rows, columns);
+    for (const int num_bits : {8, 2, 4, 16}) {
+      c.num_bits = num_bits;
+      expect_right(c);
+    }
+  }
+}
+
+TEST_P(FakeQuantizeCudaGroups, BlendAndHoldNaNAsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = groups(5, 3);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    expect_right(c, {{3, bad}});
+  }
+  c.blend_ratio = 0.3F;
+  expect_right(c);
+  expect_right(c, {{0, std::numeric_limits<float>::quiet_NaN()}});
+}
+
+TEST_P(FakeQuantizeCudaGroups, OfWidthsWithoutAGridAreAsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  Case c = groups(5, 3);
+  for (const int num_bits : {0, 1, 17}) {
+    c.num_bits = num_bits;
+    expect_right(c);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Sizes, FakeQuantizeCudaGroups,
+    ::testing::Combine(::testing::Values(8, 16, 32, 64, 128),
+                       ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric), kRoundings,
+                       ::testing::Values(DType::kFloat32), ::testing::Values(DType::kFloat32)));
+
+INSTANTIATE_TEST_SUITE_P(DTypes, FakeQuantizeCudaGroups,
+                         ::testing::Combine(::testing::Values(64),
+                                            ::testing::Values(QuantMode::kSymmetric), kRoundings,
+                                            kFloats, kFloats));
+
+TEST(FakeQuantizeCuda, OnlyOneArrayOfGroupsIsTakenAsSuch) {
+  const auto takes = [](const Case& c) {
+    const Problem problem(c);
+    alignas(16) static std::byte memory[64];
+    FakeQuantizeTensor tensor = problem.tensor(memory, memory, nullptr, nullptr, nullptr);
+    return cuda::takes_vectors(tensor) && cuda::takes_groups(tensor);
+  };
+  const Case whole{.rows = 4,
+                   .cols = 128,
+                   .granularity = Granularity::kPerGroup,
+                   .group_size = 64,
+                   .padding = 0};
+  EXPECT_TRUE(takes(whole));
+  Case changed = whole;
+  changed.padding = 8;
+  EXPECT_FALSE(takes(changed));
+  changed = whole;
+  changed.cols = 48 * 4;
+  changed.group_size = 48;  // 12 lanes
+  EXPECT_FALSE(takes(changed));
+  changed = whole;
+  changed.cols = 512;
+  changed.group_size = 256;  // 64 lanes
+  EXPECT_FALSE(takes(changed));
+  changed = whole;
+  changed.unsharded_cols = 256;
+  EXPECT_FALSE(takes(changed));
 }
 
 TEST(FakeQuantizeCuda, VectorsAreCopiedAtZeroBits) {
