@@ -370,12 +370,23 @@ TEST_P(FakeQuantizeCudaGroups, BlendAndHoldNaNAsTheDefinition) {
   expect_right(c, {{0, std::numeric_limits<float>::quiet_NaN()}});
 }
 
-TEST_P(FakeQuantizeCudaGroups, OfWidthsWithoutAGridAreAsTheDefinition) {
+TEST_P(FakeQuantizeCudaGroups, OfWidthsWithoutAGridAreAsOfOtherMatrices) {
   MOQ_SKIP_WITHOUT_GPU();
-  Case c = groups(5, 3);
-  for (const int num_bits : {0, 1, 17}) {
+  for (const int num_bits : {0, 1, 17}) {  // a copy, NaN and NaN
+    Case c = groups(5, 3);
     c.num_bits = num_bits;
-    expect_right(c);
+    const Problem problem(c);
+    const DeviceProblem device{problem};
+    FakeQuantizeTensor tensor = device.tensor();
+    tensor.codes = nullptr;
+    ASSERT_TRUE(cuda::takes_groups(tensor)) << c;
+    const Buffer width(&num_bits, sizeof(std::int32_t));
+    cuda::fake_quantize({.tensors = {&tensor, 1}, .num_bits = width.as<std::int32_t>()}, nullptr);
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    const Result expected = run(problem);  // with codes, by the other kernel
+    EXPECT_EQ(device.result().output, expected.output) << c;
+    EXPECT_EQ(device.result().scales, expected.scales) << c;
+    EXPECT_EQ(device.result().zero_points, expected.zero_points) << c;
   }
 }
 
