@@ -50,9 +50,22 @@ class TensorBoardLogger:
         self.writer = target
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Writes the scalars of one step."""
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        """Hands the scalars of one step to the writer, which writes now and then by itself."""
+        file_writer = getattr(self.writer, "file_writer", None)
+        if file_writer is None:  # closed, which add_scalar undoes, or of another make
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            return
+        # As add_scalar does, but one record for all: a record takes longer than what is in it.
+        from tensorboard.compat.proto.summary_pb2 import (  # type: ignore[import-untyped]
+            Summary,
+        )
+
+        values = [Summary.Value(tag=name, simple_value=v) for name, v in scalars.items()]
+        file_writer.add_summary(Summary(value=values), step)
+
+    def flush(self) -> None:
+        """Waits until all that has been logged is in the file; MoQOptimizer.flush_logs calls it."""
         self.writer.flush()
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from moq._C import Schedule
+from moq._C import Schedule, Trainer
 from moq.blocks import blend_end
-from moq.loggers import CsvLogger, Logger
+from moq.loggers import CsvLogger, Logger, TensorBoardLogger
 from moq.masters import Masters
 from moq.reporting import is_main_process
 from moq.rules import MatchedParameter
@@ -22,6 +23,8 @@ from moq.sharding import local_tensor
 #: What is summed over the weights of a block: squared quantization error, squared master, weights
 #: whose code changed in the step, weights.
 SUMS = 4
+#: Weights that are looked at together, at most, unless one is larger.
+CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class ScalarLog:
         self.every = every
         self._calls = 0
         self._codes: list[torch.Tensor] | None = None
+        self._chunks: list[_Chunk] = []
+        self._chunked: Trainer | None = None
         self._pending: deque[_Measurement] = deque()
 
     def before_step(self, masters: Masters) -> None:
@@ -77,14 +82,16 @@ class ScalarLog:
         self._calls += 1
         wanted = bool(self.loggers) and masters.matched and (masters.sharded or is_main_process())
         if due and wanted and not _is_capturing():
-            self._codes = _codes(masters)
+            if self._chunked is not masters.trainer:  # another one wherever weights are added
+                self._chunks, self._chunked = _chunks(masters), masters.trainer
+            self._codes = list(_codes(masters, self._chunks))
 
     @torch.no_grad()
     def after_step(self, masters: Masters) -> None:
         """Measures, if `before_step` saw that it is time, and tells what has arrived."""
         if self._codes is not None:
             before, self._codes = self._codes, None
-            values = _measure(masters, before)
+            values = _measure(masters, self._chunks, before)
             if masters.sharded and dist.is_initialized():
                 dist.all_reduce(values[1:])
             self._pending.append(_to_host(values))
@@ -107,6 +114,9 @@ class ScalarLog:
                 else:
                     scalars = dict(zip(measured.names, values[1:], strict=True))
                 self.tell(scalars, step=int(values[0]))
+        for logger in self.loggers if wait and is_main_process() else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.flush()
 
     @torch.no_grad()
     def add(self, figures: Mapping[str, float | torch.Tensor], masters: Masters) -> None:
@@ -173,20 +183,64 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _codes(masters: Masters) -> list[torch.Tensor]:
-    """The integers of every simulated weight, which lies on its grid already."""
+class _Chunk(NamedTuple):
+    """Weights that are looked at together: of one block, on one device, with one kind of grid.
+
+    Attributes:
+        block: Number of the block.
+        members: Their places in Masters.matched.
+        grid: Arguments of the operator that computes their integers, of all in one call; None: a
+            single weight whose scales are learned, or shared with other ranks.
+    """
+
+    block: int
+    members: list[int]
+    grid: dict[str, Any] | None
+
+
+def _chunks(masters: Masters) -> list[_Chunk]:
+    """Returns all weights in chunks; a large weight is one of its own.
+
+    What is computed of a chunk takes memory, and a call takes the host's time, however small the
+    weights are.
+    """
+    filling: dict[Any, _Chunk] = {}
+    elements: dict[Any, int] = {}
+    chunks: list[_Chunk] = []
+    for index, (m, block) in enumerate(masters.placed()):
+        weight = local_tensor(m.parameter)
+        own = m.spec.scale == "learned" or masters.shared_scales.row(m.parameter) is not None
+        grid = {
+            "granularity": m.granularity,
+            "group_size": m.group_size,
+            "mode": m.spec.mode,
+            "transposed": m.transposed,
+        }
+        # Rows of one length, each with scales of its own, may as well be those of one matrix.
+        alone = index if own or m.granularity in ("per_tensor", "per_rows") else None
+        columns = weight.shape[0 if m.transposed else 1]  # of this rank's shard
+        key = (block, weight.device, weight.dtype, columns, alone, *grid.values())
+        if key not in filling or elements[key] + weight.numel() > CHUNK_ELEMENTS:
+            filling[key] = _Chunk(block, [], None if own else grid)
+            chunks.append(filling[key])
+            elements[key] = 0
+        filling[key].members.append(index)
+        elements[key] += weight.numel()
+    return chunks
+
+
+def _codes(masters: Masters, chunks: Sequence[_Chunk]) -> Iterator[torch.Tensor]:
+    """Yields the integers of the simulated weights, which lie on their grid already, by chunk."""
     trainer = masters.trainer
     schedule, earliest, latest = trainer.schedule, trainer.step_seen, trainer.step_at_most
-    codes = []
-    for index, (m, block) in enumerate(masters.placed()):
-        first, *others = _widths(schedule, block, earliest, latest)
-        found = _codes_on_grid(masters, m, first)
+    for chunk in chunks:
+        first, *others = _widths(schedule, chunk.block, earliest, latest)
+        codes = _codes_on_grid(masters, chunk, first)
         # Only the device knows which of the drops that the host asked for it has reached.
         for num_bits in others:
-            reached = trainer.control_of(index)[0] == num_bits
-            found = torch.where(reached, _codes_on_grid(masters, m, num_bits), found)
-        codes.append(found)
-    return codes
+            reached = trainer.control_of(chunk.members[0])[0] == num_bits
+            codes = torch.where(reached, _codes_on_grid(masters, chunk, num_bits), codes)
+        yield codes.reshape(-1)
 
 
 def _widths(schedule: Schedule, block: int, earliest: int, latest: int) -> list[int]:
@@ -197,41 +251,56 @@ def _widths(schedule: Schedule, block: int, earliest: int, latest: int) -> list[
     return widths
 
 
-def _codes_on_grid(masters: Masters, m: MatchedParameter, num_bits: int) -> torch.Tensor:
-    if masters.simulators is not None and m.spec.scale == "learned":
+def _codes_on_grid(masters: Masters, chunk: _Chunk, num_bits: int) -> torch.Tensor:
+    if chunk.grid is None:
+        return _codes_of_own_scales(masters, masters.matched[chunk.members[0]], num_bits)
+    weights = _simulated(masters, chunk)
+    rows = 1 if chunk.grid["transposed"] else 0
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=rows)
+    codes: torch.Tensor = torch.ops.moq.quantize(weight, num_bits, **chunk.grid)[0]
+    return codes
+
+
+def _codes_of_own_scales(masters: Masters, m: MatchedParameter, num_bits: int) -> torch.Tensor:
+    """Returns the integers of a weight whose scales are learned, or those of all ranks."""
+    if masters.simulators is not None:
         return masters.simulators.of(m).codes(m.parameter.detach(), num_bits)
-    weight, transposed, extremes = local_tensor(masters.simulated(m)), m.transposed, 0
-    if masters.shared_scales.row(m.parameter) is not None:
-        weight = masters.shared_scales.with_extremes(m.parameter, weight)
-        transposed, extremes = False, 2
-    found: torch.Tensor = torch.ops.moq.quantize(
-        weight,
-        num_bits,
-        granularity=m.granularity,
-        group_size=m.group_size,
-        mode=m.spec.mode,
-        transposed=transposed,
+    weight = masters.shared_scales.with_extremes(m.parameter, local_tensor(masters.simulated(m)))
+    codes: torch.Tensor = torch.ops.moq.quantize(
+        weight, num_bits, granularity=m.granularity, mode=m.spec.mode
     )[0]
-    return found[:, : found.shape[1] - extremes]
+    return codes[:, :-2]
 
 
-def _measure(masters: Masters, before: list[torch.Tensor]) -> torch.Tensor:
+def _simulated(masters: Masters, chunk: _Chunk) -> list[torch.Tensor]:
+    return [local_tensor(masters.simulated(masters.matched[i])) for i in chunk.members]
+
+
+def _measure(
+    masters: Masters, chunks: Sequence[_Chunk], before: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Returns completed steps and the sums of each block, [1 + SUMS * blocks], float64."""
     step = masters.trainer.step_on_device
+    whole = [local_tensor(master.detach()) for _, master in masters.pairs()]
     sums: list[list[torch.Tensor]] = [[] for _ in masters.blocks.names]
-    for (m, block), (_, master), old, new in zip(
-        masters.placed(), masters.pairs(), before, _codes(masters), strict=True
-    ):
-        whole = local_tensor(master.detach())
-        error = local_tensor(masters.simulated(m)).to(whole.dtype) - whole
-        row = [
-            torch.linalg.vector_norm(error, dtype=torch.float64).square(),
-            torch.linalg.vector_norm(whole, dtype=torch.float64).square(),
-            (old != new).sum(dtype=torch.float64),
-            torch.full((), whole.numel(), dtype=torch.float64, device=whole.device),
-        ]
-        sums[block].append(torch.stack(row).to(step.device, non_blocking=True))
-    return torch.cat([step.to(torch.float64), *(torch.stack(rows).sum(dim=0) for rows in sums)])
+    now = _codes(masters, chunks)  # one chunk at a time: all together they are as large as before
+    for chunk, old, new in zip(chunks, before, now, strict=True):
+        flips = torch.count_nonzero(old != new).to(torch.float64).reshape(1)
+        count = torch.full((1,), len(new), dtype=torch.float64, device=new.device)
+        squares = _squares(_simulated(masters, chunk), [whole[i] for i in chunk.members])
+        sums[chunk.block].append(
+            torch.cat([squares, flips, count]).to(step.device, non_blocking=True)
+        )
+    rows = [torch.stack(parts).sum(dim=0) if parts[1:] else parts[0] for parts in sums]
+    return torch.cat([step.to(torch.float64), *rows])
+
+
+def _squares(simulated: list[torch.Tensor], whole: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the squared norms of simulated minus full-precision weights, and of these, [2]."""
+    errors = torch._foreach_sub(simulated, whole)
+    norms = [*torch._foreach_norm(errors, 2, dtype=torch.float64)]
+    norms += torch._foreach_norm(whole, 2, dtype=torch.float64)
+    return torch.stack(norms).square().reshape(2, -1).sum(1)
 
 
 def _to_host(values: torch.Tensor) -> _Measurement:

@@ -6,6 +6,8 @@ Models of the same weights take turns on the same batch, so that load of the mac
   plain           the optimizer with the same master precision: what moq's masters cost anyway
   pure            the optimizer on the model's parameters (half-precision models only)
   eager modules   fake-quantize modules in the forward pass, as eager QAT has them (CPU)
+  logged          moq that prints its drops and measures for TensorBoard and CSV at every step; by
+                  default it measures at every tenth (CPU)
 
 CPU: BERT-base's shape, FP32, batch 8 x 128, AdamW; wall time is what counts, and processor time,
 which other processes disturb less, tells what a busy machine's wall time hides. Both are split into
@@ -17,9 +19,11 @@ a run of steps, and the memory of each.
 """
 
 import argparse
+import contextlib
 import gc
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -36,6 +40,7 @@ from transformers import (
 )
 
 import moq
+from moq.loggers import CsvLogger, TensorBoardLogger
 
 NUM_LABELS = 26
 MINILM = {
@@ -47,7 +52,7 @@ MINILM = {
 ENCODERS = {"bert-base": ({}, (8, 128)), "minilm-l6": (MINILM, (32, 32))}
 DECODER = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 DECODER_BATCH = (8, 512)
-CPU_CASES = ["nearest", "stochastic", "eager modules"]
+CPU_CASES = ["nearest", "stochastic", "logged", "eager modules"]
 GPU_MODES = ["eager", "compiled"]
 LEARNING_RATE = 2e-5
 RUN = 4  # steps between two CUDA events
@@ -72,14 +77,19 @@ def decoder() -> GPT2LMHeadModel:
     return model.to(torch.bfloat16)
 
 
-def wrap(model: nn.Module, rounding: str, steps: int, **adamw: bool) -> moq.MoQOptimizer:
-    """The wrapper, 16 to 8 bits falling throughout."""
+def wrap(
+    model: nn.Module, rounding: str, steps: int, logs: str | None = None, **adamw: bool
+) -> moq.MoQOptimizer:
+    """The wrapper, 16 to 8 bits falling throughout; with a folder for logs it tells all it can."""
+    loggers = [] if logs is None else [TensorBoardLogger(logs), CsvLogger(f"{logs}/moq.csv")]
     return moq.MoQOptimizer(
         torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **adamw),
         model,
         {"rounding": rounding, "schedule": {"finish_at": 1.0}},
         total_steps=steps,
-        verbose=False,
+        verbose=logs is not None,
+        loggers=loggers,
+        log_every=1,
     )
 
 
@@ -176,10 +186,14 @@ def cpu_rows(name: str, cases: list[str], steps: int) -> Iterator[tuple[str, Row
         if rounding == "eager modules":
             with_fake_quantize_modules(other)
             optimizers[rounding] = torch.optim.AdamW(other.parameters(), lr=LEARNING_RATE)
+        elif rounding == "logged":
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is the result's
+                optimizers[rounding] = wrap(other, "nearest", steps + 1, tempfile.mkdtemp())
         else:
             optimizers[rounding] = wrap(other, rounding, steps + 1)
         calls = {key: parts_of(models[key], optimizers[key], batch) for key in models}
-        times = clocked(calls, steps)
+        with contextlib.redirect_stdout(sys.stderr):
+            times = clocked(calls, steps)
         case = f"{name} batch {size} x {length}, {rounding}"
         table = "eager fake-quantize modules" if rounding == "eager modules" else "training step"
         for row in rows_of_times(case, times[rounding], times["plain"]):

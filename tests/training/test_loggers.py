@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Recorder, batch, loss_of, masters, train_step, weights, wrap
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moq import MoQOptimizer
 from moq.loggers import CsvLogger, Logger, TensorBoardLogger
@@ -130,10 +131,72 @@ def test_measuring_changes_nothing(decoder):
 
 
 def test_without_loggers_nothing_is_measured(decoder, monkeypatch):
-    monkeypatch.setattr("moq.scalars._codes", lambda masters: pytest.fail("measured"))
+    monkeypatch.setattr("moq.scalars._codes", lambda *_: pytest.fail("measured"))
     model = decoder()
     optimizer = wrap(model, FALLING, log_every=1)
     train_step(model, optimizer, 0)
+
+
+GRIDS = {
+    "channels": {},
+    "groups": {"granularity": "per_group", "group_size": 4, "mode": "asymmetric"},
+    "tensors": {"granularity": "per_tensor"},
+    "ternary": {"mode": "ternary", "start_bits": 4, "target_bits": 2},
+    "learned": {"scale": "learned", "simulate": "autograd"},
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_weights_are_measured_together_as_one_by_one(monkeypatch, grid, conv1d):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    recorders = []
+    for elements in (1, 1 << 18):
+        monkeypatch.setattr("moq.scalars.CHUNK_ELEMENTS", elements)
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 12), nn.Linear(8, 4), nn.Linear(12, 8), nn.Linear(8, 8)]
+        if conv1d:
+            layers = [pytorch_utils.Conv1D(m.out_features, m.in_features) for m in layers]
+        recorders.append(recorder := Recorder())
+        model = nn.Module()
+        model.layers = nn.ModuleList([nn.ModuleList(layers[:3]), nn.ModuleList(layers[3:])])
+        optimizer = wrap(model, FALLING | GRIDS[grid], loggers=recorder, log_every=1)
+        for _ in range(10):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    one_by_one, together = recorders
+    assert together.steps.keys() == one_by_one.steps.keys()
+    for step, scalars in together.steps.items():
+        assert scalars == pytest.approx(one_by_one.steps[step], rel=1e-12)
+    assert any(scalars["moq/flips"] for scalars in together.steps.values())
+
+
+class Operations(TorchDispatchMode):
+    """Counts operators, but those that only look at memory in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is not torch.ops.aten.detach.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_measured_step_calls_as_many_operators_whatever_the_number_of_weights():
+    counts = {}
+    for weights_of_a_layer in (4, 40):
+        model = nn.Module()
+        parts = [nn.Linear(4, 4, bias=False) for _ in range(weights_of_a_layer)]
+        model.layers = nn.ModuleList([nn.ModuleList(parts)])
+        optimizer = wrap(model, FALLING, loggers=Recorder(), log_every=1)
+        masters, scalars = optimizer._masters, optimizer._scalars
+        with Operations() as operations:
+            scalars.before_step(masters)
+            scalars.after_step(masters)
+        counts[weights_of_a_layer] = operations.count
+    assert counts[4] == counts[40]
 
 
 def test_blend_ratios_are_told(decoder):
@@ -301,6 +364,7 @@ def test_tensorboard_has_a_curve_for_each_scalar(decoder, tmp_path, own_writer):
     optimizer = wrap(model, FALLING, loggers=loggers, log_every=2)
     for step in range(5):
         train_step(model, optimizer, step)
+    optimizer.flush_logs()  # the writer itself flushes every two minutes
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in ("moq/bits", "moq/flips/layers.1", "moq/quantization_error"):
         curve = {event.step: event.value for event in events.Scalars(name)}

@@ -81,3 +81,29 @@ def test_a_step_needs_no_more_than_a_cast_of_the_gradients(dtype, config, cast_b
         kept, peak = allocated(optimizer.step)
         assert cast_bytes * NUMEL <= peak <= cast_bytes * NUMEL + SLACK
         assert abs(kept) <= SLACK
+
+
+class Silent:
+    def log(self, scalars, *, step):
+        pass
+
+
+@pytest.mark.parametrize("form", ["in_place", "autograd"])
+@pytest.mark.parametrize(("bits", "code_bytes"), [(8, 1), (12, 2)])
+def test_a_measured_step_keeps_codes_and_looks_at_one_weight_after_the_other(
+    bits, code_bytes, form, monkeypatch
+):
+    monkeypatch.setattr("moq.scalars.CHUNK_ELEMENTS", 1)
+    model = model_of(torch.float32)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = MoQOptimizer(
+        sgd, model, FALLING | {"start_bits": bits, "target_bits": bits, "simulate": form},
+        total_steps=8, verbose=False, loggers=Silent(), log_every=1,
+    )  # fmt: skip
+    of_one = code_bytes + 4 + 8 + (4 if form == "autograd" else 0)  # codes, errors, float64, value
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        kept, peak = allocated(optimizer.step)
+        assert code_bytes * NUMEL <= peak <= code_bytes * NUMEL + of_one * SIZE * SIZE + SLACK
+        assert abs(kept) <= SLACK
