@@ -70,7 +70,6 @@ class CurvatureOperator:
         progress: Callable[[int], None] | None = None,
         enough: Callable[[], bool] | None = None,
     ) -> tuple[list[list[float]], bool]: ...
-    def gradient(self, block: Sequence[int]) -> list[Tensor]: ...
     def eigenvalues(
         self,
         block: Sequence[int],
@@ -136,7 +135,6 @@ def lanczos(
     max_iterations: int,
     tolerance: float,
     seed: int,
-    guess: Tensor | None = None,
 ) -> LanczosResult: ...
 
 class SpectralQuadrature:

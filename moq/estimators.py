@@ -15,7 +15,7 @@ from moq.progress import ProductBar
 
 Measure = Literal["trace", "eigenvalue", "both"]
 
-DEFAULT_TOLERANCE: dict[Kind, float] = {"trace": 0.1, "eigenvalue": 0.05}
+DEFAULT_TOLERANCE: dict[Kind, float] = {"trace": 0.1, "eigenvalue": 0.01}
 DEFAULT_PRODUCTS: dict[Kind, int] = {"trace": 12, "eigenvalue": 30}
 
 

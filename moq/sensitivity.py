@@ -121,7 +121,7 @@ def measure(
             each example; its traces are exact. ``auto``: exact, or finite_difference where an
             operation has no second derivative or memory is short, which is printed.
         tolerance: At which to stop. Trace: standard error of every block over the largest |trace|
-            (default 0.1). Eigenvalue: relative residual (default 0.05; the
+            (default 0.1). Eigenvalue: relative residual (default 0.01; the
             error is of the order of its square).
         max_products: Trace: over all batches, at least two each (default 12). Eigenvalue: for each
             block and batch (default 30).

@@ -168,13 +168,6 @@ void bind_hessian(py::module_& m) {
           "(samples [products][blocks], converged): unbiased estimates of the trace of every "
           "block.")
       .def(
-          "gradient",
-          [](const CurvatureOperator& self, const std::vector<std::int64_t>& block) {
-            const py::gil_scoped_release release;
-            return self.gradient(block);
-          },
-          py::arg("block"), "Gradient of the loss in some parameters.")
-      .def(
           "eigenvalues",
           [](const CurvatureOperator& self, const std::vector<std::int64_t>& block,
              int max_iterations, double tolerance, std::uint64_t seed, const Progress& progress) {
@@ -195,8 +188,7 @@ void bind_hessian(py::module_& m) {
           },
           py::arg("block"), py::kw_only(), py::arg("max_iterations"), py::arg("tolerance"),
           py::arg("seed"), py::arg("progress") = py::none(),
-          "Both ends of the spectrum of one block by Lanczos, begun from its gradient: a dict of "
-          "largest, smallest, "
+          "Both ends of the spectrum of one block by Lanczos: a dict of largest, smallest, "
           "dominant, residual "
           "(of the dominant pair), iterations, converged.");
 

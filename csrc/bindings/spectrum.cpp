@@ -3,7 +3,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -64,15 +63,13 @@ void bind_spectrum(py::module_& m) {
   m.def(
       "lanczos",
       [](const hessian::FlatProduct& product, std::int64_t n, at::ScalarType dtype,
-         int max_iterations, double tolerance, std::uint64_t seed,
-         const std::optional<at::Tensor>& guess) {
+         int max_iterations, double tolerance, std::uint64_t seed) {
         hessian::LanczosResult<double> result;
         {
           const py::gil_scoped_release release;
           result = hessian::lanczos_of(
               product, n, dtype,
-              {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed},
-              guess.value_or(at::Tensor()));
+              {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed});
         }
         return py::dict(
             py::arg("largest") = result.largest.value, py::arg("smallest") = result.smallest.value,
@@ -82,11 +79,10 @@ void bind_spectrum(py::module_& m) {
             py::arg("history") = result.history);
       },
       py::arg("product"), py::arg("n"), py::kw_only(), py::arg("dtype"), py::arg("max_iterations"),
-      py::arg("tolerance"), py::arg("seed"), py::arg("guess") = py::none(),
+      py::arg("tolerance"), py::arg("seed"),
       "Both ends of the spectrum of A [n, n]: a dict as that of HvpOperator.eigenvalues, and "
       "history, the dominant value after each product. product(x) returns A x for x [n] of `dtype` "
-      "on the CPU, which is valid during the call only. guess [n]: a vector near the dominant "
-      "eigenvector, supposedly.");
+      "on the CPU, which is valid during the call only.");
 
   m.def(
       "spectral_quadrature",

@@ -48,11 +48,6 @@ class CurvatureOperator {
   std::vector<at::Tensor> product(std::span<const std::int64_t> block,
                                   const std::vector<at::Tensor>& vectors) const;
 
-  /// The gradient of the loss in some parameters, as a product has it: large where the curvature
-  /// is, and so a place to look for the largest eigenvalues (Gur-Ari, Roberts, Dyer, Gradient
-  /// Descent Happens in a Tiny Subspace, 2018).
-  virtual std::vector<at::Tensor> gradient(std::span<const std::int64_t> block) const = 0;
-
   /// Shape of a parameter as a whole.
   std::vector<std::int64_t> sizes(std::int64_t index) const;
   /// Elements of a parameter as a whole.

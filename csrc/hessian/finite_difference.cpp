@@ -111,21 +111,6 @@ FiniteDifferenceOperator::FiniteDifferenceOperator(Gradient gradient,
   require_leaves(this->parameters());
 }
 
-std::vector<at::Tensor> FiniteDifferenceOperator::gradient(
-    std::span<const std::int64_t> block) const {
-  const std::vector<at::Tensor> parameters = members(block);
-  std::vector<at::Tensor> gradients = gradient_({block.begin(), block.end()});
-  TORCH_CHECK_VALUE(gradients.size() == parameters.size(),
-                    "finite_difference: the gradient must have one tensor per parameter, got ",
-                    gradients.size(), " for ", parameters.size());
-  for (std::size_t i = 0; i < gradients.size(); ++i) {
-    const at::ScalarType dtype = wide(parameters[i].scalar_type());
-    gradients[i] =
-        gradients[i].defined() ? gradients[i].to(dtype) : at::zeros_like(parameters[i], dtype);
-  }
-  return gradients;
-}
-
 double FiniteDifferenceOperator::length(std::span<const std::int64_t> block,
                                         const std::vector<at::Tensor>& vectors) const {
   double squares = 0.0;
@@ -139,14 +124,28 @@ FiniteDifferenceOperator::Difference FiniteDifferenceOperator::difference(
     std::span<const std::int64_t> block, const std::vector<at::Tensor>& vectors,
     double step) const {
   const at::NoGradGuard no_grad;
+  const std::vector<std::int64_t> indices(block.begin(), block.end());
+  const std::vector<at::Tensor> parameters = members(block);
+  const auto gradient = [&] {
+    std::vector<at::Tensor> gradients = gradient_(indices);
+    TORCH_CHECK_VALUE(gradients.size() == parameters.size(),
+                      "finite_difference: the gradient must have one tensor per parameter, got ",
+                      gradients.size(), " for ", parameters.size());
+    for (std::size_t i = 0; i < gradients.size(); ++i) {
+      const at::ScalarType dtype = wide(parameters[i].scalar_type());
+      gradients[i] =
+          gradients[i].defined() ? gradients[i].to(dtype) : at::zeros_like(parameters[i], dtype);
+    }
+    return gradients;
+  };
   Difference result{.step = step};
   std::vector<at::Tensor> behind;
   {
-    Perturbed perturbed(memory_of(members(block)), vectors);
+    Perturbed perturbed(memory_of(parameters), vectors);
     perturbed.move_to(step);
-    result.product = gradient(block);
+    result.product = gradient();
     perturbed.move_to(-step);
-    behind = gradient(block);
+    behind = gradient();
   }
   result.gradient = std::max(length(block, result.product), length(block, behind));
   for (std::size_t i = 0; i < behind.size(); ++i) {

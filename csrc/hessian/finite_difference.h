@@ -46,8 +46,6 @@ class FiniteDifferenceOperator : public CurvatureOperator {
   double scale() const { return scale_; }
   double rate() const { return rate_; }  ///< 0 before the first product
 
-  std::vector<at::Tensor> gradient(std::span<const std::int64_t> block) const override;
-
  protected:
   /// @return in float32, or float64 for parameters of that dtype
   /// @throws moq::Error if no two step sizes agree; whatever the gradient throws.

@@ -1,6 +1,5 @@
 #include "csrc/hessian/fisher.h"
 
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -24,11 +23,10 @@ FisherOperator::FisherOperator(const at::Tensor& losses, std::vector<at::Tensor>
   require_leaves(this->parameters());
 }
 
-std::vector<at::Tensor> FisherOperator::gradient_of(const at::Tensor& loss,
-                                                    const at::Tensor& factor,
-                                                    const std::vector<at::Tensor>& inputs) const {
+std::vector<at::Tensor> FisherOperator::gradient(std::int64_t example,
+                                                 const std::vector<at::Tensor>& inputs) const {
   std::vector<at::Tensor> gradients =
-      torch::autograd::grad({loss}, inputs, {factor}, /*retain_graph=*/true,
+      torch::autograd::grad({losses_.select(0, example)}, inputs, {}, /*retain_graph=*/true,
                             /*create_graph=*/false, /*allow_unused=*/true);
   for (std::size_t i = 0; i < gradients.size(); ++i) {
     if (!gradients[i].defined()) {
@@ -36,17 +34,6 @@ std::vector<at::Tensor> FisherOperator::gradient_of(const at::Tensor& loss,
     }
   }
   return gradients;
-}
-
-std::vector<at::Tensor> FisherOperator::gradient_of(std::int64_t example,
-                                                    const std::vector<at::Tensor>& inputs) const {
-  const at::Tensor loss = losses_.select(0, example);
-  return gradient_of(loss, at::ones_like(loss), inputs);
-}
-
-std::vector<at::Tensor> FisherOperator::gradient(std::span<const std::int64_t> block) const {
-  const at::Tensor share = at::full_like(losses_, 1.0 / static_cast<double>(examples()));
-  return gradient_of(losses_, share, members(block));
 }
 
 std::vector<at::Tensor> FisherOperator::multiply(std::span<const std::int64_t> block,
@@ -58,7 +45,7 @@ std::vector<at::Tensor> FisherOperator::multiply(std::span<const std::int64_t> b
     products.push_back(at::zeros_like(input));
   }
   for (std::int64_t i = 0; i < examples(); ++i) {
-    const std::vector<at::Tensor> gradients = gradient_of(i, inputs);
+    const std::vector<at::Tensor> gradients = gradient(i, inputs);
     double length = 0.0;  // g_i . v
     for (const double part : dots(gradients, vectors)) {
       length += part;
@@ -79,7 +66,7 @@ std::vector<double> FisherOperator::traces(const Blocks& blocks, const Progress&
   std::vector<double> traces(blocks.size());
   const std::vector<at::Tensor> inputs = members(all);
   for (std::int64_t i = 0; i < examples(); ++i) {
-    const std::vector<at::Tensor> gradients = gradient_of(i, inputs);
+    const std::vector<at::Tensor> gradients = gradient(i, inputs);
     const std::vector<double> squares = dots(gradients, gradients);
     std::size_t position = 0;
     for (std::size_t b = 0; b < blocks.size(); ++b) {
@@ -103,7 +90,7 @@ double FisherOperator::largest_eigenvalue(const std::vector<std::int64_t>& block
   std::vector<std::vector<at::Tensor>> gradients;
   Eigen::MatrixXd gram(examples(), examples());
   for (std::int64_t i = 0; i < examples(); ++i) {
-    gradients.push_back(gradient_of(i, inputs));
+    gradients.push_back(gradient(i, inputs));
     for (std::int64_t j = 0; j <= i; ++j) {
       double product = 0.0;
       for (const double part : dots(gradients.back(), gradients[static_cast<std::size_t>(j)])) {

@@ -37,19 +37,14 @@ class FisherOperator : public CurvatureOperator {
   double largest_eigenvalue(const std::vector<std::int64_t>& block,
                             const Progress& progress = {}) const;
 
-  std::vector<at::Tensor> gradient(std::span<const std::int64_t> block) const override;
-
  protected:
   std::vector<at::Tensor> multiply(std::span<const std::int64_t> block,
                                    const std::vector<at::Tensor>& vectors) const override;
 
  private:
-  /// The gradient of factor . loss; zeros where it does not depend on a parameter.
-  std::vector<at::Tensor> gradient_of(const at::Tensor& loss, const at::Tensor& factor,
-                                      const std::vector<at::Tensor>& inputs) const;
-  /// The gradient of one example.
-  std::vector<at::Tensor> gradient_of(std::int64_t example,
-                                      const std::vector<at::Tensor>& inputs) const;
+  /// The gradient of one example; zeros where its loss does not depend on a parameter.
+  std::vector<at::Tensor> gradient(std::int64_t example,
+                                   const std::vector<at::Tensor>& inputs) const;
 
   at::Tensor losses_;  ///< [n]
 };

@@ -59,10 +59,6 @@ GaussNewtonOperator::GaussNewtonOperator(const at::Tensor& loss, const at::Tenso
   check.throw_unless_differentiable(pulled_back_);
 }
 
-std::vector<at::Tensor> GaussNewtonOperator::gradient(std::span<const std::int64_t> block) const {
-  return pull_back({outputs_}, members(block), {output_gradient_.detach()});
-}
-
 std::vector<at::Tensor> GaussNewtonOperator::multiply(
     std::span<const std::int64_t> block, const std::vector<at::Tensor>& vectors) const {
   std::vector<at::Tensor> maps;

@@ -25,8 +25,6 @@ class GaussNewtonOperator : public CurvatureOperator {
   GaussNewtonOperator(const at::Tensor& loss, const at::Tensor& outputs,
                       std::vector<at::Tensor> parameters);
 
-  std::vector<at::Tensor> gradient(std::span<const std::int64_t> block) const override;
-
  protected:
   std::vector<at::Tensor> multiply(std::span<const std::int64_t> block,
                                    const std::vector<at::Tensor>& vectors) const override;

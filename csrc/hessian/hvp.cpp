@@ -23,15 +23,6 @@ HvpOperator::HvpOperator(const at::Tensor& loss, std::vector<at::Tensor> paramet
   check.throw_unless_differentiable(gradients_);
 }
 
-std::vector<at::Tensor> HvpOperator::gradient(std::span<const std::int64_t> block) const {
-  std::vector<at::Tensor> gradients = members(block);
-  for (std::size_t i = 0; i < gradients.size(); ++i) {
-    const at::Tensor& known = gradients_[static_cast<std::size_t>(block[i])];
-    gradients[i] = known.defined() ? known.detach() : at::zeros_like(gradients[i]);
-  }
-  return gradients;
-}
-
 std::vector<at::Tensor> HvpOperator::multiply(std::span<const std::int64_t> block,
                                               const std::vector<at::Tensor>& vectors) const {
   const std::vector<at::Tensor> inputs = members(block);

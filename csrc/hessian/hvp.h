@@ -26,8 +26,6 @@ class HvpOperator : public CurvatureOperator {
   ///     naming it.
   HvpOperator(const at::Tensor& loss, std::vector<at::Tensor> parameters);
 
-  std::vector<at::Tensor> gradient(std::span<const std::int64_t> block) const override;
-
  protected:
   std::vector<at::Tensor> multiply(std::span<const std::int64_t> block,
                                    const std::vector<at::Tensor>& vectors) const override;

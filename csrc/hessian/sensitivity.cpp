@@ -85,10 +85,8 @@ LanczosResult<double> eigenvalues_in(const CurvatureOperator& hessian,
       progress(++products);
     }
   };
-  std::vector<Scalar> guess(static_cast<std::size_t>(size));
-  join<Scalar>(hessian, block, hessian.gradient(block), guess);
   const kernels::ThreadScope threads(at::get_num_threads());
-  const LanczosResult<Scalar> result = lanczos(product, size, options, std::move(guess));
+  const LanczosResult<Scalar> result = lanczos(product, size, options);
   return {.largest = {result.largest.value, result.largest.residual, {}},
           .smallest = {result.smallest.value, result.smallest.residual, {}},
           .iterations = result.iterations,

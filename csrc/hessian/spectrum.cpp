@@ -23,16 +23,6 @@ Operator<Scalar> flat_operator(const FlatProduct& product, std::int64_t n) {
   };
 }
 
-template <typename Scalar>
-std::vector<Scalar> flat_vector(const at::Tensor& x) {
-  if (!x.defined()) {
-    return {};
-  }
-  const at::Tensor flat = x.reshape(-1).to(at::kCPU, c10::CppTypeToScalarType<Scalar>::value);
-  const Scalar* data = flat.contiguous().const_data_ptr<Scalar>();
-  return {data, data + flat.numel()};
-}
-
 bool is_double(at::ScalarType dtype) {
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
                     "hessian: dtype must be float32 or float64, got ", dtype);
@@ -50,12 +40,10 @@ LanczosResult<double> widened(const LanczosResult<float>& result) {
 }  // namespace
 
 LanczosResult<double> lanczos_of(const FlatProduct& product, std::int64_t n, at::ScalarType dtype,
-                                 const EigenOptions& options, const at::Tensor& guess) {
+                                 const EigenOptions& options) {
   const kernels::ThreadScope threads(at::get_num_threads());
-  return is_double(dtype)
-             ? lanczos(flat_operator<double>(product, n), n, options, flat_vector<double>(guess))
-             : widened(lanczos(flat_operator<float>(product, n), n, options,
-                               flat_vector<float>(guess)));
+  return is_double(dtype) ? lanczos(flat_operator<double>(product, n), n, options)
+                          : widened(lanczos(flat_operator<float>(product, n), n, options));
 }
 
 SpectralQuadrature spectral_quadrature_of(const FlatProduct& product, std::int64_t n,

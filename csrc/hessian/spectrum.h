@@ -17,11 +17,10 @@ using FlatProduct = std::function<at::Tensor(const at::Tensor& x)>;
 /// lanczos of A [n, n], without vectors.
 ///
 /// @param dtype  of the vectors, at::kFloat or at::kDouble
-/// @param guess  of n elements; undefined: none
 /// @throws c10::ValueError if dtype is another or a product has another number of elements;
 ///     moq::Error as lanczos.
 LanczosResult<double> lanczos_of(const FlatProduct& product, std::int64_t n, at::ScalarType dtype,
-                                 const EigenOptions& options, const at::Tensor& guess = {});
+                                 const EigenOptions& options);
 
 /// spectral_quadrature of A [n, n].
 ///

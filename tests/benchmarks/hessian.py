@@ -172,7 +172,6 @@ class Layers:
     def lanczos(self, name: str, max_iterations: int, tolerance: float) -> _C.LanczosResult:
         """Of moq."""
         size = sum(p.numel() for p in self.blocks[name])
-        gradient = self.operator.gradient(self.indices(name))
         return _C.lanczos(
             self.flat_product(name),
             size,
@@ -180,7 +179,6 @@ class Layers:
             max_iterations=max_iterations,
             tolerance=tolerance,
             seed=0,
-            guess=torch.cat([piece.reshape(-1) for piece in gradient]),
         )
 
 

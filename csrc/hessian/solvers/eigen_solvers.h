@@ -46,15 +46,10 @@ struct LanczosResult {
 ///   residual <= tolerance |value|
 /// and the other end cannot overtake it, or when the Krylov space is exhausted. The error of an
 /// eigenvalue is at most the residual, and usually of the order of its square.
-///
-/// @param guess  a vector of any length with a large part, supposedly, in the dominant eigenspace:
-///     one half of the start vector, the other is random, so that a wrong guess costs a product and
-///     hides nothing; empty or zero: none
-/// @throws moq::Error if n < 1, an option is out of range, the guess has another size or A yields a
-///     number that is not finite.
+/// @throws moq::Error if n < 1, an option is out of range or A yields a number that is not finite.
 template <typename Scalar>
 LanczosResult<Scalar> lanczos(const Operator<Scalar>& product, std::int64_t n,
-                              const EigenOptions& options = {}, std::vector<Scalar> guess = {});
+                              const EigenOptions& options = {});
 
 template <typename Scalar>
 struct PowerIterationResult {

@@ -7,7 +7,6 @@
 //
 // so that the residual costs nothing, and in exact arithmetic an eigenvalue of A lies that close.
 #include <algorithm>
-#include <utility>
 
 #include "csrc/hessian/solvers/eigen_solvers.h"
 #include "csrc/hessian/solvers/lanczos_process.h"
@@ -45,12 +44,9 @@ bool has_converged(const LanczosResult<Scalar>& result, double tolerance) {
 
 template <typename Scalar>
 LanczosResult<Scalar> lanczos(const Operator<Scalar>& product, std::int64_t n,
-                              const EigenOptions& options, std::vector<Scalar> guess) {
+                              const EigenOptions& options) {
   check_options("lanczos", n, options);
-  MOQ_CHECK(guess.empty() || std::ssize(guess) == n, "lanczos: the guess must have ", n,
-            " elements, got ", guess.size());
-  LanczosProcess<Scalar> process(product, start_vector(n, options.seed, std::exchange(guess, {})),
-                                 "lanczos");
+  LanczosProcess<Scalar> process(product, start_vector<Scalar>(n, options.seed), "lanczos");
   LanczosResult<Scalar> result;
   bool ends = false;
   while (!ends) {
@@ -71,9 +67,7 @@ LanczosResult<Scalar> lanczos(const Operator<Scalar>& product, std::int64_t n,
   return result;
 }
 
-template LanczosResult<float> lanczos(const Operator<float>&, std::int64_t, const EigenOptions&,
-                                      std::vector<float>);
-template LanczosResult<double> lanczos(const Operator<double>&, std::int64_t, const EigenOptions&,
-                                       std::vector<double>);
+template LanczosResult<float> lanczos(const Operator<float>&, std::int64_t, const EigenOptions&);
+template LanczosResult<double> lanczos(const Operator<double>&, std::int64_t, const EigenOptions&);
 
 }  // namespace moq::hessian

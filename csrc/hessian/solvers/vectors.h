@@ -54,22 +54,4 @@ Vector<Scalar> start_vector(std::int64_t n, std::uint64_t seed) {
   return v * static_cast<Scalar>(1.0 / length);
 }
 
-/// The same, turned half-way to `guess`, unless that is empty or zero.
-template <typename Scalar>
-Vector<Scalar> start_vector(std::int64_t n, std::uint64_t seed, const std::vector<Scalar>& guess) {
-  const Vector<Scalar> random = start_vector<Scalar>(n, seed);
-  if (guess.empty()) {
-    return random;
-  }
-  const Eigen::Map<const Vector<Scalar>> near(guess.data(), n);
-  const double length = norm<Scalar>(near);
-  MOQ_CHECK(std::isfinite(length), "lanczos: the guess must be finite, got length ", length);
-  if (length == 0.0) {
-    return random;
-  }
-  const Vector<Scalar> v = random + near * static_cast<Scalar>(1.0 / length);
-  const double both = norm(v);
-  return both > 0.5 ? Vector<Scalar>(v * static_cast<Scalar>(1.0 / both)) : random;  // n = 1: -1
-}
-
 }  // namespace moq::hessian
