@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from moq import _C
 
 T = TypeVar("T")
 
@@ -18,6 +21,13 @@ def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
+    if "gloo" in dist.get_backend_config(group):
+        # all_gather_object sends tensors that a thread of gloo's may still hold when the process
+        # exits, which aborts then.
+        ranks = dist.group.WORLD if group is None else group
+        assert ranks is not None  # it is initialized
+        gathered = _C.all_gather_bytes(ranks.group_name, pickle.dumps(value))
+        return [pickle.loads(other) for other in gathered]
     values: list[T] = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -10,6 +10,7 @@
 
 #include "csrc/bindings/bindings.h"
 #include "csrc/grid_names.h"
+#include "csrc/trainer/gather.h"
 #include "kernels/common/name_hash.h"
 
 namespace moq::bindings {
@@ -54,6 +55,18 @@ void bind_trainer(pybind11::module_& m) {
            py::arg("unsharded_cols"), py::arg("scale_rule") = "absmax",
            py::arg("collected") = py::none());
 
+  m.def(
+      "all_gather_bytes",
+      [](const std::string& process_group_name, const std::string& own) {
+        std::vector<std::string> gathered;
+        {
+          const py::gil_scoped_release release;
+          gathered = trainer::all_gather_bytes(process_group_name, own);
+        }
+        return std::vector<py::bytes>(gathered.begin(), gathered.end());
+      },
+      py::arg("process_group_name"), py::arg("own"),
+      "The bytes of all ranks of a process group that carries CPU tensors, in order of rank.");
   m.attr("COLLECTION_WORDS") = trainer::kCollectionWords;
   m.def("name_hash", &name_hash, py::arg("name"),
         "What a parameter's name is in the key of its random stream: 32 bits.");

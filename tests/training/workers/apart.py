@@ -9,6 +9,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from workers.job import run_checks
 
 import moq
+from moq.collective import all_gather
 from moq.integrations import Training
 
 STATIC = {
@@ -69,6 +71,20 @@ def require_shared(model: nn.Module, optimizer: moq.MoQOptimizer, alone: Decoder
     same = [seen for other, seen in everywhere((key, mine)) if other == key]
     assert len(same) > 1
     assert averages(optimizer) == {name: max(seen[name] for seen in same) for name in mine}
+
+
+def check_ranks_tell_each_other_things_without_tensors_of_pythons() -> None:
+    """A thread of gloo's that drops one of those while the interpreter exits ends the process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    own = {"rank": rank, "value": 0.1 * rank, "long": "x" * 1000 * rank}
+    with mock.patch.object(dist, "all_gather_object", side_effect=AssertionError):
+        everyone = all_gather(own)
+        pair = all_gather(own, pairs[rank // 2])
+        assert all_gather(None) == [None] * ranks
+    assert [other["rank"] for other in everyone] == list(range(ranks))
+    assert everyone[rank] == own and [len(other["long"]) for other in everyone][1] == 1000
+    assert pair == everyone[rank // 2 * 2 : rank // 2 * 2 + 2]
 
 
 def check_a_rank_that_trains_a_model_of_its_own_waits_for_nobody() -> None:
