@@ -112,6 +112,9 @@ DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "gpt2_wide_heads": lambda: GPT2LMHeadModel(  # the heads of GPT-2 itself
+        GPT2Config(**_GPT2 | {"n_embd": 128, "n_head": 2, "initializer_range": 0.1})
+    ),
     "gpt2_relu": lambda: GPT2LMHeadModel(
         GPT2Config(**_GPT2, n_inner=50, activation_function="relu")
     ),
@@ -214,6 +217,16 @@ def open_fp32(directory: Path, device: str, **options: Any) -> Engine:
     return Engine.from_pretrained(
         directory, device=device, compute_dtype="fp32", policy=policy_in(directory), **options
     )
+
+
+DECODE_STEPS = ("chain", "persistent")  # ways to compute a GPU's steps of one token
+
+
+def open_decoding_by(path: str, monkeypatch: Any, directory: Path, **options: Any) -> Engine:
+    """A GPU engine of INT8 weights whose steps of one token are computed by one of these ways."""
+    with monkeypatch.context() as context:
+        context.setenv("MOQ_DECODE_STEP", path)
+        return Engine.from_pretrained(directory, device="cuda", dtype="int8", **options)
 
 
 def same_bits(device: str, actual: Tensor, expected: Tensor) -> bool:

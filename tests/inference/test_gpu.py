@@ -10,7 +10,14 @@ import models
 import pytest
 import torch
 from little_memory import little_memory
-from models import greedy, open_fp32, relative_error, sequences
+from models import (
+    DECODE_STEPS,
+    greedy,
+    open_decoding_by,
+    open_fp32,
+    relative_error,
+    sequences,
+)
 
 from moq import _C
 from moq.inference import Engine
@@ -315,3 +322,92 @@ def test_steps_without_graphs_give_the_same_tokens(smollm2, gpu):
     captured, single = (switched(smollm2[0], "fp16", **e) for e in ({}, {"MOQ_GPU_GRAPHS": "0"}))
     assert captured["graphs"] >= 29 and single["graphs"] == 0
     assert captured["tokens"] == single["tokens"]
+
+
+# ---- a step of one token as one kernel
+
+
+def kernels_of_a_step(engine) -> list[str]:
+    return [what for what, *_ in engine.core.decode_kernels()]
+
+
+@newest_gpus
+def test_layers_of_one_token_run_in_one_kernel_wherever_they_can(model_directory, gpu, monkeypatch):
+    directory = model_directory("gpt2_wide_heads")
+    (row,) = sequences(12)
+    engines = {path: open_decoding_by(path, monkeypatch, directory) for path in DECODE_STEPS}
+    unforced = Engine.from_pretrained(directory, device="cuda", dtype="int8")
+    for length in (12, 1, 30):
+        (row,) = sequences(length)
+        expected = engines["persistent"].generate(row, 60)
+        engines["chain"].generate(row, 60)
+        assert unforced.generate(row, 60) == expected
+    assert "all layers" not in kernels_of_a_step(engines["chain"])
+    assert kernels_of_a_step(engines["persistent"]).count("all layers") == 1
+    assert "attention" not in kernels_of_a_step(engines["persistent"])
+    assert kernels_of_a_step(unforced) == kernels_of_a_step(engines["persistent"])
+    unforced.generate(sequences(5, 9), 4)
+    assert "all layers" not in kernels_of_a_step(unforced)
+
+
+@newest_gpus
+def test_both_ways_of_a_step_continue_each_others_caches(model_directory, gpu, monkeypatch):
+    """One row alone takes the one kernel, and other numbers of rows the chain."""
+    engine = open_decoding_by("persistent", monkeypatch, model_directory("gpt2_wide_heads"))
+    (row,) = sequences(70)  # more than a page
+    cache = engine.core.make_cache(3, 96)
+    parent = cache.allocate()
+    engine.core.forward([row], [], cache, [parent])
+    child = cache.fork(parent)
+    for token in (5, 6, 7):
+        engine.core.forward([[token]], [], cache, [child])
+        engine.core.forward([[8], [9]], [], cache, [parent, child])
+    logits = engine.core.forward([[11]], [], cache, [child])
+    whole = engine.forward([[*row, 5, 9, 6, 9, 7, 9, 11]])[0][-1:]
+    assert relative_error(logits, whole) < 1e-2
+
+
+@newest_gpus
+@pytest.mark.parametrize("path", DECODE_STEPS)
+def test_a_step_that_meets_no_numbers_is_an_error_by_either_way(path, tmp_path, gpu, monkeypatch):
+    model = models.build("gpt2_wide_heads")
+    with torch.no_grad():
+        model.transformer.wpe.weight[6] = torch.nan
+    models.save("gpt2_wide_heads", model, tmp_path)
+    engine = open_decoding_by(path, monkeypatch, tmp_path)
+    tokens = engine.generate([3, 7, 4], 3).token_ids
+    with pytest.raises(_C.Error, match="a NaN or an infinity in row 0"):
+        engine.generate([3, 7, 4], 8)
+    assert engine.generate([3, 7, 4], 3).token_ids == tokens
+
+
+@newest_gpus
+def test_memory_report_counts_what_a_step_in_one_kernel_needs(model_directory, gpu, monkeypatch):
+    reported, allocated = [], []
+    for path in DECODE_STEPS:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        engine = open_decoding_by(path, monkeypatch, model_directory("gpt2_wide_heads"))
+        engine.generate(sequences(9), 4)
+        reported.append(engine.memory_report()["total"])
+        allocated.append(torch.cuda.memory_allocated() - before)
+        del engine
+    more = reported[1] - reported[0]
+    assert more > 1e5
+    assert abs(allocated[1] - allocated[0] - more) < 0.02 * more
+
+
+@newest_gpus
+def test_the_way_of_a_step_is_one_of_two_and_possible(model_directory, gpu, monkeypatch):
+    directory = model_directory("gpt2_wide_heads")
+    with pytest.raises(_C.Error, match="MOQ_DECODE_STEP must be chain or persistent, got faster"):
+        open_decoding_by("faster", monkeypatch, directory)
+    for name, options in [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("gpt2_wide_heads", {"kv_cache_dtype": "int8"}),
+        ("gpt2_wide_heads", {"activations": "dynamic"}),
+        ("gpt2_wide_heads", {"compute_dtype": "fp32"}),
+    ]:
+        with pytest.raises(_C.Error, match="MOQ_DECODE_STEP=persistent must be asked of"):
+            open_decoding_by("persistent", monkeypatch, model_directory(name), **options)

@@ -8,7 +8,7 @@ import models
 import pytest
 import rounded_models
 import torch
-from models import DECODERS, reference_logits, sequences
+from models import DECODE_STEPS, DECODERS, open_decoding_by, reference_logits, sequences
 
 from moq.inference import Engine
 
@@ -121,6 +121,29 @@ def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu):
         )
         print(f"{name} {weights} {sizes}: decided positions {decided:.3f}")
         assert decided >= FEWEST_DECIDED[weights]
+
+
+@pytest.mark.parametrize("path", DECODE_STEPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_either_way_of_a_decode_step_errs_and_decides_as_its_dtype(
+    dtype, path, model_directory, gpu, monkeypatch
+):
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs compute capability 9.0, which has both ways")
+    directory = model_directory("gpt2_wide_heads")
+    engine = open_decoding_by(path, monkeypatch, directory, compute_dtype=dtype)
+    model = models.simulate_int8(models.build("gpt2_wide_heads"))
+    (prompt,) = sequences(9)
+    tokens = engine.generate(prompt, 80).token_ids
+    row = [*prompt, *tokens[:-1]]
+    naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), [row]))
+    exact = logits_of(with_parameters_in(torch.float64, model), [row], "cpu")
+    for sizes in ([1], [40, 1, 1, 1]):
+        check_against_naive(cached_logits(engine, in_pieces(row, *sizes)), naive, exact)
+    naive_error = max((values - exact).abs().max().item() for values in naive)
+    exact = exact[len(prompt) - 1 :]
+    lost = exact.amax(dim=-1) - exact.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    assert lost.max() <= 4 * naive_error
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

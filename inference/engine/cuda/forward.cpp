@@ -24,8 +24,12 @@ void CudaTransformer::run_layers(const Step& step) {
   num_tokens_ = step.num_tokens;
   const std::int64_t m = num_tokens_;
   x_ = rows_of_x(m);
+  if (is_decode_step(step)) {
+    run_decode_step(step);
+    return;
+  }
   const void* x = workspace_.x;
-  embed(step);
+  embed(step, workspace_.x);
   for (std::size_t i = 0; i < device_weights_.layers.size(); ++i) {
     const DeviceLayer& layer = device_weights_.layers[i];
     const auto index = static_cast<std::int64_t>(i);
@@ -53,9 +57,10 @@ void CudaTransformer::run_layers(const Step& step) {
   }
 }
 
-/// x = token embedding + token type embedding + position embedding, and its norm if there is one.
-void CudaTransformer::embed(const Step& step) {
-  kernels::DeviceEmbeddingArgs args{.output = workspace_.x,
+/// output = token embedding + token type embedding + position embedding, and its norm if there is
+/// one.
+void CudaTransformer::embed(const Step& step, void* output) {
+  kernels::DeviceEmbeddingArgs args{.output = output,
                                     .num_tokens = step.num_tokens,
                                     .hidden_size = spec_.hidden_size,
                                     .dtype = dtype_};
@@ -73,7 +78,7 @@ void CudaTransformer::embed(const Step& step) {
   launch("embedding", step.num_tokens, spec_.hidden_size, 0,
          [&] { gpu::embedding(args, stream_); });
   if (spec_.embedding_norm) {
-    normalize(workspace_.x, device_weights_.embedding_norm, workspace_.x, step.num_tokens);
+    normalize(output, device_weights_.embedding_norm, output, step.num_tokens);
   }
 }
 

@@ -149,6 +149,10 @@ kernels::DevicePages PagedKvCache::pages(std::int64_t layer) const {
   return pages;
 }
 
+std::int64_t PagedKvCache::layer_stride() const {
+  return 2 * num_pages_ * num_kv_heads() * kPageTokens * head_dim();
+}
+
 void PagedKvCache::copy(std::int64_t from, std::int64_t to) {
   for (std::int64_t index = 0; index < pages_for(length(from)); ++index) {
     const std::int32_t page = page_of(from, index);

@@ -41,6 +41,8 @@ class PagedKvCache final : public KvCache {
   void sync_page_table();
 
   kernels::DevicePages pages(std::int64_t layer) const;
+  /// Elements from a layer's keys, or values, to those of the next one.
+  std::int64_t layer_stride() const;
   const std::int32_t* page_table() const { return device_table_.const_data_ptr<std::int32_t>(); }
   std::int64_t page_table_stride() const { return pages_per_slot_; }
 

@@ -37,6 +37,7 @@ CudaTransformer::CudaTransformer(ModelSpec spec, Weights weights,
       device_weights_(spec_, weights_, dtype) {
   for_each_linear(weights_, [](Linear& linear) { linear.bias = {}; });
   device_weights_.alibi_slopes = device_weights_.keep(own_alibi_slopes());
+  prepare_decode_step();
 }
 
 /// Nothing may be running when the weights' memory is given back.
@@ -48,8 +49,8 @@ MemoryReport CudaTransformer::memory() const {
   MemoryReport report{.weights = weight_bytes(weights_) + device_weights_.bytes(),
                       .kv_cache = generation_cache_ ? generation_cache_->bytes() : 0,
                       .workspace = workspace_.bytes()};
-  for (const at::Tensor* tensor :
-       {&cos_, &sin_, &head_in_, &logits_, &all_logits_, &joined_, &tokens_, &seen_}) {
+  for (const at::Tensor* tensor : {&decode_state_, &cos_, &sin_, &head_in_, &logits_, &all_logits_,
+                                   &joined_, &tokens_, &seen_}) {
     report.workspace += tensor->defined() ? static_cast<std::int64_t>(tensor->nbytes()) : 0;
   }
   report.workspace += eager_inputs_ ? eager_inputs_->bytes() : 0;

@@ -19,6 +19,7 @@
 #include "inference/engine/cuda/workspace.h"
 #include "inference/engine/transformer.h"
 #include "inference/policies/parameter_map.h"
+#include "kernels/decode_step.h"
 
 namespace moq::inference {
 
@@ -101,7 +102,7 @@ class CudaTransformer final : public Transformer {
   void reserve_positions(std::int64_t num_positions);
 
   void run_layers(const Step& step);
-  void embed(const Step& step);
+  void embed(const Step& step, void* output);
   void attend(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
               std::int64_t index, const Step& step);
   void feed_forward(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
@@ -115,6 +116,12 @@ class CudaTransformer final : public Transformer {
   float* shared_absmax(kernels::DeviceNormArgs args);
   void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
                  const std::int32_t* rows = nullptr);
+
+  kernels::DecodeStepShape decode_step_shape() const;
+  bool has_decode_step() const;
+  void prepare_decode_step();
+  bool is_decode_step(const Step& step) const;
+  void run_decode_step(const Step& step);
 
   void run_head(const void* input, const std::int32_t* rows, std::int64_t count);
   at::Tensor rows_of_x(std::int64_t count) const;
@@ -149,6 +156,7 @@ class CudaTransformer final : public Transformer {
   c10::cuda::CUDAStream stream_;
   std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
   DeviceWeights device_weights_;
+  at::Tensor decode_state_;  ///< kernels::cuda::prepare_decode_step's; undefined: no such steps
 
   std::int64_t num_positions_ = 0;  ///< of the rotation's tables: a RotationTable's
   at::Tensor cos_;
