@@ -271,6 +271,17 @@ def check_what_fails_before_rank_0_writes_fails_on_all_ranks() -> None:
     assert not directory.exists()
 
 
+def check_shards_that_are_to_be_exported_are_refused_before_the_first_step() -> None:
+    directory = Path(os.environ["MOQ_TEST_DIRECTORY"]) / "shards"
+    training = Training(wrap(fully_shard(part_of(0)), FALLING, STEPS), "test", export=directory)
+    try:
+        training.begin(0, STEPS)
+    except RuntimeError as error:
+        assert "the model must be whole to be written" in str(error)
+    else:
+        raise AssertionError("the error comes after the training")
+
+
 def check_ranks_that_hold_different_weights_write_nothing() -> None:
     directory = Path(os.environ["MOQ_TEST_DIRECTORY"]) / "different"
     torch.manual_seed(dist.get_rank())
