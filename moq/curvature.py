@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moq import _C
 from moq.collective import all_gather, raise_together
 from moq.float32 import computes_in_half, full_float32, widened
+from moq.graph import leaves_of
 from moq.sharding import is_sharded, local_tensor
+from moq.undisturbed import without_gradients
 
 Form = Literal["auto", "exact", "finite_difference", "gauss_newton", "fisher"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -52,6 +54,7 @@ class Curvature:
         self._step = (1.0, 0.0)  # scale and rate of their steps, as the last batch found them
         self._stand_ins: Mapping[Tensor, Tensor] = {}
         self._half = False
+        self._beside: tuple[int, list[Tensor]] = (-1, [])  # a batch, see `_leaves_beside`
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
@@ -88,7 +91,7 @@ class Curvature:
         return _C.HvpOperator(losses, self.parameters)
 
     def _finite_difference(self, batch: Any, index: int) -> _C.CurvatureOperator:
-        leaves = [self._stand_ins.get(p, p) for p in self.parameters]
+        leaves = self._leaves()
         operator = _C.FiniteDifferenceOperator(
             lambda block: self._gradient(batch, index, [leaves[i] for i in block]),
             [local_tensor(leaf.detach()).requires_grad_() for leaf in leaves],
@@ -99,6 +102,10 @@ class Curvature:
         )
         return operator
 
+    def _leaves(self) -> list[Tensor]:
+        """The parameters, or what stands in their place."""
+        return [self._stand_ins.get(p, p) for p in self.parameters]
+
     def keep_step(self, operator: _C.CurvatureOperator) -> None:
         """Takes over the step that a batch has found."""
         if isinstance(operator, _C.FiniteDifferenceOperator) and not self._half:
@@ -106,6 +113,8 @@ class Curvature:
 
     def backward(self, batch: Any, index: int, form: str) -> None:
         """Adds the gradients of a batch's loss to the parameters; of a sharded model on all ranks.
+
+        What else the loss depends on has the gradients afterwards that it had before.
 
         Args:
             batch: What `loss_fn` takes.
@@ -120,7 +129,18 @@ class Curvature:
             # A rank that fails before its backward pass would leave the others waiting in theirs.
             with raise_together(self.group) if self.sharded else contextlib.nullcontext():
                 loss = _scalar_loss(self.loss_fn(batch), index, form)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with without_gradients(self._leaves_beside(loss, index)):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    def _leaves_beside(self, loss: Tensor, index: int) -> list[Tensor]:
+        """Returns what else gets a gradient of the loss of a batch, such as a head of its own.
+
+        Looked for once for each batch.
+        """
+        if self._beside[0] != index:
+            known = {*self.model.parameters(), *self.parameters, *self._stand_ins}
+            self._beside = (index, [leaf for leaf in leaves_of(loss) if leaf not in known])
+        return self._beside[1]
 
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Returns the gradients of the loss at the present values, and leaves none behind."""
@@ -133,7 +153,7 @@ class Curvature:
             else local_tensor(leaf.grad)
             for leaf in leaves
         ]
-        for parameter in self.model.parameters():
+        for parameter in (*self.model.parameters(), *self._leaves()):
             parameter.grad = None
         if missed := [p for p in self._stand_ins if p.requires_grad and p.grad is not None]:
             for tensor in missed:

@@ -78,7 +78,7 @@ class Measurement:
         own = Cost(0.0, 0.0)
         examples = 1
         reason: str | None = None
-        with undisturbed(self.model), curvature.frame():
+        with undisturbed(self.model, sum(self.blocks.values(), [])), curvature.frame():
             timed = self.max_seconds is not None or "eigenvalue" in kinds_of(self.measure)
             with raise_together(self.group):
                 try:

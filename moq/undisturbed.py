@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, others: Iterable[Tensor] = ()) -> Iterator[None]:
     """Runs the body with the model in eval mode, and restores what the body may have changed.
 
     Restored bit for bit: the training flag of every module, every buffer (identity and values), the
     gradient that each parameter holds, and the random states of Python, NumPy, the CPU and the
-    model's CUDA devices. Hooks that follow an accumulated gradient, such as an optimizer's, do not
-    run in the body.
+    model's CUDA devices. Hooks on gradients of parameters, a user's that scales them or an
+    optimizer's that follows them, do not run in the body.
 
     A DistributedDataParallel model does not synchronise in the body, so that ranks may evaluate it
     any number of times; its ranks must all enter. A model of fully_shard does, whatever
     set_requires_gradient_sync said, and is sharded before and after.
+
+    Args:
+        model: What the body evaluates.
+        others: Leaves that are treated as its parameters are.
 
     Raises:
         RuntimeError: if fully_shard holds gradients that have not been reduced yet.
@@ -32,7 +36,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_buffers(model))
         stack.enter_context(_training_flags(model))
         stack.enter_context(_sharded(model))
-        stack.enter_context(_gradients(model))
+        stack.enter_context(without_gradients([*model.parameters(), *others]))
         stack.enter_context(_no_collectives(model))
         model.eval()
         yield
@@ -76,10 +80,20 @@ def _buffers(model: nn.Module) -> Iterator[None]:
         for module, buffers in saved:
             module._buffers.clear()
             module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values.items():
-                if not torch.equal(buffer, value):  # an expanded buffer cannot be written
-                    buffer.copy_(value)
+        for buffer, value in values.items():
+            # Whatever it compares as: 0.0 equals -0.0. Past autograd's eyes: a graph that saved the
+            # buffer finds it as it was. A tensor of inference mode cannot have been written.
+            if not buffer.is_inference():
+                _written_part(buffer.data, buffer).copy_(_written_part(value, buffer))
+
+
+def _written_part(tensor: Tensor, buffer: Tensor) -> Tensor:
+    """The part of a tensor that has memory of its own if it is expanded as a buffer is."""
+    if buffer.layout is torch.strided:
+        for dim, (size, stride) in enumerate(zip(buffer.shape, buffer.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 @contextlib.contextmanager
@@ -93,22 +107,32 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gradients(model: nn.Module) -> Iterator[None]:
-    saved = [(parameter, parameter.grad) for parameter in model.parameters()]
+def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Lets leaves begin the body without gradients, and no hook on these run in it.
+
+    Afterwards they have the gradients and hooks that they had.
+    """
+    saved = [(leaf, leaf.grad) for leaf in dict.fromkeys(leaves)]
     # Autograd has these very dicts.
-    hooks = [h for p, _ in saved if (h := getattr(p, "_post_accumulate_grad_hooks", None))]
+    hooks = [
+        own
+        for leaf, _ in saved
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
+        if (own := getattr(leaf, kind, None))
+    ]
     emptied = [(own, dict(own)) for own in hooks]
-    for parameter, _ in saved:
-        parameter.grad = None
+    for leaf, _ in saved:
+        leaf.grad = None
     for own in hooks:
         own.clear()
     try:
         yield
     finally:
         for own, entries in emptied:
+            own.clear()
             own.update(entries)
-        for parameter, gradient in saved:
-            parameter.grad = gradient
+        for leaf, gradient in saved:
+            leaf.grad = gradient
 
 
 @contextlib.contextmanager
