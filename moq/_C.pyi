@@ -45,13 +45,17 @@ def recover_codes(
 def pack_codes(codes: Tensor, num_bits: int) -> Tensor: ...
 def unpack_codes(words: Tensor, num_bits: int, columns: int) -> Tensor: ...
 
-class BlockEigenvalues(TypedDict):
+class Eigenvalues(TypedDict):
     largest: float
     smallest: float
     dominant: float
     residual: float
     iterations: int
     converged: bool
+
+class BlockEigenvalues(Eigenvalues):
+    largest_residual: float
+    smallest_residual: float
 
 class CurvatureOperator:
     @property
@@ -78,6 +82,7 @@ class CurvatureOperator:
         tolerance: float,
         seed: int,
         progress: Callable[[int], None] | None = None,
+        enough: Callable[[], bool] | None = None,
     ) -> BlockEigenvalues: ...
 
 class HvpOperator(CurvatureOperator):
@@ -110,6 +115,7 @@ class Sharding:
 class FiniteDifferenceOperator(CurvatureOperator):
     scale: float
     rate: float
+    def check_all(self) -> None: ...
     def __init__(
         self,
         gradient: Callable[[list[int]], list[Tensor]],
@@ -124,7 +130,7 @@ class FiniteDifferenceOperator(CurvatureOperator):
 def require_loss(loss: Tensor) -> None: ...
 def standard_errors(samples: Sequence[Sequence[float]]) -> list[float]: ...
 
-class LanczosResult(BlockEigenvalues):
+class LanczosResult(Eigenvalues):
     history: list[float]
 
 def lanczos(

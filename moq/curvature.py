@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moq import _C
 from moq.collective import all_gather, raise_together
-from moq.float32 import computes_in_half, full_float32, widened
-from moq.graph import leaves_of
+from moq.float32 import HALF, computes_in_half, full_float32, widened
+from moq.graph import reached_by
 from moq.sharding import is_sharded, local_tensor
 from moq.undisturbed import without_gradients
 
@@ -53,8 +54,8 @@ class Curvature:
         self.gradients = 0  # that finite differences took so far
         self._step = (1.0, 0.0)  # scale and rate of their steps, as the last batch found them
         self._stand_ins: Mapping[Tensor, Tensor] = {}
-        self._half = False
-        self._beside: tuple[int, list[Tensor]] = (-1, [])  # a batch, see `_leaves_beside`
+        self._half = False  # whether the loss is computed in half precision, as far as was seen
+        self._beside: tuple[int, list[Tensor]] = (-1, [])  # a batch, see `_look_at`
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
@@ -92,14 +93,22 @@ class Curvature:
 
     def _finite_difference(self, batch: Any, index: int) -> _C.CurvatureOperator:
         leaves = self._leaves()
+
+        def gradient(block: list[int]) -> list[Tensor]:
+            gradients = self._gradient(batch, index, [leaves[i] for i in block])
+            if self._half and (made := known()) is not None:
+                made.check_all()
+            return gradients
+
         operator = _C.FiniteDifferenceOperator(
-            lambda block: self._gradient(batch, index, [leaves[i] for i in block]),
+            gradient,
             [local_tensor(leaf.detach()).requires_grad_() for leaf in leaves],
             check_all=self._half,
             scale=self._step[0],
             rate=self._step[1],
             sharding=_sharding(self.parameters, self.group),
         )
+        known = weakref.ref(operator)  # which holds `gradient`
         return operator
 
     def _leaves(self) -> list[Tensor]:
@@ -129,17 +138,21 @@ class Curvature:
             # A rank that fails before its backward pass would leave the others waiting in theirs.
             with raise_together(self.group) if self.sharded else contextlib.nullcontext():
                 loss = _scalar_loss(self.loss_fn(batch), index, form)
-            with without_gradients(self._leaves_beside(loss, index)):
+            with without_gradients(self._look_at(loss, index)):
                 loss.backward()  # type: ignore[no-untyped-call]
 
-    def _leaves_beside(self, loss: Tensor, index: int) -> list[Tensor]:
+    def _look_at(self, loss: Tensor, index: int) -> list[Tensor]:
         """Returns what else gets a gradient of the loss of a batch, such as a head of its own.
 
-        Looked for once for each batch.
+        Finds out too whether `loss_fn` computes in half precision. Once for each batch.
         """
         if self._beside[0] != index:
+            leaves, dtypes = reached_by(loss)
             known = {*self.model.parameters(), *self.parameters, *self._stand_ins}
-            self._beside = (index, [leaf for leaf in leaves_of(loss) if leaf not in known])
+            self._beside = (index, [leaf for leaf in leaves if leaf not in known])
+            half = not dtypes.isdisjoint(HALF)
+            # Ranks that share parameters compare step sizes together.
+            self._half |= any(all_gather(half, self.group)) if self.sharded else half
         return self._beside[1]
 
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from moq.activations import ActivationQuantizer
 from moq.sharding import is_sharded
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def widened(batch: Any) -> Any:
     """Returns a batch with its half-precision tensors as float32 ones."""
-    if not any(isinstance(t, Tensor) and t.dtype in _HALF for t in tree_leaves(batch)):
+    if not any(isinstance(t, Tensor) and t.dtype in HALF for t in tree_leaves(batch)):
         return batch
-    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALF else t, batch)
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, batch)
 
 
 def computes_in_half(model: nn.Module) -> bool:
@@ -28,14 +28,14 @@ def computes_in_half(model: nn.Module) -> bool:
 
     It does if the shards are of such a dtype, or if its mixed-precision policy says so.
     """
-    if any(is_sharded(p) and p.dtype in _HALF for p in model.parameters()):
+    if any(is_sharded(p) and p.dtype in HALF for p in model.parameters()):
         return True
     policies = [
         getattr(state, "_mp_policy", None)
         for module in model.modules()
         if (state := getattr(module, "_get_fsdp_state", lambda: None)()) is not None
     ]
-    return any(getattr(policy, "param_dtype", None) in _HALF for policy in policies)
+    return any(getattr(policy, "param_dtype", None) in HALF for policy in policies)
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def _wide_tensors(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
             held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for members in held:
                 for name, tensor in members.items():
-                    if tensor is not None and tensor.dtype in _HALF and not is_sharded(tensor):
+                    if tensor is not None and tensor.dtype in HALF and not is_sharded(tensor):
                         restored.callback(members.__setitem__, name, tensor)
                         members[name] = wide(tensor)
         yield replaced

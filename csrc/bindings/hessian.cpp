@@ -121,6 +121,8 @@ void bind_operators(py::module_& m) {
            py::arg("gradient"), py::arg("parameters"), py::kw_only(), py::arg("check_all") = false,
            py::arg("scale") = 1.0, py::arg("rate") = 0.0, py::arg("sharding") = py::none(),
            "gradient(block) returns the gradients at the values that the parameters have now.")
+      .def("check_all", &FiniteDifferenceOperator::check_all,
+           "From now on, compares two step sizes in every product.")
       .def_property_readonly("scale", &FiniteDifferenceOperator::scale)
       .def_property_readonly("rate", &FiniteDifferenceOperator::rate);
 }
@@ -170,27 +172,32 @@ void bind_hessian(py::module_& m) {
       .def(
           "eigenvalues",
           [](const CurvatureOperator& self, const std::vector<std::int64_t>& block,
-             int max_iterations, double tolerance, std::uint64_t seed, const Progress& progress) {
+             int max_iterations, double tolerance, std::uint64_t seed, const Progress& progress,
+             const std::function<bool()>& enough) {
             hessian::LanczosResult<double> result;
             {
               const py::gil_scoped_release release;
-              result = hessian::block_eigenvalues(
-                  self, block,
-                  {.max_iterations = max_iterations, .tolerance = tolerance, .seed = seed},
-                  progress);
+              result = hessian::block_eigenvalues(self, block,
+                                                  {.max_iterations = max_iterations,
+                                                   .tolerance = tolerance,
+                                                   .seed = seed,
+                                                   .enough = enough},
+                                                  progress);
             }
             return py::dict(py::arg("largest") = result.largest.value,
                             py::arg("smallest") = result.smallest.value,
                             py::arg("dominant") = result.dominant().value,
                             py::arg("residual") = result.dominant().residual,
+                            py::arg("largest_residual") = result.largest.residual,
+                            py::arg("smallest_residual") = result.smallest.residual,
                             py::arg("iterations") = result.iterations,
                             py::arg("converged") = result.converged);
           },
           py::arg("block"), py::kw_only(), py::arg("max_iterations"), py::arg("tolerance"),
-          py::arg("seed"), py::arg("progress") = py::none(),
+          py::arg("seed"), py::arg("progress") = py::none(), py::arg("enough") = py::none(),
           "Both ends of the spectrum of one block by Lanczos: a dict of largest, smallest, "
-          "dominant, residual "
-          "(of the dominant pair), iterations, converged.");
+          "dominant, residual (of the dominant pair), largest_residual, smallest_residual, "
+          "iterations, converged.");
 
   bind_operators(m);
 

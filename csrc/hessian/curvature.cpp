@@ -19,18 +19,26 @@ CurvatureOperator::CurvatureOperator(std::vector<at::Tensor> parameters, Shardin
 
 std::vector<at::Tensor> CurvatureOperator::product(std::span<const std::int64_t> block,
                                                    const std::vector<at::Tensor>& vectors) const {
-  TORCH_CHECK_VALUE(!block.empty() && block.size() == vectors.size(),
+  check_block(block);
+  TORCH_CHECK_VALUE(block.size() == vectors.size(),
                     "curvature: a product needs one vector per parameter of the block, got ",
                     vectors.size(), " for ", block.size());
   for (std::size_t i = 0; i < block.size(); ++i) {
     const auto index = static_cast<std::size_t>(block[i]);
-    TORCH_CHECK_INDEX(index < parameters_.size(), "curvature: a block must hold indices below ",
-                      parameters_.size(), ", got ", block[i]);
     TORCH_CHECK_VALUE(vectors[i].sizes() == parameters_[index].sizes(),
                       "curvature: a vector must have its parameter's shape ",
                       parameters_[index].sizes(), ", got ", vectors[i].sizes());
   }
   return multiply(block, vectors);
+}
+
+void CurvatureOperator::check_block(std::span<const std::int64_t> block) const {
+  TORCH_CHECK_VALUE(!block.empty(), "curvature: a block must hold a parameter, got none");
+  for (const std::int64_t index : block) {
+    TORCH_CHECK_INDEX(index >= 0 && index < std::ssize(parameters_),
+                      "curvature: a block must hold indices from 0 to ",
+                      std::ssize(parameters_) - 1, ", got ", index);
+  }
 }
 
 std::vector<at::Tensor> CurvatureOperator::members(std::span<const std::int64_t> block) const {

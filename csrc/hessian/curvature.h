@@ -48,6 +48,10 @@ class CurvatureOperator {
   std::vector<at::Tensor> product(std::span<const std::int64_t> block,
                                   const std::vector<at::Tensor>& vectors) const;
 
+  /// @throws c10::ValueError if a block is empty, c10::IndexError unless it holds indices into
+  ///     parameters().
+  void check_block(std::span<const std::int64_t> block) const;
+
   /// Shape of a parameter as a whole.
   std::vector<std::int64_t> sizes(std::int64_t index) const;
   /// Elements of a parameter as a whole.

@@ -205,9 +205,9 @@ std::vector<at::Tensor> FiniteDifferenceOperator::multiply(
     }
     return zeros;
   }
-  bool sought = rate_ == 0.0 || options_.check_all;
+  bool sought = rate_ == 0.0;
   const Difference usual = first_difference(block, vectors, direction, &sought);
-  if (!sought) {
+  if (!sought && !options_.check_all) {
     return usual.product;
   }
 

@@ -43,6 +43,10 @@ class FiniteDifferenceOperator : public CurvatureOperator {
   FiniteDifferenceOperator(Gradient gradient, std::vector<at::Tensor> parameters, Options options,
                            Sharding sharding = {});
 
+  /// From now on, also in the product that is being made, as Options::check_all says: for a loss
+  /// that turns out to be evaluated in half precision.
+  void check_all() { options_.check_all = true; }
+
   double scale() const { return scale_; }
   double rate() const { return rate_; }  ///< 0 before the first product
 

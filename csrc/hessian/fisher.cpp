@@ -62,7 +62,7 @@ std::vector<double> FisherOperator::traces(const Blocks& blocks, const Progress&
   for (const std::vector<std::int64_t>& block : blocks) {
     all.insert(all.end(), block.begin(), block.end());
   }
-  MOQ_CHECK(!all.empty(), "trace: blocks must hold a parameter, got none");
+  check_block(all);
   std::vector<double> traces(blocks.size());
   const std::vector<at::Tensor> inputs = members(all);
   for (std::int64_t i = 0; i < examples(); ++i) {
@@ -85,7 +85,7 @@ std::vector<double> FisherOperator::traces(const Blocks& blocks, const Progress&
 
 double FisherOperator::largest_eigenvalue(const std::vector<std::int64_t>& block,
                                           const Progress& progress) const {
-  MOQ_CHECK(!block.empty(), "eigenvalues: a block must hold a parameter, got none");
+  check_block(block);
   const std::vector<at::Tensor> inputs = members(block);
   std::vector<std::vector<at::Tensor>> gradients;
   Eigen::MatrixXd gram(examples(), examples());

@@ -124,6 +124,7 @@ TraceSamples hutchinson_traces(const CurvatureOperator& hessian, const Blocks& b
   for (const std::vector<std::int64_t>& block : blocks) {
     all.insert(all.end(), block.begin(), block.end());
   }
+  hessian.check_block(all);
   TraceSamples traces;
   for (std::int64_t k = 0; k < options.max_products && !traces.converged; ++k) {
     std::vector<at::Tensor> signs;
@@ -163,7 +164,7 @@ TraceSamples hutchinson_traces(const CurvatureOperator& hessian, const Blocks& b
 LanczosResult<double> block_eigenvalues(const CurvatureOperator& hessian,
                                         const std::vector<std::int64_t>& block,
                                         const EigenOptions& options, const Progress& progress) {
-  MOQ_CHECK(!block.empty(), "eigenvalues: a block must hold a parameter, got none");
+  hessian.check_block(block);
   const auto first = static_cast<std::size_t>(block.front());
   return hessian.parameters().at(first).scalar_type() == at::kDouble
              ? eigenvalues_in<double>(hessian, block, options, progress)

@@ -346,6 +346,36 @@ def test_differences_go_through_fused_attention(net, data):
     assert seen and all("Flash" in name for name in seen)
 
 
+def test_half_precision_inside_loss_fn_compares_step_sizes_in_every_product(net, data, monkeypatch):
+    told, operators = [], []
+    real = FiniteDifferenceOperator.check_all
+
+    def check_all(operator):
+        told.append(operator)
+        real(operator)
+
+    monkeypatch.setattr(FiniteDifferenceOperator, "check_all", check_all)
+
+    def loss_fn(d, half=False):
+        operators.append(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs = net.head(net.layers[0](d[0]).detach())
+        # Coarse where its gradient is small, exact in what curves.
+        return net.head.weight.square().sum() + 1e-6 * outputs.float().sum()
+
+    blocks = {"head": [net.head.weight]}
+    options = {"form": "finite_difference", "tolerance": 1e-9, "max_products": 6}
+    plain = measure(net, blocks, loss_fn, [data, data], **options)
+    assert not told
+    plain_gradients = len(operators)
+    operators.clear()
+    found = measure(net, blocks, lambda d: loss_fn(d, half=True), [data, data], **options)
+    assert told
+    assert found.values == pytest.approx(plain.values, rel=1e-2)
+    assert plain_gradients < 20
+    assert len(operators) >= 4 * found.products
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_differenced_in_float32(net, data, dtype):
     half = copy.deepcopy(net).to(dtype)

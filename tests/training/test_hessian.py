@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moq._C import Error, HvpOperator, standard_errors
+from moq._C import Error, FisherOperator, HvpOperator, standard_errors
 
 
 class Attention(nn.Module):
@@ -351,6 +351,38 @@ def test_parameters_that_are_not_leaves_are_refused():
     v = w * 2
     with pytest.raises(ValueError, match="leaves"):
         HvpOperator(v.square().sum(), [v])
+
+
+@pytest.mark.parametrize("block", [[7], [-1]])
+@pytest.mark.parametrize("kind", ["product", "eigenvalues", "traces", "fisher", "top"])
+def test_a_block_that_is_not_there_is_named(kind, block):
+    x = torch.randn(3, requires_grad=True)
+    hessian, fisher = HvpOperator((x**3).sum(), [x]), FisherOperator(x**3, [x])
+    calls = {
+        "product": lambda: hessian.product(block, [torch.ones(3)]),
+        "eigenvalues": lambda: hessian.eigenvalues(block, max_iterations=3, tolerance=0.1, seed=0),
+        "traces": lambda: hessian.traces(
+            [block], tolerance=0.1, min_products=2, max_products=2, seed=0
+        ),
+        "fisher": lambda: fisher.exact_traces([block]),
+        "top": lambda: fisher.largest_eigenvalue(block),
+    }
+    with pytest.raises(IndexError, match=f"indices from 0 to 0, got {block[0]}"):
+        calls[kind]()
+
+
+def test_lanczos_ends_when_there_was_enough_and_says_so():
+    x = torch.randn(40, requires_grad=True)
+    hessian = HvpOperator((torch.linspace(-1, 3, 40) * x * x).sum() / 2, [x])
+    asked = []
+    found = hessian.eigenvalues(
+        [0], max_iterations=30, tolerance=1e-9, seed=0,
+        enough=lambda: asked.append(1) or len(asked) == 3,
+    )  # fmt: skip
+    assert found["iterations"] == 4 and not found["converged"]
+    found = hessian.eigenvalues([0], max_iterations=40, tolerance=1e-9, seed=0)
+    assert found["residual"] == found["largest_residual"] < 1e-6
+    assert found["smallest_residual"] >= 0.0
 
 
 def test_a_vector_of_another_shape_is_refused():

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "csrc/hessian/solvers/operator.h"
@@ -14,6 +15,9 @@ struct EigenOptions {
   double tolerance = 1e-2;  ///< relative residual of the dominant eigenpair, > 0
   std::uint64_t seed = 0;   ///< of the start vector
   bool vectors = false;     ///< also return the eigenvectors
+  /// Asked by lanczos after each product from the second on: true makes it the last, though the
+  /// tolerance is not met.
+  std::function<bool()> enough = {};
 };
 
 /// An approximate eigenpair. At least one true eigenvalue lies within `residual` of `value`.
@@ -26,10 +30,11 @@ struct EigenPair {
 
 template <typename Scalar>
 struct LanczosResult {
-  EigenPair<Scalar> largest;         ///< most positive
-  EigenPair<Scalar> smallest;        ///< most negative
-  int iterations = 0;                ///< products made
-  bool converged = false;            ///< of the dominant pair, see EigenOptions::tolerance
+  EigenPair<Scalar> largest;   ///< most positive
+  EigenPair<Scalar> smallest;  ///< most negative
+  int iterations = 0;          ///< products made
+  bool converged = false;      ///< of the dominant pair, see EigenOptions::tolerance; the other
+                               ///< end is where its residual says
   std::vector<double> history = {};  ///< dominant().value after each product
 
   /// Of the two extremes the one of larger magnitude: |value| estimates the norm of A.

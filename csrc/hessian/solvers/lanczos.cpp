@@ -58,7 +58,8 @@ LanczosResult<Scalar> lanczos(const Operator<Scalar>& product, std::int64_t n,
     result.smallest = ritz_pair(process, solver, 0, false);
     result.history.push_back(result.dominant().value);
     result.converged = process.exhausted() || has_converged(result, options.tolerance);
-    ends = result.converged || result.iterations == options.max_iterations;
+    ends = result.converged || result.iterations == options.max_iterations ||
+           (result.iterations >= 2 && options.enough && options.enough());
     if (ends && options.vectors) {
       result.largest = ritz_pair(process, solver, last, true);
       result.smallest = ritz_pair(process, solver, 0, true);
