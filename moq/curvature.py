@@ -54,7 +54,7 @@ class Curvature:
         self.gradients = 0  # that finite differences took so far
         self._step = (1.0, 0.0)  # scale and rate of their steps, as the last batch found them
         self._stand_ins: Mapping[Tensor, Tensor] = {}
-        self._half = False  # whether the loss is computed in half precision, as far as was seen
+        self.half = False  # whether differences have seen the loss computed in half precision
         self._beside: tuple[int, list[Tensor]] = (-1, [])  # a batch, see `_look_at`
 
     @contextlib.contextmanager
@@ -68,7 +68,7 @@ class Curvature:
                 # The one form of attention that is twice differentiable.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             elif self.form == "finite_difference":
-                self._half = computes_in_half(self.model)
+                self.half = computes_in_half(self.model)
                 self._stand_ins = stack.enter_context(full_float32(self.model))
             yield
 
@@ -96,14 +96,14 @@ class Curvature:
 
         def gradient(block: list[int]) -> list[Tensor]:
             gradients = self._gradient(batch, index, [leaves[i] for i in block])
-            if self._half and (made := known()) is not None:
+            if self.half and (made := known()) is not None:
                 made.check_all()
             return gradients
 
         operator = _C.FiniteDifferenceOperator(
             gradient,
             [local_tensor(leaf.detach()).requires_grad_() for leaf in leaves],
-            check_all=self._half,
+            check_all=self.half,
             scale=self._step[0],
             rate=self._step[1],
             sharding=_sharding(self.parameters, self.group),
@@ -117,7 +117,7 @@ class Curvature:
 
     def keep_step(self, operator: _C.CurvatureOperator) -> None:
         """Takes over the step that a batch has found."""
-        if isinstance(operator, _C.FiniteDifferenceOperator) and not self._half:
+        if isinstance(operator, _C.FiniteDifferenceOperator) and not self.half:
             self._step = (operator.scale, operator.rate)
 
     def backward(self, batch: Any, index: int, form: str) -> None:
@@ -152,7 +152,7 @@ class Curvature:
             self._beside = (index, [leaf for leaf in leaves if leaf not in known])
             half = not dtypes.isdisjoint(HALF)
             # Ranks that share parameters compare step sizes together.
-            self._half |= any(all_gather(half, self.group)) if self.sharded else half
+            self.half |= any(all_gather(half, self.group)) if self.sharded else half
         return self._beside[1]
 
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moq import _C
-from moq.probe_cost import Kind
+from moq.probe_cost import Deadline, Kind
 from moq.progress import ProductBar
 
 Measure = Literal["trace", "eigenvalue", "both"]
@@ -34,15 +34,22 @@ class Sensitivity:
         values: The trace of each block of the matrix, or its eigenvalue of largest magnitude, with
             its sign; means over the batches of all ranks. The traces for ``both``.
         normalised: |value| / max |value|, in [0, 1]: what stretches a schedule.
-        standard_error: Of the traces, from the random vectors; for eigenvalues the mean residual,
-            which bounds the error. How much batches differ is not in it.
+        standard_error: Of the traces, from the random vectors; for eigenvalues their `residuals`.
+            How much batches differ is not in it.
         form: Of the matrix: ``exact`` or ``finite_difference`` (the Hessian), ``gauss_newton`` or
             ``fisher``.
-        eigenvalues: Of largest magnitude, with their signs (not for ``trace``, then empty).
-        residuals: Mean residuals of the eigenvalues, which bound their errors (likewise).
-        smallest: Lower end of each block's spectrum (likewise).
-        largest: Upper end of each block's spectrum (likewise).
+        eigenvalues: Of largest magnitude, with their signs (not for ``trace``, then empty): of
+            `smallest` and `largest` the one that is. A mean of the batches' own eigenvalues is not
+            that of their mean matrix, whose ends lie no further out.
+        residuals: Means over the batches of the residuals of that end: as far from each batch's
+            value lies an eigenvalue at most (likewise).
+        smallest: Lower end of each block's spectrum, in the mean over batches (likewise). Only the
+            end of larger magnitude is sought until it is accurate; the other one may lie further
+            out than is said here, but not beyond that magnitude.
+        largest: Upper end, likewise.
         products: Products made, on all ranks; for ``fisher`` the gradients of single examples.
+        gradients: Of whole losses that finite differences took for that, on all ranks, those from
+            which they found their steps too; 0 for other forms.
         batches: Batches used, on all ranks.
         seconds: Wall time on this rank.
         converged: True if the tolerance is met.
@@ -59,6 +66,7 @@ class Sensitivity:
     smallest: tuple[float, ...] = ()
     largest: tuple[float, ...] = ()
     products: int
+    gradients: int = 0
     batches: int = 0
     seconds: float
     converged: bool
@@ -112,7 +120,7 @@ class Traces:
         total_batches: Of all ranks.
         seed: Of the random vectors.
         bar: Is told each product.
-        enough: Says whether the time is up; None: never.
+        deadline: After which no more products are made than two a batch; None: none.
     """
 
     def __init__(
@@ -123,11 +131,11 @@ class Traces:
         total_batches: int,
         seed: int,
         bar: ProductBar,
-        enough: Callable[[], bool] | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
-        self.enough = enough
+        self.deadline = deadline
         self.products = self.products_per_batch = products
         # The mean over independent batches is more accurate than each of them.
         self.tolerance_per_batch = tolerance * math.sqrt(total_batches)
@@ -149,7 +157,7 @@ class Traces:
                 batch=batch,
                 names=list(self.blocks),
                 progress=self.bar.advance,
-                enough=self.enough,
+                enough=None if self.deadline is None else self.deadline.passed,
             )
             products = len(samples)
         self.rows.append((samples, products))
@@ -184,6 +192,8 @@ class Eigenvalues:
         products: Of each block and batch, at most.
         seed: Of the start vectors.
         bar: Is told each product.
+        deadline: After which no more products are made than two a block; None: none. Blocks have
+            equal shares of the time until then.
     """
 
     def __init__(
@@ -193,10 +203,11 @@ class Eigenvalues:
         products: int,
         seed: int,
         bar: ProductBar,
+        deadline: Deadline | None = None,
     ) -> None:
         """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
-        self.products = products
+        self.products, self.deadline = products, deadline
         self.products_per_batch = products * len(blocks)
         self.rows: list[list[_C.BlockEigenvalues]] = []
 
@@ -205,14 +216,18 @@ class Eigenvalues:
         row: list[_C.BlockEigenvalues] = []
         for name, block in zip(self.blocks, indices_of(self.blocks), strict=True):
             done = self.bar.done
+            # The first ones must not take the time of all others: they would be compared unequally.
+            end = self.deadline and self.deadline.share(len(self.blocks) - len(row))
             try:
-                row.append(self._of_block(operator, block))
+                row.append(self._of_block(operator, block, end))
             except _C.Error as error:
                 raise _C.Error(f"block {name!r}: {error}") from error
             self.bar.skip_to(done + self.products)
         self.rows.append(row)
 
-    def _of_block(self, operator: _C.CurvatureOperator, block: list[int]) -> _C.BlockEigenvalues:
+    def _of_block(
+        self, operator: _C.CurvatureOperator, block: list[int], end: Deadline | None
+    ) -> _C.BlockEigenvalues:
         if isinstance(operator, _C.FisherOperator):
             top = operator.largest_eigenvalue(block, progress=self.bar.advance)
             return {
@@ -220,6 +235,8 @@ class Eigenvalues:
                 "smallest": 0.0,  # a sum of outer products, fewer than rows
                 "dominant": top,
                 "residual": 0.0,
+                "largest_residual": 0.0,
+                "smallest_residual": 0.0,
                 "iterations": operator.examples,
                 "converged": True,
             }
@@ -229,26 +246,41 @@ class Eigenvalues:
             tolerance=self.tolerance,
             seed=self.seed,
             progress=self.bar.advance,
+            enough=None if end is None else end.passed,
         )
 
     def combine(self, gather: Callable[[Any], list[Any]]) -> Found:
         """Averages each block's values over all batches."""
         rows: list[list[_C.BlockEigenvalues]] = [r for rank in gather(self.rows) for r in rank]
 
-        def mean(name: Literal["residual", "smallest", "largest"]) -> tuple[float, ...]:
+        def mean(
+            name: Literal["smallest", "largest", "smallest_residual", "largest_residual"],
+        ) -> tuple[float, ...]:
             return _mean([[block[name] for block in row] for row in rows])
 
         smallest, largest = mean("smallest"), mean("largest")
+        upper = [high >= -low for low, high in zip(smallest, largest, strict=True)]
+        ends = zip(mean("smallest_residual"), mean("largest_residual"), strict=True)
+        values = tuple(
+            high if up else low for up, low, high in zip(upper, smallest, largest, strict=True)
+        )
+        errors = tuple(high if up else low for up, (low, high) in zip(upper, ends, strict=True))
+        # Where another end is the larger one in some batch, this one was not sought there.
+        accurate = all(
+            error <= self.tolerance * abs(value)
+            or all((block["dominant"] == block["largest"]) == up for block in column)
+            for error, value, up, column in zip(
+                errors, values, upper, zip(*rows, strict=True), strict=True
+            )
+        )
         return Found(
-            values=tuple(
-                high if high >= -low else low for low, high in zip(smallest, largest, strict=True)
-            ),
-            errors=mean("residual"),
+            values=values,
+            errors=errors,
             smallest=smallest,
             largest=largest,
             products=sum(block["iterations"] for row in rows for block in row),
             batches=len(rows),
-            converged=all(block["converged"] for row in rows for block in row),
+            converged=accurate and all(block["converged"] for row in rows for block in row),
         )
 
 
@@ -258,6 +290,7 @@ def combine(
     meters: Mapping[Kind, Traces | Eigenvalues],
     gather: Callable[[Any], list[Any]],
     seconds: float,
+    gradients: int = 0,
 ) -> Sensitivity:
     """Brings together what all meters found on all ranks.
 
@@ -267,6 +300,7 @@ def combine(
         meters: Those of the measure.
         gather: Returns the values of all ranks that have rows of their own.
         seconds: Wall time on this rank.
+        gradients: That finite differences took on this rank.
     """
     found = {kind: meter.combine(gather) for kind, meter in meters.items()}
     main = found[kinds_of(measure)[0]]
@@ -283,6 +317,7 @@ def combine(
         smallest=spectrum.smallest if spectrum else (),
         largest=spectrum.largest if spectrum else (),
         products=sum(part.products for part in found.values()),
+        gradients=sum(gather(gradients)),
         batches=main.batches,
         seconds=seconds,
         converged=all(part.converged for part in found.values()),

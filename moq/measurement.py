@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +21,13 @@ from moq.estimators import (
     indices_of,
     kinds_of,
 )
-from moq.probe_cost import BudgetTooSmallError, Cost, Kind, Size, fit
+from moq.float32 import HALF
+from moq.probe_cost import BudgetTooSmallError, Cost, Deadline, Kind, Size, fit
 from moq.progress import ProductBar
 from moq.undisturbed import undisturbed
 
-#: What another form may do without: second derivatives, and their memory.
-_IMPOSSIBLE = (NotImplementedError, torch.OutOfMemoryError)
+#: What another form may do without: second derivatives, their memory, and the range of float16.
+_IMPOSSIBLE = (NotImplementedError, torch.OutOfMemoryError, _C.Error)
 
 
 class Measurement:
@@ -85,7 +85,7 @@ class Measurement:
                     if self.batches and (timed or curvature.form == "fisher"):
                         trial, own, examples = self._try(curvature, timed=timed)
                 except _IMPOSSIBLE as error:
-                    reason = self._why(error, optional)
+                    reason = self._why(error, curvature.form, optional)
             reason = self._first(reason)
             if reason is not None:
                 return reason
@@ -93,15 +93,18 @@ class Measurement:
             spent = time.perf_counter() - self.started
             size = self._size(own, examples, curvature.form == "fisher", spent, bar)
             # Products may turn out slower than the one that was timed.
-            over = None if self.max_seconds is None else self._over
-            meters = self._meters(size, bar, over)
+            deadline = None
+            if self.max_seconds is not None:
+                share = self._gather if self.sharded else lambda own: [own]
+                deadline = Deadline(self.started + self.max_seconds, share)
+            meters = self._meters(size, bar, deadline)
             most = size.batches
             before = self.counts[: 0 if self.sharded else self.rank]
             first = sum(min(count, most) for count in before)
             with raise_together(self.group):
                 try:
                     for index, batch in enumerate(self.batches[:most], start=first):
-                        if index > first and over is not None and over():
+                        if index > first and deadline is not None and deadline.passed():
                             break
                         operator = trial or curvature.operator(batch, index)
                         trial = None
@@ -110,19 +113,27 @@ class Measurement:
                         curvature.keep_step(operator)
                         del operator
                 except _IMPOSSIBLE as error:
-                    reason = self._why(error, optional)
+                    reason = self._why(error, curvature.form, optional)
             reason = self._first(reason)
         if reason is not None:
             return reason
         gather = (lambda own: [own]) if self.sharded else self._gather
         elapsed = time.perf_counter() - self.started
-        return combine(self.measure, curvature.form, meters, gather, elapsed)
+        gradients = curvature.gradients if curvature.form == "finite_difference" else 0
+        return combine(self.measure, curvature.form, meters, gather, elapsed, gradients)
 
     def _gather(self, value: Any) -> list[Any]:
         return all_gather(value, self.group)
 
-    def _why(self, error: Exception, optional: bool) -> str:
-        if not optional:
+    def _why(self, error: Exception, form: str, optional: bool) -> str:
+        """Says why a form is not possible, or raises the error if no other one could help."""
+        if isinstance(error, _C.Error):
+            half = any(p.dtype in HALF for block in self.blocks.values() for p in block)
+            if not half or form == "finite_difference" or "finite" not in str(error):
+                raise error
+            if not optional:
+                raise _C.Error(f"{error} Form 'finite_difference' computes in float32") from error
+        elif not optional:
             raise error
         return str(error).splitlines()[0]
 
@@ -152,8 +163,8 @@ class Measurement:
         seconds = time.perf_counter() - ready
         seconds /= examples
         if curvature.form == "finite_difference":
-            # The first product also finds the step.
-            seconds *= 2 / (curvature.gradients - taken)
+            # The first product also finds the step; in half precision others look at two, too.
+            seconds *= (4 if curvature.half else 2) / (curvature.gradients - taken)
         return operator, Cost(ready - started, seconds), examples
 
     def _wait(self) -> None:
@@ -202,23 +213,21 @@ class Measurement:
             )
         return size
 
-    def _over(self) -> bool:
-        """Says whether the time is up; ranks that share parameters hear the same."""
-        assert self.max_seconds is not None
-        own = time.perf_counter() - self.started > self.max_seconds
-        return any(self._gather(own)) if self.sharded else own
-
     def _meters(
-        self, size: Size, bar: ProductBar, over: Callable[[], bool] | None
+        self, size: Size, bar: ProductBar, deadline: Deadline | None
     ) -> dict[Kind, Traces | Eigenvalues]:
         total = sum(min(count, size.batches) for count in self.counts)
         meters: dict[Kind, Traces | Eigenvalues] = {}
         for kind, products in size.products.items():
             tolerance = self.tolerance[kind]
             if kind == "trace":
-                meters[kind] = Traces(self.blocks, tolerance, products, total, self.seed, bar, over)
+                meters[kind] = Traces(
+                    self.blocks, tolerance, products, total, self.seed, bar, deadline
+                )
             else:
-                meters[kind] = Eigenvalues(self.blocks, tolerance, products, self.seed, bar)
+                meters[kind] = Eigenvalues(
+                    self.blocks, tolerance, products, self.seed, bar, deadline
+                )
         each = sum(meter.products_per_batch for meter in meters.values())
         bar.start(min(len(self.batches), size.batches) * each)
         return meters
@@ -251,4 +260,5 @@ class Measurement:
                 f"{max(map(abs, found.values)):.3g}: raise sensitivity.max_products (now "
                 f"{' and '.join(map(str, self.max_products.values()))}) or "
                 "sensitivity.tolerance, or give more batches"
+                + ("" if self.max_seconds is None else "; the time that max_cost leaves bounds all")
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["trace", "eigenvalue"]
 
@@ -30,6 +31,28 @@ class BudgetTooSmallError(ValueError):
 
 class ProbeRefusedError(ValueError):
     """What is left of a training's budget for measurements has no room for the smallest one."""
+
+
+class Deadline:
+    """When a measurement should end, whatever it was thought to take.
+
+    Args:
+        at: Of time.perf_counter.
+        gather: Brings a value of all ranks that must hear the same together; they ask together.
+    """
+
+    def __init__(self, at: float, gather: Callable[[Any], list[Any]]) -> None:
+        """Lies ahead or not."""
+        self.at, self.gather = at, gather
+
+    def passed(self) -> bool:
+        """Says whether it has on some rank."""
+        return any(self.gather(time.perf_counter() > self.at))
+
+    def share(self, parts: int) -> Deadline:
+        """Returns when the first of `parts` parts should end that have the time left in common."""
+        now = time.perf_counter()
+        return Deadline(now + max(0.0, self.at - now) / parts, self.gather)
 
 
 @dataclass(frozen=True)

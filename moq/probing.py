@@ -141,7 +141,7 @@ class Probes:
             raise ValueError(f"probe: max_cost must lie in (0, 1] or be None, got {limit!r}")
         form = options.setdefault("form", self.config.sensitivity.form)
         if form == "auto" and self.state.form is not None:
-            options["form"] = self.state.form
+            options.setdefault("first", self.state.form)
         started = time.perf_counter()
         try:
             total = self._known_training_seconds()
@@ -184,7 +184,7 @@ class Probes:
         ]
         measure = options.get("measure", self.config.sensitivity.measure)
         sizes = all_gather(_shapes(batches[0]) if batches else None)
-        return [options["form"], measure, measured, sizes]
+        return [options.get("first") or options["form"], measure, measured, sizes]
 
     def _spend(self, started: float) -> None:
         self.pace.interrupt()

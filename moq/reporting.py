@@ -223,8 +223,9 @@ class Reporter:
     def probe_cost(self, step: int, found: Sensitivity, cost: ProbeCost) -> None:
         """Prints what a measurement took."""
         if self.enabled:
+            form = found.form + (f", {found.gradients} gradients" if found.gradients else "")
             print_line(
-                f"moq: step {step}: {found.products} products ({found.form}) over {found.batches} "
+                f"moq: step {step}: {found.products} products ({form}) over {found.batches} "
                 f"batches in {cost}"
             )
 

@@ -86,6 +86,7 @@ def measure(
     *,
     measure: Measure = "trace",
     form: Form = "auto",
+    first: str | None = None,
     tolerance: float | None = None,
     max_products: int | None = None,
     max_seconds: float | None = None,
@@ -119,7 +120,9 @@ def measure(
             differences of gradients in float32, which any model has. ``gauss_newton``: without the
             model's own curvature. ``fisher``: the empirical Fisher matrix, from one gradient of
             each example; its traces are exact. ``auto``: exact, or finite_difference where an
-            operation has no second derivative or memory is short, which is printed.
+            operation has no second derivative, memory is short or products overflow in half
+            precision, which is printed.
+        first: Of the two forms of ``auto`` the one to try first; None: exact.
         tolerance: At which to stop. Trace: standard error of every block over the largest |trace|
             (default 0.1). Eigenvalue: relative residual (default 0.01; the
             error is of the order of its square).
@@ -173,6 +176,7 @@ def measure(
     )
     with ProductBar(f"sensitivity ({measure})", progress and measurement.rank == 0) as bar:
         forms: list[Form] = [form] if form != "auto" else ["exact", "finite_difference"]
+        forms.sort(key=lambda name: name != first)
         if sharded:
             forms = ["finite_difference"]
         for number, name in enumerate(forms):

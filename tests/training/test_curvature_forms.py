@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -400,6 +401,46 @@ def test_half_precision_models_are_differenced_in_float32(net, data, dtype):
     for name, p in half.named_parameters():
         assert p is parameters[name] and torch.equal(p, before[name])
         assert torch.equal(p.grad, torch.ones_like(p))
+
+
+class Overflowing(torch.autograd.Function):
+    """The identity, whose second derivative does not fit into half precision."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Second.apply(gradient)
+
+
+class _Second(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (float("inf") if gradient.dtype == torch.float16 else 1.0)
+
+
+@pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
+def test_products_that_overflow_in_half_precision_are_differenced_in_float32(
+    net, data, capsys, kind
+):
+    half = copy.deepcopy(net).half()
+
+    def loss_fn(d):
+        return F.cross_entropy(Overflowing.apply(half(d[0])).flatten(0, 1).float(), d[1])
+
+    batch = (data[0].half(), data[1])
+    found = measure(half, None, loss_fn, [batch], measure=kind)
+    assert found.form == "finite_difference"
+    assert all(math.isfinite(value) for value in found.values)
+    assert "form 'exact' is not possible" in capsys.readouterr().err
+    with pytest.raises(Error, match="finite.*Form 'finite_difference' computes in float32"):
+        measure(half, None, loss_fn, [batch], measure=kind, form="exact")
 
 
 def test_a_reference_past_the_modules_is_refused_in_half_precision(net, data):

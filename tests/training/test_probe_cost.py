@@ -18,7 +18,7 @@ from conftest import (
     wrap,
 )
 
-from moq import measurement, probing, record, sensitivity
+from moq import estimators, measurement, probe_cost, probing, record, sensitivity
 from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
@@ -103,7 +103,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (measurement, probing, record, sensitivity):
+    for module in (measurement, probe_cost, probing, record, sensitivity):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -149,6 +149,55 @@ def test_it_ends_early_where_products_turn_out_slower(decoder, clock):
     found = optimizer.probe(loss_fn, BATCHES)
     assert 2 <= found.products < 12 and not found.converged
     assert clock.now <= 30 + 2 * 5  # the product that was under way
+
+
+@pytest.mark.parametrize("kind", ["trace", "eigenvalue", "both"])
+def test_the_time_bounds_products_that_turn_out_slower_ten_times(decoder, clock, kind):
+    model = decoder()
+    calls = []
+
+    def loss_fn(tokens):
+        calls.append(1)
+        clock.now += 1.0 if len(calls) <= 8 else 10.0
+        return loss_of(model, tokens)
+
+    blocks = sensitivity.quantized_blocks(model)
+    options = {"form": "finite_difference", "tolerance": 1e-6, "progress": False}
+    found = sensitivity.measure(
+        model, blocks, loss_fn, BATCHES, measure=kind, max_seconds=150.0, **options
+    )
+    assert not found.converged
+    # Two products of each block are made, come what may, and steps are sought anew.
+    least = 2 * len(blocks) if kind != "trace" else 2
+    assert found.products >= least
+    assert clock.now <= 150.0 + 10 * 4 * (2 + 2 * len(blocks))
+    assert found.gradients == len(calls)
+
+
+def test_slow_eigenvalues_have_equal_shares_of_the_time(decoder, clock, monkeypatch):
+    model = decoder(layers=4)
+    calls = []
+
+    def loss_fn(tokens):
+        calls.append(1)
+        clock.now += 1.0 if len(calls) <= 8 else 3.0
+        return loss_of(model, tokens)
+
+    made = []
+    real = estimators.Eigenvalues._of_block
+
+    def of_block(*args):
+        row = real(*args)
+        made.append(row["iterations"])
+        return row
+
+    monkeypatch.setattr(estimators.Eigenvalues, "_of_block", of_block)
+    sensitivity.measure(
+        model, sensitivity.quantized_blocks(model), loss_fn, BATCHES[:1], measure="eigenvalue",
+        form="finite_difference", tolerance=1e-9, max_seconds=250.0, progress=False,
+    )  # fmt: skip
+    assert len(made) == 4 and min(made) > 2
+    assert max(made) <= 2 * min(made)  # not all of the time for the first
 
 
 def test_every_measurement_counts(decoder, clock):
@@ -309,8 +358,8 @@ def test_what_it_took_is_printed(decoder, clock, capsys):
     optimizer.probe(timed(model, clock), BATCHES, progress=False)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == (
-        "moq: step 0: 7 products (finite_difference) over 1 batches in 20 s; measuring has taken "
-        "2 % of the training's 1e+03 s so far (at most 2 %)"
+        "moq: step 0: 7 products (finite_difference, 18 gradients) over 1 batches in 20 s; "
+        "measuring has taken 2 % of the training's 1e+03 s so far (at most 2 %)"
     )
 
 
@@ -429,6 +478,21 @@ def test_a_form_that_is_not_possible_is_paid_for_too(decoder, clock):
     found = sensitivity.measure(model, None, loss_fn, BATCHES, max_seconds=25.0, **options)
     assert found.form == "finite_difference" and 2 <= found.products < 12
     assert found.seconds == clock.now <= 25.0
+
+
+def test_a_form_that_was_possible_once_is_a_first_choice_only(decoder, capsys):
+    model = decoder()
+    optimizer = wrap(model, ALWAYS, 15, verbose=True)
+    fused = []
+
+    def loss_fn(tokens):
+        loss = loss_of(model, tokens)
+        return loss + OnceDifferentiable.apply(fused[0]).sum() if fused else loss
+
+    assert optimizer.probe(loss_fn, BATCHES, max_products=4).form == "exact"
+    fused.append(model.layers[0].q_proj.weight)
+    assert optimizer.probe(loss_fn, BATCHES, max_products=4).form == "finite_difference"
+    assert capsys.readouterr().err.count("form 'exact' is not possible") == 1
 
 
 def test_that_exact_products_are_not_possible_is_said_once(decoder, capsys):

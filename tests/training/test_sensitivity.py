@@ -87,6 +87,34 @@ def test_eigenvalues_are_the_means_of_both_ends(model, batches):
         assert found.values[i] == max(found.smallest[i], found.largest[i], key=abs)
 
 
+class Diagonal(nn.Module):
+    """A loss whose Hessian is the batch on the diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(60))
+
+    def forward(self, diagonal: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (diagonal * self.weight.square()).sum()
+
+
+def test_a_residual_is_that_of_the_end_that_is_reported():
+    model = Diagonal()
+    # The upper end dominates the first batch, the lower one the second and the mean.
+    up = torch.cat([torch.tensor([20.0]), torch.linspace(-17, 5, 59)])
+    down = torch.cat([torch.tensor([0.0]), torch.linspace(-25, 17, 59)])
+    options = {"measure": "eigenvalue", "tolerance": 0.01, "progress": False}
+    single = [measure(model, None, model, [batch], **options) for batch in (up, down)]
+    assert single[0].eigenvalues[0] > 0.0 > single[1].eigenvalues[0]
+    found = measure(model, None, model, [up, down], **options)
+    assert found.eigenvalues == found.smallest == pytest.approx([-21.0], abs=0.3)
+    assert found.residuals[0] > single[0].residuals[0]
+    # Each eigenvalue lies within its residual of one, and so do the means.
+    assert abs(found.eigenvalues[0] + 21.0) <= found.residuals[0]
+    assert found.converged == (found.residuals[0] <= 0.01 * abs(found.eigenvalues[0]))
+
+
 def test_normalised_values_divide_by_the_largest_magnitude():
     assert normalise([2.0, -8.0, 0.0]) == (0.25, 1.0, 0.0)
     assert normalise([0.0, 0.0]) == (0.0, 0.0)
