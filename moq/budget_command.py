@@ -19,6 +19,7 @@ from moq.target_bits import (
     WIDTHS,
     Ends,
     TargetBits,
+    Trace,
     Weight,
     bytes_beside,
     choose,
@@ -34,7 +35,7 @@ class _Block:
 
     name: str
     ends: Ends
-    trace: float | None
+    trace: Trace | None
     weights: list[Weight]
 
 
@@ -91,7 +92,7 @@ def choose_for_loaded(
     return choose(found, budget, other_bytes=bytes_beside(run.model, quantized), table=table)
 
 
-def _traces(run: SavedRun) -> dict[frozenset[str], float]:
+def _traces(run: SavedRun) -> dict[frozenset[str], Trace]:
     """Names of the weights of each block that was measured -> its trace."""
     traces = traces_for(run.history.get("sensitivities", []), str(run.directory))
     members = _members(run)

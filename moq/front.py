@@ -14,7 +14,7 @@ from rich.table import Table
 from moq.plotting import new_figure
 
 if TYPE_CHECKING:
-    from moq.target_bits import TargetBits
+    from moq.target_bits import Candidates, TargetBits
 
 #: Points of the front that a table shows.
 SHOWN = 12
@@ -37,6 +37,8 @@ def text_of(choice: TargetBits) -> str:
             f"mean width {choice.mean_bits:.4g}, loss {choice.loss:.4g}"
         )
         console.print(_blocks(choice))
+        if choice.warning is not None:
+            console.print(f"Warning: {choice.warning}")
         console.print(
             f"Front: {len(choice.front)} choices that no other beats in {choice.budget.unit} and "
             "loss" + ("" if len(points) == len(choice.front) else f"; {len(points)} of them:")
@@ -93,11 +95,17 @@ def _blocks(choice: TargetBits) -> Table:
         table.add_row(
             block.name,
             str(block.num_weights),
-            "not measured" if block.trace is None else f"{block.trace:.4g}",
+            _trace(block),
             *(f"{losses[bits]:.3g}" if bits in losses else "-" for bits in widths),
             str(chosen),
         )
     return table
+
+
+def _trace(block: Candidates) -> str:
+    if block.trace is None:
+        return "not measured"
+    return f"{block.trace:.4g}" + (f" ± {block.trace_error:.2g}" if block.trace_error else "")
 
 
 def _shown(choice: TargetBits) -> list[int]:

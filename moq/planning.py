@@ -18,6 +18,7 @@ from moq.sharding import whole_tensor
 from moq.target_bits import (
     Ends,
     TargetBits,
+    Trace,
     Weight,
     bytes_beside,
     choose,
@@ -90,7 +91,7 @@ def choose_for_masters(
     budget: Budget,
     table: LatencyTable | None,
     widths: tuple[int, ...],
-    traces: Mapping[str, float],
+    traces: Mapping[str, Trace],
     where: str,
 ) -> TargetBits:
     """Chooses the last width of each block of a training; all ranks must call.

@@ -114,6 +114,8 @@ def front_section(run: RunRecord, front: Front | str) -> str:
         lead += (
             f" The targets of this run: {number(own[0])} bits in the mean, loss {number(own[1])}."
         )
+    if choice.warning is not None:
+        lead += f" {choice.warning[0].upper()}{choice.warning[1:]}."
     costs, losses = [c for c, _ in points], [loss for _, loss in points]
     every = [loss for line in lines for _, loss in line.points]
     log = sum(1 for loss in every if loss > 0) > 1

@@ -80,6 +80,12 @@ def sensitivity_section(run: RunRecord) -> str:
         "probe counts as 1. Sensitive layers stay longer at each width. Most sensitive at the last "
         f"probe: {', '.join(top)}."
     )
+    noise = [name for name in names if _is_noise(last, name)]
+    if noise:
+        lead += (
+            f" No larger than its standard error, and so nothing but noise: {', '.join(noise)}; "
+            "more products or batches make it clearer."
+        )
     return section("sensitivity", title, lead, content)
 
 
@@ -172,4 +178,10 @@ def cost_section(run: RunRecord) -> str:
 
 def _with_error(probe: Probe, name: str) -> str:
     error = f" ± {number(probe.errors[name], 2)}" if name in probe.errors else ""
-    return number(probe.values[name]) + error
+    return number(probe.values[name]) + error + (" (noise)" if _is_noise(probe, name) else "")
+
+
+def _is_noise(probe: Probe, name: str) -> bool:
+    """Whether a value is no larger than its standard error."""
+    error = probe.errors.get(name, 0.0)
+    return error > 0.0 and abs(probe.values.get(name, math.inf)) <= error

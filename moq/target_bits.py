@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +34,13 @@ from moq.rules import plain_name
 #: What is offered unless somebody asks for others: what `moq.inference` keeps weights in.
 WIDTHS = (4, 8, 16)
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
+
+
+class Trace(NamedTuple):
+    """A measured trace and its standard error, from the random vectors."""
+
+    value: float
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class Candidates:
         widths: Bits, rising.
         squared_errors: Sum of (w - Q(w))^2 over the block, at each width.
         bytes: Size in a checkpoint, at each width.
+        trace_error: Standard error of the trace.
     """
 
     name: str
@@ -144,6 +152,12 @@ class Candidates:
     widths: tuple[int, ...]
     squared_errors: tuple[float, ...]
     bytes: tuple[int, ...]
+    trace_error: float = 0.0
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the trace says nothing: it is no larger than its error."""
+        return bool(self.trace_error) and abs(self.trace or 0.0) <= self.trace_error
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -197,6 +211,18 @@ class TargetBits:
         )
         return used / total
 
+    @property
+    def warning(self) -> str | None:
+        """What to think of traces that are noise; None if there are none among them."""
+        noise = [block.name for block in self.blocks if block.is_noise]
+        if not noise:
+            return None
+        return (
+            f"{len(noise)} of {sum(block.trace is not None for block in self.blocks)} traces are "
+            f"no larger than their standard errors ({', '.join(noise)}), and these blocks' widths "
+            "follow noise: probe with more max_products or batches"
+        )
+
     def __str__(self) -> str:
         """A table of the choice, and the front around it."""
         from moq.front import text_of
@@ -221,6 +247,7 @@ class TargetBits:
                 {
                     "name": block.name,
                     "trace": block.trace,
+                    "trace_error": block.trace_error,
                     "num_weights": block.num_weights,
                     "widths": list(block.widths),
                     "squared_errors": list(block.squared_errors),
@@ -283,7 +310,7 @@ def offered(
 
 def measure_candidates(
     names: Sequence[str],
-    traces: Sequence[float | None],
+    traces: Sequence[Trace | None],
     widths: Sequence[tuple[int, ...]],
     weights: Iterable[tuple[int, Weight]],
 ) -> list[Candidates]:
@@ -306,11 +333,12 @@ def measure_candidates(
     return [
         Candidates(
             name,
-            trace,
+            None if trace is None else trace.value,
             size,
             own,
             tuple(math.fsum(parts) for parts in squared),
             tuple(stored),
+            trace.error if trace else 0.0,
         )
         for name, trace, size, own, squared, stored in zip(
             names, traces, sizes, widths, errors, sums, strict=True
@@ -431,7 +459,7 @@ def bytes_beside(model: nn.Module, quantized: Iterable[nn.Parameter]) -> int:
     return total
 
 
-def traces_for(history: Sequence[Mapping[str, Any]], where: str) -> dict[str, float]:
+def traces_for(history: Sequence[Mapping[str, Any]], where: str) -> dict[str, Trace]:
     """Returns the traces that were measured last: {block: trace}.
 
     Args:
@@ -443,7 +471,9 @@ def traces_for(history: Sequence[Mapping[str, Any]], where: str) -> dict[str, fl
     """
     for found in reversed(history):
         if found["measure"] in ("trace", "both"):
-            return dict(zip(found["blocks"], found["values"], strict=True))
+            errors = found.get("standard_error") or [0.0] * len(found["values"])
+            traces = map(Trace, found["values"], errors)
+            return dict(zip(found["blocks"], traces, strict=True))
     raise ValueError(
         f"{where}: traces of the blocks must have been measured, got "
         + ("eigenvalues" if history else "no measurement")

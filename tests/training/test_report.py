@@ -163,6 +163,20 @@ def test_sensitivities_of_both_probes_are_told(trained, text):
     assert all(row[4].endswith("%") for row in costs)
 
 
+def test_values_that_are_noise_are_marked(run):
+    def make_noise(data):
+        found = data["history"]["sensitivities"][-1]
+        found["standard_error"][0] = 2 * abs(found["values"][0])
+        found["standard_error"][1] = 0.5 * abs(found["values"][1])
+
+    damage(run / "run.json", make_noise)
+    text = report(run)
+    first, second = rows(text, "Sensitivity by probe")[:2]
+    assert first[-2].endswith("(noise)") and not second[-2].endswith("(noise)")
+    assert f"nothing but noise: {first[0]};" in words(section(text, "sensitivity"))
+    assert f"({first[0]}), and these blocks' widths follow noise" in words(section(text, "front"))
+
+
 def test_the_share_that_probes_may_take_is_told(run):
     damage(run / "run.json", lambda data: data["history"]["sensitivities"][-1]["cost"].update(
         seconds=1.5, max_cost=0.02))  # fmt: skip

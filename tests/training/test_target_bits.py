@@ -1,6 +1,7 @@
 """Target widths under a budget: the choice, what it costs, and the training that follows it."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -688,6 +689,21 @@ def test_the_command_refuses_a_line_that_it_cannot_use(arguments, message, capsy
         main(["schedule", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_traces_that_are_noise_are_marked_and_warned_of(decoder, capsys):
+    model = decoder(layers=3)
+    optimizer = wrap(model, {}, STEPS, verbose=True)
+    found = traces([f"layers.{i}" for i in range(3)], (2.0, -0.5, 0.0))
+    found = dataclasses.replace(found, standard_error=(0.3, 0.6, 0.0), converged=False)
+    choice = optimizer.choose_target_bits(mean_bits=8, sensitivity=found)
+    assert [block.is_noise for block in choice.blocks] == [False, True, False]
+    assert choice.to_dict()["blocks"][1]["trace_error"] == 0.6
+    text = capsys.readouterr().out
+    assert "2 ± 0.3" in text and "-0.5 ± 0.6" in text
+    assert text.count("1 of 3 traces are no larger than their standard errors (layers.1)") == 1
+    sure = dataclasses.replace(found, standard_error=(0.3, 0.4, 0.0))
+    assert optimizer.choose_target_bits(mean_bits=8, sensitivity=sure).warning is None
 
 
 @pytest.mark.parametrize("text", ["4;8", "", "4,", "four"])
