@@ -20,8 +20,24 @@ from conftest import (
 
 from moq import estimators, measurement, probe_cost, probing, record, sensitivity
 from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
+from moq.progress import ProductBar
 
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+
+
+def test_the_slowest_rank_decides_how_much_is_measured(decoder, monkeypatch):
+    model = decoder()
+    own = measurement.Measurement(
+        model=model, blocks=sensitivity.find_blocks(model), batches=BATCHES[:1], counts=[1, 1],
+        measure="trace", tolerance={"trace": 0.1}, max_products={"trace": 12}, max_seconds=20.0,
+        seed=0, group=None, sharded=False, started=0.0,
+    )  # fmt: skip
+    size = own._size(Cost(0.0, 1.0), 1, False, 0.0, ProductBar("", False))
+    assert size == Size(1, {"trace": 6})
+    # The other rank has a product that takes four seconds, and two have passed there.
+    monkeypatch.setattr(own, "_gather", lambda value: [value, (Cost(0.0, 4.0), 1, 2.0)])
+    size = own._size(Cost(0.0, 1.0), 1, False, 0.0, ProductBar("", False))
+    assert size == Size(1, {"trace": 4})
 
 
 def test_everything_is_measured_where_there_is_room():

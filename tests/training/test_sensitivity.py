@@ -131,6 +131,15 @@ def test_the_error_falls_to_the_tolerance_or_the_result_says_not(model, batches)
     assert poor.products == 12
 
 
+def test_each_of_many_batches_needs_less_accuracy_than_one_alone(model, batches):
+    one = measure(model, None, loss_of(model), batches[:1], tolerance=0.1, max_products=2000)
+    many = measure(
+        model, None, loss_of(model), batches[:1] * 16, tolerance=0.1, max_products=16 * 2000
+    )
+    assert one.converged and many.converged
+    assert many.products < 16 * one.products / 4
+
+
 @pytest.mark.parametrize("kind", ["trace", "eigenvalue"])
 def test_the_same_measurement_twice_gives_the_same_bits(model, batches, kind):
     first = measure(model, None, loss_of(model), batches, measure=kind)

@@ -249,6 +249,11 @@ def test_widths_count_as_what_they_are_served_at():
     ]
 
 
+def test_the_fastest_measurement_of_a_width_counts_wherever_it_stands(tmp_path):
+    speeds = [{"decode_tokens_per_second": speed} for speed in (150.0, 200.0, 100.0)]
+    assert LatencyTable.load(write_table(tmp_path / "bench.json", *speeds)).seconds == {8: 0.01}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
