@@ -23,6 +23,7 @@ from moq.probing import ProbeCost, Probes
 from moq.reporting import Reporter, is_main_process
 from moq.scalars import ScalarLog
 from moq.target_bits import WIDTHS, TargetBits, require_widths, traces_for
+from moq.undisturbed import without_gradients
 from moq.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
@@ -214,9 +215,11 @@ class PlannedOptimizer(OptimizerWrapper):
     ) -> tuple[Sensitivity, ProbeCost]:
         """Measures within the budget, and plans by what was found."""
         options = {"progress": self._reporter.enabled} | dict(options)
-        found, cost = self._probes.measure(
-            self._model_as_given, self._masters, loss_fn, batches, options
-        )
+        # Of what the model does not hold, too, and however a checkpoint hides it.
+        with without_gradients(p for group in self.param_groups for p in group["params"]):
+            found, cost = self._probes.measure(
+                self._model_as_given, self._masters, loss_fn, batches, options
+            )
         self._plan_by(found, cost, "MoQOptimizer.probe")
         return found, cost
 
