@@ -226,6 +226,14 @@ TEST(Lanczos, GivesTheSameBitsForTheSameSeed) {
             lanczos(product_with(a), a.rows(), options).largest.value);
 }
 
+TEST(Lanczos, EndsWhenThereWasEnoughButNotBeforeTheSecondProduct) {
+  const Matrix<double> a = matrix_with<double>(evenly(-4, 7, 101));
+  const auto result =
+      lanczos(product_with(a), a.rows(), {.tolerance = 1e-12, .enough = [] { return true; }});
+  EXPECT_EQ(result.iterations, 2);
+  EXPECT_FALSE(result.converged);
+}
+
 TEST(PowerIteration, FindsTheDominantEigenvalueWithItsSign) {
   const Matrix<double> a = matrix_with<double>(std::vector{-9.0} + evenly(-1, 5, 96));
   const auto result = power_iteration(product_with(a), a.rows(),
