@@ -121,6 +121,7 @@ class Traces:
         seed: Of the random vectors.
         bar: Is told each product.
         deadline: After which no more products are made than two a batch; None: none.
+        parts: Of the time until then it takes one in so many, at each batch.
     """
 
     def __init__(
@@ -132,10 +133,11 @@ class Traces:
         seed: int,
         bar: ProductBar,
         deadline: Deadline | None = None,
+        parts: float = 1.0,
     ) -> None:
         """Has measured nothing yet."""
         self.blocks, self.tolerance, self.seed, self.bar = blocks, tolerance, seed, bar
-        self.deadline = deadline
+        self.deadline, self.parts = deadline, parts
         self.products = self.products_per_batch = products
         # The mean over independent batches is more accurate than each of them.
         self.tolerance_per_batch = tolerance * math.sqrt(total_batches)
@@ -148,6 +150,7 @@ class Traces:
             samples = [operator.exact_traces(indices, progress=self.bar.advance)]
             products = operator.examples
         else:
+            end = None if self.deadline is None else self.deadline.share(self.parts)
             samples, _ = operator.traces(
                 indices_of(self.blocks),
                 tolerance=self.tolerance_per_batch,
@@ -157,7 +160,7 @@ class Traces:
                 batch=batch,
                 names=list(self.blocks),
                 progress=self.bar.advance,
-                enough=None if self.deadline is None else self.deadline.passed,
+                enough=None if end is None else end.passed,
             )
             products = len(samples)
         self.rows.append((samples, products))

@@ -221,8 +221,10 @@ class Measurement:
         for kind, products in size.products.items():
             tolerance = self.tolerance[kind]
             if kind == "trace":
+                # Of both measures each has the time that it was thought to take.
+                parts = 1 + len(self.blocks) * size.products.get("eigenvalue", 0) / products
                 meters[kind] = Traces(
-                    self.blocks, tolerance, products, total, self.seed, bar, deadline
+                    self.blocks, tolerance, products, total, self.seed, bar, deadline, parts
                 )
             else:
                 meters[kind] = Eigenvalues(

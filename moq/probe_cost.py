@@ -49,7 +49,7 @@ class Deadline:
         """Says whether it has on some rank."""
         return any(self.gather(time.perf_counter() > self.at))
 
-    def share(self, parts: int) -> Deadline:
+    def share(self, parts: float) -> Deadline:
         """Returns when the first of `parts` parts should end that have the time left in common."""
         now = time.perf_counter()
         return Deadline(now + max(0.0, self.at - now) / parts, self.gather)
