@@ -15,7 +15,8 @@ struct GenerationOptions {
   kernels::SamplingParams sampling{.temperature = 0.0F};
   std::vector<std::int64_t> stop_tokens;  ///< a row ends with the first of these, which it keeps
   std::int64_t max_batch = 16;            ///< rows in flight; the others wait for a free slot
-  std::int64_t chunk_tokens = 512;        ///< tokens computed at once while prompts are read
+  /// Tokens computed at once while prompts are read; 0: as many as suit the device.
+  std::int64_t chunk_tokens = 0;
 };
 
 enum class FinishReason : std::uint8_t {
