@@ -177,11 +177,14 @@ GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> pro
                                   GenerationOptions options, const OnToken& on_token) {
   const Call call(*in_use_);
   const kernels::SamplingParams& sampling = options.sampling;
-  std::vector<std::int64_t> request = {
-      options.max_new_tokens,  options.max_batch,
-      options.chunk_tokens,    bits_of(sampling.temperature),
-      sampling.top_k,          bits_of(sampling.top_p),
-      bits_of(sampling.min_p), bits_of(sampling.repetition_penalty)};
+  std::vector<std::int64_t> request = {options.max_new_tokens,
+                                       options.max_batch,
+                                       options.chunk_tokens.value_or(0),
+                                       bits_of(sampling.temperature),
+                                       sampling.top_k,
+                                       bits_of(sampling.top_p),
+                                       bits_of(sampling.min_p),
+                                       bits_of(sampling.repetition_penalty)};
   add_list(request, options.stop_tokens);
   for (const std::vector<std::int64_t>& prompt : prompts) {
     add_list(request, prompt);

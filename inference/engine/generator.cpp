@@ -35,9 +35,10 @@ void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& opti
             spec.architecture, ": use encode");
   MOQ_CHECK(options.max_new_tokens >= 1, "generate: max_new_tokens must be >= 1, got ",
             options.max_new_tokens);
-  MOQ_CHECK(options.max_batch >= 1 && options.chunk_tokens >= 0,
-            "generate: max_batch must be >= 1 and chunk_tokens >= 0, got ", options.max_batch,
-            " and ", options.chunk_tokens);
+  const std::int64_t chunk = options.chunk_tokens.value_or(1);
+  MOQ_CHECK(options.max_batch >= 1 && chunk >= 1,
+            "generate: max_batch and chunk_tokens must be >= 1, got ", options.max_batch, " and ",
+            chunk);
   kernels::check(options.sampling);
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     const auto length = static_cast<std::int64_t>(prompts[i].size());
@@ -54,11 +55,10 @@ void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& opti
   }
 }
 
-/// A CPU's products are as fast at 512 tokens as at more; those of a GPU want a tile for each of
+/// A CPU's products are as fast at as few tokens as at more; those of a GPU want a tile for each of
 /// its multiprocessors, several times over.
-std::int64_t suitable_chunk(const at::Device& device) {
-  return device.is_cuda() ? 4096 : 512;
-}
+constexpr std::int64_t kFewTokens = 512;
+constexpr std::int64_t kManyTokens = 4096;
 
 class Generation {
  public:
@@ -68,13 +68,12 @@ class Generation {
         prompts_(prompts),
         options_(options),
         on_token_(on_token),
-        chunk_tokens_(options.chunk_tokens > 0 ? options.chunk_tokens
-                                               : suitable_chunk(model.device())),
+        chunk_tokens_(
+            options.chunk_tokens.value_or(model.device().is_cuda() ? kManyTokens : kFewTokens)),
         max_rows_(std::min(options.max_batch, static_cast<std::int64_t>(prompts.size()))),
         cache_(model.generation_cache(max_rows_, longest(prompts) + options.max_new_tokens)) {
     result_.rows.resize(prompts.size());
-    const std::int64_t prompt_tokens = longest(prompts) * max_rows_;
-    model_.reserve(std::max(std::min(prompt_tokens, chunk_tokens_), max_rows_));
+    reserve(longest(prompts) * max_rows_);
   }
   /// A generation that an error ends gives its slots back too.
   ~Generation() {
@@ -98,6 +97,20 @@ class Generation {
   }
 
  private:
+  /// Makes room for a piece of the prompts: a smaller one than is fast, where memory is short.
+  void reserve(std::int64_t prompt_tokens) {
+    for (;; chunk_tokens_ /= 2) {
+      try {
+        model_.reserve(std::max(std::min(prompt_tokens, chunk_tokens_), max_rows_));
+        return;
+      } catch (const Error&) {
+        if (options_.chunk_tokens || chunk_tokens_ <= kFewTokens) {
+          throw;
+        }
+      }
+    }
+  }
+
   /// Gives free slots to waiting prompts.
   void admit() {
     while (next_ < prompts_.size() && static_cast<std::int64_t>(rows_.size()) < max_rows_) {

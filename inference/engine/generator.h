@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -15,8 +16,9 @@ struct GenerationOptions {
   kernels::SamplingParams sampling{.temperature = 0.0F};
   std::vector<std::int64_t> stop_tokens;  ///< a row ends with the first of these, which it keeps
   std::int64_t max_batch = 16;            ///< rows in flight; the others wait for a free slot
-  /// Tokens computed at once while prompts are read; 0: as many as suit the device.
-  std::int64_t chunk_tokens = 0;
+  /// Tokens computed at once while prompts are read, >= 1; none: as many as suit the device and its
+  /// free memory.
+  std::optional<std::int64_t> chunk_tokens = std::nullopt;
 };
 
 enum class FinishReason : std::uint8_t {

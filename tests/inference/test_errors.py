@@ -164,7 +164,7 @@ def test_not_finite_weight_is_refused_at_load_time_quantization(copy):
         ([5, 97], {}, r"a token must lie in \[0, 97\), got 97 in prompt 0"),
         ([5, -1], {}, r"a token must lie in \[0, 97\), got -1"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ([5], {"max_new_tokens": 4, "max_batch": 0}, "max_batch must be >= 1 and chunk_tokens"),
+        ([5], {"max_new_tokens": 4, "max_batch": 0}, "max_batch and chunk_tokens must be >= 1"),
         ([5], {"max_new_tokens": 4, "temperature": -1.0}, "temperature"),
         ([5], {"max_new_tokens": 4, "temperature": 1.0, "top_p": 0.0}, "top_p"),
         ([5], {"max_new_tokens": 4, "repetition_penalty": 0.0}, "repetition_penalty"),
