@@ -18,5 +18,7 @@ def require_equal_ranks(fingerprint: str, group: dist.ProcessGroup | None, rule:
     Raises:
         RuntimeError: on all of them.
     """
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        return  # nobody else trains this one
     if len(set(all_gather(fingerprint, group))) > 1:
         raise RuntimeError(f"MoQOptimizer: the ranks must {rule}")

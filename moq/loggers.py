@@ -51,8 +51,10 @@ class TensorBoardLogger:
 
     def log(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Hands the scalars of one step to the writer, which writes now and then by itself."""
-        file_writer = getattr(self.writer, "file_writer", None)
-        if file_writer is None:  # closed, which add_scalar undoes, or of another make
+        # Of torch's writer: others, such as tensorboardX's, have one that takes other records.
+        own = type(self.writer).__module__.startswith("torch.utils.tensorboard")
+        file_writer = self.writer.file_writer if own else None
+        if file_writer is None:  # closed, which add_scalar undoes
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             return

@@ -506,14 +506,16 @@ class MoQOptimizer(PlannedOptimizer):
             first()
             require_in_model(self._masters.matched, self.model)
             quantized = self.quantized_parameters()
-        require_equal_ranks(
-            self.fingerprint(),
-            self._activations.process_group,
-            "hold the same weights to be written, got different ones, as when nothing averages the "
-            "gradients, or when the model was not the same on all ranks before MoQOptimizer was "
-            "made (DistributedDataParallel made afterwards broadcasts the simulated weights, not "
-            "the full-precision masters)",
-        )
+        with raise_together():  # ranks of other groups would wait
+            require_equal_ranks(
+                self.fingerprint(),
+                self._activations.process_group,
+                "hold the same weights to be written, got different ones, as when nothing averages "
+                "the gradients, or when the model was not the same on all ranks before "
+                "MoQOptimizer was made (DistributedDataParallel made afterwards broadcasts the "
+                "simulated weights, not the full-precision masters); ranks that train another "
+                "model, or a part, need MoQOptimizer(process_group=…)",
+            )
         with raise_together():
             if is_main_process():
                 history = self._record().summary()

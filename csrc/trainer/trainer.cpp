@@ -26,6 +26,16 @@ std::string layout_words(at::IntArrayRef sizes, at::IntArrayRef strides) {
   return words.str();
 }
 
+/// Whether strides lead to the same elements: those of dimensions of one element lead nowhere.
+bool same_steps(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && a[d] != b[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
 /// Bytes of a tensor's storage up to the end of its last element.
 std::size_t bytes_reached(const at::Tensor& tensor) {
   if (tensor.numel() == 0) {
@@ -58,6 +68,7 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
       in_place_(in_place),
       steps_asked_(step),
       versions_(parameters_.size()),
+      parameter_versions_(parameters_.size()),
       addresses_(parameters_.size()) {
   for (const TrainedParameter& parameter : parameters_) {
     layouts_.push_back({parameter.simulated.sizes().vec(), parameter.simulated.strides().vec()});
@@ -207,7 +218,7 @@ void Trainer::check_layouts() const {
     const at::Tensor& simulated = parameters_[p].simulated;
     const auto& [sizes, strides] = layouts_[p];
     MOQ_CHECK(
-        simulated.sizes() == sizes && simulated.strides() == strides,
+        simulated.sizes() == sizes && same_steps(sizes, simulated.strides(), strides),
         "MoQOptimizer: ", parameters_[p].name,
         " must keep the layout that it had when MoQOptimizer was made, ",
         layout_words(sizes, strides), ", got ",
@@ -224,9 +235,15 @@ void Trainer::check_layouts() const {
   }
 }
 
+bool Trainer::was_written(std::size_t parameter) const {
+  const TrainedParameter& trained = parameters_[parameter];
+  return trained.simulated._version() != versions_[parameter] ||
+         trained.parameter._version() != parameter_versions_[parameter];
+}
+
 bool Trainer::touched() const {
   for (std::size_t p = 0; in_place_ && p < parameters_.size(); ++p) {
-    if (parameters_[p].simulated._version() != versions_[p]) {
+    if (was_written(p)) {
       return true;
     }
   }
@@ -244,7 +261,7 @@ std::vector<std::int64_t> Trainer::overwritten() const {
     for (std::size_t index = 0; index < group.members.size(); ++index) {
       const std::size_t p = group.members[index];
       const at::Tensor& simulated = parameters_[p].simulated;
-      if (simulated._version() == versions_[p] && simulated.const_data_ptr() == addresses_[p]) {
+      if (!was_written(p) && simulated.const_data_ptr() == addresses_[p]) {
         continue;
       }
       // Many tools write a parameter's own value back (a DDP broadcast, a weight swap that ended).
@@ -493,6 +510,7 @@ at::Tensor Trainer::expected_value(const DeviceGroup& group, std::size_t index) 
 void Trainer::record_written(std::size_t parameter) {
   const at::Tensor& simulated = parameters_[parameter].simulated;
   versions_[parameter] = simulated._version();
+  parameter_versions_[parameter] = parameters_[parameter].parameter._version();
   addresses_[parameter] = simulated.const_data_ptr();
 }
 

@@ -173,6 +173,8 @@ class Trainer {
   void fake_quantize(const DeviceGroup& group, const std::optional<at::Tensor>& found_inf);
   at::Tensor expected_value(const DeviceGroup& group, std::size_t index) const;
   void record_written(std::size_t parameter);
+  /// True if somebody wrote to a parameter, or to its shard, since record_written.
+  bool was_written(std::size_t parameter) const;
 
   std::vector<TrainedParameter> parameters_;
   schedule::Schedule schedule_;
@@ -186,6 +188,9 @@ class Trainer {
   std::vector<Layout> layouts_;   // of the parameters' memory at first
   /// Version counter and address of each simulated value when it was written last.
   std::vector<std::uint32_t> versions_;
+  /// Likewise of the parameter itself: a DTensor counts what is written to it, and on all ranks,
+  /// also those whose shards are empty; its shard does not.
+  std::vector<std::uint32_t> parameter_versions_;
   std::vector<const void*> addresses_;
 };
 

@@ -176,6 +176,28 @@ def check_one_scale_when_only_some_ranks_see_other_weights() -> None:
         assert full(weight.detach())[-1].abs().max() > 1.5 * largest, name
 
 
+def check_what_is_written_to_sharded_weights_becomes_the_masters() -> None:
+    model = sharded_decoder()
+    optimizer = wrap(model, FALLING | {"start_bits": 16, "target_bits": 16}, STEPS, lr=1e-6)
+    train_step(model, optimizer, 0)
+    weight = model.layers[0].q_proj.weight
+    ways = {
+        "load_state_dict": lambda: model.load_state_dict(
+            {name: 3 * value.detach() for name, value in model.state_dict().items()}
+        ),
+        "copy_": lambda: weight.copy_(3 * weight),
+    }
+    for name, write in ways.items():
+        before = full(weight.detach()).abs().max()
+        with torch.no_grad():
+            write()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_step(model, optimizer, 1)
+        assert any("were replaced from outside" in str(w.message) for w in caught), name
+        assert full(weight.detach()).abs().max() > 2.5 * before, name
+
+
 def check_bad_weights_in_one_shard_are_refused_on_all_ranks() -> None:
     model = sharded_decoder()
     optimizer = wrap(model, FALLING, STEPS)
