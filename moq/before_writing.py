@@ -18,7 +18,8 @@ def require_equal_ranks(fingerprint: str, group: dist.ProcessGroup | None, rule:
     Raises:
         RuntimeError: on all of them.
     """
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    outside: object = dist.GroupMember.NON_GROUP_MEMBER  # a number
+    if group is outside:
         return  # nobody else trains this one
     if len(set(all_gather(fingerprint, group))) > 1:
         raise RuntimeError(f"MoQOptimizer: the ranks must {rule}")
