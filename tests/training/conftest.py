@@ -173,6 +173,11 @@ def masters(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
     }
 
 
+def copies(optimizer: moq.MoQOptimizer) -> dict[str, torch.Tensor]:
+    """Masters as they are now, by parameter name."""
+    return {name: master.detach().clone() for name, master in masters(optimizer).items()}
+
+
 def name_hash(name: str) -> int:
     """FNV-1a, 32 bits, as a signed 32-bit integer would not be: 0 to 2^32 - 1."""
     value = 2166136261

@@ -14,6 +14,7 @@ from conftest import (
     assert_same,
     assert_simulated,
     batch,
+    copies,
     loss_of,
     masters,
     snapped,
@@ -28,10 +29,6 @@ from moq import MoQOptimizer
 FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 12
 FORMS = ["in_place", "autograd"]
-
-
-def copies(optimizer) -> dict[str, torch.Tensor]:
-    return {name: master.detach().clone() for name, master in masters(optimizer).items()}
 
 
 # ---------------------------------------------------------------------------------- gradients

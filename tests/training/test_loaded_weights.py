@@ -9,6 +9,7 @@ from conftest import (
     assert_same,
     assert_simulated,
     batch,
+    copies,
     loss_of,
     masters,
     train_step,
@@ -28,10 +29,6 @@ def trained(decoder, form: str = "in_place", steps: int = 3):
     for step in range(steps):
         train_step(model, optimizer, step)
     return model, optimizer
-
-
-def copies(optimizer) -> dict[str, torch.Tensor]:
-    return {name: master.detach().clone() for name, master in masters(optimizer).items()}
 
 
 def spoiled(model, bad: float) -> dict[str, torch.Tensor]:
