@@ -222,8 +222,8 @@ class MoQOptimizer(PlannedOptimizer):
 
         Raises:
             RuntimeError: inside `full_precision`, if a quantized parameter has become another
-                dtype, or if static scales of activations need a `process_group`; then nothing has
-                changed. Likewise if the model has other parameters in place of the trained ones.
+                dtype, or if static scales of activations need a `process_group`; no step is made
+                then. Likewise if the model has other parameters in place of the trained ones.
             ValueError: if a quantized parameter has a sparse gradient, or was given values that are
                 not finite.
         """
