@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from moq.blocks import blend_end
 from moq.loggers import CsvLogger, Logger, TensorBoardLogger
 from moq.masters import Masters
 from moq.reporting import is_main_process
-from moq.rules import MatchedParameter
 from moq.sharding import local_tensor
 
 #: What is summed over the weights of a block: squared quantization error, squared master, weights
@@ -234,13 +234,18 @@ def _codes(masters: Masters, chunks: Sequence[_Chunk]) -> Iterator[torch.Tensor]
     trainer = masters.trainer
     schedule, earliest, latest = trainer.schedule, trainer.step_seen, trainer.step_at_most
     for chunk in chunks:
-        first, *others = _widths(schedule, chunk.block, earliest, latest)
-        codes = _codes_on_grid(masters, chunk, first)
-        # Only the device knows which of the drops that the host asked for it has reached.
-        for num_bits in others:
-            reached = trainer.control_of(chunk.members[0])[0] == num_bits
-            codes = torch.where(reached, _codes_on_grid(masters, chunk, num_bits), codes)
-        yield codes.reshape(-1)
+        yield _codes_of(masters, chunk, _widths(schedule, chunk.block, earliest, latest))
+
+
+def _codes_of(masters: Masters, chunk: _Chunk, widths: Sequence[int]) -> torch.Tensor:
+    first, *others = widths
+    codes_at = _codes_by_width(masters, chunk)
+    codes = codes_at(first)
+    # Only the device knows which of the drops that the host asked for it has reached.
+    for num_bits in others:
+        reached = masters.trainer.control_of(chunk.members[0])[0] == num_bits
+        codes = torch.where(reached, codes_at(num_bits), codes)
+    return codes.reshape(-1)
 
 
 def _widths(schedule: Schedule, block: int, earliest: int, latest: int) -> list[int]:
@@ -251,25 +256,28 @@ def _widths(schedule: Schedule, block: int, earliest: int, latest: int) -> list[
     return widths
 
 
-def _codes_on_grid(masters: Masters, chunk: _Chunk, num_bits: int) -> torch.Tensor:
-    if chunk.grid is None:
-        return _codes_of_own_scales(masters, masters.matched[chunk.members[0]], num_bits)
-    weights = _simulated(masters, chunk)
-    rows = 1 if chunk.grid["transposed"] else 0
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=rows)
-    codes: torch.Tensor = torch.ops.moq.quantize(weight, num_bits, **chunk.grid)[0]
-    return codes
+def _codes_by_width(masters: Masters, chunk: _Chunk) -> Callable[[int], torch.Tensor]:
+    """Returns what computes a chunk's integers at a width.
 
-
-def _codes_of_own_scales(masters: Masters, m: MatchedParameter, num_bits: int) -> torch.Tensor:
-    """Returns the integers of a weight whose scales are learned, or those of all ranks."""
+    Ranks may ask it for different widths, and differently often: what they must do together is done
+    here.
+    """
+    if chunk.grid is not None:
+        weights = _simulated(masters, chunk)
+        rows = 1 if chunk.grid["transposed"] else 0
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=rows)
+        return partial(_quantized, weight, **chunk.grid)
+    m = masters.matched[chunk.members[0]]
     if masters.simulators is not None:
-        return masters.simulators.of(m).codes(m.parameter.detach(), num_bits)
+        return partial(masters.simulators.of(m).codes, m.parameter.detach())
     weight = masters.shared_scales.with_extremes(m.parameter, local_tensor(masters.simulated(m)))
-    codes: torch.Tensor = torch.ops.moq.quantize(
-        weight, num_bits, granularity=m.granularity, mode=m.spec.mode
-    )[0]
-    return codes[:, :-2]
+    grid = {"granularity": m.granularity, "mode": m.spec.mode}
+    return lambda num_bits: _quantized(weight, num_bits, **grid)[:, :-2]
+
+
+def _quantized(weight: torch.Tensor, num_bits: int, **grid: Any) -> torch.Tensor:
+    codes: torch.Tensor = torch.ops.moq.quantize(weight, num_bits, **grid)[0]
+    return codes
 
 
 def _simulated(masters: Masters, chunk: _Chunk) -> list[torch.Tensor]:

@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor, Shard
 from workers.job import require_several_ranks, run_checks
 
 import moq
+from moq import scalars
 from moq.sensitivity import measure, quantized_blocks
 
 FALLING = {
@@ -449,10 +450,24 @@ def tell_the_numbers_of_all_shards(config: dict) -> None:
         assert told.steps == expected.steps == {}
         return
     assert list(told.steps) == list(expected.steps) == [1, 3, 5]
-    for step, scalars in expected.steps.items():
-        assert told.steps[step].keys() == scalars.keys()
-        for name, value in scalars.items():
+    for step, numbers in expected.steps.items():
+        assert told.steps[step].keys() == numbers.keys()
+        for name, value in numbers.items():
             assert abs(told.steps[step][name] - value) <= 1e-9, (step, name)
+
+
+def check_ranks_that_hear_of_drops_at_other_times_measure_the_same() -> None:
+    heard = scalars._widths
+    if dist.get_rank():  # this rank's host has fallen behind: it looks at one width more
+
+        def widths(schedule: object, block: int, earliest: int, latest: int) -> list[int]:
+            return [10, *heard(schedule, block, earliest, latest)]
+
+        scalars._widths = widths
+    try:
+        tell_the_numbers_of_all_shards(FALLING | {"granularity": "per_tensor"})
+    finally:
+        scalars._widths = heard
 
 
 def check_full_precision() -> None:
