@@ -249,7 +249,10 @@ class Masters:
                 else self.simulators.loaded(self.matched)
             )
             for index in changed:
-                require_finite_replacement(self.matched[index], masters_kept=not self.simulators)
+                m = self.matched[index]
+                trained = self.simulators.trained(m) if self.simulators else {m.name: m.parameter}
+                for name, value in trained.items():
+                    require_finite_replacement(name, value, masters_kept=not self.simulators)
         return changed
 
     def require_in(self, model: nn.Module, *, idle: bool) -> None:
@@ -282,10 +285,11 @@ class Masters:
         for m in self.matched:
             dtype, device = m.parameter.dtype, m.parameter.device
             if dtype != self._dtypes[m.parameter] or device.type not in ("cpu", "cuda"):
+                kept = "The masters are as they were, and state_dict() still gives them"
                 raise RuntimeError(
                     f"MoQOptimizer: {m.name} must stay {self._dtypes[m.parameter]} on a CPU or a "
                     f"CUDA device, got {dtype} on {device}: convert the model before MoQOptimizer "
-                    "is made. The masters are as they were, and state_dict() still gives them"
+                    f"is made. {'It is its own master' if self.simulators else kept}"
                 )
         self.trainer.check_layouts()
         moved = [p for p, device in self._devices.items() if p.device != device]

@@ -31,11 +31,12 @@ def require_finite(name: str, value: torch.Tensor, remedy: str = "") -> None:
         )
 
 
-def require_finite_replacement(m: MatchedParameter, *, masters_kept: bool) -> None:
+def require_finite_replacement(name: str, value: torch.Tensor, *, masters_kept: bool) -> None:
     """Refuses to train on from weights that somebody has put into the model.
 
     Args:
-        m: Their parameter.
+        name: Of the parameter, or of what belongs to it.
+        value: What it holds now.
         masters_kept: The masters are elsewhere, and as they were.
 
     Raises:
@@ -48,8 +49,8 @@ def require_finite_replacement(m: MatchedParameter, *, masters_kept: bool) -> No
             "optimizer.load_state_dict(optimizer.state_dict())"
         )
     require_finite(
-        f"MoQOptimizer: {m.name}, replaced from outside, as model.load_state_dict does",
-        m.parameter,
+        f"MoQOptimizer: {name}, replaced from outside, as model.load_state_dict does",
+        value,
         f"; {remedy}",
     )
 

@@ -7,7 +7,7 @@ weights is kept, and scales can be learned.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,8 +188,16 @@ class WeightSimulators:
             index
             for index, m in enumerate(matched)
             if (before := self._of[m.parameter].loaded_over) is not None
-            and before != _digest(m.parameter)
+            and before != _digest(self.trained(m).values())
         ]
+
+    def trained(self, m: MatchedParameter) -> dict[str, torch.Tensor]:
+        """Returns a parameter, and its learned scales if it has some, by names for messages."""
+        absmax = self._of[m.parameter].absmax
+        trained: dict[str, torch.Tensor] = {m.name: m.parameter}
+        if absmax is not None:
+            trained[f"the learned scales of {m.name}"] = absmax
+        return trained
 
     def accept_loaded(self) -> None:
         """Takes the values that the parameters have now for theirs."""
@@ -214,24 +222,35 @@ def _parametrize(module: nn.Module, simulator: WeightSimulator) -> None:
     parametrize.register_parametrization(module, "weight", simulator, unsafe=True)
     chain: Any = module.parametrizations["weight"]  # type: ignore[index]
     chain.original = weight
-    chain.register_load_state_dict_pre_hook(_remember_weight)
+    chain.register_load_state_dict_pre_hook(_remember_values)
 
 
-def _remember_weight(
+def _remember_values(
     chain: Any, state_dict: Mapping[str, Any], prefix: str, *_arguments: object
 ) -> None:
-    """Notes what a weight was before load_state_dict gives it other values."""
-    loaded, weight = state_dict.get(f"{prefix}original"), chain.original.detach()
+    """Notes what a weight and its learned scales were before load_state_dict gives them others."""
+    values = {name: value.detach() for name, value in chain.named_parameters()}
     for simulator in chain:
         if isinstance(simulator, WeightSimulator) and simulator.loaded_over is None:
-            same = isinstance(loaded, torch.Tensor) and loaded.shape == weight.shape
-            if loaded is not None and not (same and torch.equal(loaded.to(weight), weight)):
-                simulator.loaded_over = _digest(weight)
+            loaded = {name: state_dict.get(f"{prefix}{name}") for name in values}
+            if any(
+                new is not None and not _holds(values[name], new) for name, new in loaded.items()
+            ):
+                simulator.loaded_over = _digest([chain.original, *simulator.parameters()])
 
 
-def _digest(weight: torch.Tensor) -> bytes:
-    values = weight.detach().contiguous().cpu().view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).digest()
+def _holds(value: torch.Tensor, loaded: object) -> bool:
+    """Says whether a value is what is about to be loaded."""
+    if not isinstance(loaded, torch.Tensor) or loaded.shape != value.shape:
+        return False
+    return torch.equal(loaded.to(value), value)
+
+
+def _digest(values: Iterable[torch.Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def remove_left_over_simulators(model: nn.Module) -> None:

@@ -214,6 +214,9 @@ void Trainer::write_masters() {
 }
 
 void Trainer::check_layouts() const {
+  const char* const kept = in_place_
+                               ? "The masters are as they were, and state_dict() still gives them"
+                               : "It is its own master";
   for (std::size_t p = 0; p < parameters_.size(); ++p) {
     const at::Tensor& simulated = parameters_[p].simulated;
     const auto& [sizes, strides] = layouts_[p];
@@ -224,14 +227,12 @@ void Trainer::check_layouts() const {
         layout_words(sizes, strides), ", got ",
         layout_words(simulated.sizes(), simulated.strides()),
         ": copy other values into its memory (parameter.data.copy_(values)) instead of giving "
-        "it another (parameter.data = values); for another shape make a new MoQOptimizer. The "
-        "masters are as they were, and state_dict() still gives them");
+        "it another (parameter.data = values); for another shape make a new MoQOptimizer. ",
+        kept);
     const std::size_t present = simulated.storage().nbytes();
     MOQ_CHECK(bytes_reached(simulated) <= present, "MoQOptimizer: the memory of ",
               parameters_[p].name, " must hold its ", bytes_reached(simulated), " bytes, got ",
-              present,
-              ": somebody has resized its storage. The masters are as they were, and "
-              "state_dict() still gives them");
+              present, ": somebody has resized its storage. ", kept);
   }
 }
 

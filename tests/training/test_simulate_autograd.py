@@ -424,3 +424,27 @@ def test_a_model_is_wrapped_again_as_if_for_the_first_time(decoder, simulate, co
     assert sorted(model.state_dict()) == sorted(fresh.state_dict())
     if copied:
         train_step(original, first, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_learned_scales_that_are_not_finite_are_refused_when_a_model_is_loaded(decoder, value):
+    model = decoder()
+    optimizer = wrap(model, LEARNED, STEPS)
+    train_step(model, optimizer, 0)
+    scales = "layers.0.q_proj.parametrizations.weight.0.absmax"
+    good = {name: v.clone() for name, v in model.state_dict().items()}
+    bad = good | {scales: torch.full_like(good[scales], value)}
+    model.load_state_dict(bad)
+    loss_of(model, batch(1)).backward()
+    with pytest.raises(ValueError, match=r"learned scales of layers\.0\.q_proj.*must be finite"):
+        optimizer.step()
+    assert optimizer.steps == 1
+    optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is loaded now is what was there at the step
+        model.load_state_dict(good)
+        train_step(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="layers.0.q_proj"):
+        model.load_state_dict(good | {scales: good[scales] * 2})
+        train_step(model, optimizer, 2)
+    assert optimizer.steps == 3
