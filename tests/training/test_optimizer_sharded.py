@@ -3,20 +3,18 @@
 They talk through gloo on the CPU, and through NCCL where there are two GPUs.
 
 Starting ranks costs seconds, so each number of ranks is started once and makes all the checks of
-workers/sharded.py; the tests here report them one by one.
+workers/sharded.py, replicas.py and measured.py; the tests here report them one by one.
 """
 
-import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import in_processes
+from workers.job import run_checks
+from workers.ranks import CHECKS
 
-WORKER = Path(__file__).parent / "workers" / "sharded.py"
-CHECKS = re.findall(r"^def check_(\w+)", WORKER.read_text(), re.MULTILINE)
-
+WORKER = Path(__file__).parent / "workers" / "ranks.py"
 
 RANKS = [
     pytest.param((1, "gloo"), id="1 rank"),
@@ -34,14 +32,13 @@ def results(request, tmp_path_factory) -> list[dict[str, str]]:
         if torch.cuda.device_count() < ranks:
             pytest.skip(f"{torch.cuda.device_count()} of {ranks} GPUs: not tested with NCCL")
     if ranks == 1:
-        worker = runpy.run_path(str(WORKER))
-        return [worker["run_checks"](worker, directory, 0, 1)]
+        return [run_checks(CHECKS, directory, 0, 1)]
     return in_processes(WORKER, ranks, directory, backend)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_under_ranks(results, check):
-    if all(outcomes[f"check_{check}"].startswith("skipped: ") for outcomes in results):
-        pytest.skip(results[0][f"check_{check}"].removeprefix("skipped: "))
+    if all(outcomes[check].startswith("skipped: ") for outcomes in results):
+        pytest.skip(results[0][check].removeprefix("skipped: "))
     for rank, outcomes in enumerate(results):
-        assert not outcomes[f"check_{check}"], f"rank {rank}:\n{outcomes[f'check_{check}']}"
+        assert not outcomes[check], f"rank {rank}:\n{outcomes[check]}"

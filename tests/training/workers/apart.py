@@ -3,7 +3,6 @@
 As a program: DIRECTORY RANK WORLD_SIZE BACKEND; writes {check: error or ""} into the directory.
 """
 
-import json
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import Decoder, batch, loss_of, train_step, wrap
 from torch.distributed.fsdp import fully_shard
-from workers.job import run_checks
+from workers.job import everywhere, main
 
 import moq
 from moq.collective import all_gather
@@ -32,13 +31,6 @@ STATIC = {
     "activations": "static",
 }
 STEPS = 4
-
-
-def everywhere(value: object) -> list:
-    """The values of all ranks."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def mesh_of_stages() -> dist.DeviceMesh:
@@ -310,8 +302,4 @@ def check_a_rank_that_lost_its_state_ends_the_resumption_on_all_ranks() -> None:
 
 
 if __name__ == "__main__":
-    where, own_rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    found = run_checks(globals(), where, own_rank, ranks, sys.argv[4])
-    (where / f"results-{own_rank}.json").write_text(json.dumps(found))
-    # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
-    os._exit(0)
+    main(globals())

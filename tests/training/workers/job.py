@@ -1,13 +1,25 @@
 """How a worker makes its checks as one rank of a job."""
 
+import json
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from unittest import SkipTest
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(seconds=120)  # with ranks that do not come to a collective
+
+
+def everywhere(value: object) -> list:
+    """The values of all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def require_several_ranks() -> None:
@@ -35,7 +47,11 @@ def run_checks(
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend, init_method=f"file://{directory}/store", rank=rank, world_size=world_size
+        backend,
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=PATIENCE,
     )
     outcomes = {}
     for name, check in sorted(functions.items()):
@@ -50,3 +66,15 @@ def run_checks(
                 outcomes[name] = traceback.format_exc()
     dist.destroy_process_group()
     return outcomes
+
+
+def main(functions: Mapping[str, Callable[[], None]]) -> None:
+    """Makes the checks as the command line says: DIRECTORY RANK WORLD_SIZE BACKEND.
+
+    Writes results-RANK.json, {check: error or ""}, into the directory.
+    """
+    where, own_rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    found = run_checks(functions, where, own_rank, ranks, sys.argv[4])
+    (where / f"results-{own_rank}.json").write_text(json.dumps(found))
+    # Not through the interpreter's exit: under load torch's own threads may outlive what they use.
+    os._exit(0)
