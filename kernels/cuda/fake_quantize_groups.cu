@@ -4,9 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "kernels/common/integer_math.h"
 #include "kernels/common/visit.h"
@@ -167,28 +165,17 @@ Kind kind_of(const FakeQuantizeTensor& matrix) {
 
 void fake_quantize_groups(const FakeQuantizeArgs& args, int multiprocessors, CUstream_st* stream) {
   const Step step = step_of(args);
-  std::vector<Kind> kinds;
-  for (const FakeQuantizeTensor& matrix : args.tensors) {
-    if (takes_groups(matrix) && std::ranges::find(kinds, kind_of(matrix)) == kinds.end()) {
-      kinds.push_back(kind_of(matrix));
-    }
-  }
-  for (const Kind& kind : kinds) {
-    const auto wanted = [&](const FakeQuantizeTensor& matrix) {
-      return takes_groups(matrix) && kind_of(matrix) == kind;
-    };
-    const auto launch_table = [&](const Table& table) {
-      visit_float(kind.input, [&]<typename Input>(Input) {
-        visit_float(kind.output, [&]<typename Output>(Output) {
-          const auto kernel = kind.rounding == Rounding::kStochastic
-                                  ? groups_kernel<Input, Output, true>
-                                  : groups_kernel<Input, Output, false>;
-          launch(kernel, table, step, multiprocessors, stream, philox_keys(args.seed));
-        });
+  const auto launch_table = [&](const Kind& kind, const Table& table) {
+    visit_float(kind.input, [&]<typename Input>(Input) {
+      visit_float(kind.output, [&]<typename Output>(Output) {
+        const auto kernel = kind.rounding == Rounding::kStochastic
+                                ? groups_kernel<Input, Output, true>
+                                : groups_kernel<Input, Output, false>;
+        launch(kernel, table, step, multiprocessors, stream, philox_keys(args.seed));
       });
-    };
-    for_each_table(args.tensors, wanted, launch_table, tiles_of);
-  }
+    });
+  };
+  for_each_kind(args.tensors, takes_groups, kind_of, launch_table, tiles_of);
 }
 
 }  // namespace moq::kernels::cuda

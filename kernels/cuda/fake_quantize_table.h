@@ -2,9 +2,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "kernels/common/fake_quantize_layout.h"
 #include "kernels/cuda/cuda_check.h"
@@ -105,6 +107,26 @@ void for_each_table(std::span<const FakeQuantizeTensor> tensors, const Wanted& w
       body(table);
       table = {};
     }
+  }
+}
+
+/// Calls body(kind, table) for tables of the matrices that `takes`, of one kind each: those that
+/// one kernel serves.
+template <typename Takes, typename KindOf, typename Body, typename Tiles = decltype(default_tiles)>
+void for_each_kind(std::span<const FakeQuantizeTensor> tensors, const Takes& takes,
+                   const KindOf& kind_of, const Body& body, const Tiles& tiles_of = default_tiles) {
+  std::vector<decltype(kind_of(tensors.front()))> kinds;
+  for (const FakeQuantizeTensor& matrix : tensors) {
+    if (takes(matrix) && std::ranges::find(kinds, kind_of(matrix)) == kinds.end()) {
+      kinds.push_back(kind_of(matrix));
+    }
+  }
+  for (const auto& kind : kinds) {
+    const auto wanted = [&](const FakeQuantizeTensor& matrix) {
+      return takes(matrix) && kind_of(matrix) == kind;
+    };
+    for_each_table(
+        tensors, wanted, [&](const Table& table) { body(kind, table); }, tiles_of);
   }
 }
 

@@ -5,9 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "kernels/common/visit.h"
 #include "kernels/cuda/fake_quantize_elements.h"
@@ -311,22 +309,11 @@ void visit_kernel(const Kind& kind, const Visitor& visitor) {
 
 void fake_quantize_vectors(const FakeQuantizeArgs& args, int multiprocessors, CUstream_st* stream) {
   const Step step = step_of(args);
-  std::vector<Kind> kinds;
-  for (const FakeQuantizeTensor& matrix : args.tensors) {
-    if (takes_runs(matrix) && std::ranges::find(kinds, kind_of(matrix)) == kinds.end()) {
-      kinds.push_back(kind_of(matrix));
-    }
-  }
-  for (const Kind& kind : kinds) {
-    const auto wanted = [&](const FakeQuantizeTensor& matrix) {
-      return takes_runs(matrix) && kind_of(matrix) == kind;
-    };
-    for_each_table(args.tensors, wanted, [&](const Table& table) {
-      visit_kernel(kind, [&](auto kernel) {
-        launch(kernel, table, step, multiprocessors, stream, philox_keys(args.seed));
-      });
+  for_each_kind(args.tensors, takes_runs, kind_of, [&](const Kind& kind, const Table& table) {
+    visit_kernel(kind, [&](auto kernel) {
+      launch(kernel, table, step, multiprocessors, stream, philox_keys(args.seed));
     });
-  }
+  });
 }
 
 }  // namespace moq::kernels::cuda

@@ -395,6 +395,20 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(::testing::Values(8, 16, 32, 64, 128),
                        ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric), kRoundings,
                        ::testing::Values(DType::kFloat32), ::testing::Values(DType::kFloat32)));
+// A vector by itself: without draws that vectors share, one of float32 is 4 columns.
+INSTANTIATE_TEST_SUITE_P(Vector, FakeQuantizeCudaGroups,
+                         ::testing::Combine(::testing::Values(4),
+                                            ::testing::Values(QuantMode::kSymmetric,
+                                                              QuantMode::kAsymmetric),
+                                            ::testing::Values(Rounding::kNearest),
+                                            ::testing::Values(DType::kFloat32), kFloats));
+// In 16 bits a lane has 8 columns, and a whole warp 256.
+INSTANTIATE_TEST_SUITE_P(
+    HalfSizes, FakeQuantizeCudaGroups,
+    ::testing::Combine(::testing::Values(8, 16, 256),
+                       ::testing::Values(QuantMode::kSymmetric, QuantMode::kAsymmetric), kRoundings,
+                       ::testing::Values(DType::kFloat16, DType::kBFloat16),
+                       ::testing::Values(DType::kFloat32, DType::kBFloat16)));
 
 INSTANTIATE_TEST_SUITE_P(DTypes, FakeQuantizeCudaGroups,
                          ::testing::Combine(::testing::Values(64),
@@ -425,6 +439,14 @@ TEST(FakeQuantizeCuda, OnlyOneArrayOfGroupsIsTakenAsSuch) {
   changed.cols = 512;
   changed.group_size = 256;  // 64 lanes
   EXPECT_FALSE(takes(changed));
+  changed.input_dtype = DType::kFloat16;  // 32
+  EXPECT_TRUE(takes(changed));
+  changed.cols = 1024;
+  changed.group_size = 512;
+  EXPECT_FALSE(takes(changed));
+  changed = whole;
+  changed.group_size = 4;  // 1
+  EXPECT_TRUE(takes(changed));
   changed = whole;
   changed.unsharded_cols = 256;
   EXPECT_FALSE(takes(changed));
