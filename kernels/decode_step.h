@@ -55,7 +55,7 @@ struct DecodeStepArgs {
   std::int64_t page_table_stride = 0;
   const DeviceSequence* sequence = nullptr;  ///< [1], of one new token
   const std::int32_t* cache_row = nullptr;   ///< [1], see DevicePages; < 0: not written
-  void* output = nullptr;                    ///< [hidden_size], dtype; must not overlap `input`
+  void* output = nullptr;  ///< [hidden_size], dtype; must not overlap `input` or the state
 };
 
 namespace cuda {
@@ -96,8 +96,9 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
 ///
 /// A step that cannot go on, because the GPU has lost a thread block, ends as an error of the
 /// launch after some seconds (cudaErrorLaunchFailure).
-/// @throws moq::Error for a shape that is not supported, a missing or misaligned pointer, or if the
-///         launch fails.
+/// @throws moq::Error for a shape that is not supported, a missing or misaligned pointer, memory
+/// that
+///         overlaps, or if the launch fails, which leaves the state as it was
 void decode_step(const DecodeStepArgs& args, CUstream_st* stream);
 
 }  // namespace cuda

@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/decode_step_check.h"
 #include "kernels/cuda/decode_step_layer.h"
 #include "kernels/cuda/decode_step_plan.h"
 #include "kernels/cuda/device.h"
@@ -184,16 +186,24 @@ void check_shape(const DecodeStepShape& shape) {
             "decode_step: the shape must be one that decode_step_supports, got ", shape.num_layers,
             " layers of ", shape.num_heads, " heads of ", shape.head_dim, ", hidden size ",
             shape.hidden_size, ", feed-forward ", shape.intermediate_size, ", ",
-            name_of(shape.dtype));
+            name_of(shape.dtype), ": other decoders take a kernel for each projection");
 }
 
-/// How many thread blocks of a kernel a multiprocessor holds.
-template <typename Kernel>
-bool fits(Kernel kernel, std::size_t bytes) {
-  int blocks = 0;
+/// A kernel that may have as much shared memory as it takes, on the current device.
+template <int kRounds, typename Element>
+auto ready_kernel() {
+  const auto kernel = decode_step_kernel<kRounds, Element>;
   MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
-  MOQ_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes));
+                                      static_cast<int>(shared_bytes(kRounds))));
+  return kernel;
+}
+
+/// Whether a multiprocessor holds a thread block of a kernel.
+template <int kRounds, typename Element>
+bool fits() {
+  int blocks = 0;
+  MOQ_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &blocks, ready_kernel<kRounds, Element>(), kThreads, shared_bytes(kRounds)));
   return blocks > 0;
 }
 
@@ -208,25 +218,13 @@ bool decode_step_supports(const DecodeStepShape& shape) {
   }
   bool runs = false;
   with_kernel(shape.num_heads, shape.dtype, [&]<int kRounds, typename Element>() {
-    runs = architecture_of(decode_step_kernel<kRounds, Element>) >= 90 &&
-           fits(decode_step_kernel<kRounds, Element>, shared_bytes(kRounds));
+    runs = architecture_of(decode_step_kernel<kRounds, Element>) >= 90 && fits<kRounds, Element>();
   });
   return runs;
 }
 
 bool decode_step_supports(const DecodeStepShape& shape, const DecodeStepLayer& layer) {
-  const auto is = [](const PackedLinear& weight, std::int64_t n, std::int64_t k) {
-    return weight.shape ==
-           LinearShape{
-               .n = n, .k = k, .format = WeightFormat::kInt8, .group_size = k, .asymmetric = false};
-  };
-  const std::int64_t hidden = shape.hidden_size;
-  return decode_step_supports(shape) && layer.attention_norm.kind == NormKind::kLayerNorm &&
-         layer.ffn_norm.kind == NormKind::kLayerNorm &&
-         layer.attention_norm.epsilon == shape.norm_epsilon &&
-         layer.ffn_norm.epsilon == shape.norm_epsilon && is(layer.qkv, 3 * hidden, hidden) &&
-         is(layer.attention_out, hidden, hidden) && is(layer.up, shape.intermediate_size, hidden) &&
-         is(layer.down, hidden, shape.intermediate_size);
+  return decode_step_supports(shape) && obstacle_in(shape, layer).empty();
 }
 
 std::size_t decode_step_state_size(const DecodeStepShape& shape) {
@@ -253,8 +251,10 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
   auto* rows = reinterpret_cast<float2*>(base + places.rows);
   auto* norms = reinterpret_cast<float*>(base + places.norms);
   for (const DecodeStepLayer& layer : layers) {
-    MOQ_CHECK(decode_step_supports(shape, layer), "decode_step: layer ", weights.size() / 4,
-              " must be of LayerNorms and INT8 weights with one scale a row, of the shape's sizes");
+    const std::size_t index = weights.size() / kProjections;
+    const std::string found = obstacle_in(shape, layer);
+    MOQ_CHECK(found.empty(), "decode_step: layer ", index,
+              " must be of LayerNorms and INT8 weights with one scale a row, got ", found);
     const std::array<std::pair<const PackedLinear*, const void*>, kProjections> projections{
         {{&layer.qkv, layer.qkv_bias},
          {&layer.attention_out, layer.attention_out_bias},
@@ -264,7 +264,7 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
       MOQ_CHECK(weight->data != nullptr &&
                     reinterpret_cast<std::uintptr_t>(weight->data) % kPackedAlignment == 0,
                 "decode_step: weights must be aligned to ", kPackedAlignment, " bytes, got ",
-                weight->data);
+                weight->data, " in layer ", index);
       weights.push_back(weight->data);
       const DeviceLayout layout = device_layout(weight->shape);
       const auto* const scales = reinterpret_cast<const float*>(
@@ -280,7 +280,8 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
       rows += count;
     }
     for (const DeviceNorm* norm : {&layer.attention_norm, &layer.ffn_norm}) {
-      MOQ_CHECK(norm->weight != nullptr, "decode_step: norms must have weights");
+      MOQ_CHECK(norm->weight != nullptr, "decode_step: norms must have weights, got null in layer ",
+                index);
       pack_norm<<<blocks(hidden), kBlock, 0, stream>>>(norm->weight, norm->bias, hidden, norms);
       norms += 2 * hidden;
     }
@@ -300,26 +301,9 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
 void decode_step(const DecodeStepArgs& args, cudaStream_t stream) {
   const DecodeStepShape& shape = args.shape;
   check_shape(shape);
-  const bool given = args.state != nullptr && args.input != nullptr && args.output != nullptr &&
-                     args.pages.keys != nullptr && args.pages.values != nullptr &&
-                     args.page_table != nullptr && args.sequence != nullptr &&
-                     args.cache_row != nullptr;
-  MOQ_CHECK(given,
-            "decode_step: state, input, output, pages, page_table, sequence and cache_row "
-            "must not be null");
-  MOQ_CHECK(args.input != args.output, "decode_step: output must not be input");
-  MOQ_CHECK(args.pages.dtype == shape.dtype, "decode_step: pages must be of ", name_of(shape.dtype),
-            ", got ", name_of(args.pages.dtype));
-  const auto aligned = [](const void* pointer, std::uintptr_t bytes) {
-    return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
-  };
-  MOQ_CHECK(aligned(args.state, kPackedAlignment) && aligned(args.input, 4) &&
-                aligned(args.pages.keys, 16) && aligned(args.pages.values, 16) &&
-                args.layer_stride % 8 == 0,
-            "decode_step: state must be aligned to ", kPackedAlignment,
-            " bytes, input to 4, pages of every layer to 16");
   const int grid = step_grid(shape);
   const State places(shape, grid);
+  check_args(args, places.end);
   auto* const base = static_cast<char*>(args.state);
   const Parameters parameters{
       .weights = reinterpret_cast<const std::uint8_t* const*>(base + places.weights),
@@ -357,7 +341,7 @@ void decode_step(const DecodeStepArgs& args, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, decode_step_kernel<kRounds, Element>, parameters));
+    MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, ready_kernel<kRounds, Element>(), parameters));
   });
 }
 

@@ -129,9 +129,39 @@ class Inputs {
     }
   }
 
-  /// LayerNorm. The moments are those of differences from the mean of the input before, so that one
-  /// pass does.
+  /// LayerNorm. Its moments are those of differences from the mean of the input before, so that one
+  /// pass does, unless that lies so far off that it would drown the variance: then a second pass
+  /// takes differences from the mean that the first one found.
   __device__ __forceinline__ void normalise(Numbers<kWords>& numbers, const Norm& norm) {
+    constexpr float kFar = 256.0F;  // squared, in variances: costs so many units of rounding
+    float2 moments = moments_of(numbers);
+    float shift = moments.x * p_.inverse_hidden;
+    float variance = fmaf(-shift, shift, moments.y * p_.inverse_hidden);
+    if (shift * shift > kFar * variance) {  // for all threads alike
+      pivot_ += shift;
+      moments = moments_of(numbers);
+      shift = moments.x * p_.inverse_hidden;
+      variance = fmaf(-shift, shift, moments.y * p_.inverse_hidden);
+    }
+    pivot_ += shift;
+    const float mean = pivot_;
+    const float factor = rsqrtf(not_below_zero(variance) + p_.epsilon);
+#pragma unroll
+    for (int q = 0; q < kWords; ++q) {
+      const float4& weight = norm[q][0];  // 0 where there are no columns
+      const float4& bias = norm[q][1];
+      const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
+      const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        numbers[q][j] = fmaf((numbers[q][j] - mean) * factor, weights[j], biases[j]);
+      }
+    }
+  }
+
+ private:
+  /// Sums of a row's differences from the pivot, and of their squares.
+  __device__ __forceinline__ float2 moments_of(const Numbers<kWords>& numbers) {
     float sum = 0.0F;
     float squares = 0.0F;
 #pragma unroll
@@ -162,24 +192,16 @@ class Inputs {
       moments.y += __shfl_xor_sync(kWholeWarp, moments.y, distance);
     }
     turn_ ^= 1;
-    const float shift = moments.x * p_.inverse_hidden;
-    const float mean = pivot_ + shift;
-    const float factor = rsqrtf(fmaf(-shift, shift, moments.y * p_.inverse_hidden) + p_.epsilon);
-    pivot_ = mean;
-#pragma unroll
-    for (int q = 0; q < kWords; ++q) {
-      const float4& weight = norm[q][0];  // 0 where there are no columns
-      const float4& bias = norm[q][1];
-      const float weights[4] = {weight.x, weight.y, weight.z, weight.w};
-      const float biases[4] = {bias.x, bias.y, bias.z, bias.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        numbers[q][j] = fmaf((numbers[q][j] - mean) * factor, weights[j], biases[j]);
-      }
-    }
+    return moments;
   }
 
- private:
+  /// What rounding has made negative becomes 0; a NaN stays one.
+  __device__ static __forceinline__ float not_below_zero(float value) {
+    float result;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
+    return result;
+  }
+
   /// From a lane's word to its next one.
   static constexpr int kWordStep = kWarps * kWarpSize * 8;
 

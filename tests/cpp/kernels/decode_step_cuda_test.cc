@@ -8,7 +8,7 @@
 
 #include <functional>
 #include <limits>
-#include <numeric>
+#include <string>
 
 #include "kernels/common/check.h"
 #include "tests/cpp/kernels/decode_step_problem.h"
@@ -17,32 +17,6 @@ namespace moq::kernels::testing {
 namespace {
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-/// Ends a test as skipped on a GPU that such a step is not computed on.
-#define MOQ_SKIP_UNSUPPORTED(SHAPE)                                          \
-  MOQ_SKIP_WITHOUT_GPU();                                                    \
-  if (!cuda::decode_step_supports(SHAPE)) {                                  \
-    GTEST_SKIP() << "this GPU does not compute a decode step in one kernel"; \
-  }
-
-DecodeStepShape shape_of(std::int64_t heads, std::int64_t layers, DType dtype = DType::kFloat16) {
-  return {.num_layers = layers,
-          .hidden_size = 64 * heads,
-          .num_heads = heads,
-          .head_dim = 64,
-          .intermediate_size = 256 * heads,
-          .dtype = dtype};
-}
-
-template <typename Values>
-double rms_error(const Values& values, const Numbers& expected) {
-  double sum = 0.0;
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    const double difference = values[i] - expected[i];
-    sum += difference * difference;
-  }
-  return std::sqrt(sum / static_cast<double>(expected.size()));
-}
 
 struct Case {
   std::int64_t heads;
@@ -82,12 +56,14 @@ INSTANTIATE_TEST_SUITE_P(Shapes, DecodeStepTest,
                                            Case{12, 2, 511, DType::kBFloat16}, Case{13, 1, 127},
                                            Case{16, 1, 1023}, Case{20, 1, 600}, Case{23, 1, 319},
                                            Case{25, 2, 512}, Case{25, 1, 1023, DType::kBFloat16},
-                                           Case{26, 1, 320}));
+                                           Case{26, 1, 320}, Case{26, 2, 0}));
 // Steps that are not multiples of the exchange's slots, and more keys than a stage holds.
 INSTANTIATE_TEST_SUITE_P(Depths, DecodeStepTest,
                          ::testing::Values(Case{1, 4, 3}, Case{1, 7, 2}, Case{2, 8, 1},
                                            Case{1, 9, 0}, Case{1, 1, 519}, Case{1, 1, 521},
-                                           Case{1, 1, 3000}, Case{2, 17, 70}));
+                                           Case{1, 1, 3000}, Case{2, 17, 70}, Case{1, 128, 3}));
+// A thread block's keys in more pages than it keeps at hand.
+INSTANTIATE_TEST_SUITE_P(ManyPages, DecodeStepTest, ::testing::Values(Case{1, 1, 21000}));
 
 TEST(DecodeStepRepeatTest, EveryLaunchGivesTheSameBits) {
   for (const std::int64_t layers : {1, 3, 6}) {
@@ -237,39 +213,104 @@ TEST(DecodeStepSupportTest, KnowsWhichLayersItDoesNotCompute) {
   refuses([](DecodeStepLayer& layer) { layer.down.shape.n += 16; });
 }
 
+/// What must hold, and what was given instead.
+void expect_refused(const std::function<void()>& call, const std::string& what) {
+  try {
+    call();
+    ADD_FAILURE() << "accepted: " << what;
+  } catch (const Error& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find(what), std::string::npos) << message;
+    EXPECT_NE(message.find(", got "), std::string::npos) << message;
+  }
+}
+
 TEST(DecodeStepSupportTest, BadArgumentsAreErrors) {
   MOQ_SKIP_UNSUPPORTED(shape_of(1, 1));
   StepProblem problem(1, 1, 1);
-  const auto refuses = [&](const std::function<void(DecodeStepArgs&)>& change) {
+  const auto refuses = [&](const std::string& what,
+                           const std::function<void(DecodeStepArgs&)>& change) {
     DecodeStepArgs args = problem.args();
     change(args);
-    EXPECT_THROW(cuda::decode_step(args, nullptr), Error);
+    expect_refused([&] { cuda::decode_step(args, nullptr); }, what);
   };
-  refuses([](DecodeStepArgs& args) { args.shape.num_heads = 2; });
-  refuses([](DecodeStepArgs& args) { args.state = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.state = static_cast<char*>(args.state) + 64; });
-  refuses([](DecodeStepArgs& args) { args.input = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.input = static_cast<const char*>(args.input) + 2; });
-  refuses([](DecodeStepArgs& args) { args.input = args.output; });
-  refuses([](DecodeStepArgs& args) { args.output = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.pages.values = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.pages.dtype = DType::kInt8; });
-  refuses([](DecodeStepArgs& args) { args.layer_stride += 1; });
-  refuses([](DecodeStepArgs& args) { args.page_table = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.sequence = nullptr; });
-  refuses([](DecodeStepArgs& args) { args.cache_row = nullptr; });
-  std::vector<DecodeStepLayer> layers = problem.layers();
-  const auto prepare = [&](std::span<const DecodeStepLayer> some, void* state) {
-    cuda::prepare_decode_step(problem.shape(), some, state, nullptr);
+  const auto moved = [](const void* pointer, int bytes) {
+    return static_cast<char*>(const_cast<void*>(pointer)) + bytes;
   };
+  refuses("the shape", [](DecodeStepArgs& args) { args.shape.num_heads = 2; });
+  refuses("state", [](DecodeStepArgs& args) { args.state = nullptr; });
+  refuses("state", [&](DecodeStepArgs& args) { args.state = moved(args.state, 64); });
+  refuses("input", [](DecodeStepArgs& args) { args.input = nullptr; });
+  refuses("input", [&](DecodeStepArgs& args) { args.input = moved(args.input, 2); });
+  refuses("output", [](DecodeStepArgs& args) { args.output = nullptr; });
+  refuses("output", [&](DecodeStepArgs& args) { args.output = moved(args.output, 1); });
+  refuses("pages.keys", [](DecodeStepArgs& args) { args.pages.keys = nullptr; });
+  refuses("pages.values", [](DecodeStepArgs& args) { args.pages.values = nullptr; });
+  refuses("pages.values",
+          [&](DecodeStepArgs& args) { args.pages.values = moved(args.pages.values, 8); });
+  refuses("pages must be of", [](DecodeStepArgs& args) { args.pages.dtype = DType::kInt8; });
+  refuses("layer_stride", [](DecodeStepArgs& args) { args.layer_stride += 1; });
+  refuses("page_table", [](DecodeStepArgs& args) { args.page_table = nullptr; });
+  refuses("sequence", [](DecodeStepArgs& args) { args.sequence = nullptr; });
+  refuses("cache_row", [](DecodeStepArgs& args) { args.cache_row = nullptr; });
+}
+
+TEST(DecodeStepSupportTest, OverlappingMemoryIsAnError) {
+  MOQ_SKIP_UNSUPPORTED(shape_of(1, 1));
+  StepProblem problem(1, 1, 1);
+  const Buffer rows(4 * 128);  // of 64 columns in 16 bits
+  const auto step = [&](int input, int output) {
+    DecodeStepArgs args = problem.args();
+    args.input = rows.as<char>() + input;
+    args.output = rows.as<char>() + output;
+    cuda::decode_step(args, nullptr);
+  };
+  for (const int distance : {0, 4, 64, 124, -4, -126}) {
+    expect_refused([&] { step(128, 128 + distance); }, "output must not overlap input");
+  }
+  step(128, 256);
+  step(128, 0);
+  DecodeStepArgs args = problem.args();
+  const auto bytes = static_cast<std::ptrdiff_t>(cuda::decode_step_state_size(problem.shape()));
+  for (const std::ptrdiff_t at : {std::ptrdiff_t{-124}, std::ptrdiff_t{256}, bytes - 4}) {
+    args = problem.args();
+    args.output = static_cast<char*>(args.state) + at;
+    expect_refused([&] { cuda::decode_step(args, nullptr); }, "output must not overlap state");
+    args = problem.args();
+    args.input = static_cast<char*>(args.state) + at;
+    expect_refused([&] { cuda::decode_step(args, nullptr); }, "input must not overlap state");
+  }
+  MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+TEST(DecodeStepSupportTest, BadLayersAreErrors) {
+  MOQ_SKIP_UNSUPPORTED(shape_of(1, 1));
+  StepProblem problem(1, 1, 1);
   void* const state = problem.args().state;
-  EXPECT_THROW(prepare({}, state), Error);
-  EXPECT_THROW(prepare(layers, nullptr), Error);
-  layers[0].down.data = nullptr;
-  EXPECT_THROW(prepare(layers, state), Error);
-  layers = problem.layers();
-  layers[0].ffn_norm.weight = nullptr;
-  EXPECT_THROW(prepare(layers, state), Error);
+  const auto prepare = [&](std::span<const DecodeStepLayer> layers, void* to) {
+    return
+        [&problem, layers, to] { cuda::prepare_decode_step(problem.shape(), layers, to, nullptr); };
+  };
+  const auto refuses = [&](const std::string& what,
+                           const std::function<void(DecodeStepLayer&)>& change) {
+    std::vector<DecodeStepLayer> layers = problem.layers();
+    change(layers[0]);
+    expect_refused(prepare(layers, state), what);
+  };
+  const std::vector<DecodeStepLayer> layers = problem.layers();
+  expect_refused(prepare({}, state), "there must be 1 layers");
+  expect_refused(prepare(layers, nullptr), "state must be aligned");
+  refuses("weights must be aligned", [](DecodeStepLayer& layer) { layer.down.data = nullptr; });
+  refuses("norms must have weights",
+          [](DecodeStepLayer& layer) { layer.ffn_norm.weight = nullptr; });
+  refuses("got an RMSNorm",
+          [](DecodeStepLayer& layer) { layer.ffn_norm.kind = NormKind::kRmsNorm; });
+  refuses("got a LayerNorm with epsilon 0.5",
+          [](DecodeStepLayer& layer) { layer.attention_norm.epsilon = 0.5F; });
+  refuses("got up of 256 x 64 in int4",
+          [](DecodeStepLayer& layer) { layer.up.shape.format = WeightFormat::kInt4; });
+  refuses("a scale for 32 columns",
+          [](DecodeStepLayer& layer) { layer.down.shape.group_size = 32; });
 }
 
 }  // namespace

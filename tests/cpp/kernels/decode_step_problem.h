@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -13,135 +12,40 @@
 
 #include "kernels/decode_step.h"
 #include "kernels/linear.h"
-#include "tests/cpp/kernels/device.h"
-#include "tests/cpp/kernels/device_numbers.h"
+#include "tests/cpp/kernels/decode_step_layers.h"
 
 /// A random decoder on the device, a step of it by cuda::decode_step and by the kernels of one
 /// projection each, and its definition in float64.
 namespace moq::kernels::testing {
 
-using Numbers = std::vector<double>;
-
-/// A projection: numbers on the host, and packed on the device.
-struct StepProjection {
-  std::int64_t n;
-  std::int64_t k;
-  std::vector<std::int8_t> codes;
-  std::vector<float> scales;
-  std::vector<float> bias;
-  Buffer packed;
-  Buffer bias_dev;
-
-  template <typename Generator>
-  StepProjection(std::int64_t rows, std::int64_t cols, DType dtype, Generator& generator)
-      : n(rows),
-        k(cols),
-        packed(cuda::packed_linear_size(shape())),
-        bias_dev(static_cast<std::size_t>(rows) * size_of(dtype)) {
-    std::uniform_real_distribution<float> spread(0.7F, 1.3F);
-    codes.resize(static_cast<std::size_t>(n * k));
-    for (std::size_t i = 0; i < codes.size(); i += 4) {  // k is a multiple of 4
-      const auto word = static_cast<std::uint32_t>(generator());
-      std::memcpy(codes.data() + i, &word, sizeof(word));
-    }
-    for (std::int64_t i = 0; i < n; ++i) {
-      scales.push_back(spread(generator) / (74.0F * std::sqrt(static_cast<float>(k))));
-      bias.push_back(0.2F * (spread(generator) - 1.0F));
-    }
-    const std::vector<std::byte> bytes = to_bytes(bias, dtype);
-    bias = from_bytes(bytes, dtype);
-    bias_dev = Buffer(bytes);
-    const Buffer codes_dev(codes);
-    const Buffer scales_dev(scales);
-    cuda::pack_linear({.shape = shape(),
-                       .weight = codes_dev.data(),
-                       .row_stride = k,
-                       .col_stride = 1,
-                       .scales = scales_dev.as<float>(),
-                       .packed = packed.data()},
-                      nullptr);
-    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+/// Ends a test as skipped on a GPU that such a step is not computed on.
+#define MOQ_SKIP_UNSUPPORTED(SHAPE)                                          \
+  MOQ_SKIP_WITHOUT_GPU();                                                    \
+  if (!cuda::decode_step_supports(SHAPE)) {                                  \
+    GTEST_SKIP() << "this GPU does not compute a decode step in one kernel"; \
   }
 
-  LinearShape shape() const { return {.n = n, .k = k, .group_size = k}; }
-  PackedLinear weight() const { return {.shape = shape(), .data = packed.data()}; }
+inline DecodeStepShape shape_of(std::int64_t heads, std::int64_t layers,
+                                DType dtype = DType::kFloat16) {
+  return {.num_layers = layers,
+          .hidden_size = 64 * heads,
+          .num_heads = heads,
+          .head_dim = 64,
+          .intermediate_size = 256 * heads,
+          .activation = Activation::kGeluTanh,
+          .norm_epsilon = StepNorm::kEpsilon,
+          .dtype = dtype};
+}
 
-  Numbers multiply(const Numbers& input) const {
-    Numbers output(static_cast<std::size_t>(n));
-    for (std::int64_t row = 0; row < n; ++row) {
-      double sum = 0.0;
-      for (std::int64_t col = 0; col < k; ++col) {
-        sum += codes[row * k + col] * input[col];
-      }
-      output[row] = sum * scales[row] + bias[row];
-    }
-    return output;
+template <typename Values>
+double rms_error(const Values& values, const Numbers& expected) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double difference = values[i] - expected[i];
+    sum += difference * difference;
   }
-};
-
-struct StepNorm {
-  std::vector<float> weight;
-  std::vector<float> bias;
-  Buffer weight_dev{0};
-  Buffer bias_dev{0};
-  static constexpr float kEpsilon = 1e-5F;
-
-  template <typename Generator>
-  StepNorm(std::int64_t size, Generator& generator) {
-    std::uniform_real_distribution<float> spread(0.7F, 1.3F);
-    for (std::int64_t i = 0; i < size; ++i) {
-      weight.push_back(spread(generator));
-      bias.push_back(spread(generator) - 1.0F);
-    }
-    weight_dev = Buffer(weight);
-    bias_dev = Buffer(bias);
-  }
-
-  DeviceNorm device() const {
-    return {.kind = NormKind::kLayerNorm,
-            .weight = weight_dev.as<float>(),
-            .bias = bias_dev.as<float>(),
-            .epsilon = kEpsilon};
-  }
-  Numbers apply(const Numbers& x) const {
-    const auto size = static_cast<double>(x.size());
-    double mean = 0.0;
-    for (const double value : x) {
-      mean += value / size;
-    }
-    double variance = 0.0;
-    for (const double value : x) {
-      variance += (value - mean) * (value - mean) / size;
-    }
-    Numbers y(x.size());
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      y[i] = (x[i] - mean) / std::sqrt(variance + kEpsilon) * weight[i] + bias[i];
-    }
-    return y;
-  }
-};
-
-struct StepLayer {
-  StepNorm attention_norm;
-  StepProjection qkv;
-  StepProjection out;
-  StepNorm ffn_norm;
-  StepProjection up;
-  StepProjection down;
-
-  DecodeStepLayer device() const {
-    return {.attention_norm = attention_norm.device(),
-            .qkv = qkv.weight(),
-            .qkv_bias = qkv.bias_dev.data(),
-            .attention_out = out.weight(),
-            .attention_out_bias = out.bias_dev.data(),
-            .ffn_norm = ffn_norm.device(),
-            .up = up.weight(),
-            .up_bias = up.bias_dev.data(),
-            .down = down.weight(),
-            .down_bias = down.bias_dev.data()};
-  }
-};
+  return std::sqrt(sum / static_cast<double>(expected.size()));
+}
 
 /// What a step leaves: x, and the cache as numbers, [layers, {k, v}, pages, heads, 64, 64].
 struct StepResult {
@@ -155,14 +59,7 @@ class StepProblem {
 
   StepProblem(std::int64_t heads, std::int64_t num_layers, std::int32_t past,
               DType dtype = DType::kFloat16, unsigned seed = 1)
-      : shape_{.num_layers = num_layers,
-               .hidden_size = heads * kDim,
-               .num_heads = heads,
-               .head_dim = kDim,
-               .intermediate_size = 4 * heads * kDim,
-               .activation = Activation::kGeluTanh,
-               .norm_epsilon = StepNorm::kEpsilon,
-               .dtype = dtype},
+      : shape_(shape_of(heads, num_layers, dtype)),
         past_(past),
         num_pages_(past / kPageTokens + 2),
         generator_(seed) {
@@ -183,16 +80,32 @@ class StepProblem {
     for (std::int64_t i = 0; i < num_pages_; ++i) {
       table_.push_back(static_cast<std::int32_t>(num_pages_ - 1 - i));
     }
+    sequence_dev_ = Buffer(sizeof(DeviceSequence));
+    table_dev_ = Buffer(table_);
+    cache_dev_ = Buffer(to_bytes(cache_, dtype));
+    input_dev_ = Buffer(to_bytes(input_, dtype));
+    row_dev_ = Buffer(sizeof(std::int32_t));
+    move_to(past);
+    output_dev_ = Buffer(to_bytes(std::vector<float>(input_.size(), -7.0F), dtype));
+  }
+
+  /// So many keys are cached: no more than at first.
+  void move_to(std::int32_t past, cudaStream_t stream = nullptr) {
+    past_ = past;
     cache_row_ = table_[num_pages_ + past / kPageTokens] * static_cast<std::int32_t>(kPageTokens) +
                  past % static_cast<std::int32_t>(kPageTokens);
     const DeviceSequence sequence{
         .token_begin = 0, .num_tokens = 1, .past_length = past, .slot = 1};
-    sequence_dev_ = Buffer(std::vector{sequence});
-    table_dev_ = Buffer(table_);
-    cache_dev_ = Buffer(to_bytes(cache_, dtype));
-    input_dev_ = Buffer(to_bytes(input_, dtype));
-    row_dev_ = Buffer(std::vector{cache_row_});
-    output_dev_ = Buffer(to_bytes(std::vector<float>(input_.size(), -7.0F), dtype));
+    MOQ_CUDA_CHECK(cudaMemcpyAsync(sequence_dev_.data(), &sequence, sizeof(sequence),
+                                   cudaMemcpyHostToDevice, stream));
+    MOQ_CUDA_CHECK(cudaMemcpyAsync(row_dev_.data(), &cache_row_, sizeof(cache_row_),
+                                   cudaMemcpyHostToDevice, stream));
+  }
+  void set_activation(Activation activation) { shape_.activation = activation; }
+  void drop_biases() {
+    for (StepLayer& layer : layers_) {
+      layer.drop_biases();
+    }
   }
 
   const DecodeStepShape& shape() const { return shape_; }
@@ -262,7 +175,7 @@ class StepProblem {
       args.m = 1;
       args.input_stride = projection.k;
       args.weight = projection.weight();
-      args.bias = projection.bias_dev.data();
+      args.bias = projection.bias_or_null();
       args.output = output;
       args.output_stride = projection.n;
       args.dtype = shape_.dtype;
@@ -314,8 +227,7 @@ class StepProblem {
       add(x, layer.out.multiply(attend(qkv, static_cast<std::int64_t>(i))));
       Numbers inner = layer.up.multiply(layer.ffn_norm.apply(x));
       for (double& value : inner) {
-        value *=
-            0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (value + 0.044715 * value * value * value)));
+        value = activated(shape_.activation, value);
       }
       add(x, layer.down.multiply(inner));
     }
