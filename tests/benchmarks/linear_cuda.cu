@@ -8,76 +8,19 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <functional>
-#include <random>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/linear.h"
+#include "tests/benchmarks/cuda_bench.h"
 
 namespace moq::kernels {
 namespace {
 
-constexpr int kRepeats = 7;
 constexpr std::int64_t kColdBytes = 256 << 20;  // over four times the L2 cache
-
-/// Device memory, zeroed.
-class Memory {
- public:
-  explicit Memory(std::int64_t bytes) {
-    MOQ_CUDA_CHECK(cudaMalloc(&data_, static_cast<std::size_t>(bytes)));
-    MOQ_CUDA_CHECK(cudaMemset(data_, 0, static_cast<std::size_t>(bytes)));
-  }
-  Memory(Memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  ~Memory() { cudaFree(data_); }
-
-  template <typename Element>
-  Element* as() const {
-    return static_cast<Element*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-};
-
-/// Seconds of what `enqueue` puts into a stream, as one graph: the median of some launches.
-double time_graph(const std::function<void(cudaStream_t)>& enqueue) {
-  cudaStream_t stream = nullptr;
-  MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
-  MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  enqueue(stream);
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin = nullptr;
-  cudaEvent_t end = nullptr;
-  MOQ_CUDA_CHECK(cudaEventCreate(&begin));
-  MOQ_CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<double> seconds;
-  for (int i = 0; i <= kRepeats; ++i) {
-    MOQ_CUDA_CHECK(cudaEventRecord(begin, stream));
-    MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    MOQ_CUDA_CHECK(cudaEventRecord(end, stream));
-    MOQ_CUDA_CHECK(cudaStreamSynchronize(stream));
-    float milliseconds = 0.0F;
-    MOQ_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (i > 0) {  // the first one warms up
-      seconds.push_back(milliseconds * 1e-3);
-    }
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
-  return seconds[kRepeats / 2];
-}
 
 __global__ void __launch_bounds__(512) read_all(const uint4* data, std::int64_t size, uint4* out) {
   constexpr int kUnroll = 8;
@@ -113,54 +56,6 @@ double read_bandwidth() {
   }
   return best;
 }
-
-/// INT8 weights, all the same, packed one after the other.
-class Weights {
- public:
-  Weights(std::int64_t n, std::int64_t k, std::int64_t count)
-      : shape_{.n = n, .k = k, .group_size = k},
-        bytes_(static_cast<std::int64_t>(cuda::packed_linear_size(shape_)) + 127 & ~127LL),
-        packed_(bytes_ * count) {
-    const std::int64_t size = n * k;
-    const Memory codes(size);
-    std::mt19937 generator(1);
-    std::normal_distribution<float> normal(0.0F, 32.0F);
-    std::vector<std::int8_t> pattern(
-        static_cast<std::size_t>(std::min<std::int64_t>(size, 1 << 20)));
-    for (std::int8_t& code : pattern) {
-      code = static_cast<std::int8_t>(std::clamp(std::rint(normal(generator)), -127.0F, 127.0F));
-    }
-    for (std::int64_t i = 0; i < size; i += std::ssize(pattern)) {
-      MOQ_CUDA_CHECK(cudaMemcpy(codes.as<char>() + i, pattern.data(),
-                                static_cast<std::size_t>(std::min(size - i, std::ssize(pattern))),
-                                cudaMemcpyHostToDevice));
-    }
-    const std::vector<float> host_scales(static_cast<std::size_t>(n), 1.0F / 32768);
-    const Memory scales(n * 4);
-    MOQ_CUDA_CHECK(cudaMemcpy(scales.as<float>(), host_scales.data(), host_scales.size() * 4,
-                              cudaMemcpyHostToDevice));
-    for (std::int64_t i = 0; i < count; ++i) {
-      cuda::pack_linear({.shape = shape_,
-                         .weight = codes.as<void>(),
-                         .row_stride = k,
-                         .col_stride = 1,
-                         .scales = scales.as<float>(),
-                         .packed = packed_.as<char>() + i * bytes_},
-                        nullptr);
-    }
-    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-  }
-
-  std::int64_t bytes() const { return bytes_; }
-  PackedLinear at(std::int64_t i) const {
-    return {.shape = shape_, .data = packed_.as<char>() + i * bytes_};
-  }
-
- private:
-  LinearShape shape_;
-  std::int64_t bytes_;
-  Memory packed_;
-};
 
 // ------------------------------------------------------------------------------------ one shape
 
