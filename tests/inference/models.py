@@ -223,10 +223,14 @@ DECODE_STEPS = ("chain", "persistent")  # ways to compute a GPU's steps of one t
 
 
 def open_decoding_by(path: str, monkeypatch: Any, directory: Path, **options: Any) -> Engine:
-    """A GPU engine of INT8 weights whose steps of one token are computed by one of these ways."""
+    """A GPU engine whose steps of one token are computed by one of these ways.
+
+    Its weights are INT8 ones unless the options have another dtype.
+    """
+    options = {"dtype": "int8"} | options
     with monkeypatch.context() as context:
         context.setenv("MOQ_DECODE_STEP", path)
-        return Engine.from_pretrained(directory, device="cuda", dtype="int8", **options)
+        return Engine.from_pretrained(directory, device="cuda", **options)
 
 
 def same_bits(device: str, actual: Tensor, expected: Tensor) -> bool:

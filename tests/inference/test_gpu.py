@@ -395,19 +395,3 @@ def test_memory_report_counts_what_a_step_in_one_kernel_needs(model_directory, g
     more = reported[1] - reported[0]
     assert more > 1e5
     assert abs(allocated[1] - allocated[0] - more) < 0.02 * more
-
-
-@newest_gpus
-def test_the_way_of_a_step_is_one_of_two_and_possible(model_directory, gpu, monkeypatch):
-    directory = model_directory("gpt2_wide_heads")
-    with pytest.raises(_C.Error, match="MOQ_DECODE_STEP must be chain or persistent, got faster"):
-        open_decoding_by("faster", monkeypatch, directory)
-    for name, options in [
-        ("llama", {}),
-        ("gpt2", {}),
-        ("gpt2_wide_heads", {"kv_cache_dtype": "int8"}),
-        ("gpt2_wide_heads", {"activations": "dynamic"}),
-        ("gpt2_wide_heads", {"compute_dtype": "fp32"}),
-    ]:
-        with pytest.raises(_C.Error, match="MOQ_DECODE_STEP=persistent must be asked of"):
-            open_decoding_by("persistent", monkeypatch, model_directory(name), **options)

@@ -99,11 +99,13 @@ void CudaTransformer::run_step(const Step& step, const std::int32_t* rows, std::
 /// A step of one token a row, all of which are drawn from: by the graph of its bucket.
 void CudaTransformer::decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
                              std::span<const kernels::SamplingRow> sampling) {
-  const StepGraph::Key key{.cache = cache.id(),
-                           .num_tokens = bucket,
-                           .num_decoding = bucket,
-                           .max_tokens = 1,
-                           .all_greedy = all_greedy(sampling)};
+  const StepGraph::Key key{
+      .cache = cache.id(),
+      .num_tokens = bucket,
+      .num_decoding = bucket,
+      .max_tokens = 1,
+      .all_greedy = all_greedy(sampling),
+      .one_kernel = bucket == 1 && takes_one_kernel(batch.sequences()[0].past_length)};
   StepGraph& graph = graph_of(key);
   StepInputs& inputs = *graph.inputs();
   Step step = begin_step(batch, &cache, graph.inputs());

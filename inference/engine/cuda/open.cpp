@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "inference/engine/cuda/decode_step.h"
 #include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/common/check.h"
@@ -79,6 +80,12 @@ std::unique_ptr<Transformer> open_cuda_transformer(
   MOQ_CHECK(kv_dtype == "int8", "engine: kv_cache_dtype must be None or int8, got ", kv_dtype);
   MOQ_CHECK(communicator->size() == 1 || !options.group_name.empty(),
             "engine: several ranks on GPUs need a process group with NCCL, got none");
+  const DType cache_dtype = options.kv_cache_dtype.has_value() ? DType::kInt8 : dtype;
+  cuda::check_decode_step({.spec = parameters.spec(),
+                           .dtype = dtype,
+                           .kv_dtype = cache_dtype,
+                           .ranks = communicator->size()},
+                          parameters, load);
   load.pack = cuda::pack_for_cuda;
   load.pair_rows = true;
   const int ranks = communicator->size();
@@ -88,7 +95,7 @@ std::unique_ptr<Transformer> open_cuda_transformer(
     return std::make_unique<cuda::CudaTransformer>(
         parameters.spec(), std::move(weights), communicator,
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
-        options.kv_cache_dtype.has_value() ? DType::kInt8 : dtype);
+        cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
     moq::detail::fail(error.what(), ": the model takes ", cuda::in_units(stored_bytes(*files)),
                       " as it is stored, for ", ranks, " GPUs together, and ", cuda::in_units(free),

@@ -24,6 +24,7 @@ class StepGraph {
     std::int64_t num_longer = 0;
     std::int64_t max_tokens = 0;
     bool all_greedy = false;
+    bool one_kernel = false;  ///< for all layers
 
     auto operator<=>(const Key&) const = default;
   };

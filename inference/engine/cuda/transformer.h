@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "inference/engine/cuda/decode_step.h"
 #include "inference/engine/cuda/device_group.h"
 #include "inference/engine/cuda/device_weights.h"
 #include "inference/engine/cuda/paged_kv_cache.h"
@@ -117,9 +118,9 @@ class CudaTransformer final : public Transformer {
   void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
                  const std::int32_t* rows = nullptr);
 
-  kernels::DecodeStepShape decode_step_shape() const;
-  bool has_decode_step() const;
+  std::string decode_step_obstacle() const;
   void prepare_decode_step();
+  bool takes_one_kernel(std::int64_t past_length) const;
   bool is_decode_step(const Step& step) const;
   void run_decode_step(const Step& step);
 
@@ -156,6 +157,7 @@ class CudaTransformer final : public Transformer {
   c10::cuda::CUDAStream stream_;
   std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
   DeviceWeights device_weights_;
+  DecodeStepChoice decode_step_choice_ = DecodeStepChoice::kFastest;
   at::Tensor decode_state_;  ///< kernels::cuda::prepare_decode_step's; undefined: no such steps
 
   std::int64_t num_positions_ = 0;  ///< of the rotation's tables: a RotationTable's
