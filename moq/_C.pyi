@@ -358,6 +358,7 @@ class Engine:
         seed: int = 0,
         stop_tokens: Sequence[int] = ...,
         max_batch: int = 16,
+        chunk_tokens: int | None = None,
         on_token: Callable[[int, int], bool] | None = None,
     ) -> GenerationResult: ...
     def forward(

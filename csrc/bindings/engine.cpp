@@ -159,6 +159,7 @@ GenerationResult generate(Engine& engine, const py::object& prompts, std::int64_
                           float temperature, std::int64_t top_k, float top_p, float min_p,
                           float repetition_penalty, std::uint64_t seed,
                           std::vector<std::int64_t> stop_tokens, std::int64_t max_batch,
+                          std::optional<std::int64_t> chunk_tokens,
                           const std::optional<inference::OnToken>& on_token) {
   const inference::GenerationOptions options{.max_new_tokens = max_new_tokens,
                                              .sampling = {.temperature = temperature,
@@ -168,7 +169,8 @@ GenerationResult generate(Engine& engine, const py::object& prompts, std::int64_
                                                           .repetition_penalty = repetition_penalty,
                                                           .seed = seed},
                                              .stop_tokens = std::move(stop_tokens),
-                                             .max_batch = max_batch};
+                                             .max_batch = max_batch,
+                                             .chunk_tokens = chunk_tokens};
   const Ids token_ids = read_ids(prompts);
   const py::gil_scoped_release release;  // a Python callback takes the lock by itself
   return engine.generate(token_ids, options, on_token.value_or(inference::OnToken{}));
@@ -189,13 +191,15 @@ void bind_engine(py::module_& m) {
                   py::arg("device_group") = "",
                   "Loads the share of the communicator's rank (None: the whole model). policy is "
                   "the path of a JSON file.")
-      .def("generate", &generate, py::arg("prompts"), py::kw_only(), py::arg("max_new_tokens"),
-           py::arg("temperature") = 0.0F, py::arg("top_k") = 0, py::arg("top_p") = 1.0F,
-           py::arg("min_p") = 0.0F, py::arg("repetition_penalty") = 1.0F, py::arg("seed") = 0,
-           py::arg("stop_tokens") = std::vector<std::int64_t>{}, py::arg("max_batch") = 16,
-           py::arg("on_token") = py::none(),
-           "Continues prompts (lists of token ids); on_token(row, token) -> bool ends a row by "
-           "returning False. Releases the interpreter lock.")
+      .def(
+          "generate", &generate, py::arg("prompts"), py::kw_only(), py::arg("max_new_tokens"),
+          py::arg("temperature") = 0.0F, py::arg("top_k") = 0, py::arg("top_p") = 1.0F,
+          py::arg("min_p") = 0.0F, py::arg("repetition_penalty") = 1.0F, py::arg("seed") = 0,
+          py::arg("stop_tokens") = std::vector<std::int64_t>{}, py::arg("max_batch") = 16,
+          py::arg("chunk_tokens") = py::none(), py::arg("on_token") = py::none(),
+          "Continues prompts (lists of token ids), which are read in pieces of chunk_tokens "
+          "tokens together (None: as many as are fast); on_token(row, token) -> bool ends a row by "
+          "returning False. Releases the interpreter lock.")
       .def(
           "forward",
           [](Engine& engine, const py::object& token_ids, const py::object& token_types,
