@@ -44,6 +44,17 @@ TORCH_LIBRARY(moq, m) {
       "str rounding=\"nearest\", int seed=0, Tensor? step=None, int[] name_hashes=[], "
       "bool transposed=False, ScalarType? scale_dtype=None, str scale_rule=\"absmax\", "
       "Tensor(a!)[] out) -> ()");
+  // One step of AdamW for many parameters of one device in one kernel call (kernels/adamw.h):
+  // writes parameters, moments (of their parameter's dtype) and steps (float32, one element:
+  // completed ones, to which this is added). Gradients have their parameter's dtype, or are float16
+  // or bfloat16 beside float32. lr_tensor takes the place of lr; with a found_inf other than 0
+  // nothing is written (all float32, one element). Without a gradient: only under torch.no_grad()
+  // may parameters require one.
+  m.def(
+      "foreach_adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, *, float lr, float beta1, float beta2, float "
+      "weight_decay, float eps, bool maximize=False, Tensor? lr_tensor=None, Tensor? "
+      "grad_scale=None, Tensor? found_inf=None) -> ()");
   // The same grid's integers: codes [out, in] int8 (int16 above 8 bits), scales [1], [out, 1],
   // [out, groups] or [groups of rows, 1], and zero points of the scales' shape, int32.
   m.def(

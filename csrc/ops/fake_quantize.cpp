@@ -159,18 +159,6 @@ Tensor fake_quantize_autograd(const Tensor& weight, std::int64_t num_bits,
                              name_hash, transposed, blend_ratio, scale_dtype, scale_rule);
 }
 
-/// Without a gradient, so it must not write over a tensor that is to get one.
-void foreach_fake_quantize_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                                    torch::jit::Stack* arguments) {
-  const std::vector<Tensor> out = written_arguments(op, *arguments);
-  for (std::size_t i = 0; at::GradMode::is_enabled() && i < out.size(); ++i) {
-    TORCH_CHECK_VALUE(!out[i].requires_grad(), kForeachName, ": out must not require a gradient, ",
-                      "got tensor ", i, " that does; call under torch.no_grad()");
-  }
-  const at::AutoDispatchBelowAutograd below_autograd;
-  op.redispatchBoxed(keys & c10::after_autograd_keyset, arguments);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moq, CPU, m) {
@@ -192,7 +180,7 @@ TORCH_LIBRARY_IMPL(moq, Meta, m) {
 
 TORCH_LIBRARY_IMPL(moq, Autograd, m) {
   m.impl(kName, fake_quantize_autograd);
-  m.impl(kForeachName, torch::CppFunction::makeFromBoxedFunction<foreach_fake_quantize_autograd>());
+  m.impl(kForeachName, torch::CppFunction::makeFromBoxedFunction<without_gradient_in_place>());
 }
 
 TORCH_LIBRARY_IMPL(moq, ADInplaceOrView, m) {

@@ -72,6 +72,17 @@ SAMPLES = {
         ([random_weight(6, 32).requires_grad_()], torch.tensor([8], dtype=torch.int32)),
         dict(out=[torch.zeros(6, 32)]),
     ),
+    "foreach_adamw": lambda: (
+        ops.foreach_adamw,
+        (
+            [torch.randn(6, 32), torch.randn(3)],
+            [torch.randn(6, 32).bfloat16(), torch.randn(3)],
+            [torch.zeros(6, 32), torch.zeros(3)],
+            [torch.zeros(6, 32), torch.zeros(3)],
+            [torch.zeros(()), torch.zeros(())],
+        ),
+        dict(lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, found_inf=torch.zeros(1)),
+    ),
     "quantize": lambda: (ops.quantize, (random_weight(6, 32), 8), dict(granularity="per_tensor")),
     "quantize_wide": lambda: (ops.quantize, (random_weight(6, 32), 12), dict()),
     "dequantize": lambda: (ops.dequantize, codes_and_scales(), dict()),
