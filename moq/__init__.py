@@ -39,10 +39,12 @@ from moq.config import (  # noqa: E402
 )
 
 if _TYPE_CHECKING:
+    from moq.adamw import AdamW
     from moq.optimizer import MoQOptimizer
     from moq.spectrum import spectral_density
 
 __all__ = [
+    "AdamW",
     "MoQConfig",
     "MoQOptimizer",
     "ObserverConfig",
@@ -60,6 +62,10 @@ def __getattr__(name: str) -> _Any:
 
     It needs torch's DTensor, which takes seconds to import; a rank that serves has no use for it.
     """
+    if name == "AdamW":
+        from moq.adamw import AdamW
+
+        return AdamW
     if name == "MoQOptimizer":
         from moq.optimizer import MoQOptimizer
 

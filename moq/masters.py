@@ -87,6 +87,7 @@ class Masters:
         self.inner = inner
         self.simulators = simulators
         self._of: dict[torch.Tensor, torch.Tensor] = {}
+        self.casts = not getattr(inner, "takes_low_precision_gradients", False)
         self._dtypes: dict[torch.Tensor, torch.dtype] = {}
         self._devices: dict[torch.Tensor, torch.device] = {}
         self._without_gradient: set[str] = set()
@@ -119,6 +120,8 @@ class Masters:
             dtype = torch.float32 if self.config.master_dtype == "float32" else m.parameter.dtype
             master = m.parameter.detach().to(dtype, copy=True)
             self._of[m.parameter] = master.requires_grad_(m.parameter.requires_grad)
+            if not self.casts:
+                master.grad_dtype = None  # any
             self._take_over_state(m.parameter, master)
         self.matched = matched
         self.blocks = blocks

@@ -64,7 +64,9 @@ class MoQOptimizer(PlannedOptimizer):
         optimizer: A constructed torch optimizer over parameters of `model`, or an object with its
             param_groups, state, step, state_dict and load_state_dict; from now on use only the
             wrapper. Warm state is kept. What it holds besides (a loss's own parameters, another
-            model's) it trains as before, in full precision.
+            model's) it trains as before, in full precision. One that has the attribute
+            ``takes_low_precision_gradients``, True, as moq.AdamW has it, gets gradients of float32
+            masters in the dtype of their parameters, without a cast.
         model: The model; DistributedDataParallel and torch.compile may be around it, fully_shard
             must have been applied.
         config: A MoQConfig, a dict, the path of a JSON or YAML file, or None for the defaults:
@@ -254,7 +256,7 @@ class MoQOptimizer(PlannedOptimizer):
             self._blank_state = False
         trainer = self._masters.trainer
         self._scalars.before_step(self._masters)
-        trainer.begin_step()
+        trainer.begin_step(cast=self._masters.casts or self.scale_to_undo is not None)
         try:
             with self.grad_scaling() as found_inf, self._masters.in_groups():
                 self.unscale()

@@ -70,9 +70,15 @@ class OptimizerWrapper(torch.optim.Optimizer):
         found_inf = None if self._inner_scales else getattr(self, "found_inf", None)
         return found_inf is not None and bool(found_inf != 0)
 
+    @property
+    def scale_to_undo(self) -> torch.Tensor | None:
+        """GradScaler's scale in a step in which the inner optimizer does not divide by it."""
+        scale: torch.Tensor | None = getattr(self, "grad_scale", None)
+        return None if self._inner_scales else scale
+
     def unscale(self) -> None:
         """Divides the gradients in the param groups by GradScaler's scale, if nobody else does."""
-        scale = None if self._inner_scales else getattr(self, "grad_scale", None)
+        scale = self.scale_to_undo
         if scale is None:
             return
         alike: defaultdict[tuple[torch.device, torch.dtype], list[torch.Tensor]]

@@ -81,7 +81,8 @@ void bind_trainer(pybind11::module_& m) {
       .def("set_reduction", &Trainer::set_reduction, py::arg("reduce"),
            "Sets what brings together over the ranks what `collected` holds after each stage.")
       // Gradients may be tensor subclasses, whose operators run in Python: the GIL stays held.
-      .def("begin_step", &Trainer::begin_step, "Gives each master the gradient of its parameter.")
+      .def("begin_step", &Trainer::begin_step, py::arg("cast") = true,
+           "Gives each master the gradient of its parameter, in the master's dtype or as it is.")
       .def("end_step", &Trainer::end_step, py::arg("found_inf") = py::none(),
            py::call_guard<py::gil_scoped_release>(),
            "Advances the schedule and writes the simulated values, unless found_inf is non-zero.")

@@ -126,7 +126,7 @@ Trainer::Trainer(std::vector<TrainedParameter> parameters, schedule::Schedule sc
   }
 }
 
-void Trainer::begin_step() {
+void Trainer::begin_step(bool cast) {
   const at::NoGradGuard no_grad;
   if (!in_place_) {
     return;  // the optimizer works on the parameters themselves
@@ -142,7 +142,7 @@ void Trainer::begin_step() {
                       parameter.name, " must be dense, got ", gradient.layout(),
                       "; exclude it by a rule, or use sparse=False in its module");
     const at::ScalarType master_dtype = parameter.master.scalar_type();
-    if (gradient.scalar_type() == master_dtype) {
+    if (!cast || gradient.scalar_type() == master_dtype) {
       parameter.master.mutable_grad() = gradient;
     } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
       parameter.master.mutable_grad() = gradient.to(master_dtype);  // DTensor has no _foreach_copy_

@@ -75,8 +75,9 @@ class Trainer {
   /// Gives each master the gradient of its parameter: the gradient at the simulated value, applied
   /// to the master, is the straight-through estimator. Same dtype: by reference; otherwise cast,
   /// all parameters in one call.
+  /// @param cast  false: by reference in any dtype, for an inner optimizer that takes them so
   /// @throws c10::ValueError naming the parameter, if a gradient is sparse.
-  void begin_step();
+  void begin_step(bool cast = true);
 
   /// Drops the masters' gradients, advances the schedule and writes the simulated values.
   /// @param found_inf  [1] or scalar, float32: non-zero if the inner optimizer skipped this step;

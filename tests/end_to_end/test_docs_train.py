@@ -62,7 +62,7 @@ def wrapped(names: dict, total_steps: int = 100) -> moq.MoQOptimizer:
 
 
 def test_every_block_is_run_here():
-    assert len(PYTHON) == 7
+    assert len(PYTHON) == 8
     assert {language for language, _ in BLOCKS} == {"python", "yaml", ""}
 
 
@@ -71,6 +71,17 @@ def test_the_loop_trains_and_exports(names, capsys):
     assert names["optimizer"].steps == 3
     assert (Path("out/model") / "SHA256SUMS").exists()
     assert "arrives at step" in capsys.readouterr().out
+
+
+def test_a_half_precision_model_trains_with_moqs_adamw(names):
+    exec(block_with("moq.AdamW("), names)
+    model, optimizer = names["model"], names["optimizer"]
+    before = model.lm_head.weight.detach().clone()
+    model(**names["loader"][0]).loss.backward()
+    optimizer.step()
+    assert optimizer.steps == 1
+    assert before.dtype == torch.bfloat16
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_the_configuration_means_what_the_page_says(names):

@@ -156,9 +156,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 def wrap(model: nn.Module, config: dict, total_steps: int = 12, **options) -> moq.MoQOptimizer:
-    """Wraps an AdamW over all parameters of the model; other options are MoQOptimizer's."""
+    """Wraps an AdamW (`inner`) over all parameters; other options are MoQOptimizer's."""
     lr, eps = options.pop("lr", 1e-2), options.pop("eps", 1e-8)
-    adamw = torch.optim.AdamW(model.parameters(), lr=lr, eps=eps)
+    adamw = options.pop("inner", torch.optim.AdamW)(model.parameters(), lr=lr, eps=eps)
     options = {"verbose": False} | options
     return moq.MoQOptimizer(adamw, model, config, total_steps=total_steps, **options)
 

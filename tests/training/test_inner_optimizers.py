@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch import nn
 
-from moq import MoQOptimizer
+from moq import AdamW, MoQOptimizer
 
 FALLING = {
     "start_bits": 9,
@@ -108,6 +108,7 @@ MAKERS = {
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
     "AdamW, lr a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), fused=True),
+    "moq.AdamW": lambda p: AdamW(p, lr=1e-2),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "Adafactor foreach": lambda p: torch.optim.Adafactor(p, lr=1e-2, foreach=True),
     "transformers' Adafactor": transformers_adafactor,
@@ -242,6 +243,7 @@ HALF = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-4, fused=True),
+    "moq.AdamW": lambda p: AdamW(p, lr=1e-2, eps=1e-4),
 }
 
 

@@ -43,10 +43,15 @@ import moq
 from moq import scalars
 
 
-def train_both(config: dict, dtype: torch.dtype = torch.float32, **options) -> None:
+def train_both(
+    config: dict,
+    dtype: torch.dtype = torch.float32,
+    inner: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **options,
+) -> None:
     """Every rank sees the same batch, so averaged gradients are those of one process."""
     model, reference = sharded_decoder(dtype, **options), whole_decoder(dtype)
-    optimizer, expected = wrap(model, config, STEPS), wrap(reference, config, STEPS)
+    optimizer, expected = (wrap(m, config, STEPS, inner=inner) for m in (model, reference))
     assert any(isinstance(p, DTensor) for p in model.parameters())
     for step in range(STEPS):
         train_step(model, optimizer, step)
@@ -63,6 +68,11 @@ def check_sharded_training_is_the_unsharded_one() -> None:
 
 def check_bfloat16_weights_with_float32_masters() -> None:
     train_both(FALLING, torch.bfloat16)
+
+
+def check_moqs_adamw_updates_the_shards() -> None:
+    train_both(FALLING, torch.float32, moq.AdamW)
+    train_both(FALLING, torch.bfloat16, moq.AdamW)
 
 
 def check_asymmetric_groups_within_rows() -> None:
