@@ -3,6 +3,7 @@
 Models of the same weights take turns on the same batch, so that load of the machine hits all alike:
 
   moq             MoQOptimizer around the optimizer, all linear weights falling
+  moq.AdamW       the same around moq.AdamW, which casts no gradients (GPU)
   plain           the optimizer with the same master precision: what moq's masters cost anyway
   pure            the optimizer on the model's parameters (half-precision models only)
   eager modules   fake-quantize modules in the forward pass, as eager QAT has them (CPU)
@@ -21,6 +22,7 @@ a run of steps, and the memory of each.
 import argparse
 import contextlib
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
@@ -54,6 +56,8 @@ DECODER = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 DECODER_BATCH = (8, 512)
 CPU_CASES = ["nearest", "stochastic", "logged", "eager modules"]
 GPU_MODES = ["eager", "compiled"]
+ROUNDINGS = ["nearest", "stochastic"]
+INNER = {"moq": torch.optim.AdamW, "moq.AdamW": moq.AdamW}  # of the competitors that are moq's
 LEARNING_RATE = 2e-5
 RUN = 4  # steps between two CUDA events
 
@@ -78,12 +82,17 @@ def decoder() -> GPT2LMHeadModel:
 
 
 def wrap(
-    model: nn.Module, rounding: str, steps: int, logs: str | None = None, **adamw: bool
+    model: nn.Module,
+    rounding: str,
+    steps: int,
+    logs: str | None = None,
+    inner: type[torch.optim.AdamW] = torch.optim.AdamW,
+    **adamw: bool,
 ) -> moq.MoQOptimizer:
     """The wrapper, 16 to 8 bits falling throughout; with a folder for logs it tells all it can."""
     loggers = [] if logs is None else [TensorBoardLogger(logs), CsvLogger(f"{logs}/moq.csv")]
     return moq.MoQOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **adamw),
+        inner(model.parameters(), lr=LEARNING_RATE, **adamw),
         model,
         {"rounding": rounding, "schedule": {"finish_at": 1.0}},
         total_steps=steps,
@@ -252,11 +261,12 @@ def gpu_rows(turns: int, compiled: bool, rounding: str) -> Iterator[Row]:
     names: set[str] = set()
     unit = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
     unit @ unit  # the workspace of products is nobody's
-    for name in ("moq", "plain", "pure"):
+    for name in (*INNER, "plain", "pure"):
         held = torch.cuda.memory_allocated()
         model = decoder()
-        if name == "moq":
-            optimizer = wrap(model, rounding, 4 + RUN * (turns + 1), fused=True)
+        if name in INNER:
+            steps = 4 + RUN * (turns + 1)
+            optimizer = wrap(model, rounding, steps, inner=INNER[name], fused=True)
             names = set(optimizer.num_bits)
         elif name == "plain":
             optimizer = MasterAdamW(model, names)
@@ -275,17 +285,18 @@ def gpu_rows(turns: int, compiled: bool, rounding: str) -> Iterator[Row]:
     seconds = timed(calls, turns)
     case = f"355M BF16 batch 8 x 512, {'compiled' if compiled else 'eager'}, {rounding}"
     numel = sum(p.numel() for n, p in model.named_parameters() if n in names)
-    for peer, label in (("plain", "plain step, same masters"), ("pure", "pure BF16 step")):
-        times = [1e3 * statistics.median(seconds[name]) for name in ("moq", peer)]
-        pairs = zip(seconds["moq"], seconds[peer], strict=True)
-        ratios = statistics.quantiles([own / other for own, other in pairs], n=4)
-        rest, peak = ((memory["moq"][i] - memory[peer][i]) / 2**20 for i in range(2))
+    peers = {"plain": "plain step, same masters", "pure": "pure BF16 step"}
+    for own, (peer, label) in itertools.product(INNER, peers.items()):
+        times = [1e3 * statistics.median(seconds[name]) for name in (own, peer)]
+        pairs = zip(seconds[own], seconds[peer], strict=True)
+        ratios = statistics.quantiles([mine / other for mine, other in pairs], n=4)
+        rest, peak = ((memory[own][i] - memory[peer][i]) / 2**20 for i in range(2))
         note = (
             f"({ratios[1]:.3f} times, half of the turns {ratios[0]:.3f} to {ratios[2]:.3f}; "
             f"memory {rest:+.0f} MiB kept, {peak:+.0f} MiB in a step; "
             f"the masters are {numel / 2**18:.0f} MiB)"
         )
-        yield Row(f"{case}, {label}", *times, "ms", note)
+        yield Row(f"{case}, {own}, {label}", *times, "ms", note)
 
 
 def timed(calls: dict[str, Step], turns: int) -> dict[str, list[float]]:
@@ -317,6 +328,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=list(ENCODERS), default=["bert-base"])
     parser.add_argument("--cases", nargs="+", choices=CPU_CASES, default=CPU_CASES, help="(CPU)")
     parser.add_argument("--modes", nargs="+", choices=GPU_MODES, default=GPU_MODES, help="(GPU)")
+    parser.add_argument(
+        "--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS, help="(GPU)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (CPU)")
     parser.add_argument("--steps", type=int, default=10, help="steps of each competitor (CPU)")
     gpu.arguments(parser)
@@ -326,7 +340,7 @@ def main() -> int:
         facts = gpu.facts()
         rows = []
         for mode in options.modes:
-            for rounding in ("nearest", "stochastic"):
+            for rounding in options.roundings:
                 rows += gpu_rows(options.turns, mode == "compiled", rounding)
                 gc.collect()
                 torch.cuda.empty_cache()
