@@ -36,7 +36,8 @@ struct AdamWTensor {
 /// gradients are only read. Source: Loshchilov and Hutter, "Decoupled weight decay regularization",
 /// ICLR 2019, in the form of torch's fused AdamW.
 ///
-/// Tensors overlap nothing, and no two have one step.
+/// Tensors overlap nothing, and no two have one step. Without a weight_decay infinite parameters
+/// stay.
 struct AdamWArgs {
   std::span<const AdamWTensor> tensors;  ///< host memory
   double learning_rate = 0.0;

@@ -90,8 +90,10 @@ MOQ_HOST_DEVICE inline AdamWElement updated(const AdamWElement& old, float gradi
   element.exp_avg = factors.beta1 * old.exp_avg + factors.one_minus_beta1 * g;
   element.exp_avg_sq = factors.beta2 * old.exp_avg_sq + factors.one_minus_beta2 * g * g;
   const float denominator = sqrtf(element.exp_avg_sq) / factors.correction + factors.epsilon;
-  element.parameter = old.parameter - factors.decay * old.parameter -
-                      factors.step_size * element.exp_avg / denominator;
+  // Without a decay an infinite parameter (a mask) stays: 0 times it would be a NaN.
+  const float decayed =
+      factors.decay == 0.0F ? old.parameter : old.parameter - factors.decay * old.parameter;
+  element.parameter = decayed - factors.step_size * element.exp_avg / denominator;
   return element;
 }
 

@@ -301,6 +301,18 @@ TEST_P(AdamWOn, ANanStaysInItsElement) {
   }
 }
 
+TEST_P(AdamWOn, AnInfiniteParameterStaysWithoutADecay) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const Types types : kTypes) {
+    Tensor tensor = random_tensor(9, types, 0.0F, 7);
+    tensor.parameter[2] = -infinity;
+    tensor.parameter[8] = infinity;
+    const Tensor updated = run(GetParam(), {tensor}, {.weight_decay = 0.0})[0];
+    EXPECT_EQ(updated.parameter[2], -infinity);
+    EXPECT_EQ(updated.parameter[8], infinity);
+  }
+}
+
 TEST_P(AdamWOn, OtherDtypesAreRefused) {
   const auto call = [&](DType parameter, DType gradient) {
     const AdamWTensor tensor{.parameter_dtype = parameter, .gradient_dtype = gradient};
