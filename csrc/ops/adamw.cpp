@@ -3,6 +3,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <vector>
 
@@ -30,6 +32,16 @@ void check_scalar(const char* what, const std::optional<Tensor>& scalar, at::Dev
   }
 }
 
+/// Whether elements lie in the same order: strides of a dimension of one element mean nothing.
+bool lies_alike(const Tensor& a, const Tensor& b) {
+  for (std::int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.sym_size(dim) != 1 && a.sym_stride(dim) != b.sym_stride(dim)) {
+      return a.sym_numel() == 0;
+    }
+  }
+  return true;
+}
+
 void check(at::TensorList parameters, at::TensorList gradients, at::TensorList exp_avgs,
            at::TensorList exp_avg_sqs, at::TensorList steps, double beta1, double beta2,
            const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_scale,
@@ -48,6 +60,9 @@ void check(at::TensorList parameters, at::TensorList gradients, at::TensorList e
     const at::Device device = parameters[0].device();
     check_float(kName, "parameters", parameter.scalar_type());
     check_device(kName, "parameters", parameter, device);
+    TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), kName,
+                      ": parameters must fill their memory without gaps, got shape ",
+                      parameter.sym_sizes(), " and strides ", parameter.sym_strides());
     TORCH_CHECK_VALUE(gradient.layout() == at::kStrided, kName, ": gradients must be dense, got ",
                       gradient.layout());
     check_float(kName, "gradients", gradient.scalar_type());
@@ -60,7 +75,7 @@ void check(at::TensorList parameters, at::TensorList gradients, at::TensorList e
     for (const Tensor& moment : {exp_avgs[i], exp_avg_sqs[i]}) {
       check_tensor(kName, "moments", moment, parameter.scalar_type(), device,
                    parameter.sym_sizes());
-      TORCH_CHECK_VALUE(moment.sym_strides() == parameter.sym_strides(), kName,
+      TORCH_CHECK_VALUE(lies_alike(moment, parameter), kName,
                         ": moments must have their parameter's strides ", parameter.sym_strides(),
                         ", got ", moment.sym_strides());
     }
@@ -75,6 +90,50 @@ void check(at::TensorList parameters, at::TensorList gradients, at::TensorList e
 
 // --------------------------------------------------------------------------------- implementation
 
+/// Where a tensor without gaps lies, and to which parameter it belongs.
+struct Memory {
+  std::uintptr_t begin;
+  std::uintptr_t end;
+  std::size_t index;
+};
+
+Memory memory_of(const Tensor& tensor, const void* data, std::size_t index = 0) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  return {begin, begin + tensor.nbytes(), index};
+}
+
+/// What a step writes to, by address.
+/// @throws ValueError (Python's) if something would be written twice, in an order nobody knows.
+std::vector<Memory> written_memory(at::TensorList parameters, at::TensorList exp_avgs,
+                                   at::TensorList exp_avg_sqs, at::TensorList steps) {
+  std::vector<Memory> written;
+  written.reserve(4 * parameters.size());
+  for (const at::TensorList& list : {parameters, exp_avgs, exp_avg_sqs, steps}) {
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      if (list[i].numel() > 0) {
+        written.push_back(memory_of(list[i], list[i].mutable_data_ptr(), i));
+      }
+    }
+  }
+  std::sort(written.begin(), written.end(),
+            [](const Memory& a, const Memory& b) { return a.begin < b.begin; });
+  for (std::size_t i = 1; i < written.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        written[i - 1].end <= written[i].begin, kName,
+        ": parameters, moments and steps must not share memory, got those of tensors ",
+        std::min(written[i - 1].index, written[i].index), " and ",
+        std::max(written[i - 1].index, written[i].index), " that do; give each once, or clone one");
+  }
+  return written;
+}
+
+bool overlaps(const std::vector<Memory>& written, const Memory& memory) {
+  const auto after =
+      std::upper_bound(written.begin(), written.end(), memory.begin,
+                       [](std::uintptr_t begin, const Memory& other) { return begin < other.end; });
+  return memory.begin < memory.end && after != written.end() && after->begin < memory.end;
+}
+
 void foreach_adamw(at::TensorList parameters, at::TensorList gradients, at::TensorList exp_avgs,
                    at::TensorList exp_avg_sqs, at::TensorList steps, double lr, double beta1,
                    double beta2, double weight_decay, double eps, bool maximize,
@@ -85,17 +144,16 @@ void foreach_adamw(at::TensorList parameters, at::TensorList gradients, at::Tens
   if (parameters.empty()) {
     return;
   }
+  const std::vector<Memory> written = written_memory(parameters, exp_avgs, exp_avg_sqs, steps);
   std::vector<kernels::AdamWTensor> tensors;
   std::vector<Tensor> copies;
   tensors.reserve(parameters.size());
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const Tensor& parameter = parameters[i];
-    TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), kName,
-                      ": parameters must fill their memory without gaps, got shape ",
-                      parameter.sizes(), " and strides ", parameter.strides());
     const Tensor* gradient = &gradients[i];
-    if (gradient->strides() != parameter.strides()) {
-      // Elements are numbered as they lie.
+    if (!lies_alike(*gradient, parameter) ||
+        overlaps(written, memory_of(*gradient, gradient->const_data_ptr()))) {
+      // Elements are numbered as they lie, and gradients are those before the step.
       copies.push_back(at::empty_like(parameter, gradient->options(), at::MemoryFormat::Preserve));
       gradient = &copies.back().copy_(*gradient);
     }
