@@ -142,7 +142,9 @@ void Trainer::begin_step(bool cast) {
                       parameter.name, " must be dense, got ", gradient.layout(),
                       "; exclude it by a rule, or use sparse=False in its module");
     const at::ScalarType master_dtype = parameter.master.scalar_type();
-    if (!cast || gradient.scalar_type() == master_dtype) {
+    const bool taken =
+        !cast && master_dtype == at::kFloat && c10::isReducedFloatingType(gradient.scalar_type());
+    if (taken || gradient.scalar_type() == master_dtype) {
       parameter.master.mutable_grad() = gradient;
     } else if (gradient.key_set().has(c10::DispatchKey::Python)) {
       parameter.master.mutable_grad() = gradient.to(master_dtype);  // DTensor has no _foreach_copy_

@@ -155,6 +155,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     return loss.item()
 
 
+def with_gradients(*values: torch.Tensor) -> list[nn.Parameter]:
+    """Parameters of these values, each with a gradient of ones."""
+    weights = [nn.Parameter(value) for value in values]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    return weights
+
+
 def wrap(model: nn.Module, config: dict, total_steps: int = 12, **options) -> moq.MoQOptimizer:
     """Wraps an AdamW (`inner`) over all parameters; other options are MoQOptimizer's."""
     lr, eps = options.pop("lr", 1e-2), options.pop("eps", 1e-8)
