@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       init_barrier(shared_address(&ring.full[i]));
-      init_barrier(shared_address(&ring.empty[i]), kWarps);
+      init_barrier(shared_address(&ring.empty[i]), kConsumers);
     }
     publish_barriers();
   }

@@ -56,7 +56,7 @@ class Attention {
         }
       }
       stages_.advance();
-      stages_.release(lane_);
+      stages_.release();
       begin_ += kStageKeys;
       count_ = min(kStageKeys, span_.end - begin_);
       if (count_ > 0) {

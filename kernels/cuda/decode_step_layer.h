@@ -163,7 +163,7 @@ class Layers {
         if (u + e < units) {
           int sums[4] = {};
           fragments_[e].multiply(sums, digits, last_round_);
-          stages_.release(lane_);
+          stages_.release();
           if (u + e + 2 < units) {
             fragments_[e].load(stages_, warp_, last_round_, lane_);
           }
@@ -185,7 +185,7 @@ class Layers {
       const bool last_round = in_last_round(piece);
       load_digits(digits, from, last_round);
       fragments_[j & 1].multiply(sums, digits, last_round);
-      stages_.release(lane_);
+      stages_.release();
       from += (last_round ? kRounds : kRounds - 1) * kBytes;
       piece = next_piece(piece);
       if (j + 2 < kPieces) {

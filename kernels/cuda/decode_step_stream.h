@@ -63,12 +63,10 @@ struct Stages {
     }
   }
   /// Gives the oldest stage back. What was read of it has been used: a load that is only on its way
-  /// may find the next contents.
-  __device__ __forceinline__ void release(int lane) {
-    __syncwarp();
-    if (lane == 0) {
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(released) : "memory");
-    }
+  /// may find the next contents. (Each lane says so of its own loads: measured on an H100, that is
+  /// faster than one of them that waits for the others, and racecheck follows it.)
+  __device__ __forceinline__ void release() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(released) : "memory");
     released += 8;
     if (released == first_empty + 8 * kStages) {
       released = first_empty;

@@ -129,6 +129,8 @@ class StepProblem {
     copy(input_dev_, to_bytes(input_, shape_.dtype));
     copy(cache_dev_, to_bytes(cache_, shape_.dtype));
     copy(row_dev_, std::vector{cache_row_});
+    // A copy from pageable memory may be on its way yet, and other streams don't wait for it.
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
   }
 
   DecodeStepArgs args() {
