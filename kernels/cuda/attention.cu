@@ -78,6 +78,9 @@ void attention(const DeviceAttentionArgs& args, cudaStream_t stream) {
   if (can_split(args)) {
     return split_attention(args, stream);
   }
+  if (prefers_wide(args) && can_wide(args)) {
+    return wide_attention(args, stream);
+  }
   if (can_flash(args)) {
     return flash_attention(args, stream);
   }

@@ -23,6 +23,12 @@ void split_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
 bool can_flash(const DeviceAttentionArgs& args);
 void flash_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
 
+/// The same with 16-bit keys on compute capability 9.0 (sm_90a).
+bool can_wide(const DeviceAttentionArgs& args);
+/// Whether it takes less time than flash_attention.
+bool prefers_wide(const DeviceAttentionArgs& args);
+void wide_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
+
 /// Everything, slowly.
 void plain_attention(const DeviceAttentionArgs& args, CUstream_st* stream);
 

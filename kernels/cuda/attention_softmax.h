@@ -146,23 +146,11 @@ __device__ inline float reference_of(float largest, float scale) {
   return largest == kMinusInfinity ? 0.0F : largest * scale;
 }
 
-/// Turns scores into probabilities, in place. Probabilities may reach 2^kSlack before the sums are
-/// scaled down: after the first keys that seldom happens.
-///
-/// @param is_first  the output is still 0
-/// @param scale  of scores, > 0, times log2(e)
-/// @param value_scales  of codes: step sizes of the values of this lane's keys; they multiply the
-///                      probabilities, not their sum, and the reference is chosen so that the
-///                      largest product is about 1
-template <bool kInt8, int kRowTiles, int kKeyTiles, int kTiles>
-__device__ void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4],
-                             float (&output)[kRowTiles][kTiles][4], Softmax<kRowTiles>& softmax,
-                             bool is_first, float scale,
-                             const float (&value_scales)[kKeyTiles][2]) {
-  constexpr float kSlack = 8.0F;
+/// The base-2 logarithms of step sizes of values, in units of scores.
+template <bool kInt8, int kKeyTiles>
+__device__ void offsets_of(const float (&value_scales)[kKeyTiles][2], float inverse_scale,
+                           float (&offset)[kKeyTiles][2]) {
   constexpr float kMinScale = 0x1p-64F;
-  const float inverse_scale = __fdividef(1.0F, scale);
-  float offset[kKeyTiles][2] = {};
   if constexpr (kInt8) {
 #pragma unroll
     for (int k = 0; k < kKeyTiles; ++k) {
@@ -172,6 +160,25 @@ __device__ void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4],
       }
     }
   }
+}
+
+/// Raises what probabilities are relative to where they would reach 2^kSlack otherwise: after the
+/// first keys that seldom happens. Returns whether that is so in a row of this warp; then
+/// `shrink` are the factors of the output so far.
+///
+/// @param scale  of scores, > 0, times log2(e)
+/// @param value_scales  of codes: step sizes of the values of this lane's keys; they multiply the
+///                      probabilities, not their sum, and the reference is chosen so that the
+///                      largest product is about 1
+template <bool kInt8, int kRowTiles, int kKeyTiles>
+__device__ bool raise_references(const float (&scores)[kRowTiles][kKeyTiles][4],
+                                 Softmax<kRowTiles>& softmax, float scale,
+                                 const float (&value_scales)[kKeyTiles][2],
+                                 float (&shrink)[kRowTiles][2]) {
+  constexpr float kSlack = 8.0F;
+  const float inverse_scale = __fdividef(1.0F, scale);
+  float offset[kKeyTiles][2] = {};
+  offsets_of<kInt8>(value_scales, inverse_scale, offset);
   float largest[kRowTiles][2];
   bool moves = false;
 #pragma unroll
@@ -191,32 +198,47 @@ __device__ void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4],
       moves = moves || top > softmax.largest[r][half] + kSlack * inverse_scale;
     }
   }
-  if (__any_sync(0xffffffffU, moves)) {
+  if (!__any_sync(0xffffffffU, moves)) {
+    return false;
+  }
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+  for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = largest[r][half];
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 2));
-        top = fmaxf(top, softmax.largest[r][half]);
-        const float before = softmax.largest[r][half];
-        const float shrink =
-            before == kMinusInfinity
-                ? 0.0F
-                : fast_exp2(reference_of(before, scale) - reference_of(top, scale));
-        softmax.largest[r][half] = top;
-        softmax.sum[r][half] *= shrink;
-        if (!is_first) {
+    for (int half = 0; half < 2; ++half) {
+      float top = largest[r][half];
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 2));
+      top = fmaxf(top, softmax.largest[r][half]);
+      const float before = softmax.largest[r][half];
+      shrink[r][half] = before == kMinusInfinity
+                            ? 0.0F
+                            : fast_exp2(reference_of(before, scale) - reference_of(top, scale));
+      softmax.largest[r][half] = top;
+      softmax.sum[r][half] *= shrink[r][half];
+    }
+  }
+  return true;
+}
+
+template <int kRowTiles, int kTiles>
+__device__ void shrink_output(float (&output)[kRowTiles][kTiles][4],
+                              const float (&shrink)[kRowTiles][2]) {
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            output[r][n][2 * half] *= shrink;
-            output[r][n][2 * half + 1] *= shrink;
-          }
-        }
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        output[r][n][i] *= shrink[r][i / 2];
       }
     }
   }
+}
+
+/// Turns scores into probabilities, in place, and adds them to the sums.
+template <bool kInt8, int kRowTiles, int kKeyTiles>
+__device__ void exponentiate(float (&scores)[kRowTiles][kKeyTiles][4], Softmax<kRowTiles>& softmax,
+                             float scale, const float (&value_scales)[kKeyTiles][2]) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -309,6 +331,7 @@ __device__ void hide_keys(float (&scores)[kRowTiles][kKeyTiles][4], const GetSig
 /// One tile of keys and values in shared memory: scores, probabilities, and their products with the
 /// values added to the output.
 ///
+/// @param is_first  the output is still 0
 /// @param query  query(step, fragments): the A fragments of the rows, dimensions 16 step and on
 /// @param sight  sight(r, half) of the rows
 template <bool kBFloat16, bool kInt8, int kDim, int kKeys, int kRowTiles, typename Query,
@@ -364,7 +387,11 @@ __device__ void attend(std::uint32_t stage, const Query& query, const GetSight& 
   if (hides) {
     hide_keys(scores, sight, first, t);
   }
-  exponentiate<kInt8>(scores, output, softmax, is_first, scale, value_scales);
+  float shrink[kRowTiles][2];
+  if (raise_references<kInt8>(scores, softmax, scale, value_scales, shrink) && !is_first) {
+    shrink_output(output, shrink);
+  }
+  exponentiate<kInt8>(scores, softmax, scale, value_scales);
   const std::uint32_t values = stage + kKeys * Layout::kRowBytes;
 #pragma unroll
   for (int k = 0; k < kKeyTiles; k += 2) {

@@ -32,6 +32,7 @@ __device__ inline void wait_products() {
 #define MOQ_F32(d, i) MOQ_F8(d, i), MOQ_F8(d, i + 8), MOQ_F8(d, i + 16), MOQ_F8(d, i + 24)
 #define MOQ_P0_15 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define MOQ_P0_31 MOQ_P0_15 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MOQ_P32_39 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define MOQ_P32_47 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define MOQ_P48_63 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define MOQ_P64_79 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
@@ -39,41 +40,79 @@ __device__ inline void wait_products() {
 #define MOQ_P96_127                                                                   \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112" \
   ",%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define MOQ_WGMMA_OF(n, type, sums, a0, a1, a2, a3, tokens, keep)                          \
-  "{ .reg .pred p; setp.ne.b32 p, %" #keep ", 0; wgmma.mma_async.sync.aligned.m64n" #n     \
-  "k16.f32." type "." type " {" sums "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #tokens \
-  ", p, 1, 1, 0; }"
-#define MOQ_WGMMA(n, sums, a0, a1, a2, a3, tokens, keep, ...)                                   \
+#define MOQ_WGMMA_OF(n, type, sums, a, b, keep, transposes)                            \
+  "{ .reg .pred p; setp.ne.b32 p, %" #keep ", 0; wgmma.mma_async.sync.aligned.m64n" #n \
+  "k16.f32." type "." type " {" sums "}, " a ", %" #b ", p, 1, 1, " transposes "; }"
+#define MOQ_WGMMA(name, n, transposes, sums, a0, a1, a2, a3, b_at, keep, ...)                   \
   template <bool kBFloat16>                                                                     \
-  __device__ __forceinline__ void multiply_tokens(float(&d)[n / 2], const std::uint32_t(&a)[4], \
-                                                  std::uint64_t b, int keeps) {                 \
+  __device__ __forceinline__ void name(float(&d)[n / 2], const std::uint32_t(&a)[4],            \
+                                       std::uint64_t b, int keeps) {                            \
     if constexpr (kBFloat16) {                                                                  \
-      asm volatile(MOQ_WGMMA_OF(n, "bf16", sums, a0, a1, a2, a3, tokens, keep)                  \
+      asm volatile(MOQ_WGMMA_OF(n, "bf16", sums, "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}", b_at, \
+                                keep, transposes)                                               \
                    : __VA_ARGS__                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keeps));           \
     } else {                                                                                    \
-      asm volatile(MOQ_WGMMA_OF(n, "f16", sums, a0, a1, a2, a3, tokens, keep)                   \
+      asm volatile(MOQ_WGMMA_OF(n, "f16", sums, "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}", b_at,  \
+                                keep, transposes)                                               \
                    : __VA_ARGS__                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keeps));           \
     }                                                                                           \
+  }
+#define MOQ_WGMMA_SHARED(n, sums, a_at, b_at, keep, ...)                             \
+  template <bool kBFloat16>                                                          \
+  __device__ __forceinline__ void multiply_shared(float(&d)[n / 2], std::uint64_t a, \
+                                                  std::uint64_t b, int keeps) {      \
+    if constexpr (kBFloat16) {                                                       \
+      asm volatile(MOQ_WGMMA_OF(n, "bf16", sums, "%" #a_at, b_at, keep, "0, 0")      \
+                   : __VA_ARGS__                                                     \
+                   : "l"(a), "l"(b), "r"(keeps));                                    \
+    } else {                                                                         \
+      asm volatile(MOQ_WGMMA_OF(n, "f16", sums, "%" #a_at, b_at, keep, "0, 0")       \
+                   : __VA_ARGS__                                                     \
+                   : "l"(a), "l"(b), "r"(keeps));                                    \
+    }                                                                                \
   }
 
 /// d = (keeps ? d : 0) + a * b: the four warps' rows, 16 each, times 32, 64, 96, 128, 160, 192
 /// or 256 tokens of 16 columns. Lanes hold a as of mma.m16n8k16, and d as of as many of them, eight
 /// tokens each.
-MOQ_WGMMA(32, MOQ_P0_15, 16, 17, 18, 19, 20, 21, MOQ_F8(d, 0), MOQ_F8(d, 8))
-MOQ_WGMMA(64, MOQ_P0_31, 32, 33, 34, 35, 36, 37, MOQ_F32(d, 0))
-MOQ_WGMMA(96, MOQ_P0_31 MOQ_P32_47, 48, 49, 50, 51, 52, 53, MOQ_F32(d, 0), MOQ_F8(d, 32),
-          MOQ_F8(d, 40))
-MOQ_WGMMA(128, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, 67, 68, 69, MOQ_F32(d, 0),
-          MOQ_F32(d, 32))
-MOQ_WGMMA(160, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79, 80, 81, 82, 83, 84, 85, MOQ_F32(d, 0),
-          MOQ_F32(d, 32), MOQ_F8(d, 64), MOQ_F8(d, 72))
-MOQ_WGMMA(192, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95, 96, 97, 98, 99, 100, 101,
-          MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64))
-MOQ_WGMMA(256, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95 MOQ_P96_127, 128, 129, 130,
-          131, 132, 133, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64), MOQ_F32(d, 96))
+MOQ_WGMMA(multiply_tokens, 32, "0", MOQ_P0_15, 16, 17, 18, 19, 20, 21, MOQ_F8(d, 0), MOQ_F8(d, 8))
+MOQ_WGMMA(multiply_tokens, 64, "0", MOQ_P0_31, 32, 33, 34, 35, 36, 37, MOQ_F32(d, 0))
+MOQ_WGMMA(multiply_tokens, 96, "0", MOQ_P0_31 MOQ_P32_47, 48, 49, 50, 51, 52, 53, MOQ_F32(d, 0),
+          MOQ_F8(d, 32), MOQ_F8(d, 40))
+MOQ_WGMMA(multiply_tokens, 128, "0", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, 67, 68, 69,
+          MOQ_F32(d, 0), MOQ_F32(d, 32))
+MOQ_WGMMA(multiply_tokens, 160, "0", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79, 80, 81, 82, 83, 84,
+          85, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F8(d, 64), MOQ_F8(d, 72))
+MOQ_WGMMA(multiply_tokens, 192, "0", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95, 96, 97,
+          98, 99, 100, 101, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64))
+MOQ_WGMMA(multiply_tokens, 256, "0",
+          MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95 MOQ_P96_127, 128, 129, 130, 131,
+          132, 133, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64), MOQ_F32(d, 96))
 
+/// The same with 64, 80, 96, 128, 160, 192 or 256 columns of b that lie side by side in shared
+/// memory: 16 rows of b, as columns_descriptor tells.
+MOQ_WGMMA(multiply_columns, 64, "1", MOQ_P0_31, 32, 33, 34, 35, 36, 37, MOQ_F32(d, 0))
+MOQ_WGMMA(multiply_columns, 80, "1", MOQ_P0_31 MOQ_P32_39, 40, 41, 42, 43, 44, 45, MOQ_F32(d, 0),
+          MOQ_F8(d, 32))
+MOQ_WGMMA(multiply_columns, 96, "1", MOQ_P0_31 MOQ_P32_47, 48, 49, 50, 51, 52, 53, MOQ_F32(d, 0),
+          MOQ_F8(d, 32), MOQ_F8(d, 40))
+MOQ_WGMMA(multiply_columns, 128, "1", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, 67, 68, 69,
+          MOQ_F32(d, 0), MOQ_F32(d, 32))
+MOQ_WGMMA(multiply_columns, 160, "1", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79, 80, 81, 82, 83,
+          84, 85, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F8(d, 64), MOQ_F8(d, 72))
+MOQ_WGMMA(multiply_columns, 192, "1", MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95, 96, 97,
+          98, 99, 100, 101, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64))
+MOQ_WGMMA(multiply_columns, 256, "1",
+          MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95 MOQ_P96_127, 128, 129, 130, 131,
+          132, 133, MOQ_F32(d, 0), MOQ_F32(d, 32), MOQ_F32(d, 64), MOQ_F32(d, 96))
+
+/// The same with a in shared memory too, 64 rows of 16 columns, times 64 or 128 rows of b.
+MOQ_WGMMA_SHARED(64, MOQ_P0_31, 32, 33, 34, MOQ_F32(d, 0))
+MOQ_WGMMA_SHARED(128, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, MOQ_F32(d, 0), MOQ_F32(d, 32))
+
+#undef MOQ_WGMMA_SHARED
 #undef MOQ_WGMMA
 #undef MOQ_WGMMA_OF
 #undef MOQ_P96_127
@@ -81,6 +120,7 @@ MOQ_WGMMA(256, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63 MOQ_P64_79 MOQ_P80_95 MOQ_P96_127
 #undef MOQ_P64_79
 #undef MOQ_P48_63
 #undef MOQ_P32_47
+#undef MOQ_P32_39
 #undef MOQ_P0_31
 #undef MOQ_P0_15
 #undef MOQ_F32
@@ -93,6 +133,42 @@ __device__ inline std::uint64_t token_descriptor(std::uint32_t address) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   constexpr std::uint64_t kEightRows = std::uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | std::uint64_t{1} << 16 | (address & 0x3ffffU) >> 4;
+}
+
+/// What multiply_shared reads as a or b: rows of 64 bytes (32 columns), their 16 bytes exchanged by
+/// swizzle64, from an address that is a multiple of 512. Adding 2 moves on by 16 columns.
+__device__ inline std::uint64_t rows_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t kSwizzle64 = std::uint64_t{2} << 62;
+  constexpr std::uint64_t kEightRows = std::uint64_t{512 >> 4} << 32;
+  return kSwizzle64 | kEightRows | std::uint64_t{1} << 16 | (address & 0x3ffffU) >> 4;
+}
+/// What multiply_columns reads as b: rows as of rows_descriptor, the next 32 columns `block_bytes`
+/// behind. Adding 64 moves on by 16 rows.
+__device__ inline std::uint64_t columns_descriptor(std::uint32_t address, int block_bytes) {
+  constexpr std::uint64_t kLeading = std::uint64_t{0x3fff} << 16;
+  return (rows_descriptor(address) & ~kLeading) | static_cast<std::uint64_t>(block_bytes >> 4)
+                                                      << 16;
+}
+/// The place of 16 bytes in a row of 64.
+__device__ inline int swizzle64(int row, int chunk) {
+  return chunk ^ (row / 2 & 3);
+}
+
+/// Lets nothing be made of registers before this, and keeps them from being given to something
+/// else: products under way read or write them, of which the compiler does not know.
+template <int kSize>
+__device__ __forceinline__ void hold(float (&registers)[kSize]) {
+#pragma unroll
+  for (float& one : registers) {
+    asm volatile("" : "+f"(one));
+  }
+}
+template <int kSize>
+__device__ __forceinline__ void hold(std::uint32_t (&registers)[kSize]) {
+#pragma unroll
+  for (std::uint32_t& one : registers) {
+    asm volatile("" : "+r"(one));
+  }
 }
 
 /// Copies the box of a map whose first element is at (x, y), zeros where nothing is, and tells the

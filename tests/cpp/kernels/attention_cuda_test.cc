@@ -372,7 +372,7 @@ const auto kStorages = ::testing::Values(Storage::kPacked, Storage::kPages, Stor
 
 INSTANTIATE_TEST_SUITE_P(Dims, AttentionCuda,
                          ::testing::Combine(::testing::Values(1, 8, 32, 33, 64, 72, 80, 96, 112,
-                                                              128, 152, 160, 256),
+                                                              128, 152, 160, 192, 256),
                                             ::testing::Values(Heads{3, 1}), kDTypes, kStorages));
 INSTANTIATE_TEST_SUITE_P(Heads, AttentionCuda,
                          ::testing::Combine(::testing::Values(64),
@@ -395,6 +395,21 @@ TEST_F(AttentionCudaTest, ManyHeadsOfWideTilesAreRight) {
                          dtype,
                          Storage::kPages,
                          {{129, 0}, {1, 200}, {127, 70}, {140, 0}, {0, 0}, {130, 3}}});
+      batch.expect_exact(batch.compute());
+    }
+  }
+}
+
+TEST_F(AttentionCudaTest, PromptsOfManyTilesAreRight) {
+  for (const std::int64_t head_dim : {64, 72, 96, 128, 152, 256}) {
+    for (const bool causal : {false, true}) {
+      const Batch batch({{4, 2},
+                         head_dim,
+                         DType::kFloat16,
+                         Storage::kPages,
+                         {{700, 0}, {1, 3}, {190, 515}},
+                         causal,
+                         /*alibi=*/head_dim == 128});
       batch.expect_exact(batch.compute());
     }
   }
