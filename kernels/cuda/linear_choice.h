@@ -56,6 +56,9 @@ struct WgmmaCost {
   double step_crowded;  ///< and where some have as many as they can
 };
 
+/// Microseconds that a launch for the rest of a weight's rows takes beside its tiles.
+constexpr double kSecondLaunch = 2.0;
+
 /// The least sum over the tiles that a multiprocessor takes one after the other is taken. INT8
 /// weights; those of 16 bits cost about the same, and so do products in bfloat16.
 // clang-format off

@@ -163,14 +163,21 @@ bool can_store(const DeviceLinearArgs& args, const DeviceLayout& layout) {
          (args.residual == nullptr || lies_well(args.residual, args.residual_stride));
 }
 
+/// Rows of a weight that a launch multiplies.
+struct RowRange {
+  std::int64_t first;  ///< a multiple of kBlockRows
+  std::int64_t count;
+};
+
 template <typename T>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const WgmmaChoice& choice,
-            cudaStream_t stream) {
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowRange& range,
+            const WgmmaChoice& choice, cudaStream_t stream) {
   const auto kernel = wgmma_kernel<T>;
   MOQ_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBlockShared));
   WgmmaWalk walk{.steps = static_cast<int>(pad_to(layout.k, kStepCols) / kStepCols),
-                 .row_tiles = static_cast<int>(pad_to(layout.n, T::kRows) / T::kRows),
+                 .first_row_block = static_cast<int>(range.first / kBlockRows),
+                 .row_tiles = static_cast<int>(pad_to(range.count, T::kRows) / T::kRows),
                  .token_tiles = static_cast<int>(pad_to(args.m, T::kTokens) / T::kTokens),
                  .clusters = 0,
                  .split = 1,
@@ -208,10 +215,10 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const WgmmaChoice& choice,
-            cudaStream_t stream) {
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowRange& range,
+            const WgmmaChoice& choice, cudaStream_t stream) {
   const auto with = [&]<typename A>(A) {
-    launch<WgmmaTileOf<kBFloat16, kElementBytes, kGroups, A>>(args, layout, choice, stream);
+    launch<WgmmaTileOf<kBFloat16, kElementBytes, kGroups, A>>(args, layout, range, choice, stream);
   };
   constexpr int kTokens192 = kGroups ? 160 : 192;  // registers
   switch (choice.tile) {
@@ -247,14 +254,61 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const Wgmm
 }
 
 template <bool kBFloat16>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const WgmmaChoice& choice,
-            cudaStream_t stream) {
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowRange& range,
+            const WgmmaChoice& choice, cudaStream_t stream) {
   if (layout.element_bytes == 2) {
-    return launch<kBFloat16, 2, false>(args, layout, choice, stream);
+    return launch<kBFloat16, 2, false>(args, layout, range, choice, stream);
   }
-  layout.groups == 1 ? launch<kBFloat16, 1, false>(args, layout, choice, stream)
-                     : launch<kBFloat16, 1, true>(args, layout, choice, stream);
+  layout.groups == 1 ? launch<kBFloat16, 1, false>(args, layout, range, choice, stream)
+                     : launch<kBFloat16, 1, true>(args, layout, range, choice, stream);
 }
+
+/// What multiplying rows of a weight takes, as kWgmmaCosts has it.
+class Costs {
+ public:
+  Costs(const DeviceLinearArgs& args, const DeviceLayout& layout)
+      : args_(args), layout_(layout), steps_(pad_to(layout.k, kStepCols) / kStepCols) {}
+
+  /// Whether the costs are of such a product.
+  bool fit(const WgmmaCost& cost) const {
+    // Its costs were fitted to at most 32 tokens: more would read the weight once for each 32.
+    const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
+    return cost.groups == (layout_.groups > 1) && (!for_few || args_.m <= cost.tokens);
+  }
+  std::int64_t token_tiles(const WgmmaCost& cost) const {
+    return pad_to(args_.m, cost.tokens) / cost.tokens;
+  }
+  /// Blocks that run at once.
+  double places(const WgmmaCost& cost) const { return cost.blocks * multiprocessors_; }
+  /// Microseconds.
+  double time(const WgmmaCost& cost, std::int64_t rows) const {
+    const int split = cost.choice.split;
+    const auto blocks =
+        static_cast<double>(pad_to(rows, cost.rows) / cost.rows * token_tiles(cost) * split);
+    const double waves = std::ceil(blocks / places(cost));
+    const double step = blocks > multiprocessors_ ? cost.step_crowded : cost.step_alone;
+    return waves * (cost.tile + step * static_cast<double>((steps_ + split - 1) / split));
+  }
+  /// The quickest for so many rows, and its time.
+  std::pair<const WgmmaCost*, double> best(std::int64_t rows) const {
+    std::pair<const WgmmaCost*, double> best{nullptr, 0.0};
+    for (const WgmmaCost& cost : kWgmmaCosts) {
+      if (fit(cost)) {
+        const double own = time(cost, rows);
+        if (best.first == nullptr || own < best.second) {
+          best = {&cost, own};
+        }
+      }
+    }
+    return best;
+  }
+
+ private:
+  const DeviceLinearArgs& args_;
+  const DeviceLayout& layout_;
+  std::int64_t steps_;
+  double multiprocessors_ = static_cast<double>(device_limits().multiprocessors);
+};
 
 }  // namespace
 
@@ -265,36 +319,42 @@ bool can_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout) {
          architecture_of(wgmma_kernel<Any>) == 90;
 }
 
-WgmmaChoice choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout) {
-  const auto multiprocessors = static_cast<double>(device_limits().multiprocessors);
-  const std::int64_t steps = pad_to(layout.k, kStepCols) / kStepCols;
-  const WgmmaCost* best = nullptr;
-  double best_time = 0.0;
+WgmmaPlan choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  const Costs costs(args, layout);
+  auto [whole, best_time] = costs.best(layout.n);
+  WgmmaPlan best{whole->choice, layout.n, whole->choice};
   for (const WgmmaCost& cost : kWgmmaCosts) {
-    // Its costs were fitted to at most 32 tokens: more would read the weight once for each 32.
-    const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
-    if (cost.groups != (layout.groups > 1) || (for_few && args.m > cost.tokens)) {
+    if (!costs.fit(cost) || cost.choice.split > 1) {
       continue;
     }
-    const int split = cost.choice.split;
-    const auto blocks = static_cast<double>(pad_to(layout.n, cost.rows) / cost.rows *
-                                            (pad_to(args.m, cost.tokens) / cost.tokens) * split);
-    const double waves = std::ceil(blocks / (cost.blocks * multiprocessors));
-    const double step = blocks > multiprocessors ? cost.step_crowded : cost.step_alone;
-    const double time =
-        waves * (cost.tile + step * static_cast<double>((steps + split - 1) / split));
-    if (best == nullptr || time < best_time) {
-      best = &cost;
+    // As many tiles of rows as fill the GPU some times.
+    const std::int64_t token_tiles = costs.token_tiles(cost);
+    const double all = static_cast<double>(layout.n / cost.rows * token_tiles);
+    const double full = std::floor(all / costs.places(cost)) * costs.places(cost);
+    const std::int64_t rows = static_cast<std::int64_t>(full) / token_tiles * cost.rows;
+    if (rows == 0 || rows >= layout.n) {
+      continue;
+    }
+    const auto [rest, rest_time] = costs.best(layout.n - rows);
+    const double time = costs.time(cost, rows) + rest_time + kSecondLaunch;
+    if (time < best_time) {
+      best = {cost.choice, rows, rest->choice};
       best_time = time;
     }
   }
-  return best->choice;
+  return best;
 }
 
-void wgmma_linear(const DeviceLinearArgs& args, const DeviceLayout& layout,
-                  const WgmmaChoice& choice, cudaStream_t stream) {
-  args.dtype == DType::kBFloat16 ? launch<true>(args, layout, choice, stream)
-                                 : launch<false>(args, layout, choice, stream);
+void wgmma_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, const WgmmaPlan& plan,
+                  cudaStream_t stream) {
+  const auto multiply = [&](const RowRange& range, const WgmmaChoice& choice) {
+    args.dtype == DType::kBFloat16 ? launch<true>(args, layout, range, choice, stream)
+                                   : launch<false>(args, layout, range, choice, stream);
+  };
+  multiply({0, std::min(plan.rows, layout.n)}, plan.first);
+  if (plan.rows < layout.n) {
+    multiply({plan.rows, layout.n - plan.rows}, plan.rest);
+  }
 }
 
 }  // namespace moq::kernels::cuda

@@ -29,10 +29,18 @@ struct WgmmaChoice {
   int split;
 };
 
+/// How a weight's rows are shared out: the first `rows` of them, a multiple of the tile's, and the
+/// others. Tiles that fill the GPU but for a few are followed by smaller ones of what is left.
+struct WgmmaPlan {
+  WgmmaChoice first;
+  std::int64_t rows;  ///< n or more: `rest` means nothing
+  WgmmaChoice rest;
+};
+
 /// Whether wgmma_linear multiplies these, any number of tokens, on the current device.
 bool can_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout);
-WgmmaChoice choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout);
-void wgmma_linear(const DeviceLinearArgs& args, const DeviceLayout& layout,
-                  const WgmmaChoice& choice, CUstream_st* stream);
+WgmmaPlan choose_wgmma(const DeviceLinearArgs& args, const DeviceLayout& layout);
+void wgmma_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, const WgmmaPlan& plan,
+                  CUstream_st* stream);
 
 }  // namespace moq::kernels::cuda

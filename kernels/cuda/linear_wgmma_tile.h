@@ -81,6 +81,7 @@ struct WgmmaTileOf : A {
 /// In which order the tiles are multiplied, and which columns of them. Plain data.
 struct WgmmaWalk {
   int steps;  ///< of kStepCols columns, all of them
+  int first_row_block;
   int row_tiles;
   int token_tiles;
   int clusters;     ///< that take the tiles in turn
@@ -106,7 +107,7 @@ __device__ WgmmaPlace place_of(const WgmmaWalk& walk, int index) {
   const int inside = index - band * kBand * walk.token_tiles;
   const int rows = min(kBand, walk.row_tiles - band * kBand);
   const int row_tile = band * kBand + inside % rows;
-  return {row_tile * T::kRowBlocks, inside / rows * T::kTokens};
+  return {walk.first_row_block + row_tile * T::kRowBlocks, inside / rows * T::kTokens};
 }
 
 /// A place in the ring of a block.

@@ -27,6 +27,8 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
     }
     const cuda::WgmmaChoice choice = cost.choice;
     for (const bool ready : {false, true}) {
+      // All rows by one launch, or the last by another.
+      const cuda::WgmmaPlan plan{choice, ready ? cost.rows : layout.n, choice};
       SCOPED_TRACE("tile " + std::to_string(static_cast<int>(choice.tile)) + ", split " +
                    std::to_string(choice.split));
       bool taken = false;
@@ -34,7 +36,7 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
         args.weight_is_ready = ready;
         taken = cuda::can_wgmma(args, layout);
         if (taken) {
-          cuda::wgmma_linear(args, layout, choice, nullptr);
+          cuda::wgmma_linear(args, layout, plan, nullptr);
         }
       });
       if (!taken) {
