@@ -22,8 +22,6 @@
 namespace moq::kernels::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// Multiplies, for 64 rows of a block, and writes the output.
@@ -38,8 +36,8 @@ __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const W
   constexpr int kKeyBlockBytes = Sizes::kKeys * kBlockRowBytes;
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int warp = thread / kWarpSize;
-  const int lane = thread % kWarpSize;
+  const int warp = thread / kWarpLanes;
+  const int lane = thread % kWarpLanes;
   const int g = lane / 4;
   const int t = lane % 4;
   const int group_row = consumer * kGroupRows;
@@ -174,7 +172,7 @@ __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const W
   }
   __syncwarp();
   auto* target = static_cast<Element*>(args.output);
-  each_piece<kRowsOfTile, kDim / 8, kWarpSize>(lane, [&](int row, int chunk) {
+  each_piece<kRowsOfTile, kDim / 8, kWarpLanes>(lane, [&](int row, int chunk) {
     const Sight own = sights[warp_row + row];
     const auto piece = *reinterpret_cast<const uint4*>(chunk_at(row, chunk));
     if (own.position < work.keys && chunk < args.head_dim / 8) {

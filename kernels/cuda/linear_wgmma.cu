@@ -151,16 +151,19 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 #endif
 }
 
-/// Whether results go to the output as they are, 16 bytes at a time.
+/// Whether results go to the output or to the cache as they are, 16 bytes at a time.
 bool can_store(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   constexpr std::int64_t kChunk = 8;
-  const auto lies_well = [](const void* data, std::int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % kChunk == 0;
+  const auto aligned = [](const void* data) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   };
-  return !args.gated && !args.float32_output && args.qkv.rotary.rotary_dim == 0 &&
-         args.qkv.pages.keys == nullptr && layout.n % kChunk == 0 &&
-         lies_well(args.output, args.output_stride) &&
-         (args.residual == nullptr || lies_well(args.residual, args.residual_stride));
+  const DeviceQkvOutput& qkv = args.qkv;
+  return !args.gated && !args.float32_output && qkv.rotary.rotary_dim == 0 &&
+         layout.n % kChunk == 0 && aligned(args.output) && args.output_stride % kChunk == 0 &&
+         (args.residual == nullptr ||
+          (aligned(args.residual) && args.residual_stride % kChunk == 0)) &&
+         (qkv.pages.keys == nullptr ||
+          (qkv.head_dim % kChunk == 0 && aligned(qkv.pages.keys) && aligned(qkv.pages.values)));
 }
 
 /// Rows of a weight that a launch multiplies.

@@ -8,7 +8,8 @@
 #include "kernels/cuda/linear_wgmma_tile.h"
 #include "kernels/cuda/vectors.h"
 
-/// What wgmma_linear does with finished sums that go to the output as they are. Device code only.
+/// What wgmma_linear does with finished sums that go to the output, or keys and values to the
+/// cache, as they are. Device code only.
 ///
 /// A warpgroup finishes some tokens at a time where its lanes have them, and transposes them
 /// through shared memory as 16-bit numbers, from where they go out 16 bytes a lane.
@@ -78,6 +79,9 @@ class WgmmaStore {
     tokens_left_ = row < n ? static_cast<int>(args.m) - token : 0;
     output_ = static_cast<Element*>(args.output) + token * args.output_stride + row;
     residual_ = static_cast<const Element*>(args.residual) + token * args.residual_stride + row;
+    if (args.qkv.pages.keys != nullptr) {
+      find_cache(token, row);
+    }
     if (args.residual != nullptr) {
       load_residual(0);
     }
@@ -158,6 +162,14 @@ class WgmmaStore {
     float values[kValues];
     take_values(values);
     const std::uint32_t place = place_of_part(part);
+    std::int32_t cache_rows[kLoads];
+    if (cache_rows_ != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int token = part * kPartTokens + i * kTokenStep;
+        cache_rows[i] = token < tokens_left_ ? cache_rows_[token] : -1;
+      }
+    }
     if (args_.residual != nullptr) {
       add_residual(values, part);
     }
@@ -176,6 +188,15 @@ class WgmmaStore {
     for (int i = 0; i < kLoads; ++i) {
       chunks[i] = load_lane(place + own_chunk() + i * kTokenStep * kTokenBytes);
     }
+    if (cache_rows_ != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (cache_rows[i] >= 0) {
+          *reinterpret_cast<uint4*>(place_in_cache(cache_rows[i])) = chunks[i];
+        }
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (part * kPartTokens + i * kTokenStep < tokens_left_) {
@@ -183,6 +204,27 @@ class WgmmaStore {
       }
       output_ += kTokenStep * args_.output_stride;
     }
+  }
+
+  /// Where this lane's rows belong if they are of a head of k or v.
+  __device__ __forceinline__ void find_cache(int token, int row) {
+    const DeviceQkvOutput& qkv = args_.qkv;
+    const int head = row / qkv.head_dim;
+    const int own = head - qkv.num_heads;
+    if (own < 0) {
+      return;
+    }
+    const bool is_key = own < qkv.num_kv_heads;
+    cache_rows_ = qkv.cache_rows + token;
+    output_ = static_cast<Element*>(is_key ? qkv.pages.keys : qkv.pages.values) +
+              (is_key ? own : own - qkv.num_kv_heads) * kPageTokens * qkv.head_dim + row -
+              head * qkv.head_dim;
+  }
+  __device__ __forceinline__ Element* place_in_cache(std::int32_t cache_row) const {
+    constexpr auto kTokens = static_cast<std::int32_t>(kPageTokens);
+    const std::int64_t page_rows =
+        cache_row / kTokens * static_cast<std::int64_t>(args_.qkv.num_kv_heads * kTokens);
+    return output_ + (page_rows + cache_row % kTokens) * args_.qkv.head_dim;
   }
 
   /// sums * scale + bias to sums * scale * row_scale + bias.
@@ -236,7 +278,8 @@ class WgmmaStore {
   int barrier_;
   int first_token_;
   int tokens_left_;  ///< from this lane's first on
-  Element* output_;
+  Element* output_;  ///< of this lane's next token; of the cache, the place of row 0
+  const std::int32_t* cache_rows_ = nullptr;  ///< of this lane's tokens, where there is a cache
   const Element* residual_;
   float2 bias_ = {};
   uint4 added_[kLoads] = {};
