@@ -91,7 +91,7 @@ class Measurement:
                 return reason
 
             spent = time.perf_counter() - self.started
-            size = self._size(own, examples, curvature.form == "fisher", spent, bar)
+            size = self._size(own, examples, curvature.form, spent, bar)
             # Products may turn out slower than the one that was timed.
             deadline = None
             if self.max_seconds is not None:
@@ -172,19 +172,20 @@ class Measurement:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-    def _size(self, own: Cost, examples: int, fixed: bool, spent: float, bar: ProductBar) -> Size:
+    def _size(self, own: Cost, examples: int, form: str, spent: float, bar: ProductBar) -> Size:
         """Decides together how much is measured; prints what eigenvalues will cost.
 
         Args:
             own: Cost on this rank.
             examples: Of its first batch.
-            fixed: Whether there is a product for each example.
+            form: Of the matrix.
             spent: Seconds so far.
             bar: Prints.
         """
         ranks = self._gather((own, examples, spent))
         cost = Cost(max(c.graph for c, _, _ in ranks), max(c.product for c, _, _ in ranks))
         wanted: dict[Kind, int] = dict(self.max_products)
+        fixed = form == "fisher"  # a product for each example
         if fixed:
             # As many as there are examples, of all batches for the trace and of each for the rest.
             most = max(n for _, n, _ in ranks)
@@ -210,6 +211,7 @@ class Measurement:
                 f"top eigenvalues of {len(self.blocks)} blocks, {total} batches: at most {most} "
                 f"products of {cost.product:.2f} s, "
                 f"{size.seconds(cost, len(self.blocks)):.0f} s together"
+                + (", and the search of steps" if form == "finite_difference" else "")
             )
         return size
 

@@ -256,6 +256,7 @@ class TargetBits:
                 for block in self.blocks
             ],
             "front": [list(point) for point in self.front],
+            "warning": self.warning,
         }
 
 

@@ -302,6 +302,17 @@ def test_the_cost_of_eigenvalues_is_printed_first(model, batches, capsys):
     measure(model, None, loss_of(model), batches, measure="eigenvalue", max_products=5)
     printed = capsys.readouterr().err
     assert printed.startswith("top eigenvalues of 5 blocks, 3 batches: at most 75 products of")
+    assert "search of steps" not in printed
+    measure(
+        model,
+        None,
+        loss_of(model),
+        batches,
+        measure="eigenvalue",
+        max_products=5,
+        form="finite_difference",
+    )
+    assert "s together, and the search of steps\n" in capsys.readouterr().err
     measure(model, None, loss_of(model), batches, progress=False)
     assert capsys.readouterr().err == ""
 

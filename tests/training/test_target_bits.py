@@ -704,11 +704,14 @@ def test_traces_that_are_noise_are_marked_and_warned_of(decoder, capsys):
     choice = optimizer.choose_target_bits(mean_bits=8, sensitivity=found)
     assert [block.is_noise for block in choice.blocks] == [False, True, False]
     assert choice.to_dict()["blocks"][1]["trace_error"] == 0.6
+    assert choice.to_dict()["warning"] == choice.warning
+    assert choice.warning.startswith("1 of 3 traces are no larger than their standard errors")
     text = capsys.readouterr().out
     assert "2 ± 0.3" in text and "-0.5 ± 0.6" in text
     assert text.count("1 of 3 traces are no larger than their standard errors (layers.1)") == 1
     sure = dataclasses.replace(found, standard_error=(0.3, 0.4, 0.0))
-    assert optimizer.choose_target_bits(mean_bits=8, sensitivity=sure).warning is None
+    certain = optimizer.choose_target_bits(mean_bits=8, sensitivity=sure)
+    assert certain.warning is None and certain.to_dict()["warning"] is None
 
 
 @pytest.mark.parametrize("text", ["4;8", "", "4,", "four"])
