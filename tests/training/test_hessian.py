@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -255,6 +257,39 @@ def test_products_run_while_another_thread_holds_the_global_lock_in_turns(proble
     stop.set()
     thread.join()
     assert counted
+
+
+WORKERS = """
+import os
+
+import torch
+
+from moq import _C
+
+torch.set_num_threads(3)
+weight = torch.linspace(-1, 1, 1 << 17).requires_grad_()
+operator = _C.HvpOperator((weight**4).sum(), [weight])
+flat = lambda x: operator.product([0], [x])[0]
+flat(torch.ones(1 << 17))  # starts PyTorch's own threads
+before = len(os.listdir("/proc/self/task"))
+{call}
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "operator.eigenvalues([0], max_iterations=3, tolerance=1e-9, seed=0)",
+        "_C.lanczos(flat, 1 << 17, dtype=torch.float32, max_iterations=3, tolerance=1e-9, seed=0)",
+    ],
+    ids=["eigenvalues", "lanczos"],
+)
+def test_lanczos_has_as_many_threads_as_pytorch(call):
+    # Workers start when they are first needed, so only a process of its own can count them.
+    command = [sys.executable, "-c", WORKERS.format(call=call)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2  # and the calling thread
 
 
 @pytest.mark.parametrize(
