@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moq import _C
 from moq.collective import all_gather, raise_together
 from moq.float32 import HALF, computes_in_half, full_float32, widened
-from moq.graph import reached_by
+from moq.graph import reached_by, recomputed_dtypes
 from moq.sharding import is_sharded, local_tensor
 from moq.undisturbed import without_gradients
 
@@ -138,8 +138,11 @@ class Curvature:
             # A rank that fails before its backward pass would leave the others waiting in theirs.
             with raise_together(self.group) if self.sharded else contextlib.nullcontext():
                 loss = _scalar_loss(self.loss_fn(batch), index, form)
-            with without_gradients(self._look_at(loss, index)):
+            first = index != self._beside[0]
+            with without_gradients(self._look_at(loss, index)), recomputed_dtypes() as dtypes:
                 loss.backward()  # type: ignore[no-untyped-call]
+            if first:
+                self._notice(dtypes)
 
     def _look_at(self, loss: Tensor, index: int) -> list[Tensor]:
         """Returns what else gets a gradient of the loss of a batch, such as a head of its own.
@@ -150,10 +153,14 @@ class Curvature:
             leaves, dtypes = reached_by(loss)
             known = {*self.model.parameters(), *self.parameters, *self._stand_ins}
             self._beside = (index, [leaf for leaf in leaves if leaf not in known])
-            half = not dtypes.isdisjoint(HALF)
-            # Ranks that share parameters compare step sizes together.
-            self.half |= any(all_gather(half, self.group)) if self.sharded else half
+            self._notice(dtypes)
         return self._beside[1]
+
+    def _notice(self, dtypes: set[torch.dtype]) -> None:
+        """Takes note of what a loss was computed in."""
+        half = not dtypes.isdisjoint(HALF)
+        # Ranks that share parameters compare step sizes together.
+        self.half |= any(all_gather(half, self.group)) if self.sharded else half
 
     def _gradient(self, batch: Any, index: int, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Returns the gradients of the loss at the present values, and leaves none behind."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def reached_by(loss: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
     """Looks at the graph of a loss.
 
-    What lies behind a reentrant checkpoint is not seen: its graph is made in the backward pass.
+    What lies behind a reentrant checkpoint is not seen: its graph is made in the backward pass, see
+    `recomputed_dtypes`.
 
     Args:
         loss: With a graph.
@@ -36,3 +40,20 @@ def reached_by(loss: Tensor) -> tuple[list[Tensor], set[torch.dtype]]:
         dtypes.update(output.dtype for output in getattr(node, "_input_metadata", ()))
         ahead += [function for function, _ in node.next_functions]
     return leaves, dtypes
+
+
+@contextlib.contextmanager
+def recomputed_dtypes() -> Iterator[set[torch.dtype]]:
+    """Looks at the graphs that reentrant checkpoints make in a backward pass.
+
+    Yields:
+        The dtypes of all that they save, filled meanwhile.
+    """
+    dtypes: set[torch.dtype] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        dtypes.add(tensor.dtype)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield dtypes

@@ -377,6 +377,24 @@ def test_half_precision_inside_loss_fn_compares_step_sizes_in_every_product(net,
     assert len(operators) >= 4 * found.products
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_half_precision_inside_a_reentrant_checkpoint_is_seen(net, data, half, monkeypatch):
+    told = []
+    monkeypatch.setattr(FiniteDifferenceOperator, "check_all", lambda self: told.append(self))
+
+    def inside(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return net.layers[0](x).float()  # so that no half-precision gradient leaves it
+
+    def loss_fn(d):
+        x = checkpoint(inside, d[0].detach().requires_grad_(), use_reentrant=True)
+        return net.head(x).square().mean()
+
+    blocks = {"head": [net.head.weight]}
+    measure(net, blocks, loss_fn, [data], form="finite_difference", max_products=2)
+    assert bool(told) == half
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_differenced_in_float32(net, data, dtype):
     half = copy.deepcopy(net).to(dtype)
