@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from moq.activations import ActivationQuantizers
 from moq.before_writing import require_equal_ranks
@@ -211,6 +212,7 @@ class MoQOptimizer(PlannedOptimizer):
         self._stateless = False  # the new group may have a momentum
         self._masters.trainer.write_simulated()
 
+    @_disable_dynamo  # a compiled loop calls it as it is: what it does is in C++ already
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one optimizer step: masters, then schedule, then simulated values.
 

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_same, batch, loss_of, weights, wrap
 from torch.utils.checkpoint import checkpoint
 
-from moq import MoQOptimizer
+from moq import AdamW, MoQOptimizer
 
 DROPS = 4
 FALLING = {
@@ -132,6 +132,28 @@ def test_a_compiled_step_of_the_loop_is_compiled_once(decoder, compiled_anew, co
         optimizer.zero_grad()
     assert losses == expected
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("inner", [torch.optim.AdamW, AdamW], ids=["torch's", "moq's"])
+@pytest.mark.parametrize("compiled", ["step", "whole loop body"])
+def test_a_compiled_step_is_the_same(decoder, inner, compiled):
+    torch._dynamo.reset()
+    plain, model = decoder(torch.bfloat16), decoder(torch.bfloat16)
+    train(plain, wrap(plain, FALLING, STEPS, inner=inner), plain)
+    optimizer = wrap(model, FALLING, STEPS, inner=inner)
+    step_compiled = torch.compile(optimizer.step, backend="eager")
+
+    def body(tokens):
+        loss_of(model, tokens).backward()
+        (step_compiled if compiled == "step" else optimizer.step)()
+        optimizer.zero_grad()
+
+    call = body if compiled == "step" else torch.compile(body, backend="eager")
+    for step in range(STEPS):
+        call(batch(step))
+    assert_same(weights(model), weights(plain))
+    assert optimizer.steps == STEPS
+    torch._dynamo.reset()
 
 
 def test_evaluating_the_masters_compiles_at_most_what_reads_them(decoder):
