@@ -35,8 +35,8 @@ def llama() -> transformers.LlamaForCausalLM:
 def names(tmp_path, monkeypatch):
     """What the page takes for granted: a model, data, and a moq.yaml as it shows one.
 
-    And a training of hours: 2 % of one that takes seconds are a fraction of a second, which a busy
-    machine spends on the first product alone.
+    And a training of hours: of this model's own half a minute 2 % are half a second, and on a busy
+    machine, whose threads wait for each other, the first product alone takes many times that.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("moq.sensitivity.gradient_seconds", lambda *_: 1.0)
