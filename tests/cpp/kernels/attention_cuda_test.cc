@@ -19,7 +19,7 @@
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 #include "kernels/quant_grid.h"
-#include "tests/cpp/kernels/device_numbers.h"
+#include "tests/cpp/kernels/typed_bytes.h"
 
 namespace moq::kernels::testing {
 namespace {

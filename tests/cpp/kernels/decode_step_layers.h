@@ -9,7 +9,7 @@
 #include "kernels/decode_step.h"
 #include "kernels/linear.h"
 #include "tests/cpp/kernels/device.h"
-#include "tests/cpp/kernels/device_numbers.h"
+#include "tests/cpp/kernels/typed_bytes.h"
 
 /// Random layers of a decoder, on the device and as numbers.
 namespace moq::kernels::testing {
