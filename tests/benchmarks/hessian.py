@@ -29,7 +29,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -102,15 +102,20 @@ def prepared(args: argparse.Namespace) -> tuple[nn.Module, Batch]:
     model.to(args.device)
     batches = [{k: v.to(args.device) for k, v in batch.items()} for batch in batches]
     model.bert.embeddings.requires_grad_(False)
+    train(args, model, batches, args.train_steps)
+    return model.eval(), batches[0]
+
+
+def train(args: argparse.Namespace, model: nn.Module, batches: list[Batch], steps: int) -> None:
+    """Trains what requires a gradient."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
-    for step in range(args.train_steps):
+    for step in range(steps):
         loss = model(**batches[step % len(batches)]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         gpu.progress(f"step {step + 1}: loss {loss.item():.3f}")
-    return model.eval(), batches[0]
 
 
 def synchronise(device: str) -> None:
@@ -191,24 +196,24 @@ def normalised(v: Sequence[Tensor]) -> list[Tensor]:
     return [x / length for x in v]
 
 
-def ancestor_values(layers: Layers, name: str) -> tuple[list[float], int]:
-    """The values of 100 power iterations, and after how many the loop would have stopped."""
+def ancestor_iteration(layers: Layers, name: str) -> Iterator[float]:
+    """The values of 100 power iterations."""
     torch.manual_seed(0)
     v = normalised([torch.randn_like(p) for p in layers.blocks[name]])
-    values, stopped = [], 0
-    current, previous = 1.0, 0.0
-    for count in range(1, ANCESTOR_PRODUCTS + 1):
+    for _ in range(ANCESTOR_PRODUCTS):
         product = [torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in layers.product(name, v)]
-        previous, current = (
-            current,
-            sum(float((x * y).sum()) for x, y in zip(product, v, strict=True)),
-        )
-        values.append(current)
+        yield sum(float((x * y).sum()) for x, y in zip(product, v, strict=True))
         v = normalised(product)
-        converged = current == 0.0 or abs((current - previous) / current) < ANCESTOR_TOLERANCE
-        if converged and not stopped:
-            stopped = count
-    return values, stopped or ANCESTOR_PRODUCTS
+
+
+def ancestor_stop(values: Sequence[float]) -> int:
+    """After how many of these values the loop would have stopped."""
+    previous = 1.0
+    for count, current in enumerate(values, start=1):
+        if current == 0.0 or abs((current - previous) / current) < ANCESTOR_TOLERANCE:
+            return count
+        previous = current
+    return ANCESTOR_PRODUCTS
 
 
 # --------------------------------------------------------------------------------- eigenvalues
@@ -238,7 +243,8 @@ def eigenvalue_rows(args: argparse.Namespace, layers: Layers) -> tuple[list[Row]
             f"({product_seconds:.2f} s without the solver), reference {reference:.6g} "
             f"(residual {longer['residual'] / abs(reference):.1e})"
         )
-        values, stopped = ancestor_values(layers, name)
+        values = list(ancestor_iteration(layers, name))
+        stopped = ancestor_stop(values)
         ancestor[name] = stopped
         error = abs(found["dominant"] / reference - 1)
         ancestor_error = abs(values[stopped - 1] / reference - 1)
