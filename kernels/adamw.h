@@ -55,7 +55,8 @@ struct AdamWArgs {
 namespace cpu {
 /// All pointers are host memory. Runs on up to num_threads() threads; every instruction set gives
 /// the same numbers.
-/// @throws moq::Error for a dtype or a pair of dtypes that is not among those above.
+/// @throws moq::Error for a dtype or a pair of dtypes that is not among those above, a beta that is
+///         not in [0, 1), a negative size, or a null pointer; nothing has been written then.
 void adamw(const AdamWArgs& args);
 }  // namespace cpu
 

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(kThreads)
   update_range<1>(arrays, factors, rest, end);
 }
 
+/// A launch of its own, behind all that read the steps.
 __global__ void add_steps_kernel(const __grid_constant__ StepsTable table, const float* found_inf) {
   wait_for_previous_kernels();
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
@@ -179,8 +180,7 @@ __global__ void add_steps_kernel(const __grid_constant__ StepsTable table, const
   }
 }
 
-// --------------------------------------------------------------------------------- kernel
-// launchers
+// ------------------------------------------------------------------------------- kernel launchers
 
 bool lies_in_vectors(const AdamWTensor& tensor) {
   return suits_vectors(tensor.parameter) && suits_vectors(tensor.gradient) &&

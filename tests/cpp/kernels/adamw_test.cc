@@ -313,21 +313,51 @@ TEST_P(AdamWOn, AnInfiniteParameterStaysWithoutADecay) {
   }
 }
 
-TEST_P(AdamWOn, OtherDtypesAreRefused) {
-  const auto call = [&](DType parameter, DType gradient) {
-    const AdamWTensor tensor{.parameter_dtype = parameter, .gradient_dtype = gradient};
-    const AdamWArgs args{.tensors = {&tensor, 1}};
+TEST_P(AdamWOn, BadArgumentsAreNamed) {
+  OnDevice<float> step(GetParam(), {0.0F});
+  const auto message = [&](const auto& spoil) {
+    AdamWTensor tensor{.step = step.data()};
+    AdamWArgs args{.tensors = {&tensor, 1}};
+    spoil(args, tensor);
+    try {
 #if defined(MOQ_WITH_CUDA)
-    if (GetParam() == Device::kCuda) {
-      return cuda::adamw(args, nullptr);
-    }
+      if (GetParam() == Device::kCuda) {
+        cuda::adamw(args, nullptr);
+        return std::string("no error");
+      }
 #endif
-    cpu::adamw(args);
+      cpu::adamw(args);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
   };
-  EXPECT_THROW(call(DType::kInt8, DType::kInt8), Error);
-  EXPECT_THROW(call(DType::kFloat32, DType::kInt8), Error);
-  EXPECT_THROW(call(DType::kBFloat16, DType::kFloat32), Error);
-  EXPECT_THROW(call(DType::kFloat16, DType::kBFloat16), Error);
+  const auto of_dtypes = [&](DType parameter, DType gradient) {
+    return message([&](auto&, auto& tensor) {
+      tensor.parameter_dtype = parameter;
+      tensor.gradient_dtype = gradient;
+    });
+  };
+  EXPECT_EQ(of_dtypes(DType::kFloat32, DType::kBFloat16), "no error");
+  EXPECT_EQ(of_dtypes(DType::kInt8, DType::kInt8),
+            "adamw: parameters must be float32, float16 or bfloat16, got int8");
+  const std::string beside_float32 =
+      " parameter must have its dtype, or be float16 or bfloat16 beside float32, got ";
+  EXPECT_EQ(of_dtypes(DType::kFloat32, DType::kInt8),
+            "adamw: the gradient of a float32" + beside_float32 + "int8");
+  EXPECT_EQ(of_dtypes(DType::kBFloat16, DType::kFloat32),
+            "adamw: the gradient of a bfloat16" + beside_float32 + "float32");
+  EXPECT_EQ(of_dtypes(DType::kFloat16, DType::kBFloat16),
+            "adamw: the gradient of a float16" + beside_float32 + "bfloat16");
+  EXPECT_EQ(message([](auto& args, auto&) { args.beta2 = 1.0; }),
+            "adamw: beta1 and beta2 must be in [0, 1), got 0 and 1");
+  EXPECT_EQ(message([](auto&, auto& tensor) { tensor.size = -1; }),
+            "adamw: sizes must be >= 0, got -1");
+  EXPECT_EQ(message([](auto&, auto& tensor) { tensor.step = nullptr; }),
+            "adamw: steps must not be null");
+  EXPECT_EQ(message([](auto&, auto& tensor) { tensor.size = 3; }),
+            "adamw: parameters, gradients and moments must not be null, got one of 3 elements that "
+            "is");
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, AdamWOn, kDevices,
