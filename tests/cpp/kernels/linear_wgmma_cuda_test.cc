@@ -144,6 +144,9 @@ TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
        {std::tuple<int, int, int, int>{64, 64, 3, 1},
         {80, 32, 2, 2},
         {128, 0, 2, 1},
+        {24, 0, 3, 2},  // heads of q, k and v that share the rows of a warpgroup
+        {72, 0, 2, 1},
+        {12, 0, 2, 2},  // 16 bytes of a row belong to two heads
         {6, 2, 5, 5}}) {
     for (const bool cached : {false, true}) {
       // Rows of the cache are distinct up to 192 tokens.
@@ -161,6 +164,90 @@ TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
                          ::testing::Combine(kDTypes, ::testing::Values<std::int64_t>(0, 32)));
+
+// ---- two launches for a weight
+
+class LinearWgmmaPlan : public ::testing::TestWithParam<std::int64_t> {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+  static std::int64_t group_size() { return GetParam(); }
+  /// Calls visit(cost) with those of tiles for such a weight.
+  template <typename Visit>
+  static void each_cost(const Visit& visit) {
+    for (const cuda::WgmmaCost& cost : cuda::kWgmmaCosts) {
+      if (cost.groups == (group_size() > 0)) {
+        visit(cost);
+      }
+    }
+  }
+};
+
+/// The rest may begin where no tile of its own kind would.
+TEST_P(LinearWgmmaPlan, AnyTilesMayFollowAnyOthers) {
+  const LinearProblem problem =
+      LinearProblem::random(131, 472, 96, WeightFormat::kInt8, group_size(), /*asymmetric=*/true);
+  const auto layout = cuda::device_layout(problem.shape);
+  const LinearCudaProblem own(problem, {.padding = 8});
+  bool taken = true;
+  each_cost([&](const cuda::WgmmaCost& first) {
+    each_cost([&](const cuda::WgmmaCost& rest) {
+      if (!taken || HasFatalFailure()) {
+        return;
+      }
+      SCOPED_TRACE("tile " + std::to_string(static_cast<int>(rest.choice.tile)) + ", split " +
+                   std::to_string(rest.choice.split) + " behind tile " +
+                   std::to_string(static_cast<int>(first.choice.tile)));
+      const cuda::WgmmaPlan plan{first.choice, layout.n / first.rows * first.rows, rest.choice};
+      const Outcome outcome = own.run([&](const DeviceLinearArgs& args) {
+        taken = cuda::can_wgmma(args, layout);
+        if (taken) {
+          cuda::wgmma_linear(args, layout, plan, nullptr);
+        }
+      });
+      if (taken) {
+        expect_close(outcome);
+      }
+    });
+  });
+  if (!taken) {
+    GTEST_SKIP() << "wgmma_linear does not take these, or not on this GPU";
+  }
+}
+
+TEST_P(LinearWgmmaPlan, TheFirstLaunchTakesWholeTilesAndLeavesSomething) {
+  int plans_of_two = 0;
+  for (const std::int64_t m : {9, 33, 64, 200, 384, 512, 1000, 2048, 4096}) {
+    for (const std::int64_t n : {1, 63, 768, 1600, 3077, 4800, 6400, 11008, 12288, 17096}) {
+      for (const std::int64_t k : {32, 768, 1600, 4096, 6400}) {
+        SCOPED_TRACE(std::to_string(m) + " tokens, " + std::to_string(n) + " x " +
+                     std::to_string(k));
+        const auto layout =
+            cuda::device_layout({.n = n,
+                                 .k = k,
+                                 .format = WeightFormat::kInt8,
+                                 .group_size = group_size() > 0 && k > 32 ? group_size() : k});
+        const bool groups = layout.groups > 1;
+        const cuda::WgmmaPlan plan = cuda::choose_wgmma({.m = m}, layout);
+        if (plan.rows >= n) {
+          continue;
+        }
+        ++plans_of_two;
+        EXPECT_GT(plan.rows, 0);
+        std::int64_t tile_rows = 0;
+        for (const cuda::WgmmaCost& cost : cuda::kWgmmaCosts) {
+          if (cost.groups == groups && cost.choice.tile == plan.first.tile) {
+            tile_rows = cost.rows;
+          }
+        }
+        ASSERT_GT(tile_rows, 0);
+        EXPECT_EQ(plan.rows % tile_rows, 0);
+      }
+    }
+  }
+  EXPECT_GT(plans_of_two, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Groups, LinearWgmmaPlan, ::testing::Values<std::int64_t>(0, 32));
 
 }  // namespace
 }  // namespace moq::kernels::testing
