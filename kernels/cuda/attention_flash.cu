@@ -10,6 +10,7 @@
 #include <numbers>
 
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/attention_products.h"
 #include "kernels/cuda/attention_softmax.h"
 #include "kernels/cuda/attention_tile.h"
 #include "kernels/cuda/launch.h"
@@ -208,12 +209,6 @@ __global__ void __launch_bounds__(kThreads, Shape<kInt8, kDim, kRowTiles>::kBloc
 
 // --------------------------------------------------------------------------------------- launchers
 
-template <int kRowTiles>
-std::int64_t row_blocks_of(const DeviceAttentionArgs& args) {
-  constexpr std::int64_t kRows = kWarps * kRowsOfTile * kRowTiles;
-  return (args.max_tokens * (args.num_heads / args.num_kv_heads) + kRows - 1) / kRows;
-}
-
 bool fits_in_shared(std::int64_t bytes) {
   constexpr std::int64_t kReserved = 1 << 10;  // of each block, by the system
   return bytes + kReserved <= device_limits().shared_bytes_per_multiprocessor;
@@ -221,20 +216,21 @@ bool fits_in_shared(std::int64_t bytes) {
 
 template <bool kBFloat16, bool kInt8, int kDim, int kRowTiles>
 void launch_flash(const DeviceAttentionArgs& args, cudaStream_t stream) {
-  const std::int64_t row_blocks = row_blocks_of<kRowTiles>(args);
+  using Sizes = Shape<kInt8, kDim, kRowTiles>;
+  const std::int64_t row_blocks = row_blocks_of(args, Sizes::kRows);
   const std::int64_t blocks = row_blocks * args.num_sequences * args.num_kv_heads;
   launch(flash_kernel<kBFloat16, kInt8, kDim, kRowTiles>, dim3(static_cast<unsigned>(blocks)),
-         dim3(kThreads), Shape<kInt8, kDim, kRowTiles>::kSharedBytes, stream, args,
-         static_cast<int>(row_blocks));
+         dim3(kThreads), Sizes::kSharedBytes, stream, args, static_cast<int>(row_blocks));
 }
 
 template <bool kBFloat16, bool kInt8, int kDim>
 void launch_flash(const DeviceAttentionArgs& args, cudaStream_t stream) {
   if constexpr (!kInt8 && kDim <= 128) {
     // Three blocks a multiprocessor: measured on an H100 with the shapes of BERT and GPT-2.
-    const std::int64_t wide = row_blocks_of<2>(args) * args.num_sequences * args.num_kv_heads;
-    if (wide >= 3 * device_limits().multiprocessors &&
-        fits_in_shared(Shape<kInt8, kDim, 2>::kSharedBytes)) {
+    using Wide = Shape<kInt8, kDim, 2>;
+    const std::int64_t blocks =
+        row_blocks_of(args, Wide::kRows) * args.num_sequences * args.num_kv_heads;
+    if (blocks >= 3 * device_limits().multiprocessors && fits_in_shared(Wide::kSharedBytes)) {
       return launch_flash<kBFloat16, kInt8, kDim, 2>(args, stream);
     }
   }

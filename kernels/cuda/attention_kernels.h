@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/attention.h"
 
 /// What attention.cu chooses from.
@@ -14,6 +16,11 @@ void check_pages(const DevicePages& pages, DType dtype, const char* op);
 /// Whether tensor cores multiply queries and keys where they lie: 16-bit activations, and rows that
 /// consist of whole pieces of 16 bytes.
 bool suits_tensor_cores(const DeviceAttentionArgs& args);
+
+/// Blocks that take so many rows each, (token, head) pairs of a kv head, for the longest sequence.
+inline std::int64_t row_blocks_of(const DeviceAttentionArgs& args, std::int64_t rows) {
+  return (args.max_tokens * (args.num_heads / args.num_kv_heads) + rows - 1) / rows;
+}
 
 /// Few queries for many keys: keys are shared by warps, and by blocks of a cluster.
 bool can_split(const DeviceAttentionArgs& args);

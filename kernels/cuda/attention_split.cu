@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/attention_merge.h"
+#include "kernels/cuda/attention_products.h"
 #include "kernels/cuda/attention_softmax.h"
 #include "kernels/cuda/attention_tile.h"
 #include "kernels/cuda/cuda_check.h"

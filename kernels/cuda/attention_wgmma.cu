@@ -17,6 +17,8 @@
 #include "kernels/cuda/attention_wgmma_ring.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/linear_fragments.h"
+#include "kernels/cuda/warp.h"
 #include "kernels/cuda/wgmma.h"
 
 namespace moq::kernels::cuda {
@@ -36,8 +38,8 @@ __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const W
   constexpr int kKeyBlockBytes = Sizes::kKeys * kBlockRowBytes;
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int warp = thread / kWarpLanes;
-  const int lane = thread % kWarpLanes;
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
   const int g = lane / 4;
   const int t = lane % 4;
   const int group_row = consumer * kGroupRows;
@@ -172,7 +174,7 @@ __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const W
   }
   __syncwarp();
   auto* target = static_cast<Element*>(args.output);
-  each_piece<kRowsOfTile, kDim / 8, kWarpLanes>(lane, [&](int row, int chunk) {
+  each_piece<kRowsOfTile, kDim / 8, kWarpSize>(lane, [&](int row, int chunk) {
     const Sight own = sights[warp_row + row];
     const auto piece = *reinterpret_cast<const uint4*>(chunk_at(row, chunk));
     if (own.position < work.keys && chunk < args.head_dim / 8) {
@@ -235,16 +237,10 @@ __global__ void __launch_bounds__(Wide<kDim, kMany>::kThreads, 1)
 
 // --------------------------------------------------------------------------------------- launchers
 
-/// Blocks for kRows rows each.
-template <int kRows>
-std::int64_t row_blocks_of(const DeviceAttentionArgs& args) {
-  return (args.max_tokens * (args.num_heads / args.num_kv_heads) + kRows - 1) / kRows;
-}
-
 template <bool kBFloat16, int kDim, bool kMany>
 void launch_wide(const DeviceAttentionArgs& args, cudaStream_t stream) {
   using Sizes = Wide<kDim, kMany>;
-  const std::int64_t row_blocks = row_blocks_of<Sizes::kRows>(args);
+  const std::int64_t row_blocks = row_blocks_of(args, Sizes::kRows);
   const std::int64_t blocks = row_blocks * args.num_sequences * args.num_kv_heads;
   launch(wide_kernel<kBFloat16, kDim, kMany>, dim3(static_cast<unsigned>(blocks)),
          dim3(Sizes::kThreads), Sizes::kSharedBytes, stream, args, static_cast<int>(row_blocks));
@@ -256,7 +252,7 @@ void launch_wide(const DeviceAttentionArgs& args, cudaStream_t stream) {
     using Many = Wide<kDim, true>;
     // Rows that fill several blocks of a sequence, and blocks that fill the GPU several times.
     constexpr std::int64_t kManyWaves = 3;
-    const std::int64_t row_blocks = row_blocks_of<Many::kRows>(args);
+    const std::int64_t row_blocks = row_blocks_of(args, Many::kRows);
     if (kDim == 64 ? row_blocks > 2
                    : row_blocks * args.num_sequences * args.num_kv_heads >=
                          kManyWaves * device_limits().multiprocessors) {
@@ -306,7 +302,7 @@ bool prefers_wide(const DeviceAttentionArgs& args) {
   }
   // Short rows: flash_attention has more blocks, and several a multiprocessor.
   const std::int64_t blocks =
-      row_blocks_of<Few::kRows>(args) * args.num_sequences * args.num_kv_heads;
+      row_blocks_of(args, Few::kRows) * args.num_sequences * args.num_kv_heads;
   const std::int64_t multiprocessors = device_limits().multiprocessors;
   return rows >= Few::kRows && 3 * blocks >= multiprocessors && blocks <= multiprocessors;
 }

@@ -5,15 +5,13 @@
 #include "kernels/cuda/attention_softmax.h"
 #include "kernels/cuda/attention_tile.h"
 #include "kernels/cuda/ptx.h"
+#include "kernels/cuda/warp.h"
 #include "kernels/cuda/wgmma.h"
 
 /// How wide_attention shares rows out and brings queries, keys and values to shared memory. Device
 /// code only.
 namespace moq::kernels::cuda {
 
-constexpr int kWarpLanes = 32;
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kGroupRows = 64;   // of a warpgroup
 constexpr int kBlockDims = 32;
 constexpr int kBlockRowBytes = kBlockDims * 2;
 
@@ -66,7 +64,7 @@ struct WideRing {
     for (int stage = 0; stage < Sizes::kStages; ++stage) {
       for (int kind = 0; kind < 2; ++kind) {
         init_barrier(full(stage, kind), kWarpgroup);
-        init_barrier(empty(stage, kind), Sizes::kConsumers * kWarpgroup / kWarpLanes);
+        init_barrier(empty(stage, kind), Sizes::kConsumers * kWarpgroup / kWarpSize);
       }
     }
     init_barrier(queries_full(), kWarpgroup);
@@ -79,7 +77,7 @@ struct WideRing {
   }
   /// By a warp that has read it.
   __device__ void free(int stage, int kind) const {
-    if (threadIdx.x % kWarpLanes == 0) {
+    if (threadIdx.x % kWarpSize == 0) {
       arrive(empty(stage, kind));
     }
   }

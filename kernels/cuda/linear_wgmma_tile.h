@@ -13,9 +13,7 @@
 /// Device code only.
 namespace moq::kernels::cuda {
 
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kGroupRows = 64;   // of the weight in one product of a warpgroup
-constexpr int kHalfCols = 32;    // of half a step: two products
+constexpr int kHalfCols = 32;  // of half a step: two products
 constexpr int kMaxStages = 8;
 constexpr int kMaxSplit = 8;
 constexpr int kPartTokens = 32;          // of a tile that a warpgroup writes at once

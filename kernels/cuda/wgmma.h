@@ -9,8 +9,12 @@
 /// Instructions of compute capability 9.0 alone (sm_90a): products of a warpgroup (four warps from
 /// a multiple of four on) that run in the background, and copies of tiles by tensor maps. Device
 /// code only.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 namespace moq::kernels::cuda {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kGroupRows = 64;   // of a warpgroup's product
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// Orders the registers that this warpgroup has written before the products that read them.
 __device__ inline void begin_products() {
@@ -233,5 +237,6 @@ __device__ inline void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-}  // namespace moq::kernels::cuda
 #endif
+
+}  // namespace moq::kernels::cuda
