@@ -96,9 +96,8 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
 ///
 /// A step that cannot go on, because the GPU has lost a thread block, ends as an error of the
 /// launch after some seconds (cudaErrorLaunchFailure).
-/// @throws moq::Error for a shape that is not supported, a missing or misaligned pointer, memory
-/// that
-///         overlaps, or if the launch fails, which leaves the state as it was
+/// @throws moq::Error for a shape that is not supported, a missing or misaligned pointer, or memory
+///         that overlaps; or if the launch fails, which leaves the state as it was
 void decode_step(const DecodeStepArgs& args, CUstream_st* stream);
 
 }  // namespace cuda

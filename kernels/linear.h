@@ -201,10 +201,10 @@ void pack_linear(const PackLinearArgs& args, CUstream_st* stream);
 /// Weights are read as they are stored and converted in registers: scale * (code - zero_point) is
 /// exact in float16 and bfloat16 but for the scale, which multiplies the float32 sum of a group.
 /// Products are exact, sums are float32, and the result is rounded to dtype once. The order of a
-/// sum depends on the shape of the weight, on dtype, on the GPU and on m, alike for 1 <= m <= 8
+/// sum depends on the weight's shape and row, on dtype, on the GPU and on m, alike for 1 <= m <= 8
 /// unless the input is so wide that only one token of it fits into a thread block: then m = 1, 2 <=
-/// m <= 4 and, without a norm, 5 <= m <= 8 differ; not on the row's place. Statistics of a norm are
-/// float32: the mean first, then the variance of the differences; where the weight is streamed,
+/// m <= 4 and, without a norm, 5 <= m <= 8 differ; not on the token's place. Statistics of a norm
+/// are float32: the mean first, then the variance of the differences; where the weight is streamed,
 /// both in one pass over differences from one of the numbers.
 ///
 /// On compute capability 9.0 up to 8 tokens stream the weight through shared memory by bulk copies,
