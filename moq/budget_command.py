@@ -10,11 +10,12 @@ from typing import Any
 from moq.blocks import assign_blocks
 from moq.budget import Budget, LatencyTable
 from moq.config import SIGN_BITS, MoQConfig
+from moq.directory_kind import RUN_NAME
 from moq.manifest import FormatError
 from moq.planning import ends_of
 from moq.quantized_parameter import QuantizedParameter
 from moq.rules import MatchedParameter, match_parameters
-from moq.saved_run import RUN_NAME, SavedRun, load_run
+from moq.saved_run import SavedRun, load_run
 from moq.target_bits import (
     WIDTHS,
     Ends,

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from moq import _C
 from moq.config import BLOCK_PATTERN
+from moq.directory_kind import require_checkpoint
 from moq.layout import DENSE, stored_weights
 from moq.manifest import CONFIG_NAME, list_files, read_json, read_manifest
 from moq.staging import recover
@@ -30,11 +32,13 @@ def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
         over the elements of the quantized matrices), ``history``, ``written_by``.
 
     Raises:
-        moq.manifest.FormatError: if moq.json or config.json is not what the format says.
+        moq.manifest.FormatError: if the directory is no checkpoint, or moq.json or config.json is
+            not what the format says.
         moq._C.Error: if a safetensors file is not.
     """
     recover(directory)
     path = Path(directory)
+    require_checkpoint(path)
     manifest = read_manifest(path)
     config = read_json(path / CONFIG_NAME)
     checkpoint = _C.Checkpoint(str(path))
@@ -135,7 +139,11 @@ def run(options: argparse.Namespace) -> int:
         f"{description['directory']}: {', '.join(model['architectures'] or ['?'])}, "
         f"{model['dtype']}, moq format {description['format_version']}"
     )
-    console.print(bit_map(description))
+    table = bit_map(description)
+    # A terminal wraps a line that is too long; names that are folded letter by letter say nothing.
+    unbounded = console.options.update(width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(table)
     console.print(
         "error: largest relative quantization error of a layer; 6→8: trained at 6 bits, stored in "
         "8-bit codes; a: asymmetric; g128: one scale per 128 inputs; A8: INT8 activations",

@@ -9,10 +9,11 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from moq.directory_kind import RUN_NAME
 from moq.report_data import read_record
 from moq.report_page import Front, page
 from moq.report_weights import front_of, weigh
-from moq.saved_run import RUN_NAME, load_run
+from moq.saved_run import load_run
 
 EPILOG = """\
 The page needs no network and no other file. It shows the plan against what happened, bits per

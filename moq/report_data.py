@@ -11,10 +11,11 @@ from typing import Any
 
 from moq._C import Schedule
 from moq.blocks import layer_of
-from moq.manifest import CONFIG_NAME, MANIFEST_NAME, FormatError, read_json
+from moq.directory_kind import RUN_NAME
+from moq.manifest import CONFIG_NAME, FormatError, read_json
 from moq.report_axis import Point
 from moq.report_html import short_names
-from moq.saved_run import RUN_NAME, SCALARS_NAME, read_run
+from moq.saved_run import SCALARS_NAME, read_run
 from moq.spectrum import SPECTRA_KEY, SpectralDensity
 from moq.staging import recover
 
@@ -164,7 +165,6 @@ def read_record(
     """
     recover(directory)
     path = Path(directory)
-    _require_run(path)
     run = read_run(path)
     where, history = path / RUN_NAME, run["history"]
     if "schedule" not in history:
@@ -194,27 +194,6 @@ def read_record(
         spectra=_spectra(history, where),
         seconds_per_step=_seconds_per_step(run.get("pace") or {}, where),
         blocks=named,
-    )
-
-
-def _require_run(path: Path) -> None:
-    """Refuses what is no run with a word on what it is.
-
-    Raises:
-        FormatError: always, unless run.json is there.
-    """
-    if (path / RUN_NAME).is_file():
-        return
-    if (path / MANIFEST_NAME).is_file():
-        found = "a checkpoint, which has no record of its training: name the run that it is from"
-    elif path.is_file():
-        found = "a file"
-    elif path.is_dir():
-        found = f"a directory without {RUN_NAME}"
-    else:
-        found = "nothing there"
-    raise FormatError(
-        f"{path}: must be a run, the directory that optimizer.save(DIR) wrote, got {found}"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from moq import _C
+from moq.directory_kind import RUN_NAME, require_run
 from moq.export import save_generation_config, save_tokenizer
 from moq.exported_model import ExportedModel, refuse_nonfinite
 from moq.manifest import CONFIG_NAME, FormatError, read_json, write_json
@@ -27,7 +28,6 @@ from moq.quantized_parameter import QuantizedParameter
 from moq.staging import files_below, recover, replaced_directory, replaced_file
 from moq.strict import Strict
 
-RUN_NAME = "run.json"
 MASTERS_NAME = "masters.safetensors"
 SCALARS_NAME = "scalars.csv"
 RUN_VERSION = 1
@@ -213,7 +213,12 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Reads run.json of a version that this release knows."""
+    """Reads run.json of a version that this release knows.
+
+    Raises:
+        FormatError: naming file and key, if there is none, or none of such a version.
+    """
+    require_run(directory)
     path = directory / RUN_NAME
     run = read_json(path)
     if run.get("run_version") != RUN_VERSION:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moq import _C
+from moq.directory_kind import require_checkpoint
 from moq.layout import DENSE, StoredWeight, quantization_config, stored_weights
 from moq.logit_probe import EngineLacksModel, replay_probe
 from moq.manifest import (
@@ -69,8 +70,10 @@ def verify_checkpoint(directory: str | Path, policy: Path | None = None) -> list
     """
     recover(directory)
     path = Path(directory)
-    if not path.is_dir():
-        return [_check("hashes", lambda: _refuse(f"{path}: expected a directory, got none"))]
+    try:
+        require_checkpoint(path)
+    except FormatError as error:
+        return [Check("hashes", False, "not run", [str(error)])]
     checks = [
         _check("hashes", lambda: _hashes(path)),
         _check("structure", lambda: _structure(path)),
@@ -84,10 +87,6 @@ def verify_checkpoint(directory: str | Path, policy: Path | None = None) -> list
 
 
 Findings = tuple[bool | None, str, list[str]]
-
-
-def _refuse(problem: str) -> Findings:
-    return False, "not run", [problem]
 
 
 def _check(name: str, run: Callable[[], Findings]) -> Check:

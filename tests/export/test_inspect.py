@@ -72,6 +72,22 @@ def test_a_directory_that_is_no_checkpoint_gives_one_line_and_status_1(tmp_path,
     assert "moq.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_run_is_told_how_it_becomes_a_checkpoint(command, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main([command, str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert f"got a run: moq export {tmp_path} -o DIR" in printed.out + printed.err
+
+
+def test_names_of_columns_stay_whole_on_a_narrow_terminal(mixed, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert cli.main(["inspect", str(mixed)]) == 0
+    heading = next(line for line in capsys.readouterr().out.splitlines() if "error" in line)
+    assert {"layer", "error", "MB"} < set(heading.split())
+    assert all(len(word) > 1 for word in heading.split())
+
+
 def test_a_directory_that_moq_did_not_write_is_said_to_lack_a_file(tmp_path):
     with pytest.raises(FormatError, match=r"moq\.json: must exist, and is missing"):
         read_json(tmp_path / "moq.json")
