@@ -32,10 +32,12 @@ from moq.inference.tokens import (
     as_rows,
     is_text,
     load_tokenizer,
+    require_sequences,
     stop_token_ids,
     unpad,
 )
 from moq.staging import recover
+from moq.strict import suggestion
 
 DTYPES = ("int8", "fp32", "fp16", "bf16")
 
@@ -193,6 +195,7 @@ class Engine:
             A Generation for one prompt, a list for several, in their order.
 
         Raises:
+            TypeError: for prompts that are neither text nor token ids.
             ValueError: for text without a tokenizer, or stop strings without one.
             moq._C.Error: before anything is computed, for an empty or too long prompt, a token
                 outside the vocabulary or an option out of range.
@@ -320,9 +323,13 @@ class Engine:
 
         Returns:
             The encodings, in the order of the inputs.
+
+        Raises:
+            TypeError: for inputs that are neither text nor token ids.
         """
         types: list[list[int]] = []
         rows: list[list[int]] | Tensor
+        require_sequences("encode", inputs)
         if isinstance(inputs, Tensor) or not is_text(inputs):
             rows = unpad(as_rows(inputs), attention_mask)
         else:
@@ -348,9 +355,11 @@ class Engine:
             prompts = prompts.tolist()
         if isinstance(prompts, str):
             return [self._encode_text(prompts)], True
-        prompts = list(prompts)
+        prompts = list(require_sequences("generate", prompts))
         if not prompts or isinstance(prompts[0], int):
             return [prompts], True
+        for prompt in prompts:
+            require_sequences("generate", prompt)
         return [
             self._encode_text(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in prompts
@@ -363,10 +372,17 @@ class Engine:
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                f"{self.directory} must have a tokenizer to take text, got none: put "
-                "tokenizer.json there, or pass token ids"
+                f"{self.directory} must have a tokenizer to take text, got none: export with "
+                "tokenizer=…, put tokenizer.json there, or give token ids from Python"
             )
         return self.tokenizer
+
+
+def _short(dtype: object) -> str:
+    """Returns ' (did you mean X?)' for a dtype in torch's spelling, or for one near to ours."""
+    name = str(dtype).removeprefix("torch.").lower()
+    ours = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}.get(name)
+    return suggestion(name, DTYPES) if ours is None else f" (did you mean {ours!r}?)"
 
 
 def _check_arguments(
@@ -384,7 +400,9 @@ def _check_arguments(
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device must be None, 'cpu' or 'cuda', got {str(device)!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}{_short(dtype)}"
+        )
     if kind == "cpu" and compute_dtype not in (None, "fp32"):
         raise ValueError(
             f"compute_dtype must be None or 'fp32' on the CPU, got {compute_dtype!r}. Remedy: "
@@ -393,6 +411,7 @@ def _check_arguments(
     if compute_dtype not in (None, "fp32", "fp16", "bf16"):
         raise ValueError(
             f"compute_dtype must be None or one of fp32, fp16, bf16, got {compute_dtype!r}"
+            f"{_short(compute_dtype)}"
         )
     if activations not in (None, "dynamic"):
         raise ValueError(f"activations must be None or 'dynamic', got {activations!r}")

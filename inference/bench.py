@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_engine_arguments(parser)
     parser.epilog = _EXAMPLES
-    parser.add_argument("--context", type=int, default=256, help="tokens of a prompt (256)")
+    parser.add_argument(
+        "--context", type=int, help="tokens of a prompt (256, or as many as the model has room for)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens drawn (32)")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once (1)")
     parser.add_argument("--repeats", type=int, default=3, help="runs, the best counts (3)")
@@ -76,13 +78,26 @@ def measure(
     return best
 
 
+def _context(args: argparse.Namespace, positions: int) -> int:
+    """Length of the prompts: what --context says, else 256 or what fits before the new tokens."""
+    room = positions - args.new_tokens
+    context: int = args.context or max(1, min(256, room))
+    if context > room:
+        raise ValueError(
+            f"--context and --new-tokens together must be at most {positions}, the model's "
+            f"positions, got {context} and {args.new_tokens}"
+        )
+    return context
+
+
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
     # The first new token is drawn by the step that reads the prompt: decoding begins with a second.
     for option, least in {"context": 1, "new_tokens": 2, "batch": 1, "repeats": 1}.items():
-        if (value := getattr(args, option)) < least:
+        if (value := getattr(args, option)) is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')} must be >= {least}, got {value}")
     engine = open_engine(args)
+    args.context = _context(args, engine.core.max_positions)
     if args.profile:
         return _profile(engine, args)
     speed = measure(engine, args.context, args.new_tokens, args.batch, args.repeats)

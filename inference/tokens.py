@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,28 @@ def is_text(inputs: Any) -> bool:
         return True
     first = next(iter(inputs), None)
     return isinstance(first, str) or (isinstance(first, tuple) and isinstance(first[0], str))
+
+
+def require_sequences(where: str, inputs: Any) -> Any:
+    """Returns `inputs` if they can be text or token ids.
+
+    Raises:
+        TypeError: for what cannot be gone through, and for mappings: of a tokenizer's output or a
+            chat message Python would go through the keys, and these are texts.
+    """
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping):
+        return inputs
+    remedy = ""
+    if isinstance(inputs, Mapping):
+        remedy = (
+            ": give its 'input_ids'"
+            if "input_ids" in inputs
+            else ": make a text of messages with engine.tokenizer.apply_chat_template"
+        )
+    raise TypeError(
+        f"{where}: a prompt must be a text or token ids, or a list of either, got "
+        f"{type(inputs).__name__}{remedy}"
+    )
 
 
 def as_rows(inputs: Any) -> Any:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "check every byte of a checkpoint directory and replay its logit probe",
     ),
     "generate": ("moq.inference.generate", "generate text from a checkpoint directory"),
+    "encode": ("moq.inference.encode", "sentence vectors and class predictions of texts"),
     "bench": ("moq.inference.bench", "measure the speed of a checkpoint directory on this machine"),
     "doctor": ("moq.doctor", "compare what this installation was built for with what it finds"),
 }

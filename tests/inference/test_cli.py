@@ -118,11 +118,26 @@ def test_bench_measures_both_phases(model_directory):
     assert record["prefill_tokens_per_second"] > 0 < record["decode_tokens_per_second"]
 
 
+def test_bench_keeps_within_the_positions_of_a_small_model(model_directory):
+    result = run("bench", model_directory("llama"), "--new-tokens", 4, "--json")
+    assert json.loads(result.stdout)["context"] == 92
+    result = run("bench", model_directory("llama"), "--context", 93, "--new-tokens", 4)
+    assert result.stderr.startswith("moq bench: --context and --new-tokens together must be at")
+
+
 def test_an_error_is_one_line_and_status_one(tmp_path):
     result = run("generate", tmp_path / "nothing", "--prompt", "x")
     assert result.returncode == 1
     assert result.stderr.strip().startswith("moq generate: engine: the model must be a directory")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_every_serving_command_is_one_of_moq_too():
+    from moq.cli import COMMANDS
+    from moq.inference.__main__ import _COMMANDS
+
+    for name, (module, _) in _COMMANDS.items():
+        assert COMMANDS[name][0] == module.__name__
 
 
 def test_help_teaches_by_example():

@@ -71,8 +71,23 @@ def test_missing_directory(tmp_path):
         Engine.from_pretrained(tmp_path / "nothing")
 
 
+def test_a_name_on_a_hub_is_said_not_to_be_looked_up():
+    with pytest.raises(
+        _C.Error, match="a directory, got gpt2, which is not there: names of models"
+    ):
+        Engine.from_pretrained("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("float16", "fp16"), (torch.bfloat16, "bf16"), ("INT8", "int8")]
+)
+def test_a_dtype_in_another_spelling_is_told_ours(name, ours, model_directory):
+    with pytest.raises(ValueError, match=rf"did you mean '{ours}'\?"):
+        Engine.from_pretrained(model_directory("llama"), dtype=name)
+
+
 def test_directory_without_config(tmp_path):
-    with pytest.raises(_C.Error, match="config.json"):
+    with pytest.raises(_C.Error, match="must hold a model's config.json, got none: name"):
         Engine.from_pretrained(tmp_path)
 
 
@@ -189,6 +204,25 @@ def test_sampling_options_are_checked_before_anything_is_computed(options, messa
     # Without a prompt there is nothing to compute.
     with pytest.raises(_C.Error, match=message):
         engine.core.generate([], max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "got NoneType"),
+        ([3.5], "got float"),
+        ({"input_ids": [[3]]}, "got dict: give its 'input_ids'"),
+        ([{"role": "user", "content": "x"}], "got dict: make a text of .*apply_chat_template"),
+    ],
+)
+def test_what_is_neither_text_nor_token_ids(prompt, message, engine):
+    with pytest.raises(TypeError, match=f"generate: a prompt must be .*, {message}"):
+        engine.generate(prompt)
+
+
+def test_a_mapping_is_not_encoded_as_the_texts_of_its_keys(engine):
+    with pytest.raises(TypeError, match="encode: a prompt must be .*, got dict"):
+        engine.encode({"input_ids": [[3]]})
 
 
 def test_text_without_a_tokenizer(engine):
