@@ -127,7 +127,7 @@ class QuantSpec(Strict):
         )
         require(
             self.group_size >= 1 or self.groups > 0,
-            "group_size must be at least 1 when granularity is 'per_group'",
+            "group_size must be at least 1 when granularity is 'per_group' (or give groups)",
             self.group_size,
         )
 
@@ -554,8 +554,11 @@ def read_file(path: Path) -> Any:
     """Parses a JSON or YAML file.
 
     Raises:
-        ValueError: naming the file, for another suffix, a syntax error or a key given twice.
+        ValueError: naming the file, for a directory, another suffix, a syntax error or a key given
+            twice.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: a configuration must be a file, got a directory")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":

@@ -269,6 +269,7 @@ class MoQOptimizer(PlannedOptimizer):
         trainer.end_step(found_inf)
         self._activations.update(trainer.step_on_device, found_inf)
         self._reporter.drops(trainer)
+        self._reporter.beyond(trainer, self.total_steps)
         self._scalars.after_step(self._masters)
         self._pace.step()
         if self._probes.due(lambda: self.steps):
@@ -294,9 +295,16 @@ class MoQOptimizer(PlannedOptimizer):
             state_dict: From a MoQOptimizer over the same parameters with the same configuration.
 
         Raises:
+            TypeError: for what is no dict, the path of a run for example.
             ValueError: naming the parameters or values that differ; then nothing has changed.
             RuntimeError: naming a rank that could not load its shards; likewise.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                "MoQOptimizer.load_state_dict: the state must be what state_dict() gave, got "
+                f"{type(state_dict).__name__}: read it with torch.load first (a run that "
+                "optimizer.save wrote is for moq export, and lacks the inner optimizer's state)"
+            )
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -191,6 +192,7 @@ class Reporter:
         """Begins at step 0."""
         self.enabled = enabled and is_main_process()
         self.reported = 0
+        self._tells_of_the_end = is_main_process()
 
     def start(
         self, parameters: Sequence[MatchedParameter], blocks: Sequence[int], schedule: Schedule
@@ -214,6 +216,22 @@ class Reporter:
             for line in drop_lines(trainer.schedule, self.reported, step):
                 print_line(line)
         self.reported = step
+
+    def beyond(self, trainer: Trainer, total_steps: int) -> None:
+        """Warns, once, of a training that goes on behind the steps that its schedule was made for.
+
+        Args:
+            trainer: Whose steps count, as far as the host has heard of them.
+            total_steps: Steps that the schedule was made for.
+        """
+        if self._tells_of_the_end and trainer.step_seen > total_steps:
+            self._tells_of_the_end = False
+            warnings.warn(
+                f"MoQOptimizer: total_steps must be the steps of the whole training, got "
+                f"{total_steps}, and step {trainer.step_seen} has been made: the schedule "
+                "ended too early. Count the optimizer steps of all epochs, after accumulation",
+                stacklevel=3,
+            )
 
     def sensitivity(self, step: int, found: Sensitivity) -> None:
         """Prints a measurement."""

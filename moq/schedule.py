@@ -524,8 +524,9 @@ def _print_table(console: Console, outlook: Sequence[BlockOutlook], extent: str)
     console.print(table)
     if any(width.earliest != width.latest for block in outlook for width in block.widths):
         console.print(
-            "Ranges: the step follows the measured sensitivities; without a probe, "
-            "optimizer.schedule().plan() has the steps.",
+            "Ranges: the step follows the measured sensitivities. Without a probe it is the later "
+            "one with finish_at where all layers have equal periods, the earlier one with period; "
+            "optimizer.schedule().plan() has it.",
             highlight=False,
             soft_wrap=True,
         )

@@ -67,7 +67,7 @@ def wrapped(names: dict, total_steps: int = 100) -> moq.MoQOptimizer:
 
 
 def test_every_block_is_run_here():
-    assert len(PYTHON) == 8
+    assert len(PYTHON) == 9
     assert {language for language, _ in BLOCKS} == {"python", "yaml", ""}
 
 
@@ -76,6 +76,24 @@ def test_the_loop_trains_and_exports(names, capsys):
     assert names["optimizer"].steps == 3
     assert (Path("out/model") / "SHA256SUMS").exists()
     assert "arrives at step" in capsys.readouterr().out
+
+
+def test_a_training_resumes_from_a_checkpoint_of_its_own(names):
+    before, after = block_with("checkpoint.pt").split("# in a new process")
+    model, optimizer = names["model"], wrapped(names)
+    model(**names["loader"][0]).loss.backward()
+    optimizer.step()
+    exec(before, names | {"optimizer": optimizer})
+    resumed = names | {"model": llama()}
+    resumed["optimizer"] = wrapped(resumed)
+    exec("#" + after, resumed)
+    assert resumed["optimizer"].steps == 1
+    for trained, made in ((model, optimizer), (resumed["model"], resumed["optimizer"])):
+        made.zero_grad()
+        trained(**names["loader"][1]).loss.backward()
+        made.step()
+    expected = model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in resumed["model"].state_dict().items())
 
 
 def test_a_half_precision_model_trains_with_moqs_adamw(names):

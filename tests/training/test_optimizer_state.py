@@ -561,3 +561,10 @@ def test_what_is_no_state_of_an_optimizer_is_refused_with_what_it_has(decoder, s
     found = next(iter(state), "none")
     with pytest.raises(ValueError, match=f"keys 'state' and 'param_groups', got {found}$"):
         optimizer.load_state_dict(state)
+
+
+def test_the_path_of_a_run_is_no_state(decoder):
+    with pytest.raises(
+        TypeError, match=r"what state_dict\(\) gave, got str: read it with torch\.load"
+    ):
+        wrap(decoder(), FALLING).load_state_dict("out/run")

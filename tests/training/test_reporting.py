@@ -1,5 +1,7 @@
 """What training prints, and what that costs."""
 
+import warnings
+
 import pytest
 from conftest import train_step, wrap
 
@@ -44,6 +46,20 @@ def test_drops_that_the_host_has_not_heard_of_are_printed_by_who_waits(trained, 
     reporter.drops(late)  # still hears of step 3
     reporter.drops(late, wait=True)
     assert capsys.readouterr().out == ""
+
+
+def test_a_training_that_goes_on_behind_its_schedule_warns_once(decoder):
+    model = decoder()
+    optimizer = wrap(model, FALLING, total_steps=6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            train_step(model, optimizer, step)
+        assert not [w for w in caught if "total_steps" in str(w.message)]
+        for step in range(6, 9):
+            train_step(model, optimizer, step)
+    (warning,) = [str(w.message) for w in caught if "total_steps" in str(w.message)]
+    assert "must be the steps of the whole training, got 6, and step 7 has been made" in warning
 
 
 def test_flushing_the_logs_prints_drops_too(trained, capsys):

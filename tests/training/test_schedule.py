@@ -138,8 +138,9 @@ def test_a_printed_schedule_has_a_row_for_each_pace():
     assert rows["head"] == ["0", "5"]
     assert rows["layers.1"][-1] == "102-255"
     assert lines[-1] == (
-        "Ranges: the step follows the measured sensitivities; without a probe, "
-        "optimizer.schedule().plan() has the steps."
+        "Ranges: the step follows the measured sensitivities. Without a probe it is the later "
+        "one with finish_at where all layers have equal periods, the earlier one with period; "
+        "optimizer.schedule().plan() has it."
     )
 
 
