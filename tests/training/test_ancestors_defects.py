@@ -260,6 +260,7 @@ def test_sensitivities_reach_tensorboard(decoder, tmp_path):
         max_products=4,
         max_cost=None,
     )
+    optimizer.flush_logs()  # the writer has a thread of its own
     events = EventAccumulator(str(tmp_path)).Reload()
     for name, value in zip(found.blocks, found.normalised, strict=True):
         (event,) = events.Scalars(f"moq/sensitivity/{name}")
