@@ -111,11 +111,12 @@ class Engine::Call {
 };
 
 Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
-  MOQ_CHECK(std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
-            directory.string(),
-            std::filesystem::exists(directory)
-                ? ", a file"
-                : ", which is not there: names of models on a hub are not looked up, download first");
+  MOQ_CHECK(
+      std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
+      directory.string(),
+      std::filesystem::exists(directory)
+          ? ", a file"
+          : ", which is not there: names of models on a hub are not looked up, download first");
   MOQ_CHECK(std::filesystem::exists(directory / "config.json"), "engine: ", directory.string(),
             " must hold a model's config.json, got none: name a directory that optimizer.export or "
             "moq export wrote, or one of a Hugging Face model");

@@ -208,7 +208,7 @@ def test_the_schedule_of_a_saved_run_follows_what_was_measured_in_it(tmp_path, c
         cli.main(command + both)
     capsys.readouterr()
     assert cli.main(["schedule", str(config), "--steps", "9", "--run", str(tmp_path)]) == 1
-    assert "run.json" in capsys.readouterr().err
+    assert "must be a run" in capsys.readouterr().err
 
 
 SPLITTING = [
