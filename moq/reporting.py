@@ -139,19 +139,19 @@ def drop_lines(schedule: Schedule, after: int, until: int) -> list[str]:
 
     Blocks that fall together share a line.
     """
-    drops: list[tuple[int, int, int, str]] = []
-    for name, plan in zip(schedule.block_names, schedule.plan(), strict=True):
+    drops: list[tuple[int, int, int, int]] = []  # the last: which block, in the model's order
+    for block, plan in enumerate(schedule.plan()):
         before = plan[0][1]
         for step, widths in groupby(plan, key=lambda drop: drop[0]):
             bits = list(widths)[-1][1]
             if after < step <= until:
-                drops.append((step, before, bits, name))
+                drops.append((step, before, bits, block))
             before = bits
     lines = []
     for step, at_step in groupby(sorted(drops), key=lambda drop: drop[0]):
         changes = []
         for (before, bits), group in groupby(at_step, key=lambda drop: drop[1:3]):
-            names = [drop[3] for drop in group]
+            names = [schedule.block_names[drop[3]] for drop in group]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             changes.append(f"{before} -> {bits} bits: {shown}")
         lines.append(f"moq: step {step}: " + "; ".join(changes))

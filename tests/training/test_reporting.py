@@ -3,9 +3,9 @@
 import warnings
 
 import pytest
-from conftest import train_step, wrap
+from conftest import Decoder, train_step, wrap
 
-from moq.reporting import Reporter
+from moq.reporting import Reporter, drop_lines
 
 FALLING = {"start_bits": 9, "target_bits": 6, "schedule": {"table": {0: 9, 2: 8, 4: 7, 5: 6}}}
 
@@ -60,6 +60,12 @@ def test_a_training_that_goes_on_behind_its_schedule_warns_once(decoder):
             train_step(model, optimizer, step)
     (warning,) = [str(w.message) for w in caught if "total_steps" in str(w.message)]
     assert "must be the steps of the whole training, got 6, and step 7 has been made" in warning
+
+
+def test_a_drop_names_the_first_layers_of_the_model():
+    schedule = wrap(Decoder(layers=11), FALLING)._masters.trainer.schedule
+    first = drop_lines(schedule, 0, 12)[0]
+    assert first.endswith("layers.0, layers.1, layers.2 and 8 more")
 
 
 def test_flushing_the_logs_prints_drops_too(trained, capsys):
