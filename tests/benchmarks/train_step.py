@@ -341,10 +341,14 @@ def main() -> int:
         rows = []
         for mode in options.modes:
             for rounding in options.roundings:
-                rows += gpu_rows(options.turns, mode == "compiled", rounding)
+                measured = gpu_rows(options.turns, mode == "compiled", rounding)
+                if options.json:  # a run that is stopped later has told these
+                    print_rows("training step", "peer", measured, True, facts)
+                rows += measured
                 gc.collect()
                 torch.cuda.empty_cache()
-        print_rows("training step", "peer", rows, options.json, facts)
+        if not options.json:
+            print_rows("training step", "peer", rows, False, facts)
         return 0
     torch.set_num_threads(options.threads)
     facts = {"machine": f"{machine()}, {options.threads} threads"}
