@@ -1,11 +1,13 @@
 """A tiny decoder and the loop that trains it, shared by the tests of the optimizer."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,10 @@ import moq
 from moq.sharding import whole_tensor
 
 VOCABULARY = 13
+
+#: From 9 to 4 bits by four fifths of the steps: a configuration that drops again and again.
+FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
+FALLING_STOCHASTIC = FALLING | {"rounding": "stochastic"}
 
 # Matrices of a few hundred elements gain nothing from threads, and lose much when cores are shared.
 torch.set_num_threads(1)
@@ -153,6 +159,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def through_a_file(state: object) -> Any:
+    """Writes and reads as trainers do: no code may come out of the file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def with_gradients(*values: torch.Tensor) -> list[nn.Parameter]:

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import assert_same, batch, loss_of, tiny_llama, train_step, weights, wrap
+from on_gpu import capture, side_stream
 from reference import quantize as reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,23 +180,11 @@ def train_with_overflow(model: nn.Module, config: dict, captured: bool) -> dict[
     def averages() -> torch.Tensor:
         return torch.cat([q.absmax for q in quantizers(model).values()]).clone()
 
-    call = step
-    if captured:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-            tokens.copy_(batch(1))
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        call = graph.replay
-    else:
+    with side_stream() if captured else nullcontext():
         step()
         tokens.copy_(batch(1))
         step()
+    call = capture(step) if captured else step
     before = averages(), weights(model)
     # Steps 3, none, 4 (the last that is observed), 5, …
     for number in range(STEPS - 1):

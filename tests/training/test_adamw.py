@@ -1,34 +1,32 @@
 """moq.AdamW: torch's fused AdamW number for number but for rounding, and inside MoQOptimizer."""
 
 import copy
-import io
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import (
+    FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
     batch,
     copies,
     loss_of,
     masters,
+    through_a_file,
     train_step,
     weights,
     with_gradients,
 )
+from on_gpu import never_waiting
+from overflows import train_captured, train_float16
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moq
 
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "schedule": {"finish_at": 0.8},
-}
 STEPS = 10
 ULPS = 16  # of the largest values, after 20 steps
 
@@ -216,13 +214,6 @@ def test_without_a_gradient_nothing_happens():
 # ----------------------------------------------------------------------------------- the state
 
 
-def through_a_file(state: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("form", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("to_torch", [False, True])
 def test_state_dicts_load_in_both_directions(device, to_torch, form):
@@ -299,7 +290,9 @@ def test_a_copy_goes_on_as_the_original(device, copied):
 
 def wrapped(model: nn.Module, total_steps: int = STEPS, **options) -> moq.MoQOptimizer:
     adamw = moq.AdamW(model.parameters(), **({"lr": 1e-2, "eps": 1e-4} | options))
-    return moq.MoQOptimizer(adamw, model, FALLING, total_steps=total_steps, verbose=False)
+    return moq.MoQOptimizer(
+        adamw, model, FALLING_STOCHASTIC, total_steps=total_steps, verbose=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -307,7 +300,7 @@ def test_masters_follow_torchs_adamw_over_casts_of_the_gradients(decoder, dtype,
     model, other = decoder(dtype).to(device), decoder(dtype).to(device)
     optimizer = wrapped(model)
     fused = torch.optim.AdamW(other.parameters(), lr=1e-2, eps=1e-4, fused=True)
-    reference = moq.MoQOptimizer(fused, other, FALLING, total_steps=STEPS, verbose=False)
+    reference = moq.MoQOptimizer(fused, other, FALLING_STOCHASTIC, total_steps=STEPS, verbose=False)
     for step in range(STEPS):
         set_gradients(list(model.parameters()), list(other.parameters()), step=step)
         optimizer.step()
@@ -334,7 +327,7 @@ def test_an_optimizer_that_takes_them_gets_the_gradients_as_they_are(decoder, ta
     model = decoder(torch.bfloat16)
     inner = Watched(model.parameters(), lr=0.1)
     inner.takes_low_precision_gradients = takes
-    optimizer = moq.MoQOptimizer(inner, model, FALLING, total_steps=STEPS, verbose=False)
+    optimizer = moq.MoQOptimizer(inner, model, FALLING_STOCHASTIC, total_steps=STEPS, verbose=False)
     train_step(model, optimizer, 0)
     others = {torch.bfloat16}  # those without a master
     assert inner.seen == (others if takes else others | {torch.float32})
@@ -345,7 +338,7 @@ def test_gradients_that_are_wider_than_masters_are_cast_all_the_same():
     layer = nn.Linear(4, 2, bias=False).bfloat16()
     layer.weight.grad_dtype = None
     inner = Watched(layer.parameters(), lr=0.1)
-    config = FALLING | {"master_dtype": "parameter"}
+    config = FALLING_STOCHASTIC | {"master_dtype": "parameter"}
     optimizer = moq.MoQOptimizer(inner, layer, config, total_steps=STEPS, verbose=False)
     layer.weight.grad = torch.ones(2, 4)
     optimizer.step()
@@ -356,7 +349,7 @@ def test_gradients_that_the_wrapper_unscales_are_cast_before():
     """In float16 the smallest of them would vanish."""
     layer = nn.Linear(4, 2, bias=False).half()
     inner = Watched(layer.parameters(), lr=0.1)
-    optimizer = moq.MoQOptimizer(inner, layer, FALLING, total_steps=STEPS, verbose=False)
+    optimizer = moq.MoQOptimizer(inner, layer, FALLING_STOCHASTIC, total_steps=STEPS, verbose=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     scaler.scale(layer(torch.ones(1, 4).half()).float().sum()).backward()
     scaler.step(optimizer)
@@ -386,7 +379,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(decoder, device, dtype, saved_at
 def test_a_run_with_torchs_adamw_goes_on_with_it(decoder, device):
     model, other = decoder(torch.bfloat16).to(device), decoder(torch.bfloat16).to(device)
     fused = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=True)
-    begun = moq.MoQOptimizer(fused, model, FALLING, total_steps=STEPS, verbose=False)
+    begun = moq.MoQOptimizer(fused, model, FALLING_STOCHASTIC, total_steps=STEPS, verbose=False)
     for step in range(4):
         train_step(model, begun, step)
     resumed = wrapped(other)
@@ -402,25 +395,7 @@ def test_a_run_with_torchs_adamw_goes_on_with_it(decoder, device):
 
 def test_an_overflow_of_float16_changes_nothing(decoder, device):
     model = decoder(torch.float16).to(device)
-    optimizer = wrapped(model)
-    scaler = torch.amp.GradScaler(device, init_scale=256.0, growth_interval=100)
-    for step in range(STEPS):
-        before, full = weights(model), copies(optimizer)
-        steps = optimizer.steps
-        scaler.scale(loss_of(model, batch(step))).backward()
-        overflow = step in (2, 6)
-        if overflow:
-            model.layers[1].up_proj.weight.grad[0, 1] = float("inf")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert optimizer.steps == steps + (not overflow)
-        assert_simulated(optimizer)
-        if overflow:
-            assert_same(weights(model), before)
-            assert_same(copies(optimizer), full)
-    assert scaler.get_scale() == 64.0
-    assert all(p.isfinite().all() for p in model.parameters())
+    train_float16(model, wrapped(model))
 
 
 def test_gradscaler_without_the_wrapper_is_torchs(device):
@@ -478,7 +453,6 @@ def test_a_dtensor_counts_what_is_written_to_it(mesh):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, gpu, dtype):
-    """Forward, backward, GradScaler and step in one graph: only the device knows what overflows."""
     scaled = dtype != torch.bfloat16  # torch has no scaler for its gradients
     overflows = (1, 5, 6) if scaled else ()
 
@@ -486,36 +460,16 @@ def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, gpu, dt
         model = decoder(dtype).to(gpu)
         optimizer = wrapped(model, 12, lr=torch.tensor(1e-2, device=gpu), capturable=True)
         scaler = torch.amp.GradScaler(gpu, init_scale=64.0, growth_interval=1000, enabled=scaled)
-        tokens, factor = batch(0).to(gpu), torch.ones((), device=gpu)
-
-        def step() -> None:
-            scaler.scale(factor * loss_of(model, tokens)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=False)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        call = step
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            call = graph.replay
-        for number in range(11):
-            factor.fill_(float("inf") if number in overflows else 1.0)
-            optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + number))
-            before, full = weights(model), copies(optimizer)
-            call()
-            if number in overflows:
-                assert_same(weights(model), before)
-                assert_same(copies(optimizer), full)
-        torch.cuda.synchronize()
-        return weights(model), optimizer, scaler.get_scale()
+        rate = optimizer.param_groups[0]["lr"]
+        values = train_captured(
+            model,
+            optimizer,
+            scaler,
+            overflows,
+            captured=captured,
+            before_step=lambda number: rate.fill_(1e-2 / (1 + number)),
+        )
+        return values, optimizer, scaler.get_scale()
 
     expected, eager, scale = trained(captured=False)
     actual, replayed, replayed_scale = trained(captured=True)
@@ -532,11 +486,8 @@ def test_a_step_never_waits_for_the_device(decoder, gpu):
     optimizer = wrapped(model)
     for step in range(2):
         loss_of(model, batch(step)).backward()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
+        with never_waiting() if step else nullcontext():
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert optimizer.steps == 2
 
 

@@ -24,12 +24,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_simulated, batch, loss_of, masters, train_step, wrap
+from conftest import FALLING, assert_simulated, batch, loss_of, masters, train_step, wrap
 from torch import nn
 
 from moq import MoQOptimizer
-
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
 
 def test_every_layer_keeps_its_own_width_between_measurements(decoder):

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    FALLING,
     assert_same,
     assert_simulated,
     batch,
@@ -26,7 +27,6 @@ from torch import nn
 
 from moq import MoQOptimizer
 
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 12
 FORMS = ["in_place", "autograd"]
 

@@ -1,32 +1,28 @@
 """Inner optimizers: those of torch and transformers, and third-party ones by their interface."""
 
 import copy
-import io
 import warnings
 from collections import defaultdict
 
 import pytest
 import torch
 from conftest import (
+    FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
     batch,
     loss_of,
     masters,
+    through_a_file,
     train_step,
     weights,
     wrap,
 )
+from overflows import train_float16
 from torch import nn
 
 from moq import AdamW, MoQOptimizer
 
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "schedule": {"finish_at": 0.8},
-}
 NOTHING = {"rules": [{"match": "*", "exclude": True}]}
 STEPS = 10
 
@@ -121,7 +117,7 @@ def make(request):
     return request.param
 
 
-def wrapped(model, make, config=FALLING, total_steps=STEPS) -> MoQOptimizer:
+def wrapped(model, make, config=FALLING_STOCHASTIC, total_steps=STEPS) -> MoQOptimizer:
     inner = make(model.parameters())
     return MoQOptimizer(inner, model, config, total_steps=total_steps, verbose=False)
 
@@ -162,10 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(decoder, make, saved_at):
     reference = wrapped(whole, make)
     for step in range(saved_at):
         train_step(whole, reference, step)
-    file = io.BytesIO()
-    torch.save([whole.state_dict(), reference.state_dict()], file)
-    file.seek(0)
-    states = torch.load(file, weights_only=True)
+    states = through_a_file([whole.state_dict(), reference.state_dict()])
     model = decoder()
     resumed = wrapped(model, make)
     model.load_state_dict(states[0])
@@ -220,7 +213,7 @@ SCHEDULERS = {
 def test_schedulers_set_what_they_set_without_the_wrapper(decoder, schedule):
     plain, model = decoder(), decoder()
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2)
-    optimizers = [adamw, wrap(model, FALLING, STEPS)]
+    optimizers = [adamw, wrap(model, FALLING_STOCHASTIC, STEPS)]
     schedulers = [schedule(optimizer) for optimizer in optimizers]
     metric = [1.0] if hasattr(schedulers[0], "patience") else []  # a loss that does not fall
     seen = [[], []]
@@ -253,28 +246,7 @@ def test_a_float16_model_trains_with_gradscaler(decoder, make):
     model = decoder(torch.float16)
     optimizer = wrapped(model, make)
     assert {master.dtype for master in masters(optimizer).values()} == {torch.float32}
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
-    for step in range(STEPS):
-        before, full = (
-            weights(model),
-            {n: m.detach().clone() for n, m in masters(optimizer).items()},
-        )
-        steps, bits = optimizer.steps, optimizer.num_bits
-        scaler.scale(loss_of(model, batch(step))).backward()
-        overflow = step in (2, 6)
-        if overflow:
-            model.layers[1].up_proj.weight.grad[0, 1] = float("inf")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert optimizer.steps == steps + (not overflow)
-        assert_simulated(optimizer)
-        if overflow:
-            assert optimizer.num_bits == bits
-            assert_same(weights(model), before)
-            assert_same({name: m.detach() for name, m in masters(optimizer).items()}, full)
-    assert scaler.get_scale() == 64.0
-    assert all(p.isfinite().all() for p in model.parameters())
+    train_float16(model, optimizer)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -282,7 +254,7 @@ def test_a_gradient_below_float16_reaches_the_master_scaled(fused):
     layer = nn.Linear(4, 2, bias=False).half()
     nn.init.constant_(layer.weight, 2.0**-12)
     sgd = torch.optim.SGD(layer.parameters(), lr=1.0, fused=fused)
-    optimizer = MoQOptimizer(sgd, layer, FALLING, total_steps=STEPS, verbose=False)
+    optimizer = MoQOptimizer(sgd, layer, FALLING_STOCHASTIC, total_steps=STEPS, verbose=False)
     before = masters(optimizer)["weight"].detach().clone()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     x = torch.full((1, 4), 2.0**-13, dtype=torch.float16)
@@ -293,7 +265,7 @@ def test_a_gradient_below_float16_reaches_the_master_scaled(fused):
     torch.testing.assert_close(moved, torch.full((2, 4), 2.0**-26))
 
 
-def eps_warnings(model, make, config=FALLING) -> list[str]:
+def eps_warnings(model, make, config=FALLING_STOCHASTIC) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         MoQOptimizer(make(model.parameters()), model, config, total_steps=10, verbose=False)
@@ -328,7 +300,7 @@ def test_an_eps_that_harms_no_parameter_is_not_warned_of(decoder, dtype, make, f
 
 def test_float32_weights_train_under_float16_autocast_with_gradscaler(decoder):
     model = decoder()
-    optimizer = wrap(model, FALLING, STEPS)
+    optimizer = wrap(model, FALLING_STOCHASTIC, STEPS)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=100)
     skipped = 0
     for step in range(30):

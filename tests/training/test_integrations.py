@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    FALLING_STOCHASTIC,
     CausalDecoder,
     Decoder,
     assert_same,
@@ -22,12 +23,6 @@ from torch.utils.data import DataLoader
 from moq import MoQOptimizer
 from moq.integrations import Training, unwrap_optimizer
 
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "schedule": {"finish_at": 0.8},
-}
 STEPS = 8
 TOTALS = {"moq/bits", "moq/quantization_error", "moq/flips"}
 
@@ -36,7 +31,7 @@ TOTALS = {"moq/bits", "moq/quantization_error", "moq/flips"}
 
 
 def test_an_optimizer_is_found_inside_its_wrappers(decoder):
-    optimizer = wrap(decoder(), FALLING)
+    optimizer = wrap(decoder(), FALLING_STOCHASTIC)
 
     class Outer:
         def __init__(self, name, inner):
@@ -56,7 +51,7 @@ def test_what_holds_no_moq_optimizer_is_refused(other):
 
 def test_only_the_models_own_scalars_are_taken_once_unless_layers_are_wanted(decoder):
     model = decoder()
-    optimizer = wrap(model, FALLING, log_every=1)
+    optimizer = wrap(model, FALLING_STOCHASTIC, log_every=1)
     few, all_of_them = Training(optimizer, "test"), Training(optimizer, "test", layers=True)
     loss_of(model, batch(0)).backward()
     optimizer.step()
@@ -67,7 +62,7 @@ def test_only_the_models_own_scalars_are_taken_once_unless_layers_are_wanted(dec
 
 
 def test_a_training_that_ends_early_says_what_has_not_arrived(decoder):
-    optimizer = wrap(decoder(), FALLING)
+    optimizer = wrap(decoder(), FALLING_STOCHASTIC)
     with pytest.warns(UserWarning, match="ended after 0 of 12 steps, and layers.0, layers.1 had"):
         Training(optimizer, "test").end()
 
@@ -87,7 +82,7 @@ def test_a_training_that_ends_early_says_what_has_not_arrived(decoder):
 )
 def test_a_training_begins_where_its_optimizer_is(decoder, made, steps, planned, message):
     model = decoder()
-    optimizer = wrap(model, FALLING)
+    optimizer = wrap(model, FALLING_STOCHASTIC)
     for step in range(steps):
         train_step(model, optimizer, step)
     training = Training(optimizer, "test")
@@ -106,7 +101,7 @@ def test_a_training_that_ends_is_warned_of_only_if_steps_would_have_lowered_widt
 ):
     """Ended early with every width reached; complete without that, which `allow` accepted."""
     section = {"period": 2, "growth": 1.0, "on_unfinished": "allow"}
-    config = FALLING | {"schedule": section, "sensitivity": {"rule": "none"}}
+    config = FALLING_STOCHASTIC | {"schedule": section, "sensitivity": {"rule": "none"}}
     model = decoder()
     optimizer = wrap(model, config, total)
     for step in range(steps):
@@ -153,7 +148,7 @@ def training_arguments(directory, **options):
 def make_trainer(directory, total_steps=STEPS, callbacks=(), **options):
     torch.manual_seed(0)
     model = CausalDecoder()
-    optimizer = wrap(model, FALLING, total_steps, log_every=1)
+    optimizer = wrap(model, FALLING_STOCHASTIC, total_steps, log_every=1)
     return transformers.Trainer(
         model,
         training_arguments(directory, **options),
@@ -334,7 +329,9 @@ def test_accelerate_makes_the_steps_that_were_counted(decoder, fresh_accelerator
     loader = DataLoader(torch.cat([batch(step) for step in range(5)]), batch_size=4)
     steps = num_training_steps(accelerator, loader, epochs=2)
     model = decoder()
-    model, prepared, loader = accelerator.prepare(model, wrap(model, FALLING, steps), loader)
+    model, prepared, loader = accelerator.prepare(
+        model, wrap(model, FALLING_STOCHASTIC, steps), loader
+    )
     for _ in range(2):
         for tokens in loader:
             with accelerator.accumulate(model):
@@ -389,7 +386,7 @@ LightningModule = lightning.LightningModule if lightning else nn.Module
 class Module(LightningModule):
     """The decoder in the form that Lightning trains."""
 
-    def __init__(self, total_steps=None, optimizers=1, config=FALLING) -> None:
+    def __init__(self, total_steps=None, optimizers=1, config=FALLING_STOCHASTIC) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.decoder = Decoder()

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    FALLING,
     assert_same,
     assert_simulated,
     batch,
@@ -17,7 +18,6 @@ from conftest import (
     wrap,
 )
 
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 12
 FORMS = ["in_place", "autograd"]
 NAME = "layers.0.q_proj.weight"

@@ -5,15 +5,13 @@ import csv
 
 import pytest
 import torch
-from conftest import Recorder, batch, loss_of, masters, train_step, weights, wrap
+from conftest import FALLING, Recorder, batch, loss_of, masters, train_step, weights, wrap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moq import MoQOptimizer
 from moq.loggers import CsvLogger, Logger, TensorBoardLogger
 from moq.scalars import _Measurement
-
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
 
 def codes(model: nn.Module, optimizer: MoQOptimizer, bits: dict[str, int]) -> dict:

@@ -1,10 +1,12 @@
 """The optimizer on a GPU: the same bits as on the CPU, no host synchronisation, CUDA graphs."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import (
+    FALLING_STOCHASTIC,
     Recorder,
     assert_same,
     assert_simulated,
@@ -14,6 +16,8 @@ from conftest import (
     weights,
     wrap,
 )
+from on_gpu import capture, never_waiting, side_stream
+from overflows import train_captured, train_float16
 from torch import nn
 
 from moq import MoQOptimizer
@@ -22,13 +26,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "schedule": {"finish_at": 0.8},
-}
 
 
 def step_on_gpu(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -41,7 +38,7 @@ def step_on_gpu(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -
 def test_simulated_values_are_the_masters_on_the_grid_after_every_step(decoder, dtype):
     model = decoder(dtype).cuda()
     # The parameters that are not quantized stay in the dtype, and float16 rounds 1e-8 to zero.
-    optimizer = wrap(model, FALLING, total_steps=6, eps=1e-4)
+    optimizer = wrap(model, FALLING_STOCHASTIC, total_steps=6, eps=1e-4)
     for step in range(6):
         assert_simulated(optimizer)
         step_on_gpu(model, optimizer, step)
@@ -51,7 +48,7 @@ def test_simulated_values_are_the_masters_on_the_grid_after_every_step(decoder, 
 
 def test_a_model_moved_after_wrapping_takes_its_masters_along(decoder):
     model = decoder()
-    optimizer = wrap(model, FALLING)
+    optimizer = wrap(model, FALLING_STOCHASTIC)
     loss_of(model, batch(0)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -69,7 +66,7 @@ def test_a_model_moved_after_wrapping_takes_its_masters_along(decoder):
 
 @pytest.mark.parametrize("scale", ["absmax", "learned"])
 def test_a_model_that_simulates_in_its_forward_pass_moves_too(decoder, scale):
-    config = FALLING | {"rounding": "nearest", "simulate": "autograd", "scale": scale}
+    config = FALLING_STOCHASTIC | {"rounding": "nearest", "simulate": "autograd", "scale": scale}
     model, expected = decoder(), decoder()
     optimizer, reference = wrap(model, config, eps=1e-4), wrap(expected, config, eps=1e-4)
     for step in range(2):
@@ -95,7 +92,7 @@ def test_a_model_that_simulates_in_its_forward_pass_moves_too(decoder, scale):
 
 def test_a_state_that_accelerate_has_moved_before_the_model_is_the_optimizers_own(decoder):
     model = decoder()
-    optimizer = wrap(model, FALLING)
+    optimizer = wrap(model, FALLING_STOCHASTIC)
     loss_of(model, batch(0)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -117,17 +114,14 @@ def test_a_step_never_waits_for_the_device(decoder):
     optimizer = MoQOptimizer(
         torch.optim.AdamW(model.parameters(), fused=True),
         model,
-        FALLING,
+        FALLING_STOCHASTIC,
         total_steps=20,
         verbose=False,
     )
     step_on_gpu(model, optimizer, 0)
     loss_of(model, batch(1).cuda()).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert optimizer.steps == 2
 
 
@@ -138,7 +132,7 @@ def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder
         MoQOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.1),
             model,
-            FALLING | {"rounding": "nearest"},
+            FALLING_STOCHASTIC | {"rounding": "nearest"},
             total_steps=6,
             verbose=False,
             loggers=recorder,
@@ -151,12 +145,8 @@ def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
             p.grad = q.grad.cuda()
         torch.cuda._sleep(20_000_000)  # the host hears of the drops steps later
-        if step:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting() if step else nullcontext():
             optimizers[0].step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         optimizers[1].step()
     optimizers[0].flush_logs()
     assert list(told.steps) == list(expected.steps) == list(range(1, 7))
@@ -171,7 +161,7 @@ def test_a_step_with_loggers_can_be_captured(decoder):
     optimizer = MoQOptimizer(
         torch.optim.AdamW(model.parameters(), capturable=True),
         model,
-        FALLING,
+        FALLING_STOCHASTIC,
         total_steps=12,
         verbose=False,
         loggers=recorder,
@@ -184,17 +174,12 @@ def test_a_step_with_loggers_can_be_captured(decoder):
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with side_stream():
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
     optimizer.flush_logs()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
+    replay = capture(step)
+    replay()
     torch.cuda.synchronize()
     assert optimizer.steps == 4
     assert list(recorder.steps) == [1, 2, 3]  # a replay runs no Python
@@ -205,7 +190,7 @@ def test_an_overflow_that_only_the_device_knows_changes_nothing(decoder):
     optimizer = MoQOptimizer(
         torch.optim.AdamW(model.parameters(), fused=True),
         model,
-        FALLING,
+        FALLING_STOCHASTIC,
         total_steps=4,
         verbose=False,
     )
@@ -231,7 +216,7 @@ def test_a_captured_step_replays_across_bit_drops(decoder):
         optimizer = MoQOptimizer(
             torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True, foreach=True),
             model,
-            FALLING,
+            FALLING_STOCHASTIC,
             total_steps=12,
             verbose=False,
         )
@@ -242,21 +227,12 @@ def test_a_captured_step_replays_across_bit_drops(decoder):
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with side_stream():
             for _ in range(3):
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            for _ in range(8):
-                graph.replay()
-        else:
-            for _ in range(8):
-                step()
+        call = capture(step) if captured else step
+        for _ in range(8):
+            call()
         torch.cuda.synchronize()
         return weights(model), optimizer
 
@@ -271,46 +247,18 @@ def test_a_captured_step_replays_across_bit_drops(decoder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, dtype):
-    """Forward, backward, GradScaler and step in one graph: only the device knows what overflows."""
-
     def trained(captured: bool) -> tuple[dict, MoQOptimizer, float]:
         model = decoder(dtype).cuda()
         optimizer = MoQOptimizer(
             torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, capturable=True),
             model,
-            FALLING,
+            FALLING_STOCHASTIC,
             total_steps=12,
             verbose=False,
         )
         scaler = torch.amp.GradScaler("cuda", init_scale=64.0, growth_interval=1000)
-        tokens, factor = batch(0).cuda(), torch.ones((), device="cuda")
-
-        def step() -> None:
-            scaler.scale(factor * loss_of(model, tokens)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=False)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        call = step
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            call = graph.replay
-        for number in range(11):
-            factor.fill_(float("inf") if number in (1, 5, 6) else 1.0)
-            before = weights(model)
-            call()
-            if number in (1, 5, 6):
-                assert_same(weights(model), before)
-        torch.cuda.synchronize()
-        return weights(model), optimizer, scaler.get_scale()
+        values = train_captured(model, optimizer, scaler, (1, 5, 6), captured=captured)
+        return values, optimizer, scaler.get_scale()
 
     expected, eager, scale = trained(captured=False)
     actual, replayed, replayed_scale = trained(captured=True)
@@ -327,24 +275,12 @@ def test_a_float16_model_trains_with_gradscaler(decoder, fused):
     optimizer = MoQOptimizer(
         torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=fused),
         model,
-        FALLING,
+        FALLING_STOCHASTIC,
         total_steps=8,
         verbose=False,
     )
-    scaler = torch.amp.GradScaler("cuda", init_scale=256.0, growth_interval=100)
-    for step in range(10):
-        before = weights(model)
-        scaler.scale(loss_of(model, batch(step).cuda())).backward()
-        if step in (2, 6):
-            model.layers[1].up_proj.weight.grad[0, 1] = float("inf")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert_simulated(optimizer)
-        if step in (2, 6):
-            assert_same(weights(model), before)
+    train_float16(model, optimizer)
     assert optimizer.steps == 8
-    assert scaler.get_scale() == 64.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -355,7 +291,7 @@ def test_masters_and_a_cast_of_gradients_are_all_the_memory(decoder, dtype):
     numel = 8 * 1024 * 1024
     free = torch.cuda.memory_allocated()
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
-    optimizer = MoQOptimizer(sgd, model, FALLING, total_steps=12, verbose=False)
+    optimizer = MoQOptimizer(sgd, model, FALLING_STOCHASTIC, total_steps=12, verbose=False)
     assert 4 * numel <= torch.cuda.memory_allocated() - free < 4 * numel + 2**20
     for p in model.parameters():
         p.grad = torch.ones_like(p)

@@ -4,20 +4,22 @@ import math
 
 import pytest
 import torch
-from conftest import CausalDecoder, assert_same, assert_simulated, batch, masters, weights, wrap
+from conftest import (
+    FALLING_STOCHASTIC,
+    CausalDecoder,
+    assert_same,
+    assert_simulated,
+    batch,
+    masters,
+    weights,
+    wrap,
+)
 
 from moq import MoQOptimizer
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "schedule": {"finish_at": 0.8},
-}
 
 
 def causal_decoder(dtype=torch.float32) -> CausalDecoder:
@@ -33,9 +35,9 @@ def test_accelerate_prepares_it_and_trains_as_without(decoder, precision):
     from accelerate import Accelerator
 
     plain, model = decoder(), decoder()
-    reference = wrap(plain, FALLING)
+    reference = wrap(plain, FALLING_STOCHASTIC)
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    prepared, optimizer = accelerator.prepare(model, wrap(model, FALLING))
+    prepared, optimizer = accelerator.prepare(model, wrap(model, FALLING_STOCHASTIC))
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert isinstance(optimizer.optimizer, MoQOptimizer)
     for step in range(4):
@@ -65,7 +67,7 @@ def test_accelerate_saves_and_loads_its_state(decoder, tmp_path):
     def prepared():
         accelerator = Accelerator(cpu=True)
         model = decoder()
-        return accelerator, *accelerator.prepare(model, wrap(model, FALLING))
+        return accelerator, *accelerator.prepare(model, wrap(model, FALLING_STOCHASTIC))
 
     def train(accelerator, model, optimizer, steps):
         for step in steps:
@@ -93,7 +95,7 @@ def test_accelerate_saves_and_loads_its_state(decoder, tmp_path):
 def trainer_of(model, directory, make=torch.optim.AdamW, **arguments):
     """A Trainer whose optimizer and scheduler are given; saves at every second step."""
     optimizer = MoQOptimizer(
-        make(model.parameters(), lr=1e-2), model, FALLING, total_steps=8, verbose=False
+        make(model.parameters(), lr=1e-2), model, FALLING_STOCHASTIC, total_steps=8, verbose=False
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     options = transformers.TrainingArguments(

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import (
+    FALLING,
     OnceDifferentiable,
     assert_same,
     assert_simulated,
@@ -22,7 +23,6 @@ from moq._C import Error, Schedule
 from moq.reporting import compact_names
 from moq.sensitivity import measure, quantized_blocks
 
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 STEPS = 15
 
 

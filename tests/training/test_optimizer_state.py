@@ -1,7 +1,6 @@
 """State of the wrapper: what is saved, what a resumed run does, what is refused."""
 
 import copy
-import io
 import json
 import pickle
 import warnings
@@ -10,12 +9,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import (
+    FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
     batch,
     loss_of,
     masters,
     snapped,
+    through_a_file,
     train_step,
     weights,
     wrap,
@@ -31,22 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from moq import MoQOptimizer
 
-FALLING = {
-    "start_bits": 9,
-    "target_bits": 4,
-    "rounding": "stochastic",
-    "seed": 5,
-    "schedule": {"finish_at": 0.8},
-}
+FALLING = FALLING_STOCHASTIC | {"seed": 5}
 STEPS = 10
-
-
-def through_a_file(state: dict) -> dict:
-    """Writes and reads as trainers do: no code may come out of the file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def run(model: nn.Module, optimizer: MoQOptimizer, steps: range) -> list[float]:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    FALLING,
     assert_same,
     assert_simulated,
     batch,
@@ -18,8 +19,6 @@ from conftest import (
 from torch import nn
 
 from moq import MoQOptimizer
-
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
 
 def test_it_is_a_torch_optimizer_over_the_models_parameters(decoder):

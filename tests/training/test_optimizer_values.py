@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    FALLING,
     Decoder,
     assert_same,
     assert_simulated,
@@ -16,12 +17,12 @@ from conftest import (
     weights,
     wrap,
 )
+from on_gpu import never_waiting
 from torch import nn
 
 import moq
 from moq import _C, MoQOptimizer
 
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 NOTHING = {"rules": [{"match": "*", "exclude": True}]}
 
 
@@ -87,14 +88,9 @@ def test_scales_that_ranks_share_are_collected_without_waiting_for_the_device(de
     trainer.write_simulated()
     for master in masters.values():
         master.mul_(1.5)
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting(device):
         trainer.begin_step()
         trainer.end_step()
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     assert len(stages) > 1
     for name, weight in weights.items():
         arguments = {"granularity": granularity[name], "scale_rule": scale_rule}

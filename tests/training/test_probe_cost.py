@@ -8,6 +8,7 @@ import traceback
 
 import pytest
 from conftest import (
+    FALLING,
     OnceDifferentiable,
     assert_same,
     batch,
@@ -21,8 +22,6 @@ from conftest import (
 from moq import estimators, measurement, probe_cost, probing, record, sensitivity
 from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
 from moq.progress import ProductBar
-
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
 
 def test_the_slowest_rank_decides_how_much_is_measured(decoder, monkeypatch):

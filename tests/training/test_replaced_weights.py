@@ -4,10 +4,9 @@ import re
 
 import pytest
 import torch
-from conftest import assert_same, assert_simulated, masters, train_step, weights, wrap
+from conftest import FALLING, assert_same, assert_simulated, masters, train_step, weights, wrap
 from torch.nn.utils import parametrize
 
-FALLING = {"start_bits": 9, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 FORMS = ["in_place", "autograd"]
 NAME = "layers.0.up_proj.weight"
 
