@@ -10,9 +10,11 @@
 #include <string>
 #include <string_view>
 
-#include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::checkpoint {
+
+using test::error_of;
 
 /// A directory that lives as long as a test: in memory, because tests write thousands of files.
 class TemporaryDirectory {
@@ -55,18 +57,6 @@ inline std::string safetensors_bytes(std::string_view header, std::size_t data_s
     bytes += static_cast<char>(i);
   }
   return bytes;
-}
-
-/// Message of the moq::Error that `action` throws; the test fails if it throws none.
-template <typename Action>
-std::string error_of(const Action& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "expected a moq::Error";
-  return "";
 }
 
 }  // namespace moq::checkpoint

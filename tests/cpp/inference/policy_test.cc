@@ -7,11 +7,13 @@
 #include <string>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::inference {
 namespace {
 
 using checkpoint::Json;
+using test::error_of;
 
 Json config_of(const std::string& architecture) {
   return Json::parse(R"({"architectures": [")" + architecture + R"("]})", "config.json");
@@ -55,12 +57,8 @@ TEST(Policies, AreFoundByModelTypeWhereNoArchitectureIsNamed) {
 }
 
 TEST(Policies, ListTheKnownOnesForAnUnknownArchitecture) {
-  try {
-    find_policy(config_of("Unknown"), builtin_policies());
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("LlamaForCausalLM"), std::string::npos);
-  }
+  const std::string error = error_of([] { find_policy(config_of("Unknown"), builtin_policies()); });
+  EXPECT_NE(error.find("LlamaForCausalLM"), std::string::npos) << error;
 }
 
 TEST(Fields, KeepTheirTypes) {

@@ -16,6 +16,7 @@
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/simd/adamw.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
 #include "tests/cpp/kernels/isa_axis.h"
@@ -24,6 +25,7 @@
 namespace moq::kernels::testing {
 namespace {
 
+using test::error_of;
 using test::normal_vector;
 
 struct Types {
@@ -319,18 +321,15 @@ TEST_P(AdamWOn, BadArgumentsAreNamed) {
     AdamWTensor tensor{.step = step.data()};
     AdamWArgs args{.tensors = {&tensor, 1}};
     spoil(args, tensor);
-    try {
+    return error_of([&] {
 #if defined(MOQ_WITH_CUDA)
       if (GetParam() == Device::kCuda) {
         cuda::adamw(args, nullptr);
-        return std::string("no error");
+        return;
       }
 #endif
       cpu::adamw(args);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    });
   };
   const auto of_dtypes = [&](DType parameter, DType gradient) {
     return message([&](auto&, auto& tensor) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -18,6 +19,8 @@
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 struct Setup {
   std::int64_t num_heads;
@@ -251,12 +254,7 @@ TEST_F(AppendKvCudaTest, BadArgumentsAreNamed) {
                             .head_dim = 2,
                             .dtype = DType::kFloat32};
     spoil(args);
-    try {
-      cuda::append_kv(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::append_kv(args, nullptr); });
   };
   EXPECT_EQ(message([](auto&) {}), "no error");
   EXPECT_EQ(message([](auto& args) { args.dtype = DType::kInt8; }),

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/attention.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -18,6 +19,8 @@
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 // ----------------------------------------------------------------------------------- every shape
 
@@ -171,12 +174,7 @@ TEST_F(AttentionCudaTest, BadArgumentsAreNamed) {
   const auto message = [&](const auto& spoil) {
     DeviceAttentionArgs args = batch.args();
     spoil(args);
-    try {
-      cuda::attention(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::attention(args, nullptr); });
   };
   EXPECT_EQ(message([](auto& args) { args.dtype = DType::kInt8; }),
             "attention: dtype must be float16, bfloat16 or float32, got int8");

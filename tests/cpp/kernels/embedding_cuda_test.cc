@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/embedding.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -18,6 +19,7 @@
 namespace moq::kernels::testing {
 namespace {
 
+using test::error_of;
 using test::normal_vector;
 
 constexpr std::int64_t kNumRows = 23;
@@ -133,12 +135,7 @@ TEST_F(EmbeddingCudaArgs, NothingToComputeIsNoError) {
 
 TEST_F(EmbeddingCudaArgs, BadArgumentsAreNamed) {
   const auto message = [](const DeviceEmbeddingArgs& args) {
-    try {
-      cuda::embedding(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::embedding(args, nullptr); });
   };
   const Buffer memory(4096);
   const DeviceEmbeddingArgs args{

@@ -4,6 +4,7 @@
 
 #include "kernels/fake_quantize.h"
 
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if !defined(MOQ_WITH_CUDA)
@@ -26,6 +27,8 @@ TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 class FakeQuantizeCudaEveryAxis : public ::testing::TestWithParam<Axes> {};
 
@@ -356,14 +359,11 @@ TEST(FakeQuantizeCuda, ScalesThatRowsShareWithoutAWorkspaceAreRefused) {
   const DeviceProblem device{problem};
   const FakeQuantizeTensor tensor = device.tensor();
   const Buffer num_bits(std::vector<std::int32_t>{8});
-  try {
-    cuda::fake_quantize({.tensors = {&tensor, 1}, .num_bits = num_bits.as<std::int32_t>()},
-                        nullptr);
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(),
-                 "fake_quantize: scales that rows share need a workspace of 392 bytes, got null");
-  }
+  EXPECT_EQ(error_of([&] {
+              cuda::fake_quantize(
+                  {.tensors = {&tensor, 1}, .num_bits = num_bits.as<std::int32_t>()}, nullptr);
+            }),
+            "fake_quantize: scales that rows share need a workspace of 392 bytes, got null");
 }
 
 }  // namespace

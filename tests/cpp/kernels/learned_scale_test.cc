@@ -18,6 +18,7 @@
 #include "kernels/common/learned_scale_pieces.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/simd/learned_scale.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/child.h"
 #include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
@@ -27,6 +28,7 @@
 namespace moq::kernels::testing {
 namespace {
 
+using test::error_of;
 using test::normal_vector;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -528,7 +530,7 @@ TEST_P(LearnedScaleOn, NothingHasNoGradient) {
 
 TEST_P(LearnedScaleOn, BadArgumentsAreNamed) {
   const auto message = [&](const LearnedScaleGradientArgs& args) {
-    try {
+    return error_of([&] {
       if (GetParam() == Device::kCpu) {
         cpu::learned_scale_gradient(args);
       } else {
@@ -536,10 +538,7 @@ TEST_P(LearnedScaleOn, BadArgumentsAreNamed) {
         cuda::learned_scale_gradient(args, nullptr);
 #endif
       }
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    });
   };
   const Problem p = Problem{.shape = {2, 4}}.fill();
   const OnDevice<float> memory(GetParam(), std::vector<float>(8, 1.0F));

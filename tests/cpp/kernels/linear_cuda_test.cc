@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/linear.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -14,11 +15,12 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/common/check.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -166,12 +168,7 @@ TEST_F(LinearCudaArgs, NothingToComputeWritesNothing) {
 TEST_F(LinearCudaArgs, BadArgumentsAreNamed) {
   const LinearShape shape{.n = 4, .k = 8, .group_size = 8};
   const auto message = [](const DeviceLinearArgs& args) {
-    try {
-      cuda::linear(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::linear(args, nullptr); });
   };
   const Buffer memory(4096);
   DeviceLinearArgs args{.input = memory.data(),

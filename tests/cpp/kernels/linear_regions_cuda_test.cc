@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/linear.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -12,11 +13,12 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/common/check.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 /// How a weight is stored. group_size 0: one group a row.
 struct Storage {
@@ -225,12 +227,7 @@ TEST(LinearCudaRegionArgs, InconsistentOnesAreNamed) {
   const auto message = [&](const auto& change) {
     DeviceLinearArgs args = good;
     change(args);
-    try {
-      cuda::linear(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::linear(args, nullptr); });
   };
   using Args = DeviceLinearArgs;
   const auto with_qkv = [&](const auto& change) {

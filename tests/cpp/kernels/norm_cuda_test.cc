@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/norm.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -23,6 +24,7 @@
 namespace moq::kernels::testing {
 namespace {
 
+using test::error_of;
 using test::normal_vector;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -437,12 +439,7 @@ TEST_F(NormCudaArgs, NothingToComputeIsNoError) {
 
 TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
   const auto message = [](const DeviceNormArgs& args) {
-    try {
-      cuda::norm(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::norm(args, nullptr); });
   };
   const Buffer memory(std::vector<float>(1024));
   const DeviceNormArgs args{.input = memory.data(),

@@ -12,10 +12,10 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/common/check.h"
 #include "kernels/common/name_hash.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/simd/quantize.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
@@ -23,6 +23,8 @@
 
 namespace moq::kernels::testing {
 namespace {
+
+using test::error_of;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -225,13 +227,10 @@ TEST_P(QuantizeActivation, UsesTheSmallestScaleThatHasAGrid) {
 
 TEST_P(QuantizeActivation, RefusesIntegers) {
   MOQ_SKIP_WITHOUT(GetParam());
-  try {
-    quantize_activation(GetParam(), {.rows = 1, .cols = 1, .input_dtype = DType::kInt32});
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(),
-                 "quantize_activation: input must be float32, float16 or bfloat16, got int32");
-  }
+  EXPECT_EQ(error_of([&] {
+              quantize_activation(GetParam(), {.rows = 1, .cols = 1, .input_dtype = DType::kInt32});
+            }),
+            "quantize_activation: input must be float32, float16 or bfloat16, got int32");
 }
 
 INSTANTIATE_TEST_SUITE_P(All, QuantizeActivation, kDevices,
@@ -242,15 +241,11 @@ class GivenScaleWithoutAGrid : public ::testing::TestWithParam<float> {};
 TEST_P(GivenScaleWithoutAGrid, IsRefusedOnTheCpu) {
   const float scale = GetParam();
   const Problem problem({.rows = 2, .cols = 5});
-  try {
-    run(Device::kCpu, problem, scale);
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_TRUE(std::string_view(error.what())
-                    .starts_with("quantize_activation: a given scale must be finite and >= "
-                                 "1.17549e-38, got "))
-        << error.what();
-  }
+  const std::string error = error_of([&] { run(Device::kCpu, problem, scale); });
+  EXPECT_TRUE(
+      error.starts_with("quantize_activation: a given scale must be finite and >= "
+                        "1.17549e-38, got "))
+      << error;
 }
 
 TEST_P(GivenScaleWithoutAGrid, GivesNaNAndCodesZeroOnCuda) {
@@ -335,12 +330,8 @@ INSTANTIATE_TEST_SUITE_P(All, RowAbsmax,
                          });
 
 TEST(RowAbsmaxErrors, RefusesANegativeShape) {
-  try {
-    cpu::row_absmax({.rows = 2, .cols = -1});
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(), "row_absmax: shape must be >= 0, got 2 x -1");
-  }
+  EXPECT_EQ(error_of([&] { cpu::row_absmax({.rows = 2, .cols = -1}); }),
+            "row_absmax: shape must be >= 0, got 2 x -1");
 }
 
 // ------------------------------------------------------------------------------ codes to weights
@@ -413,13 +404,12 @@ TEST_P(Dequantize, EveryNaNIsTheCanonicalOne) {
 
 TEST_P(Dequantize, RefusesAGroupSizeThatDoesNotDivideTheColumns) {
   MOQ_SKIP_WITHOUT(GetParam());
-  try {
-    dequantize(GetParam(),
-               {.rows = 1, .cols = 10, .group_size = 4, .granularity = Granularity::kPerGroup});
-    FAIL() << "no error";
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(), "dequantize: group_size must divide the columns, got 4 and 10");
-  }
+  EXPECT_EQ(error_of([&] {
+              dequantize(
+                  GetParam(),
+                  {.rows = 1, .cols = 10, .group_size = 4, .granularity = Granularity::kPerGroup});
+            }),
+            "dequantize: group_size must divide the columns, got 4 and 10");
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Dequantize, kDevices,

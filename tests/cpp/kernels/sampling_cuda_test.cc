@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/sampling.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/device.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -20,6 +21,7 @@
 namespace moq::kernels::testing {
 namespace {
 
+using test::error_of;
 using test::normal_vector;
 using Tokens = std::vector<std::int32_t>;
 
@@ -349,12 +351,7 @@ TEST_F(SamplingCudaArgs, NothingToDrawIsNoError) {
 
 TEST_F(SamplingCudaArgs, BadArgumentsAreNamed) {
   const auto message = [](const DeviceSamplingArgs& args) {
-    try {
-      cuda::sample(args, nullptr);
-    } catch (const Error& error) {
-      return std::string(error.what());
-    }
-    return std::string("no error");
+    return error_of([&] { cuda::sample(args, nullptr); });
   };
   const Buffer memory(4096);
   const DeviceSamplingArgs args{.logits = memory.as<float>(),

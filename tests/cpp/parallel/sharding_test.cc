@@ -9,9 +9,12 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::inference {
 namespace {
+
+using test::error_of;
 
 struct HeadCounts {
   std::int64_t num_heads;
@@ -127,14 +130,9 @@ TEST(ShardHeadsOfRealModels, SplitTheQueryHeadsOfAGroupOverTheRanksThatShareIt) 
 }
 
 TEST(ShardHeadsErrors, NameTheLargestDegreeThatWorks) {
-  try {
-    shard_heads(9, 3, 0, 10);
-    FAIL() << "10 ranks were accepted for 9 heads";
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(),
-                 "shard_heads: the tensor-parallel degree must be at most the number of attention "
-                 "heads, got 10 ranks for 9 heads; the largest degree that works is 9");
-  }
+  EXPECT_EQ(error_of([&] { shard_heads(9, 3, 0, 10); }),
+            "shard_heads: the tensor-parallel degree must be at most the number of attention "
+            "heads, got 10 ranks for 9 heads; the largest degree that works is 9");
 }
 
 TEST(ShardHeadsErrors, RefuseKvHeadsThatDoNotDivideTheHeads) {

@@ -17,10 +17,13 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/parallel/fork_ranks.h"
 
 namespace moq::inference {
 namespace {
+
+using test::error_of;
 
 constexpr SharedMemoryOptions kDefault{};
 constexpr SharedMemoryOptions kSmallChunks{.chunk_bytes = 256, .timeout = std::chrono::minutes(1)};
@@ -250,15 +253,6 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GatherColumns,
 
 // ------------------------------------------------------------------------------------------------
 // failures
-
-std::string error_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 /// A message without the operation that it begins with.
 std::string after_colon(const std::string& message) {

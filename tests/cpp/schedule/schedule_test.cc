@@ -10,32 +10,19 @@
 
 #include "csrc/schedule/config.h"
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::schedule {
 namespace {
 
+using test::error_of;
+
 /// Expects `call` to throw moq::Error with a message that has all the `parts`.
 void expect_error(const std::function<void()>& call, const std::vector<std::string>& parts) {
-  try {
-    call();
-    ADD_FAILURE() << "no error, expected one with: " << parts.front();
-  } catch (const Error& error) {
-    for (const std::string& part : parts) {
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
-          << "'" << part << "' is missing in: " << error.what();
-    }
+  const std::string error = error_of(call);
+  for (const std::string& part : parts) {
+    EXPECT_NE(error.find(part), std::string::npos) << "'" << part << "' is missing in: " << error;
   }
-}
-
-/// What `call` throws says.
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error";
-  return "";
 }
 
 ScheduledBlock block(Geometric rule, std::string name = "layers.0") {
@@ -289,7 +276,7 @@ TEST(Unfinished, OffersNoPeriodWhereNoneFits) {
 
 TEST(Unfinished, OffersForATableWhatATableHas) {
   const ScheduledBlock head{"head", Table{{0, 16}, {5, 12}, {90, 8}}};
-  const std::string text = message_of([&] { Schedule{{.blocks = {head}, .total_steps = 60}}; });
+  const std::string text = error_of([&] { Schedule{{.blocks = {head}, .total_steps = 60}}; });
   EXPECT_NE(text.find("total_steps >= 90, or target_bits >= 12, or no step of the table beyond 60"),
             std::string::npos)
       << text;
@@ -305,7 +292,7 @@ TEST(Unfinished, OffersNothingImpossibleToATrainingOfOneStep) {
   const auto make = [](std::int64_t steps, double finish_at) {
     return Schedule({.blocks = {block({.finish_at = finish_at})}, .total_steps = steps});
   };
-  const std::string text = message_of([&] { make(1, 0.6); });
+  const std::string text = error_of([&] { make(1, 0.6); });
   EXPECT_TRUE(text.ends_with("Smallest change: total_steps >= 2, or finish_at >= 1.0")) << text;
   EXPECT_NO_THROW(make(2, 0.6));
   EXPECT_NO_THROW(make(1, 1.0));

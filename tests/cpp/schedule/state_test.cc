@@ -4,10 +4,12 @@
 
 #include <string>
 
-#include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::schedule {
 namespace {
+
+using test::error_of;
 
 Schedule measured() {
   Schedule schedule(
@@ -58,13 +60,8 @@ class RefusedState : public ::testing::TestWithParam<BadState> {};
 
 TEST_P(RefusedState, NamesTheKey) {
   const std::string state = edited(GetParam().from, GetParam().to);
-  try {
-    from_json(state);
-    ADD_FAILURE() << "no error for " << state;
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find(GetParam().message), std::string::npos)
-        << error.what();
-  }
+  const std::string error = error_of([&] { from_json(state); });
+  EXPECT_NE(error.find(GetParam().message), std::string::npos) << error << " for " << state;
 }
 
 INSTANTIATE_TEST_SUITE_P(

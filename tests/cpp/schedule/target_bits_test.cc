@@ -13,10 +13,12 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 
 namespace moq::schedule {
 namespace {
 
+using test::error_of;
 using Choice = std::vector<std::int64_t>;
 
 /// Cost and loss of one option per block, added up in the order of the blocks.
@@ -153,12 +155,8 @@ TEST(ParetoFront, KeepsTheFirstOfEqualOptions) {
 }
 
 void expect_error(const std::vector<BlockOptions>& blocks, const std::string& message) {
-  try {
-    const ParetoFront front(blocks);
-    FAIL() << "expected: " << message;
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
-  }
+  const std::string error = error_of([&] { ParetoFront{blocks}; });
+  EXPECT_NE(error.find(message), std::string::npos) << error;
 }
 
 TEST(ParetoFront, RefusesWhatHasNoMeaning) {
@@ -180,13 +178,8 @@ TEST(ParetoFront, NamesTheSmallestFeasibleBudget) {
   const ParetoFront front({{"a", {{8, 0.0}, {4, 1.0}}}, {"b", {{3, 0.0}}}});
   EXPECT_EQ(front.within(7), 0);
   EXPECT_EQ(front.within(std::numeric_limits<std::int64_t>::max()), 1);
-  try {
-    front.within(6);
-    FAIL();
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(),
-                 "target bits: the budget must be at least 7, the smallest feasible one, got 6");
-  }
+  EXPECT_EQ(error_of([&] { front.within(6); }),
+            "target bits: the budget must be at least 7, the smallest feasible one, got 6");
 }
 
 TEST(ParetoFront, RefusesAPointThatItDoesNotHave) {
