@@ -1,12 +1,12 @@
 #include "kernels/activation.h"
 
 #include <bit>
-#include <numbers>
 #include <numeric>
 #include <string>
 
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
+#include "tests/cpp/kernels/exact_activation.h"
 #include "tests/cpp/kernels/float_support.h"
 
 namespace moq::kernels {
@@ -15,32 +15,11 @@ namespace {
 using test::expect_accurate;
 using test::normal_vector;
 using test::ulp_error;
+using testing::exact_activation;
 
 constexpr Activation kActivations[] = {
     Activation::kNone,      Activation::kRelu, Activation::kGelu, Activation::kGeluTanh,
     Activation::kQuickGelu, Activation::kSilu, Activation::kTanh};
-
-/// The definitions of activation.h in float64, free of cancellation.
-double exact_activation(Activation activation, double x) {
-  const auto sigmoid = [](double u) { return 1.0 / (1.0 + std::exp(-u)); };
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kGelu:
-      return 0.5 * x * std::erfc(-x / std::numbers::sqrt2);
-    case Activation::kGeluTanh:
-      return x * sigmoid(2.0 * std::sqrt(2.0 / std::numbers::pi) * (x + 0.044715 * x * x * x));
-    case Activation::kQuickGelu:
-      return x * sigmoid(1.702 * x);
-    case Activation::kSilu:
-      return x * sigmoid(x);
-    case Activation::kTanh:
-      return std::tanh(x);
-  }
-  return x;
-}
 
 std::vector<float> run(Activation activation, const std::vector<float>& input) {
   std::vector<float> output(input.size());

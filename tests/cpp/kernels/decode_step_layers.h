@@ -16,26 +16,6 @@ namespace moq::kernels::testing {
 
 using Numbers = std::vector<double>;
 
-inline double activated(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kGelu:
-      return x / 2 * std::erfc(-x / std::sqrt(2.0));
-    case Activation::kGeluTanh:
-      return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kTanh:
-      return std::tanh(x);
-  }
-  return 0.0;
-}
-
 /// A projection: numbers on the host, and packed on the device.
 struct StepProjection {
   std::int64_t n;

@@ -13,6 +13,7 @@
 #include "kernels/decode_step.h"
 #include "kernels/linear.h"
 #include "tests/cpp/kernels/decode_step_layers.h"
+#include "tests/cpp/kernels/exact_activation.h"
 
 /// A random decoder on the device, a step of it by cuda::decode_step and by the kernels of one
 /// projection each, and its definition in float64.
@@ -229,7 +230,7 @@ class StepProblem {
       add(x, layer.out.multiply(attend(qkv, static_cast<std::int64_t>(i))));
       Numbers inner = layer.up.multiply(layer.ffn_norm.apply(x));
       for (double& value : inner) {
-        value = activated(shape_.activation, value);
+        value = exact_activation(shape_.activation, value);
       }
       add(x, layer.down.multiply(inner));
     }

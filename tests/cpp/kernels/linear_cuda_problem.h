@@ -12,31 +12,13 @@
 #include "kernels/common/visit.h"
 #include "kernels/linear.h"
 #include "tests/cpp/kernels/device.h"
+#include "tests/cpp/kernels/exact_activation.h"
 #include "tests/cpp/kernels/linear_problem.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
 /// cuda::linear on random layers, and its definition in float64 with a bound for the error of its
 /// arithmetic: exact products, float32 sums, one rounding of the result.
 namespace moq::kernels::testing {
-
-inline double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kRelu:
-      return std::max(x, 0.0);
-    case Activation::kGelu:
-      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case Activation::kGeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::kQuickGelu:
-      return x / (1 + std::exp(-1.702 * x));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kTanh:
-      return std::tanh(x);
-    default:
-      return x;
-  }
-}
 
 /// How a problem is multiplied.
 struct Call {
@@ -328,7 +310,7 @@ class LinearCudaProblem {
           }
           continue;
         }
-        Bounded result{.value = activate(call_.activation, sum.value),
+        Bounded result{.value = exact_activation(call_.activation, sum.value),
                        .error = kSlope * sum.error + 0x1p-21 * std::fabs(sum.value)};
         if (call_.gated) {
           if (j % 2 == 0) {
