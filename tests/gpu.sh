@@ -4,7 +4,7 @@
 #   tests/gpu.sh                         every part that is not done yet, tests first
 #   tests/gpu.sh --build                 build the extension and the C++ tests with CUDA into build/gpu
 #   tests/gpu.sh --part tests            kernels (C++), operators, training and engine on the GPU
-#   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs
+#   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs, and training steps
 #   tests/gpu.sh --part sanitizer        C++ tests under compute-sanitizer, memcheck, racecheck, initcheck: one in 7, 37 and 11,
 #                                        others with each commit
 #   tests/gpu.sh --part decode           generation beside compiled PyTorch and transformers

@@ -23,6 +23,7 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 LIMIT = 480  # seconds of a part
 KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
 CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
+TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
 # Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
 SANITIZED = {"memcheck": 7, "racecheck": 37, "initcheck": 11}
@@ -51,9 +52,10 @@ def pytest(*arguments: str, in_parallel: bool = True) -> list[str]:
     return [sys.executable, "-P", "-m", "pytest", *options, *arguments]
 
 
-def benchmark(script: str, *arguments: str) -> list[str]:
+def benchmark(script: str, *arguments: str, launcher: Sequence[str] = ()) -> list[str]:
     """A benchmark that prints JSON."""
-    return [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments, "--json"]
+    path = str(BENCHMARKS / f"{script}.py")
+    return [sys.executable, *launcher, path, *arguments, "--json"]
 
 
 def steps() -> list[Step]:
@@ -68,6 +70,10 @@ def steps() -> list[Step]:
     ):
         found.append(Step("tests", name, pytest(folder, f"--ignore={of_ranks}")))
         found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False)))
+    for parallel in ("ddp", "fsdp"):
+        arguments = ["--device", "cuda", "--parallel", parallel, "--roundings", "nearest"]
+        command = benchmark("train_step", *arguments, launcher=TORCHRUN)
+        found.append(Step("ranks", f"train_step_{parallel}", command))
     for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every))
