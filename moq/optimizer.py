@@ -1,6 +1,7 @@
 """The wrapper: any torch optimizer, training weights whose bit width falls.
 
-When it falls, and the measurements that change it, are planned_optimizer's.
+When it falls, and the measurements that change it, are planned_optimizer's; what leaves the
+training is writable_optimizer's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from moq.activations import ActivationQuantizers
-from moq.before_writing import require_equal_ranks
 from moq.blocks import (
     Blocks,
     assign_blocks,
@@ -27,29 +26,25 @@ from moq.blocks import (
     require_blends_end,
     retarget,
 )
-from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.loggers import Logger
 from moq.masters import Masters
-from moq.planned_optimizer import PlannedOptimizer
 from moq.probing import Probes
 from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
-from moq.replaced import require_in_model
-from moq.reporting import Reporter, is_main_process
-from moq.rules import MatchedParameter, match_parameters, plain_name, unwrap
-from moq.scalars import ScalarLog, require_logger
+from moq.reporting import Reporter
+from moq.rules import MatchedParameter, match_parameters, unwrap
+from moq.scalars import ScalarLog
 from moq.sharding import raise_on_all_shards
-from moq.simulators import WeightSimulators, remove_left_over_simulators
+from moq.simulators import WeightSimulators, remove_left_over_simulators, require_learnable
 from moq.state_creation import is_state_creation, make_blank_state
 from moq.wrapper import require_wrappable, warn_of_lost_eps
+from moq.writable_optimizer import WritableOptimizer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from moq.quantized_parameter import QuantizedParameter
 
-
-class MoQOptimizer(PlannedOptimizer):
+class MoQOptimizer(WritableOptimizer):
     """Trains with `optimizer` while the weights of `model` fall to fewer and fewer bits.
 
     Every quantized parameter has two values: the *master*, in full precision, which the inner
@@ -146,7 +141,7 @@ class MoQOptimizer(PlannedOptimizer):
             self._simulators = WeightSimulators(
                 self.model, self.config.seed, self.config.master_dtype
             )
-            _require_learnable(matched, model, optimizer)
+            require_learnable(matched, model, optimizer)
         self._masters = Masters(
             matched, blocks, schedule, self.config, self.inner, self._simulators
         )
@@ -347,13 +342,6 @@ class MoQOptimizer(PlannedOptimizer):
         summary = [f"inner: {type(self.inner).__name__}", f"step: {self.steps}", f"weights: {bits}"]
         return "\n".join([*lines[:1], *summary, *lines[1:]])
 
-    def fingerprint(self) -> str:
-        """Returns a short text that differs between ranks whose masters or plans differ.
-
-        With sharded parameters it is the same on all ranks: each holds another part.
-        """
-        return self._masters.fingerprint()
-
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Shows the masters in the model, for evaluation, averaging or saving.
@@ -381,114 +369,6 @@ class MoQOptimizer(PlannedOptimizer):
                 self._show_full_precision(False)
                 self._masters.trainer.write_simulated()
 
-    def log(self, figures: Mapping[str, float | torch.Tensor]) -> None:
-        """Tells the loggers figures of your own at the present step: a loss, an accuracy.
-
-        ``moq report`` draws them over the steps if one of the loggers is a CsvLogger. Rank 0 tells
-        its own; without loggers nothing happens. A tensor on a GPU is told later, and nothing waits
-        for it.
-
-        Args:
-            figures: Numbers or tensors of one number, by names that do not begin with ``moq/``.
-
-        Raises:
-            TypeError: for a value that is no number.
-            ValueError: for another name, or a tensor of several numbers.
-
-        Example:
-            >>> optimizer.log({"loss": loss, "accuracy": 0.781})
-        """
-        self._scalars.add(figures, self._masters)
-
-    def flush_logs(self) -> None:
-        """Tells the loggers what has been measured and has not reached them yet; waits for it.
-
-        Drops of the last steps on a GPU, of which the host has not heard, are printed too.
-        """
-        self._reporter.drops(self._masters.trainer, wait=True)
-        self._scalars.deliver(self._masters, wait=True)
-
-    def add_logger(self, logger: Logger) -> None:
-        """Tells one more logger from now on.
-
-        Raises:
-            TypeError: if it has no method ``log``.
-        """
-        require_logger(logger)
-        self._scalars.loggers.append(logger)
-
-    def quantized_parameters(self) -> list[QuantizedParameter]:
-        """Returns every quantized parameter with both its values, as `moq.export` takes them.
-
-        With sharded parameters this gathers them: all ranks must call it.
-
-        Raises:
-            RuntimeError: inside `full_precision`, or if a weight still blends with its master.
-        """
-        self._require_simulated("quantized_parameters")
-        return self._masters.export(self._activations)
-
-    def save(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes the run: model, masters, widths, schedule and measurements, without pickle.
-
-        ``moq export DIRECTORY`` makes of it what `export` makes, ``moq report DIRECTORY`` a page
-        about the training, with what a CsvLogger heard of it. All ranks must call it; rank 0
-        writes, the others wait.
-
-        Args:
-            directory: Complete after the call, or as it was before.
-            tokenizer: A transformers tokenizer to write beside the model.
-
-        Raises:
-            RuntimeError: as `quantized_parameters`; if parameters are sharded, no longer those of
-                the model, or different on other ranks; or if rank 0 failed.
-            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
-            ValueError: if the model is not a transformers model, whose config can rebuild it, or if
-                the directory holds something else already.
-        """
-        from moq.saved_run import save_run
-
-        write = partial(save_run, scalars=self._scalars.file(), pace=self._pace.to_dict())
-        self._write(write, directory, tokenizer, first=self.flush_logs)
-
-    def export(self, directory: str | os.PathLike[str], tokenizer: Any = None) -> None:
-        """Writes the model as a checkpoint directory of integers and scales.
-
-        All ranks must call it; rank 0 writes, the others wait.
-
-        Args:
-            directory: Complete after the call, or as it was before.
-            tokenizer: A transformers tokenizer to write beside the model.
-
-        Raises:
-            RuntimeError: as `save`.
-            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
-            ValueError: if the directory holds something else already.
-
-        Warns:
-            UserWarning: if some weights have not fallen to their target width yet.
-        """
-        from moq.export import export_checkpoint
-
-        self._write(export_checkpoint, directory, tokenizer, first=self._warn_of_early_export)
-
-    def require_exportable(self, directory: str | os.PathLike[str]) -> None:
-        """Refuses, before a long training, a directory that `export` could not write at its end.
-
-        All ranks must call it; rank 0 looks at the directory.
-
-        Raises:
-            OSError: if the file system refuses.
-            RuntimeError: if parameters are sharded, or if rank 0 failed.
-            ValueError: if the directory holds something else already.
-        """
-        from moq.export import require_exportable
-
-        self._require_whole()
-        with raise_together():
-            if is_main_process():
-                require_exportable(directory)
-
     # ------------------------------------------------------------------ inside
 
     def _match(self) -> tuple[list[MatchedParameter], Blocks]:
@@ -504,60 +384,6 @@ class MoQOptimizer(PlannedOptimizer):
             )
         return matched, assign_blocks(matched)
 
-    def _write(
-        self,
-        write: Callable[..., Any],
-        directory: str | os.PathLike[str],
-        tokenizer: Any,
-        *,
-        first: Callable[[], None],
-    ) -> None:
-        """Hands what was trained to a writer of directories, on rank 0, after another task."""
-        self._require_whole()
-        with raise_together():
-            first()
-            require_in_model(self._masters.matched, self.model)
-            quantized = self.quantized_parameters()
-        with raise_together():  # ranks of other groups would wait
-            require_equal_ranks(
-                self.fingerprint(),
-                self._activations.process_group,
-                "hold the same weights to be written, got different ones, as when nothing averages "
-                "the gradients, or when the model was not the same on all ranks before "
-                "MoQOptimizer was made (DistributedDataParallel made afterwards broadcasts the "
-                "simulated weights, not the full-precision masters); ranks that train another "
-                "model, or a part, need MoQOptimizer(process_group=…)",
-            )
-        with raise_together():
-            if is_main_process():
-                history = self._record().summary()
-                write(directory, self.model, quantized, tokenizer=tokenizer, history=history)
-
-    def _require_whole(self) -> None:
-        """Refuses to write shards."""
-        if self._masters.sharded:
-            raise RuntimeError(
-                "MoQOptimizer: the model must be whole to be written, got sharded parameters: save "
-                "with torch.distributed.checkpoint, resume in one process and write from there"
-            )
-
-    def _warn_of_early_export(self) -> None:
-        """Says which weights are exported before they have their target width."""
-        widths, plan = self.num_bits, self.schedule().plan()
-        early = [
-            f"{m.name} at {widths[m.name]} of {plan[block][-1][1]} bits"
-            for m, block in self._masters.placed()
-            if widths[m.name] > plan[block][-1][1]
-        ]
-        if early and is_main_process():
-            warnings.warn(
-                f"MoQOptimizer.export: {len(early)} of {len(widths)} weights have not reached "
-                f"their target after {self.steps} steps ({early[0]}): they are written at the "
-                "width that they have, above 8 bits in the model's dtype. Train on until all have "
-                "it: print(optimizer.schedule()) shows when",
-                stacklevel=4,
-            )
-
     def _show_full_precision(self, shown: bool) -> None:
         """Switches what simulates within the forward pass."""
         self._activations.enable(not shown)
@@ -572,46 +398,3 @@ class MoQOptimizer(PlannedOptimizer):
             make_blank_state(self.inner)
         self._blank_state = True
         self._stateless = not any(self.inner.state.values())
-
-    def _record(self) -> Record:
-        """Says what the state dict says beside tensors."""
-        names = {id(p): plain_name(name) for name, p in self.model.named_parameters()}
-        return Record(
-            step=self.steps,
-            seed=self.config.seed,
-            parameters=self._masters.describe(),
-            names=[[names.get(id(p), "") for p in group["params"]] for group in self.param_groups],
-            schedule=self.schedule().state_dict(),
-            history=self.history,
-            blank_state=self._blank_state,
-            activations=self._activations.state(),
-            target_bits=self._target_bits,
-            probes=self._probes.saved(),
-        )
-
-
-def _require_learnable(
-    matched: Sequence[MatchedParameter], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Refuses learned scales that others would know nothing of, which were made before them.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    learned = [m.name for m in matched if m.spec.scale == "learned"]
-    if not learned:
-        return
-    parallel = nn.parallel.DistributedDataParallel
-    if any(isinstance(module, parallel) for module in model.modules()):
-        raise ValueError(
-            f"{learned[0]}: with scale 'learned' make MoQOptimizer of the plain model and wrap "
-            "that in DistributedDataParallel afterwards: it reduces the gradients of the "
-            "parameters that it finds, and the scales are made here"
-        )
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # as torch's schedulers ask themselves
-        raise ValueError(
-            f"{learned[0]}: with scale 'learned' make the learning-rate scheduler after "
-            "MoQOptimizer, and of it: it moves the rates of the param groups that it finds, and "
-            "that of the scales is made here. An optimizer that has had a scheduler keeps its "
-            "mark: make a new one"
-        )

@@ -264,3 +264,30 @@ def remove_left_over_simulators(model: nn.Module) -> None:
             simulator.enabled = False
         if len(left) == len(chain):
             remove_parametrization(module, "weight")
+
+
+def require_learnable(
+    matched: Sequence[MatchedParameter], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuses learned scales that others would know nothing of, which were made before them.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    learned = [m.name for m in matched if m.spec.scale == "learned"]
+    if not learned:
+        return
+    parallel = nn.parallel.DistributedDataParallel
+    if any(isinstance(module, parallel) for module in model.modules()):
+        raise ValueError(
+            f"{learned[0]}: with scale 'learned' make MoQOptimizer of the plain model and wrap "
+            "that in DistributedDataParallel afterwards: it reduces the gradients of the "
+            "parameters that it finds, and the scales are made here"
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # as torch's schedulers ask themselves
+        raise ValueError(
+            f"{learned[0]}: with scale 'learned' make the learning-rate scheduler after "
+            "MoQOptimizer, and of it: it moves the rates of the param groups that it finds, and "
+            "that of the scales is made here. An optimizer that has had a scheduler keeps its "
+            "mark: make a new one"
+        )
