@@ -10,7 +10,10 @@ import moq
 
 # name -> (module with add_arguments(parser) and run(args) -> exit status, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "schedule": ("moq.schedule", "print the step at which every layer reaches every bit width"),
+    "schedule": (
+        "moq.schedule_command",
+        "print the step at which every layer reaches every bit width",
+    ),
     "report": ("moq.report_command", "make one HTML page about a saved training run"),
     "export": ("moq.export_command", "turn a saved training run into a checkpoint directory"),
     "inspect": ("moq.inspect", "show the bit map and the sizes of a checkpoint directory"),

@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 from moq import cli  # noqa: E402
 from moq.config import MoQConfig  # noqa: E402
 from moq.loggers import CsvLogger  # noqa: E402
+from moq.outlook import outlook_of, run_outlook  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
-from moq.schedule import outlook_of, run_outlook  # noqa: E402
 
 FALLING = {
     "start_bits": 9,

@@ -20,7 +20,7 @@ from moq._C import (
 from moq.blocks import blend_end
 from moq.cli import main
 from moq.config import MoQConfig
-from moq.schedule import Width, outlook_of, rules_outlook
+from moq.outlook import Width, outlook_of, rules_outlook
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
