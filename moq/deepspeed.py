@@ -27,8 +27,8 @@ from moq.config import (
     ScheduleConfig,
     SensitivityConfig,
     Timing,
-    read_file,
 )
+from moq.config_file import read_file
 from moq.strict import Strict, require
 
 OLD, NEW = "quantize_training", "compression_training"
