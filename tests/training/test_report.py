@@ -3,73 +3,35 @@
 import json
 import re
 import shutil
-import subprocess
 from html import escape, unescape
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Logits, tiny_llama, train_step, wrap
+from reported_runs import (
+    HOSTILE,
+    SECTIONS,
+    STEPS,
+    damage,
+    deep_page,
+    train_reported,
+    training,
+)
 
 transformers = pytest.importorskip("transformers")
 
-import moq  # noqa: E402
 from moq import cli  # noqa: E402
 from moq.inspect import describe_checkpoint  # noqa: E402
-from moq.loggers import CsvLogger  # noqa: E402
 from moq.report_axis import Axis  # noqa: E402
 from moq.report_charts import thinned  # noqa: E402
 from moq.report_command import report  # noqa: E402
-from moq.report_data import Layer, RunRecord, read_record  # noqa: E402
+from moq.report_data import read_record  # noqa: E402
 from moq.report_html import number, size  # noqa: E402
-from moq.report_page import page  # noqa: E402
-from moq.report_weights import LayerWeights, RunWeights, WidthTotal  # noqa: E402
-
-STEPS = 24
-SECTIONS = (
-    "plan", "bits", "sensitivity", "spectrum", "front", "size", "figures", "error", "cost",
-    "layers",
-)  # fmt: skip
-HOSTILE = 'loss <img src="https://example.org/x">'
-
-
-def training(**options):
-    model = tiny_llama(layers=3)
-    config = {"start_bits": 16, "target_bits": 4, "schedule": {"finish_at": 0.75}}
-    return model, wrap(model, config, STEPS, **options)
-
-
-def loss_of(model):
-    return lambda ids: model(input_ids=ids, labels=ids).loss
-
-
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A whole training with everything that a page can show: (optimizer, directory of the run)."""
-    folder = tmp_path_factory.mktemp("report")
-    model, optimizer = training(loggers=CsvLogger(folder / "moq.csv"), log_every=2)
-    optimizer.probe(loss_of(model), [tokens(1)], max_cost=None, progress=False)
-    for step in range(STEPS):
-        optimizer.log({"loss": train_step(Logits(model), optimizer, step), HOSTILE: float(step)})
-        if step == 9:
-            optimizer.probe(loss_of(model), [tokens(2)], max_cost=None, progress=False)
-    optimizer.log({"accuracy": 0.5})
-    optimizer.save(folder / "run & more")
-    moq.spectral_density(
-        loss_of(model),
-        [tokens(3)],
-        optimizer,
-        blocks=["model.layers.1"],
-        steps=6,
-        probes=2,
-        run=folder / "run & more",
-        progress=False,
-    )
-    return optimizer, folder / "run & more"
+    return train_reported(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -299,25 +261,9 @@ def test_numbers_of_tables_stand_at_the_right_and_charts_have_words(text):
     assert all(len(label) > 20 for label in charts)
 
 
-def layer(index: int, steps: int) -> Layer:
-    plan = [(0, 16), (steps // 4, 8), (steps // 4 + index, 4)]
-    return Layer(f"h.{index}", f"h.{index}", plan, plan, plan, plan)
-
-
 @pytest.fixture(scope="module")
-def deep() -> str:
-    """The page of a run with 300 layers and 100,000 steps."""
-    layers = [layer(index, 100_000) for index in range(300)]
-    logged = {f"moq/flips/h.{i}": [(100.0 * s, 0.1) for s in range(400)] for i in range(300)}
-    record = RunRecord(
-        directory=Path("deep"), model="Big", step=40_000, total_steps=100_000, layers=layers,
-        chosen={},
-        probes=[], scalars=logged | {"moq/flips": [(1.0, 0.1)]}, scalars_file=None, spectra=[],
-        seconds_per_step=None, blocks={},
-    )  # fmt: skip
-    own = {one.name: LayerWeights(100, 50, 1.0, 100.0) for one in layers}
-    weights = RunWeights(own, {4: WidthTotal(300, 30000, 15000)}, 40000, 40000, 30000)
-    return page(record, weights, "no front", "")
+def deep():
+    return deep_page()
 
 
 def test_hundreds_of_layers_stay_in_sight(deep):
@@ -422,242 +368,6 @@ def test_a_value_that_is_no_number_breaks_a_line_and_nothing_else(run):
     file.write_text(file.read_text() + "5,loss,nan\n6,loss,inf\n")
     text = report(run)
     assert not re.search(r'd="[^"]*(nan|inf)', text)
-
-
-# ------------------------------------------------------------------------- the command
-
-
-def test_the_command_writes_one_file(trained, tmp_path, capsys):
-    output = tmp_path / "report.html"
-    output.write_text("old")
-    assert cli.main(["report", str(trained[1]), "-o", str(output)]) == 0
-    assert "report.html" in capsys.readouterr().out
-    assert output.read_text().startswith("<!doctype html>")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["report", "--help"])
-    shown = capsys.readouterr().out
-    assert "moq report out/run -o report.html" in shown
-    assert 'optimizer.log({"loss": loss' in shown
-
-
-def damage(path: Path, change) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def without_schedule(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"].pop("schedule"))
-
-
-def short_probe(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"]["sensitivities"][0]["values"].pop())
-
-
-def text_products(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"]["sensitivities"][1].update(products="9"))
-
-
-def numeric_converged(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"]["sensitivities"][1].update(converged=1))
-
-
-def text_cost(key: str):
-    def change(run: Path) -> None:
-        damage(
-            run / "run.json",
-            lambda data: data["history"]["sensitivities"][0]["cost"].update({key: "long"}),
-        )
-
-    return change
-
-
-def damaged_plan(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"]["schedule"].pop("blocks"))
-
-
-def damaged_spectrum(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"]["spectra"][0]["density"].pop())
-
-
-def text_step(run: Path) -> None:
-    damage(run / "run.json", lambda data: data["history"].update(step="many"))
-
-
-def cut_json(run: Path) -> None:
-    (run / "run.json").write_text((run / "run.json").read_text()[:-30])
-
-
-def damaged_scalars(run: Path) -> None:
-    (run / "scalars.csv").write_text("step,name,value\n1,loss,1.0\n2,loss\n")
-
-
-def other_columns(run: Path) -> None:
-    (run / "scalars.csv").write_text("a,b\n")
-
-
-def damaged_masters(run: Path) -> None:
-    (run / "masters.safetensors").write_bytes(b"no tensors")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (shutil.rmtree, "must be a run, the directory that optimizer.save(DIR) wrote, got nothing"),
-        (lambda run: (run / "run.json").unlink(), "got a directory without run.json"),
-        (lambda run: (run / "run.json").rename(run / "moq.json"), "a checkpoint, which has no"),
-        (without_schedule, "history.schedule must hold the plan, and is missing"),
-        (damaged_plan, "run.json: history.schedule:"),
-        (short_probe, "history.sensitivities[0]: values must be a list of 3 numbers"),
-        (text_products, "history.sensitivities[1]: products must be an integer, got '9'"),
-        (numeric_converged, "history.sensitivities[1]: converged must be true or false, got 1"),
-        (text_cost("seconds"), "history.sensitivities[0]: seconds must be a number, got 'long'"),
-        (text_cost("training_seconds"), "sensitivities[0]: training_seconds must be a number"),
-        (text_cost("max_cost"), "history.sensitivities[0]: max_cost must be a number, got 'long'"),
-        (damaged_spectrum, "history.spectra[0]: density must be a list of 401 numbers"),
-        (text_step, "run.json: step must be an integer, got 'many'"),
-        (cut_json, "run.json: expected a JSON object"),
-        (damaged_scalars, "line 3 must hold a step, a name and a number, got '2,loss'"),
-        (other_columns, "scalars.csv: must begin with the columns step, name, value"),
-        (damaged_masters, "masters.safetensors"),
-    ],
-)
-def test_a_damaged_run_is_an_error_that_names_the_place(run, tmp_path, capsys, change, message):
-    change(run)
-    output = tmp_path / "report.html"
-    output.write_text("old")
-    assert cli.main(["report", str(run), "-o", str(output)]) == 1
-    assert message in capsys.readouterr().err
-    assert output.read_text() == "old"
-
-
-def test_an_output_that_cannot_be_is_refused_first(trained, tmp_path, capsys):
-    run = str(trained[1])
-    assert cli.main(["report", run, "-o", str(tmp_path / "no" / "report.html")]) == 1
-    assert "must exist: mkdir -p it first" in capsys.readouterr().err
-    assert cli.main(["report", run, "-o", str(tmp_path)]) == 1
-    assert "must be a file, got a directory" in capsys.readouterr().err
-    assert cli.main(["report", run, "-o", str(tmp_path / "r.html"), "--scalars", "no.csv"]) == 1
-    assert "no.csv: No such file" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------- in a browser
-
-
-def works(program: str) -> bool:
-    """Whether a browser is there, and no stub of a package manager."""
-    if shutil.which(program) is None:
-        return False
-    asked = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return asked.returncode == 0 and "Chrom" in asked.stdout
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium of this machine."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install playwright"
-    )
-    program = next(filter(works, ("chromium", "chromium-browser", "google-chrome")), None)
-    if program is None:
-        pytest.skip("needs Chromium: sudo apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=shutil.which(program))
-        yield found
-        found.close()
-
-
-def luminance(color: str) -> float:
-    """Of a CSS colour, rgb(…), from 0 to 1, near enough to tell dark from light."""
-    red, green, blue = map(float, re.findall(r"[\d.]+", color)[:3])
-    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
-
-
-OVERLAPS = """all => all.flatMap(labels => {
-    const shown = [...labels.children].filter(one => one.offsetWidth > 0)
-    return shown.slice(1).filter((one, i) =>
-        one.getBoundingClientRect().left < shown[i].getBoundingClientRect().right)
-}).map(one => one.textContent)"""
-
-
-@pytest.mark.parametrize("width", [1280, 390, 340])
-def test_labels_have_room_beside_each_other(browser, text, deep, tmp_path, width):
-    for name, content in (("text", text), ("deep", deep)):
-        file = tmp_path / f"{name}.html"
-        file.write_text(content)
-        page = browser.new_page(viewport={"width": width, "height": 800})
-        page.goto(file.as_uri())
-        assert page.locator(".plot .x").evaluate_all(OVERLAPS) == []
-        cut = "all => all.filter(one => one.scrollWidth > one.clientWidth + 1).length"
-        assert page.locator(".plot .y span").evaluate_all(cut) == 0
-        charts = page.locator(".plot .x").count()
-        assert page.locator(".plot .x span:visible").count() >= 2 * charts > 0
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        page.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_it_whole(browser, text, tmp_path, scheme, width):
-    file = tmp_path / "report.html"
-    file.write_text(text)
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    told, asked = [], []
-    page.on("console", lambda message: told.append(message.text))
-    page.on("pageerror", lambda error: told.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(file.as_uri())
-
-    assert asked == [file.as_uri()]
-    assert told == []
-    for name in SECTIONS:
-        assert page.locator(f"#{name} h2").bounding_box()["height"] > 10, name
-    boxes = page.locator("figure .plot, figure .bar svg").evaluate_all(
-        "all => all.map(one => one.getBoundingClientRect()).map(b => [b.left, b.right, b.height])"
-    )
-    assert len(boxes) > 12
-    for left, right, height in boxes:
-        assert 0 <= left < right - 100 and right <= width and height >= 20
-    shapes = page.locator("svg path, svg rect").evaluate_all(
-        "all => all.filter(one => !one.closest('.legend')).map(one => "
-        "[getComputedStyle(one).stroke, getComputedStyle(one).fill])"
-    )
-    assert all(("none", "none") != tuple(paint) for paint in shapes)
-    # Nothing is wider than the window but tables, which scroll by themselves.
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    body = "getComputedStyle(document.body)"
-    paper, ink = (luminance(page.evaluate(f"{body}.{key}")) for key in ("backgroundColor", "color"))
-    assert (paper > ink) == (scheme == "light")
-    assert abs(paper - ink) > 0.7
-
-    picture = tmp_path / "report.png"
-    page.screenshot(path=picture, full_page=True)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 50_000
-    page.close()
-
-
-def test_charts_have_words_at_their_axes_and_under_the_pointer(browser, text, tmp_path):
-    file = tmp_path / "report.html"
-    file.write_text(text)
-    page = browser.new_page()
-    page.goto(file.as_uri())
-    chart = page.locator("#plan .plot").first
-    ticks = chart.locator(".x span").all_inner_texts()
-    assert ticks == ["0", "5", "10", "15", "20"]
-    lefts = chart.locator(".x span").evaluate_all(
-        "all => all.map(one => one.getBoundingClientRect()).map(b => [b.left, b.right])"
-    )
-    assert all(right < left for (_, right), (left, _) in zip(lefts, lefts[1:], strict=False))
-    titles = page.locator("#bits rect title").evaluate_all("all => all.map(t => t.textContent)")
-    assert any("model.layers.0: 16 bits, steps 0 to" in title for title in titles)
-    page.locator("#plan summary").click()
-    assert page.get_by_role("table", name="Step of arrival at the target width").is_visible()
-    page.close()
 
 
 # ------------------------------------------------------------------------- small parts

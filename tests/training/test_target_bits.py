@@ -14,45 +14,19 @@ from conftest import (
     assert_simulated,
     batch,
     loss_of,
-    tiny_llama,
     train_step,
     weights,
     wrap,
 )
+from measured_runs import STEPS, llama, measured, probed_llama, tokens, traces
 from reference import quantize as reference
 from torch import nn
 
 import moq
 from moq._C import Error, ParetoFront
-from moq.budget import Budget, LatencyTable, served_bits
-from moq.cli import main
+from moq.budget import Budget
 from moq.inspect import describe_checkpoint
-from moq.sensitivity import Sensitivity, normalise
 from moq.target_bits import Candidates, choose
-
-STEPS = 20
-
-
-def traces(model_blocks, values, measure="trace") -> Sensitivity:
-    """A measurement that nobody made."""
-    return Sensitivity(
-        measure=measure,
-        blocks=tuple(model_blocks),
-        values=tuple(values),
-        normalised=normalise(values),
-        standard_error=(0.0,) * len(values),
-        products=1,
-        seconds=0.0,
-        converged=True,
-    )
-
-
-def measured(decoder, values=(2.0, 0.5), total_steps=STEPS, model=None, **config):
-    """An optimizer whose layers have the given traces."""
-    model = model or decoder(layers=len(values))
-    optimizer = wrap(model, config, total_steps)
-    optimizer.apply_sensitivity(traces([f"layers.{i}" for i in range(len(values))], values))
-    return model, optimizer
 
 
 def best(choice, costs, limit):
@@ -203,78 +177,6 @@ def test_bytes_are_those_of_the_exported_tensors(tmp_path, config, dtype):
     assert found["bytes"] == choice.cost
     assert found["mean_bits"] == pytest.approx(choice.mean_bits)
     assert found["history"]["target_bits"] == choice.target_bits
-
-
-BENCH = {
-    "context": 256,
-    "batch": 2,
-    "decode_tokens_per_second": 200.0,
-    "architecture": "llama",
-    "device": "cpu",
-    "weights": "int8",
-    "head": "float32",
-    "weight_bytes": 100,
-}
-
-
-def write_table(path, *entries, lines=True):
-    entries = [BENCH | entry for entry in entries]
-    path.write_text("\n".join(map(json.dumps, entries)) if lines else json.dumps(entries))
-    return path
-
-
-@pytest.mark.parametrize("lines", [True, False], ids=["lines", "list"])
-def test_a_latency_budget_offers_only_what_was_measured(decoder, tmp_path, lines):
-    table = write_table(
-        tmp_path / "bench.json",
-        {"decode_tokens_per_second": 150.0},
-        {},
-        {"weights": "float32", "decode_tokens_per_second": 100.0, "weight_bytes": 400},
-        lines=lines,
-    )
-    _, optimizer = measured(decoder, (3.0, 0.1, 1.0, 2.0))
-    choice = optimizer.choose_target_bits(latency=0.0175, latency_table=table)
-    assert LatencyTable.load(table).seconds == {8: 0.01, 16: 0.02}
-    assert [block.widths for block in choice.blocks] == [(8, 16)] * 4
-    # A model of one width takes what was measured; a quarter of the weights moves a quarter of it.
-    assert choice.front[0][0] == pytest.approx(0.01) and choice.front[-1][0] == pytest.approx(0.02)
-    assert choice.bits == (16, 8, 16, 16)
-    assert choice.cost == pytest.approx(0.0175)
-
-
-def test_widths_count_as_what_they_are_served_at():
-    assert [served_bits(bits) for bits in (1, 2, 3, 4, 5, 8, 9, 12, 16)] == [
-        *(2, 2, 4, 4, 8, 8),
-        *(16, 16, 16),
-    ]
-
-
-def test_the_fastest_measurement_of_a_width_counts_wherever_it_stands(tmp_path):
-    speeds = [{"decode_tokens_per_second": speed} for speed in (150.0, 200.0, 100.0)]
-    assert LatencyTable.load(write_table(tmp_path / "bench.json", *speeds)).seconds == {8: 0.01}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "at least one object that moq bench --json printed, got none"),
-        ("[1]", "at least one object that moq bench --json printed, got something else"),
-        ("{", "must hold what moq bench --json prints"),
-        ('{"weights": "int3"}', "entry 0: weights must be one of int2, int4, int8, .*'int3'"),
-        ('{"weights": "int8", "bits": 5}', "entry 0: weights must be one of .* bits 5"),
-        ('{"weights": "int8", "batch": 0}', "entry 0: batch must be a positive number, got 0"),
-        ('{"weights": "int8", "batch": 1}', "decode_tokens_per_second must be .*, got None"),
-        (
-            json.dumps([BENCH, BENCH | {"weights": "int4", "context": 64}]),
-            "entry 1: context must be the 256 of the first entry, got 64: measure all widths",
-        ),
-    ],
-)
-def test_a_bad_latency_table_is_refused_with_the_entry(tmp_path, text, message):
-    path = tmp_path / "bench.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        LatencyTable.load(path)
 
 
 # ---------------------------------------------------------------------------------- the training
@@ -445,28 +347,6 @@ def test_bad_arguments_are_refused_and_change_nothing(decoder, options, error, m
     assert optimizer.schedule().plan() == plan
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_smallest_feasible_budget_that_is_named_is_feasible(seed):
-    torch.manual_seed(seed)
-    sizes = torch.randint(1, 10**6, (3,)).tolist()
-    blocks = [
-        Candidates(str(i), 1.0, size, (3 + i, 8), (1.0, 0.0), (size // 2, size))
-        for i, size in enumerate(sizes)
-    ]
-    table = LatencyTable({4: 0.00123456789, 8: 0.0023456789})
-    for kind in ("mean_bits", "bytes", "latency"):
-        with pytest.raises(ValueError) as caught:
-            choose(
-                blocks,
-                Budget(kind, Fraction(1) if kind != "latency" else Fraction(1, 10**6)),
-                other_bytes=5,
-                table=table,
-            )
-        named = str(caught.value).split("must be at least ")[1].split(",")[0]
-        found = choose(blocks, Budget.parse(f"{kind}={named}"), other_bytes=5, table=table)
-        assert found.cost == found.front[0][0]
-
-
 def test_a_measurement_is_needed(decoder):
     optimizer = wrap(decoder(), {}, STEPS)
     with pytest.raises(ValueError, match="must have been measured, got no measurement: call opt"):
@@ -512,43 +392,6 @@ def test_the_solver_names_the_block_and_the_bound():
         ParetoFront(["a"], [[(1, 0.0)]]).within(0)
 
 
-@pytest.mark.parametrize(
-    ("text", "kind", "limit"),
-    [
-        ("mean_bits=6", "mean_bits", 6),
-        ("mean_bits=6.1", "mean_bits", Fraction(61, 10)),
-        ("bytes=90MB", "bytes", 90_000_000),
-        ("bytes=1.5kB", "bytes", 1500),
-        ("bytes=2e6", "bytes", 2_000_000),
-        ("latency=12ms", "latency", Fraction(12, 1000)),
-        ("latency=.5", "latency", Fraction(1, 2)),
-    ],
-)
-def test_a_budget_is_read_exactly(text, kind, limit):
-    assert Budget.parse(text) == Budget(kind, Fraction(limit))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("mean_bit=6", r"mean_bits=N, bytes=N, latency=N, got 'mean_bit=6' \(did you mean 'mean_b"),
-        ("6", "must be one of mean_bits=N"),
-        ("mean_bits", "must be one of mean_bits=N"),
-        ("mean_bits=", "mean_bits must be a decimal number, got ''"),
-        ("mean_bits=six", "mean_bits must be a decimal number, got 'six'"),
-        ("mean_bits=6bits", "mean_bits must be a decimal number, got '6bits'"),
-        ("mean_bits=-6", "mean_bits must be a decimal number, got '-6'"),
-        ("bytes=90MiB", "bytes must be a decimal number, alone or in kB, MB, GB, got '90MiB'"),
-        ("bytes=0", "bytes must be positive, got 0"),
-        ("latency=1min", "alone or in s, ms, us, got '1min'"),
-        ("mean_bits=0", r"mean_bits must lie in \[1, 16\], got 0"),
-    ],
-)
-def test_a_budget_that_cannot_be_read_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        Budget.parse(text)
-
-
 # ---------------------------------------------------------------------------------- what one sees
 
 
@@ -570,132 +413,6 @@ def test_the_choice_is_printed_and_drawn(decoder, tmp_path, capsys):
         choice.plot(tmp_path / "front.jpg")
 
 
-def llama(dtype=torch.float32):
-    return tiny_llama(
-        dtype,
-        layers=3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_key_value_heads=2,
-        vocab_size=50,
-        tie_word_embeddings=True,
-    )
-
-
-def tokens(seed):
-    row = torch.randint(50, (1, 16), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": row, "labels": row}
-
-
-def probed_llama(model, config, total_steps=STEPS):
-    optimizer = wrap(model, config, total_steps, lr=1e-4)
-    optimizer.probe(lambda row: model(**row).loss, [tokens(9)], progress=False, max_cost=None)
-    return optimizer
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A saved run whose layers were measured, and its optimizer."""
-    optimizer = probed_llama(llama(), {"granularity": "per_group", "group_size": 16})
-    optimizer.save(tmp_path / "run")
-    return str(tmp_path / "run"), optimizer
-
-
-def test_the_command_chooses_as_the_training_does(run, tmp_path, capsys):
-    directory, optimizer = run
-    expected = optimizer.choose_target_bits(mean_bits=6)
-    arguments = ["schedule", "--run", directory, "--budget", "mean_bits=6"]
-    assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == expected.to_dict() | {"plan": None}
-    pytest.importorskip("matplotlib")
-    assert main([*arguments, "--plot", str(tmp_path / "front.png")]) == 0
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    assert str(expected) in capsys.readouterr().out
-    assert main(["schedule", "--run", directory, "--budget", "bytes=1MB", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == optimizer.choose_target_bits(bytes=10**6).to_dict() | {"plan": None}
-
-
-def test_the_command_plans_with_the_chosen_widths(run, tmp_path, capsys):
-    directory, optimizer = run
-    config = tmp_path / "moq.json"
-    config.write_text('{"granularity": "per_group", "group_size": 16}')
-    choice = optimizer.choose_target_bits(mean_bits=6)
-    arguments = ["schedule", str(config), "--steps", str(STEPS), "--run", directory]
-    arguments += ["--budget", "mean_bits=6"]
-    assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["target_bits"] == choice.target_bits
-    plans = [
-        [(width["latest"], width["bits"]) for width in block["widths"]]
-        for block in found["plan"]["blocks"]
-    ]
-    assert plans == optimizer.schedule().plan()
-    assert main(arguments) == 0
-    assert "First step at each bit width, of 20 steps" in capsys.readouterr().out
-
-
-def test_the_command_reads_a_latency_table(run, tmp_path, capsys):
-    directory, _ = run
-    table = write_table(tmp_path / "bench.json", {}, {"weights": "int4", "batch": 2})
-    arguments = ["schedule", "--run", directory, "--budget", "latency=9ms"]
-    assert main([*arguments, "--latency-table", str(table)]) == 1
-    assert (
-        "latency must be at least 0.009999999, the smallest feasible budget"
-        in capsys.readouterr().err
-    )
-    arguments[-1] = "latency=10ms"
-    assert main([*arguments, "--latency-table", str(table), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert all(block["widths"] == [4, 8] for block in found["blocks"])
-
-
-def test_the_command_refuses_other_blocks_than_those_measured(run, tmp_path, capsys):
-    directory, _ = run
-    config = tmp_path / "moq.json"
-    config.write_text('{"rules": [{"match": "*.mlp.*", "target_bits": 4}]}')
-    assert main(["schedule", str(config), "--run", directory, "--budget", "mean_bits=6"]) == 1
-    assert "must hold the same weights as those of the run" in capsys.readouterr().err
-
-
-def test_the_command_refuses_a_run_without_traces(tmp_path, capsys):
-    optimizer = wrap(llama(), {}, STEPS)
-    optimizer.save(tmp_path / "run")
-    arguments = ["schedule", "--run", str(tmp_path / "run"), "--budget", "mean_bits=6"]
-    assert main(arguments) == 1
-    assert "traces of the blocks must have been measured" in capsys.readouterr().err
-
-
-def test_the_command_refuses_a_run_that_does_not_name_its_blocks(run, tmp_path, capsys):
-    directory, _ = run
-    path = tmp_path / "run" / "run.json"
-    saved = json.loads(path.read_text())
-    del saved["history"]["blocks"]
-    path.write_text(json.dumps(saved))
-    assert main(["schedule", "--run", directory, "--budget", "mean_bits=6"]) == 1
-    assert "history.blocks must name the block of every" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "mean_bits=6"], "--budget needs --run RUN"),
-        ([], "CONFIG and --steps are needed"),
-        (["x"], "CONFIG and --steps are needed"),
-        (["--steps", "9"], "CONFIG and --steps are needed"),
-        (["x", "--steps", "9", "--latency-table", "t"], "--latency-table needs --budget"),
-        (["--run", "x", "--budget", "bytes=9", "--steps", "9"], "--steps with --budget needs a"),
-        (["--run", "x", "--deepspeed"], "--deepspeed needs a CONFIG"),
-    ],
-)
-def test_the_command_refuses_a_line_that_it_cannot_use(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["schedule", *arguments])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_traces_that_are_noise_are_marked_and_warned_of(decoder, capsys):
     model = decoder(layers=3)
     optimizer = wrap(model, {}, STEPS, verbose=True)
@@ -712,11 +429,3 @@ def test_traces_that_are_noise_are_marked_and_warned_of(decoder, capsys):
     sure = dataclasses.replace(found, standard_error=(0.3, 0.4, 0.0))
     certain = optimizer.choose_target_bits(mean_bits=8, sensitivity=sure)
     assert certain.warning is None and certain.to_dict()["warning"] is None
-
-
-@pytest.mark.parametrize("text", ["4;8", "", "4,", "four"])
-def test_the_command_refuses_widths_that_are_no_list(run, text, capsys):
-    directory, _ = run
-    arguments = ["schedule", "--run", directory, "--budget", "mean_bits=6", "--widths", text]
-    assert main(arguments) == 1
-    assert "--widths must be bits between commas" in capsys.readouterr().err
