@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -257,12 +258,44 @@ class Measurement:
                 "batches it may not depend on them"
             )
         if not found.converged:
-            bar.say(
-                f"sensitivity ({found.measure}): tolerance "
-                f"{' and '.join(map(str, self.tolerance.values()))} not met in {found.products} "
-                f"products; largest error {max(found.standard_error):.3g}, largest value "
-                f"{max(map(abs, found.values)):.3g}: raise sensitivity.max_products (now "
-                f"{' and '.join(map(str, self.max_products.values()))}) or "
-                "sensitivity.tolerance, or give more batches"
-                + ("" if self.max_seconds is None else "; the time that max_cost leaves bounds all")
+            limited = self.max_seconds is not None
+            bounded = "; the time that max_cost leaves bounds all" if limited else ""
+            for line in _missed(found, self.tolerance, self.max_products):
+                bar.say(line + bounded)
+
+
+def _missed(
+    found: Sensitivity, tolerance: Mapping[Kind, float], max_products: Mapping[Kind, int]
+) -> list[str]:
+    """Says of each measure that missed its tolerance by how much, and what helps."""
+    lines = []
+    if "trace" in tolerance:
+        error, largest = max(found.standard_error), max(map(abs, found.values))
+        allowed = tolerance["trace"] * largest
+        if error > allowed:
+            pairs = zip(found.values, found.standard_error, strict=True)
+            chance = sum(0.0 < own >= abs(value) for value, own in pairs)
+            enough = float(f"{found.products * (error / allowed) ** 2:.1e}")  # it falls as the root
+            order = (
+                f"; {chance} of {len(found.values)} values are no larger than their errors, and "
+                "their order is chance"
             )
+            lines.append(
+                f"sensitivity (trace): after {found.products} products errors are up to "
+                f"{error:.3g}, and the tolerance is {allowed:.3g} ({tolerance['trace']:g} of the "
+                f"largest value){order if chance else ''}. That is usual before the first steps of "
+                "a model that begins at random weights: measure after some steps. Otherwise about "
+                f"{enough:,.0f} products would do: raise sensitivity.max_products (now "
+                f"{max_products['trace']}) or sensitivity.tolerance"
+            )
+    if "eigenvalue" in tolerance:
+        ends = zip(found.residuals, map(abs, found.eigenvalues), strict=True)
+        error, value = max(ends, key=lambda end: end[0] / end[1] if end[1] else 0.0)
+        if not lines or error > tolerance["eigenvalue"] * value:
+            lines.append(
+                f"sensitivity (eigenvalue): after {found.products} products not all values are "
+                f"within {tolerance['eigenvalue']:g} of themselves; the worst is {value:.3g} with "
+                f"an error of {error:.3g}: raise sensitivity.max_products (now "
+                f"{max_products['eigenvalue']} a block and batch) or sensitivity.tolerance"
+            )
+    return lines

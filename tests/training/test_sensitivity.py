@@ -2,6 +2,7 @@ import copy
 import math
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -292,10 +293,37 @@ def test_bad_arguments_are_refused(model, batches):
 
 
 def test_a_tolerance_that_is_not_met_is_printed_with_the_remedy(model, batches, capsys):
-    measure(model, None, loss_of(model), batches, tolerance=1e-6, max_products=12)
+    found = measure(model, None, loss_of(model), batches, tolerance=0.01, max_products=12)
     printed = capsys.readouterr().err
+    error, largest = max(found.standard_error), max(map(abs, found.values))
+    assert f"errors are up to {error:.3g}, and the tolerance is {largest / 100:.3g}" in printed
+    assert "measure after some steps" in printed
     assert "raise sensitivity.max_products (now 12) or sensitivity.tolerance" in printed
-    assert "or give more batches" in printed
+    (enough,) = re.findall(r"about ([\d,]+) products would do", printed)
+    assert int(enough.replace(",", "")) == pytest.approx(
+        12 * (100 * error / largest) ** 2, rel=0.05
+    )
+
+
+def test_values_that_are_noise_are_counted(capsys):
+    """The curvature of a saddle has no trace, so that all that is found of it is error."""
+    saddle, bowl = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    model = nn.ParameterList([saddle, bowl])
+    blocks = {"saddle": [saddle], "bowl": [bowl]}
+    found = measure(model, blocks, lambda _: saddle.prod() + bowl.square().sum(), [0], seed=1)
+    assert abs(found.values[0]) <= found.standard_error[0]
+    assert found.values[1] == 6.0 and found.standard_error[1] == 0.0
+    assert "; 1 of 2 values are no larger than their errors" in capsys.readouterr().err
+
+
+def test_eigenvalues_that_miss_their_tolerance_are_told_apart_from_traces(model, batches, capsys):
+    options = {"measure": "both", "max_products": 600}
+    measure(model, None, loss_of(model), batches, tolerance=0.3, **options)
+    assert "sensitivity (" not in capsys.readouterr().err
+    measure(model, None, loss_of(model), batches, measure="eigenvalue", max_products=2)
+    printed = capsys.readouterr().err
+    assert "sensitivity (eigenvalue): after " in printed and "sensitivity (trace)" not in printed
+    assert "raise sensitivity.max_products (now 2 a block and batch)" in printed
 
 
 def test_the_cost_of_eigenvalues_is_printed_first(model, batches, capsys):
