@@ -34,6 +34,24 @@ def train_float16(model: nn.Module, optimizer: MoQOptimizer) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def scaled_step(
+    model: nn.Module,
+    optimizer: MoQOptimizer,
+    scaler: torch.amp.GradScaler,
+    tokens: torch.Tensor,
+    factor: torch.Tensor,
+) -> Callable[[], None]:
+    """A step that a CUDA graph can hold: whether the loss, times `factor`, overflows is data."""
+
+    def step() -> None:
+        scaler.scale(factor * loss_of(model, tokens)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=False)
+
+    return step
+
+
 def train_captured(
     model: nn.Module,
     optimizer: MoQOptimizer,
@@ -51,12 +69,7 @@ def train_captured(
     device = next(model.parameters()).device
     tokens, factor = batch(0).to(device), torch.ones((), device=device)
 
-    def step() -> None:
-        scaler.scale(factor * loss_of(model, tokens)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=False)
-
+    step = scaled_step(model, optimizer, scaler, tokens, factor)
     with side_stream():
         for _ in range(3):
             step()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_same, batch, loss_of, tiny_llama, train_step, weights, wrap
 from on_gpu import capture, side_stream
+from overflows import scaled_step
 from reference import quantize as reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,12 +171,7 @@ def train_with_overflow(model: nn.Module, config: dict, captured: bool) -> dict[
     optimizer = moq.MoQOptimizer(adamw, model, config, total_steps=STEPS, verbose=False)
     scaler = torch.amp.GradScaler(device.type, init_scale=64.0, growth_interval=1000)
     tokens, factor = batch(0).to(device), torch.ones((), device=device)
-
-    def step() -> None:
-        scaler.scale(factor * loss_of(model, tokens)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=False)
+    step = scaled_step(model, optimizer, scaler, tokens, factor)
 
     def averages() -> torch.Tensor:
         return torch.cat([q.absmax for q in quantizers(model).values()]).clone()

@@ -1,6 +1,7 @@
 """The optimizer on a GPU: the same bits as on the CPU, no host synchronisation, CUDA graphs."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -21,11 +22,27 @@ from overflows import train_captured, train_float16
 from torch import nn
 
 from moq import MoQOptimizer
+from moq.loggers import Logger
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def wrapped(
+    model: nn.Module, total_steps: int, loggers: Sequence[Logger] | Logger = (), **options
+) -> MoQOptimizer:
+    """Around an AdamW with the options."""
+    return MoQOptimizer(
+        torch.optim.AdamW(model.parameters(), **options),
+        model,
+        FALLING_STOCHASTIC,
+        total_steps=total_steps,
+        verbose=False,
+        loggers=loggers,
+        log_every=1,
+    )
 
 
 def step_on_gpu(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -111,13 +128,7 @@ def test_a_state_that_accelerate_has_moved_before_the_model_is_the_optimizers_ow
 
 def test_a_step_never_waits_for_the_device(decoder):
     model = decoder().cuda()
-    optimizer = MoQOptimizer(
-        torch.optim.AdamW(model.parameters(), fused=True),
-        model,
-        FALLING_STOCHASTIC,
-        total_steps=20,
-        verbose=False,
-    )
+    optimizer = wrapped(model, 20, fused=True)
     step_on_gpu(model, optimizer, 0)
     loss_of(model, batch(1).cuda()).backward()
     with never_waiting():
@@ -158,15 +169,7 @@ def test_logging_never_waits_for_the_device_and_tells_what_the_cpu_would(decoder
 
 def test_a_step_with_loggers_can_be_captured(decoder):
     model, recorder = decoder().cuda(), Recorder()
-    optimizer = MoQOptimizer(
-        torch.optim.AdamW(model.parameters(), capturable=True),
-        model,
-        FALLING_STOCHASTIC,
-        total_steps=12,
-        verbose=False,
-        loggers=recorder,
-        log_every=1,
-    )
+    optimizer = wrapped(model, 12, loggers=recorder, capturable=True)
     tokens = batch(0).cuda()
 
     def step() -> None:
@@ -187,13 +190,7 @@ def test_a_step_with_loggers_can_be_captured(decoder):
 
 def test_an_overflow_that_only_the_device_knows_changes_nothing(decoder):
     model = decoder().cuda()
-    optimizer = MoQOptimizer(
-        torch.optim.AdamW(model.parameters(), fused=True),
-        model,
-        FALLING_STOCHASTIC,
-        total_steps=4,
-        verbose=False,
-    )
+    optimizer = wrapped(model, 4, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
     for step, overflow in enumerate([False, True, False]):
         before = weights(model), {n: m.detach().clone() for n, m in masters(optimizer).items()}
@@ -213,13 +210,7 @@ def test_an_overflow_that_only_the_device_knows_changes_nothing(decoder):
 def test_a_captured_step_replays_across_bit_drops(decoder):
     def trained(captured: bool) -> tuple[dict, MoQOptimizer]:
         model = decoder().cuda()
-        optimizer = MoQOptimizer(
-            torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True, foreach=True),
-            model,
-            FALLING_STOCHASTIC,
-            total_steps=12,
-            verbose=False,
-        )
+        optimizer = wrapped(model, 12, lr=1e-2, capturable=True, foreach=True)
         tokens = batch(0).cuda()
 
         def step() -> None:
@@ -249,13 +240,7 @@ def test_a_captured_step_replays_across_bit_drops(decoder):
 def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, dtype):
     def trained(captured: bool) -> tuple[dict, MoQOptimizer, float]:
         model = decoder(dtype).cuda()
-        optimizer = MoQOptimizer(
-            torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, capturable=True),
-            model,
-            FALLING_STOCHASTIC,
-            total_steps=12,
-            verbose=False,
-        )
+        optimizer = wrapped(model, 12, lr=1e-2, fused=True, capturable=True)
         scaler = torch.amp.GradScaler("cuda", init_scale=64.0, growth_interval=1000)
         values = train_captured(model, optimizer, scaler, (1, 5, 6), captured=captured)
         return values, optimizer, scaler.get_scale()
@@ -272,13 +257,7 @@ def test_a_captured_step_replays_across_bit_drops_and_overflows(decoder, dtype):
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_float16_model_trains_with_gradscaler(decoder, fused):
     model = decoder(torch.float16).cuda()
-    optimizer = MoQOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, fused=fused),
-        model,
-        FALLING_STOCHASTIC,
-        total_steps=8,
-        verbose=False,
-    )
+    optimizer = wrapped(model, 8, lr=1e-2, eps=1e-4, fused=fused)
     train_float16(model, optimizer)
     assert optimizer.steps == 8
 
