@@ -26,6 +26,8 @@ namespace {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+constexpr int kRowsBarrier = 1;  // number of the first warpgroup's
+
 /// Multiplies, for 64 rows of a block, and writes the output.
 template <bool kBFloat16, int kDim, typename Sizes>
 __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const WideWork& work,
@@ -156,8 +158,14 @@ __device__ __forceinline__ void consume(const DeviceAttentionArgs& args, const W
   begin_values(stage, work.tiles > 1);
   wait_products<0>();
   hold(flat_output);
+#pragma unroll
+  for (auto& fragment : probabilities) {
+    hold(fragment);
+  }
 
-  // ---- finished rows, by way of shared memory: this warp's queries are not needed any more
+  // ---- finished rows, by way of shared memory, where the queries were: products of other warps
+  // of the warpgroup have to have read them too
+  meet<kWarpgroup>(kRowsBarrier + consumer);
   constexpr int kChunks = kBlockRowBytes / 16;
   const auto chunk_at = [&](int row, int chunk) {
     return shared + chunk / kChunks * kQueryBlockBytes + (warp_row + row) * kBlockRowBytes +
