@@ -111,13 +111,14 @@ struct WgmmaSums {
     convert(weights, a[0]);
     WgmmaSlot<T> done = slot;
     int left = steps;
+    int keeps = 0;
     const auto multiply_step = [&](const std::uint32_t(&own)[4][4], std::uint32_t(&next)[4][4]) {
       const std::uint64_t tokens = token_descriptor(ring.tokens(slot.stage));
       begin_products();
 #pragma unroll
       for (int product = 0; product < 4; ++product) {
         multiply_tokens<T::kBFloat16>(sums, own[product], tokens + 2 * product,
-                                      product == 0 && left == steps ? 0 : 1);
+                                      product == 0 ? keeps : 1);
       }
       close_products();
       slot.advance();
@@ -125,16 +126,21 @@ struct WgmmaSums {
         load(weights);
       }
       wait_products<1>();
-      if (left < steps) {
+      if (keeps != 0) {
         ring.free(done);
         done.advance();
       }
-      if constexpr (kConverts) {
-        convert(weights, next);  // behind the last step, what nobody needs
-      } else if (left > 1) {
-        WgmmaWeights<T> loaded[2];
-        load(loaded);
-        convert(loaded, next);
+      keeps = 1;
+      // Behind the last step there is nothing to convert. Were it done all the same, the compiler
+      // would let every product wait for the one before (ptxas says so, in C7513).
+      if (left > 1) {
+        if constexpr (kConverts) {
+          convert(weights, next);
+        } else {
+          WgmmaWeights<T> loaded[2];
+          load(loaded);
+          convert(loaded, next);
+        }
       }
       return --left > 0;
     };
