@@ -207,6 +207,9 @@ __global__ void __launch_bounds__(Wide<kDim, kMany>::kThreads, 1)
   if (threadIdx.x == 0) {
     ring.init();
   }
+  if (args.pages.keys != nullptr) {
+    clear_padding<kDim>(ring, static_cast<int>(args.head_dim));
+  }
   // ---- what this block has to do. The last rows of a causal sequence see the most keys: they
   // begin first.
   const auto num_kv_heads = static_cast<int>(args.num_kv_heads);

@@ -98,46 +98,133 @@ struct WideWork {
   int tiles;  ///< of keys that the block's rows see
 };
 
-/// Brings the queries of a block, then keys and values.
+/// Writes zeros where dimensions from head_dim on are in the ring: copies of pages leave them
+/// alone. All threads of a block share the work, and have to meet before anything is multiplied.
 template <int kDim, typename Sizes>
-__device__ __forceinline__ void produce(const DeviceAttentionArgs& args, const WideWork& work,
-                                        const RowMap& map, const WideRing<Sizes>& ring) {
-  constexpr int kChunks = kBlockRowBytes / 16;  // of a block's row
-  constexpr int kRowStep = kWarpgroup / kChunks;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int own_row = thread / kChunks;
-  const int own_chunk = thread % kChunks;
-  const std::uint32_t place = own_row * kBlockRowBytes + swizzle64(own_row, own_chunk) * 16;
-  const int head_chunks = static_cast<int>(args.head_dim) / 8;
-  // This thread's pieces of 16 bytes of a row that begins at `row`. Of what does not exist nothing
-  // is read; zeros stand for it.
-  const auto copy_row = [&](std::uint32_t target, int block_bytes, const char* row, bool exists) {
+__device__ __forceinline__ void clear_padding(const WideRing<Sizes>& ring, int head_dim) {
+  constexpr int kChunks = kBlockRowBytes / 16;
+  for (int chunk = head_dim / 8; chunk < kDim / 8; ++chunk) {
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * Sizes::kStages * Sizes::kKeys;
+         i += Sizes::kThreads) {
+      const int row = i % Sizes::kKeys;
+      store_lane(ring.tile(0, 0) + i / Sizes::kKeys * Sizes::kTileBytes +
+                     chunk / kChunks * Sizes::kKeys * kBlockRowBytes + row * kBlockRowBytes +
+                     swizzle64(row, chunk % kChunks) * 16,
+                 uint4{});
+    }
+  }
+}
+
+/// A thread's pieces of 16 bytes of rows that lie anywhere: of every 32nd row, in each block of
+/// dimensions one. Of what does not exist nothing is read; zeros stand for it.
+template <int kDim, typename Sizes>
+class RowPieces {
+ public:
+  static constexpr int kChunks = kBlockRowBytes / 16;  // of a block's row
+  static constexpr int kStep = kWarpgroup / kChunks;   // rows
+
+  __device__ explicit RowPieces(int head_dim)
+      : row_(static_cast<int>(threadIdx.x) % kWarpgroup / kChunks),
+        chunk_(static_cast<int>(threadIdx.x) % kChunks),
+        place_(row_ * kBlockRowBytes + swizzle64(row_, chunk_) * 16),
+        head_chunks_(head_dim / 8) {}
+
+  __device__ int first_row() const { return row_; }
+  /// This thread's first piece of a row that begins at `row`.
+  __device__ const char* piece_of(const void* row) const {
+    return static_cast<const char*>(row) + chunk_ * 16;
+  }
+
+  /// A row, from its first piece on. target: of first_row of the first thread.
+  template <int kBlockBytes>
+  __device__ __forceinline__ void copy_row(std::uint32_t target, const char* piece,
+                                           bool exists) const {
 #pragma unroll
     for (int block = 0; block < Sizes::kDimBlocks; ++block) {
-      const int chunk = block * kChunks + own_chunk;
+      const int chunk = block * kChunks + chunk_;
       if (kDim % kBlockDims == 0 || chunk < kDim / 8) {
-        copy_async(target + block * block_bytes, row + block * kBlockRowBytes,
-                   exists && chunk < head_chunks);
+        copy_async(target + place_ + block * kBlockBytes, piece + block * kBlockRowBytes,
+                   exists && chunk < head_chunks_);
       }
     }
-  };
-#pragma unroll 1
-  for (int i = 0; i < Sizes::kRows; i += kRowStep) {
-    const RowMap::Place row = map.at(i + own_row);
-    const bool exists = row.token < work.sequence.num_tokens;
-    const std::int64_t place_of_row =
-        (work.sequence.token_begin + static_cast<std::int64_t>(row.token)) * args.query_stride +
-        (work.kv_head * work.group + row.head) * args.head_dim;
-    copy_row(ring.shared + place + i * kBlockRowBytes, Sizes::kRows * kBlockRowBytes,
-             static_cast<const char*>(args.query) + place_of_row * 2 + own_chunk * 16, exists);
   }
-  arrive_behind_copies(ring.queries_full());
 
-  constexpr int kPages = Sizes::kKeys / static_cast<int>(kPageTokens);
+  /// As many rows as a page has, of which the first `existing` exist.
+  __device__ __forceinline__ void copy_page(std::uint32_t target, const char* rows,
+                                            std::int64_t row_bytes, int existing) const {
+    const char* piece = piece_of(rows + row_ * row_bytes);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(kPageTokens); i += kStep) {
+      copy_row<Sizes::kKeys * kBlockRowBytes>(target + i * kBlockRowBytes, piece,
+                                              i + row_ < existing);
+      piece += kStep * row_bytes;
+    }
+  }
+
+ private:
+  int row_;
+  int chunk_;
+  std::uint32_t place_;
+  int head_chunks_;
+};
+
+/// A thread's pieces of 16 bytes of a page, every 128th: a head's rows lie side by side there, and
+/// a warp's pieces are 512 bytes in a row, wherever rows begin.
+template <int kDim, typename Sizes>
+class PagePieces {
+ public:
+  __device__ explicit PagePieces(int head_dim) : head_chunks_(head_dim / 8) {
+    constexpr int kChunks = kBlockRowBytes / 16;
+    const float inverse = 1.0F / static_cast<float>(head_chunks_);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int piece = thread() + i * kWarpgroup;
+      const int row = divide(piece, inverse);
+      const int chunk = piece - row * head_chunks_;
+      const int place = chunk / kChunks * Sizes::kKeys * kBlockRowBytes + row * kBlockRowBytes +
+                        swizzle64(row, chunk % kChunks) * 16;
+      // Two in a register, of which there are few.
+      places_[i / 2] = (i % 2 == 0 ? 0 : places_[i / 2]) | place / 16 << i % 2 * 16;
+    }
+  }
+
+  /// A page, of which the first `existing` rows exist; zeros stand for the others.
+  __device__ __forceinline__ void copy_page(std::uint32_t target, const char* source,
+                                            std::int64_t /*row_bytes*/, int existing) const {
+    source += thread() * 16;
+    // Else the compiler keeps a pointer for each piece, and runs out of registers.
+    asm volatile("" : "+l"(source));
+    const int all = static_cast<int>(kPageTokens) * head_chunks_ - thread();
+    const int real = existing * head_chunks_ - thread();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i * kWarpgroup < all) {
+        const std::uint32_t place = places_[i / 2] >> i % 2 * 16 & 0xffffU;
+        copy_async(target + place * 16, source + i * kWarpgroup * 16, i * kWarpgroup < real);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kCount = static_cast<int>(kPageTokens) * kDim / 8 / kWarpgroup;
+  __device__ static int thread() {
+    return static_cast<int>(threadIdx.x) % kWarpgroup;
+  }
+
+  int head_chunks_;
+  std::uint32_t places_[(kCount + 1) / 2];  ///< in units of 16 bytes
+};
+
+/// Brings keys and values, by RowPieces or PagePieces.
+template <typename Sizes, typename Pieces>
+__device__ __forceinline__ void produce_keys(const DeviceAttentionArgs& args, const WideWork& work,
+                                             const WideRing<Sizes>& ring, const Pieces& pieces) {
+  constexpr int kPage = static_cast<int>(kPageTokens);
+  constexpr int kPages = Sizes::kKeys / kPage;
   const auto pages_of = [&](int tile, std::int32_t(&pages)[kPages]) {
 #pragma unroll
     for (int i = 0; i < kPages; ++i) {
-      const int first = tile * Sizes::kKeys + i * static_cast<int>(kPageTokens);
+      const int first = tile * Sizes::kKeys + i * kPage;
       pages[i] = first < work.keys ? page_of(args, work.sequence, first) : 0;
     }
   };
@@ -153,18 +240,12 @@ __device__ __forceinline__ void produce(const DeviceAttentionArgs& args, const W
       wait_barrier(ring.empty(stage, kind), parity);
 #pragma unroll
       for (int i = 0; i < kPages; ++i) {
-        const int first = tile * Sizes::kKeys + i * static_cast<int>(kPageTokens);
+        const int first = tile * Sizes::kKeys + i * kPage;
         const KeySource source =
             keys_from<false>(args, work.sequence, work.kv_head, pages[i], first);
-        const char* row =
-            (kind == 0 ? source.keys : source.values) + own_row * source.row_bytes + own_chunk * 16;
-#pragma unroll
-        for (int j = 0; j < static_cast<int>(kPageTokens); j += kRowStep) {
-          copy_row(ring.tile(stage, kind) + place +
-                       (i * static_cast<int>(kPageTokens) + j) * kBlockRowBytes,
-                   Sizes::kKeys * kBlockRowBytes, row, first + j + own_row < work.keys);
-          row += kRowStep * source.row_bytes;
-        }
+        pieces.copy_page(ring.tile(stage, kind) + i * kPage * kBlockRowBytes,
+                         kind == 0 ? source.keys : source.values, source.row_bytes,
+                         work.keys - first);
       }
       arrive_behind_copies(ring.full(stage, kind));
     }
@@ -175,6 +256,31 @@ __device__ __forceinline__ void produce(const DeviceAttentionArgs& args, const W
     stage = stage + 1 == Sizes::kStages ? 0 : stage + 1;
     parity ^= stage == 0 ? 1 : 0;
   }
+}
+
+/// Brings the queries of a block, then keys and values.
+template <int kDim, typename Sizes>
+__device__ __forceinline__ void produce(const DeviceAttentionArgs& args, const WideWork& work,
+                                        const RowMap& map, const WideRing<Sizes>& ring) {
+  using Rows = RowPieces<kDim, Sizes>;
+  const auto head_dim = static_cast<int>(args.head_dim);
+  const Rows rows(head_dim);
+#pragma unroll 1
+  for (int i = 0; i < Sizes::kRows; i += Rows::kStep) {
+    const RowMap::Place row = map.at(i + rows.first_row());
+    const std::int64_t place =
+        (work.sequence.token_begin + static_cast<std::int64_t>(row.token)) * args.query_stride +
+        (work.kv_head * work.group + row.head) * args.head_dim;
+    rows.template copy_row<Sizes::kRows * kBlockRowBytes>(
+        ring.shared + i * kBlockRowBytes,
+        rows.piece_of(static_cast<const char*>(args.query) + place * 2),
+        row.token < work.sequence.num_tokens);
+  }
+  arrive_behind_copies(ring.queries_full());
+  if (args.pages.keys == nullptr) {
+    return produce_keys(args, work, ring, rows);
+  }
+  produce_keys(args, work, ring, PagePieces<kDim, Sizes>(head_dim));
 }
 
 #endif
