@@ -17,7 +17,7 @@ constexpr int kBlockRowBytes = kBlockDims * 2;
 
 /// Whether blocks take more rows at once where there are many: they read fewer keys for each.
 template <int kDim>
-constexpr bool kKnowsMany = kDim == 64 || kDim == 128;
+constexpr bool kKnowsMany = kDim == 64 || kDim == 128 || kDim == 160;
 
 /// kDim: head_dim, rounded up to a compiled one. kMany: rows.
 template <int kDim, bool kMany>

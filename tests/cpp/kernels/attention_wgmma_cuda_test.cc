@@ -98,24 +98,26 @@ TEST_F(AttentionWgmmaCudaTest, BlocksOf256RowsAreRight) {
   }
 }
 
-/// Blocks of 192 rows where head_dim is in (96, 128] and there are three of them, or more, for each
+/// Blocks of 192 rows where head_dim is in (96, 160] and there are three of them, or more, for each
 /// multiprocessor: 432.
 TEST_F(AttentionWgmmaCudaTest, BlocksOf192RowsAreRight) {
   constexpr std::int64_t kMostMultiprocessors = 432 / 3;
   if (cuda::device_limits().multiprocessors > kMostMultiprocessors) {
     GTEST_SKIP() << "this GPU has too many multiprocessors for blocks of 192 rows";
   }
-  for (const std::int64_t head_dim : {104, 128}) {
+  for (const std::int64_t head_dim : {104, 128, 136, 152, 160}) {
     for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-      for (const bool causal : {false, true}) {
-        expect_exact_bits(
-            AttentionBatch({{24, 24},
-                            head_dim,
-                            dtype,
-                            KeyStorage::kPages,
-                            {{385, 0}, {193, 0}, {0, 0}, {192, 70}, {191, 1}, {1, 200}},
-                            causal,
-                            /*alibi=*/causal}));
+      for (const KeyStorage storage : {KeyStorage::kPages, KeyStorage::kPacked}) {
+        for (const bool causal : {false, true}) {
+          expect_exact_bits(
+              AttentionBatch({{24, 24},
+                              head_dim,
+                              dtype,
+                              storage,
+                              {{385, 0}, {193, 0}, {0, 0}, {192, 70}, {191, 1}, {1, 200}},
+                              causal,
+                              /*alibi=*/causal}));
+        }
       }
     }
   }
