@@ -39,7 +39,7 @@ import torch
 from report import Row, machine, print_rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train_step import NUM_LABELS
+from train_step_cpu import NUM_LABELS
 from transformers import BertConfig, BertForSequenceClassification
 
 from moq import _C
