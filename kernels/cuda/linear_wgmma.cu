@@ -246,6 +246,11 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
       [[fallthrough]];
     case WgmmaTile::k64x96:
       if constexpr (!kGroups) {
+        if constexpr (kElementBytes == 1) {
+          if (choice.split > 1) {
+            return with(WgmmaArrangement<1, 96, true>());
+          }
+        }
         return with(WgmmaArrangement<1, 96, false>());
       }
       [[fallthrough]];
@@ -276,7 +281,10 @@ class Costs {
   bool fit(const WgmmaCost& cost) const {
     // Its costs were fitted to at most 32 tokens: more would read the weight once for each 32.
     const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
-    return cost.groups == (layout_.groups > 1) && (!for_few || args_.m <= cost.tokens);
+    const bool enough_steps =
+        cost.least_steps == 0 || (layout_.element_bytes == 1 && steps_ >= cost.least_steps);
+    return cost.groups == (layout_.groups > 1) && enough_steps &&
+           (!for_few || args_.m <= cost.tokens);
   }
   std::int64_t token_tiles(const WgmmaCost& cost) const {
     return pad_to(args_.m, cost.tokens) / cost.tokens;

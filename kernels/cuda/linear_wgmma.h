@@ -24,8 +24,9 @@ enum class WgmmaTile : std::uint8_t {
 
 struct WgmmaChoice {
   WgmmaTile tile;
-  /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k128x128, k64x64 or k64x32 (at
-  /// most 4); fewer where there are not 64 columns for each.
+  /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k128x128, k64x64, k64x32 (at
+  /// most 4) or, of one-byte weights, k64x96 (at most 4); fewer where there are not 64 columns for
+  /// each.
   int split;
 };
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/linear_wgmma_tile.h"
@@ -27,7 +26,8 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
                                             std::uint32_t received, int part) {
   constexpr int kShare = T::kTokens / kSplit;  // tokens
   constexpr int kOwn = kShare / 2;             // sums of a lane
-  constexpr int kCount = std::min(kShare / kTokenStep, 4);
+  constexpr int kSteps = kShare / kTokenStep;
+  constexpr int kCount = kSteps % 4 == 0 ? 4 : kSteps % 3 == 0 ? 3 : kSteps % 2 == 0 ? 2 : 1;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + part * kShare, first_row);
   writer.load(0);

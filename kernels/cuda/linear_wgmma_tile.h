@@ -62,7 +62,7 @@ struct WgmmaTileOf : A {
   static constexpr int kResultBytes =
       kSplits ? A::kTokens * kGroupRows * 4
               : (std::max(kPartTokens * kResultStride * 4, 2 * kPartBytes) + 1023) / 1024 * 1024;
-  static constexpr int kMostParts = A::kTokens < 64 ? 4 : kMaxSplit;  // of the columns
+  static constexpr int kMostParts = A::kTokens % 64 == 0 ? kMaxSplit : 4;  // of the columns
   static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers) * 8;
   static constexpr int kOwnResults = A::kConsumers * kResultBytes;
   static constexpr int kStages =
