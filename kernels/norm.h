@@ -80,6 +80,7 @@ struct DeviceNormArgs {
   DeviceNorm norm = {};
   bool weight_is_ready = false;    ///< norm's weight and bias: no kernel ahead in the stream writes
   void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
+  bool float32_output = false;     ///< unrounded; not with row_scales, nor in place of other dtypes
   std::int64_t output_stride = 0;  ///< elements
   float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
   /// [num_tokens]: the absmax that each row's grid is made for, where the rows are parts of longer

@@ -205,16 +205,15 @@ struct RowStatistics {
   float inverse = 1.0F;  ///< of the deviation
 };
 
-template <typename Element, int kWidth>
-__device__ Vector<Element, kWidth> normalised(const Vector<Element, kWidth>& vector,
-                                              const Affine<kWidth>& affine, RowStatistics row) {
-  Numbers<kWidth> numbers = numbers_of(vector);
+template <int kWidth>
+__device__ Numbers<kWidth> normalised(Numbers<kWidth> numbers, const Affine<kWidth>& affine,
+                                      RowStatistics row) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const float standard = (numbers.unit[i] - row.mean) * row.inverse;
     numbers.unit[i] = fmaf(standard, affine.weight.unit[i], affine.bias.unit[i]);
   }
-  return rounded<Element>(numbers);
+  return numbers;
 }
 
 /// The bits of a row's absmax: ordered as the numbers are, a NaN above all. A row that is held is
@@ -328,15 +327,26 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     statistics.mean = merged.x;
     statistics.inverse = rsqrtf(fmaf(merged.y, inverse_size, args.norm.epsilon));
   }
-  const auto result = [&](const Elements& vector, int col, int i) {
+  const auto unrounded = [&](const Elements& vector, int col, int i) {
+    const Numbers<kWidth> numbers = numbers_of(vector);
     if (!normalises) {
-      return vector;
+      return numbers;
     }
     if constexpr (!kHoldsAffine) {
       affine[0].load(args.norm, col);
     }
-    return normalised(vector, affine[kHoldsAffine ? i : 0], statistics);
+    return normalised(numbers, affine[kHoldsAffine ? i : 0], statistics);
   };
+  const auto result = [&](const Elements& vector, int col, int i) {
+    return normalises ? rounded<Element>(unrounded(vector, col, i)) : vector;
+  };
+  if (args.float32_output) {
+    float* output = static_cast<float*>(args.output) + token * args.output_stride;
+    row.for_each_vector([&](const Elements& vector, int col, int i) {
+      store_vector(output + col, unrounded(vector, col, i));
+    });
+    return;
+  }
   Element* output = static_cast<Element*>(args.output) + token * args.output_stride;
   if (args.row_scales == nullptr && args.row_absmax == nullptr) {
     row.for_each_vector([&](const Elements& vector, int col, int i) {
@@ -399,11 +409,12 @@ void launch_rows(const DeviceNormArgs& args, cudaStream_t stream) {
 
 template <typename Element>
 void launch_rows(const DeviceNormArgs& args, cudaStream_t stream) {
+  const std::size_t output_bytes = args.float32_output ? sizeof(float) : sizeof(Element);
   const bool vectors = suits_vectors(args.input) && suits_vectors(args.output) &&
                        suits_vectors(args.norm.weight) && suits_vectors(args.norm.bias) &&
                        suits_vectors(args.hidden_size, sizeof(Element)) &&
                        suits_vectors(args.input_stride, sizeof(Element)) &&
-                       suits_vectors(args.output_stride, sizeof(Element));
+                       suits_vectors(args.output_stride, output_bytes);
   vectors ? launch_rows<Element, kVectorBytes / sizeof(Element)>(args, stream)
           : launch_rows<Element, 1>(args, stream);
 }
@@ -424,6 +435,8 @@ void check(const DeviceNormArgs& args) {
             "norm: input and output must not be null");
   MOQ_CHECK(args.row_absmax == nullptr || (args.output == nullptr && args.row_scales == nullptr),
             "norm: row_absmax must be written alone, got output or row_scales too");
+  MOQ_CHECK(!args.float32_output || (args.row_scales == nullptr && args.row_absmax == nullptr),
+            "norm: float32_output must be without row_scales and row_absmax");
   MOQ_CHECK(args.given_absmax == nullptr || args.row_scales != nullptr,
             "norm: given_absmax needs row_scales");
   if (args.static_scale != 0.0F) {
@@ -444,8 +457,9 @@ void check(const DeviceNormArgs& args) {
       args.hidden_size);
   MOQ_CHECK(args.input != args.output ||
                 (args.rows == nullptr &&
-                 (args.num_tokens == 1 || args.input_stride == args.output_stride)),
-            "norm: the output can be the input only with the same rows and stride");
+                 (args.num_tokens == 1 || args.input_stride == args.output_stride) &&
+                 (!args.float32_output || args.dtype == DType::kFloat32)),
+            "norm: the output can be the input only with the same rows, stride and dtype");
 }
 
 }  // namespace

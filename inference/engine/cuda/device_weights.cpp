@@ -87,7 +87,8 @@ DeviceWeights::DeviceWeights(const ModelSpec& spec, const Weights& weights, DTyp
                       .up = projection(layer.up),
                       .down = projection(layer.down, /*splits_input=*/true)});
   }
-  final_norm = norm_of(weights.final_norm);
+  final_norm = spec.norm_place == NormPlace::kPost && !layers.empty() ? layers.back().ffn_norm
+                                                                      : norm_of(weights.final_norm);
   head_dense = projection(weights.head_dense);
   head_norm = norm_of(weights.head_norm);
   head = projection(weights.head);

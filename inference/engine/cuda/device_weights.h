@@ -53,7 +53,7 @@ class DeviceWeights {
   kernels::DeviceEmbeddingLookup token_type_embedding;
   kernels::DeviceNorm embedding_norm;
   std::vector<DeviceLayer> layers;
-  kernels::DeviceNorm final_norm;
+  kernels::DeviceNorm final_norm;  ///< of the last layer, where norms are behind the blocks
   DeviceProjection head_dense;
   kernels::DeviceNorm head_norm;
   DeviceProjection head;

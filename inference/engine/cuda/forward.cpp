@@ -20,6 +20,7 @@ at::Tensor CudaTransformer::rows_of_x(std::int64_t count) const {
                        at::TensorOptions(scalar_type(dtype_)).device(device_));
 }
 
+/// x = what the final norm gets.
 void CudaTransformer::run_layers(const Step& step) {
   num_tokens_ = step.num_tokens;
   const std::int64_t m = num_tokens_;
@@ -40,7 +41,9 @@ void CudaTransformer::run_layers(const Step& step) {
       normalize(x, layer.attention_norm, workspace_.x, m);
       feed_forward(x, {}, layer, m);
       add_inner(layer, m);
-      normalize(x, layer.ffn_norm, workspace_.x, m);
+      if (i + 1 < device_weights_.layers.size()) {  // the last one is the final norm
+        normalize(x, layer.ffn_norm, workspace_.x, m);
+      }
     } else if (spec_.parallel_residual) {
       // x = x + attention(norm1(x)) + ffn(norm2(x))
       attend(x, layer.attention_norm, layer, index, step);
@@ -274,7 +277,7 @@ float* CudaTransformer::shared_absmax(kernels::DeviceNormArgs args) {
 }
 
 void CudaTransformer::normalize(const void* input, const kernels::DeviceNorm& norm, void* output,
-                                std::int64_t m, const std::int32_t* rows) {
+                                std::int64_t m, const std::int32_t* rows, bool float32_output) {
   launch("norm", m, spec_.hidden_size, 0, [&] {
     gpu::norm({.input = input,
                .input_stride = spec_.hidden_size,
@@ -282,6 +285,7 @@ void CudaTransformer::normalize(const void* input, const kernels::DeviceNorm& no
                .norm = norm,
                .weight_is_ready = true,
                .output = output,
+               .float32_output = float32_output,
                .output_stride = spec_.hidden_size,
                .num_tokens = m,
                .hidden_size = spec_.hidden_size,

@@ -11,19 +11,14 @@ namespace moq::inference::cuda {
 
 void CudaTransformer::hidden_state(const at::Tensor& out) {
   const OnDevice on_device(*this);
-  if (spec_.norm_place == NormPlace::kPost) {
-    out.copy_(x_);
-    return;
-  }
-  normalize(workspace_.x, device_weights_.final_norm, workspace_.normed, num_tokens_);
-  out.copy_(at::from_blob(workspace_.normed, x_.sizes(), x_.options()));
+  normalize(workspace_.x, device_weights_.final_norm, out.mutable_data_ptr(), num_tokens_,
+            /*rows=*/nullptr, /*float32_output=*/true);
 }
 
 /// logits_ (with several ranks joined_) of `count` rows of `input`, a part of x: of those that the
 /// device memory at `rows` names, or of the first ones if it is null.
 void CudaTransformer::run_head(const void* input, const std::int32_t* rows, std::int64_t count) {
-  const bool pre_norm = spec_.norm_place == NormPlace::kPre;
-  kernels::DeviceNorm norm = pre_norm ? device_weights_.final_norm : kernels::DeviceNorm{};
+  kernels::DeviceNorm norm = device_weights_.final_norm;
   if (rows != nullptr) {
     normalize(input, norm, head_in_.mutable_data_ptr(), count, rows);
     input = head_in_.const_data_ptr();
@@ -91,7 +86,8 @@ void CudaTransformer::pooled(const TokenBatch& batch, const at::Tensor& out) {
   const auto count = static_cast<std::int64_t>(batch.sequences().size());
   const OnDevice on_device(*this);
   reserve_rows(count);
-  normalize(workspace_.x, {}, head_in_.mutable_data_ptr(), count, last_inputs_->first_tokens());
+  normalize(workspace_.x, device_weights_.final_norm, head_in_.mutable_data_ptr(), count,
+            last_inputs_->first_tokens());
   linear("pooler", head_in_.const_data_ptr(), {}, device_weights_.pooler,
          {.m = count,
           .activation = spec_.pooler_activation,

@@ -116,7 +116,7 @@ class CudaTransformer final : public Transformer {
               const DeviceProjection& projection, kernels::DeviceLinearArgs args);
   float* shared_absmax(kernels::DeviceNormArgs args);
   void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
-                 const std::int32_t* rows = nullptr);
+                 const std::int32_t* rows = nullptr, bool float32_output = false);
 
   std::string decode_step_obstacle() const;
   void prepare_decode_step();

@@ -45,6 +45,7 @@ struct Problem {
   std::int64_t offset = 0;   ///< elements before the first
   std::vector<std::int32_t> rows = {};
   bool in_place = false;
+  bool unrounded = false;  ///< float32 results
   bool to_8_bits = false;
   float static_scale = 0.0F;  ///< of all rows' grids
   float epsilon = 1e-5F;
@@ -65,6 +66,7 @@ struct Problem {
     weight = normal_vector(shape.hidden_size, 2);
     bias = normal_vector(shape.hidden_size, 3);
   }
+  DType output_dtype() const { return unrounded ? DType::kFloat32 : dtype; }
   bool has_bias() const { return with_bias && kind == NormKind::kLayerNorm; }
   std::int64_t row(std::int64_t token) const {
     return rows.empty() ? token : rows[static_cast<std::size_t>(token)];
@@ -79,27 +81,30 @@ struct Result {
 Result run(const Problem& problem) {
   const auto [num_tokens, n] = problem.shape;
   const std::int64_t stride = n + problem.padding;
-  const auto offset_bytes = static_cast<std::size_t>(problem.offset) * size_of(problem.dtype);
-  const auto memory = [&](const std::vector<float>& values, std::int64_t num_rows) {
-    return to_bytes(spread(values, num_rows, n, problem.padding, problem.offset), problem.dtype);
+  const auto offset_bytes = [&](DType dtype) {
+    return static_cast<std::size_t>(problem.offset) * size_of(dtype);
   };
-  const OnDevice<std::byte> input(Device::kCuda,
-                                  memory(problem.input, std::ssize(problem.input) / n));
-  const OnDevice<std::byte> other(Device::kCuda,
-                                  memory(std::vector<float>(num_tokens * n, kNan), num_tokens));
+  const auto memory = [&](const std::vector<float>& values, DType dtype) {
+    const std::int64_t num_rows = std::ssize(values) / n;
+    return to_bytes(spread(values, num_rows, n, problem.padding, problem.offset), dtype);
+  };
+  const OnDevice<std::byte> input(Device::kCuda, memory(problem.input, problem.dtype));
+  const OnDevice<std::byte> other(
+      Device::kCuda, memory(std::vector<float>(num_tokens * n, kNan), problem.output_dtype()));
   const OnDevice<std::byte>& output = problem.in_place ? input : other;
   const OnDevice<std::int32_t> rows(Device::kCuda, problem.rows);
   const OnDevice<float> weight(Device::kCuda, problem.weight);
   const OnDevice<float> bias(Device::kCuda, problem.bias);
   const OnDevice<float> scales(Device::kCuda, std::vector<float>(num_tokens, -1.0F));
-  cuda::norm({.input = input.data() + offset_bytes,
+  cuda::norm({.input = input.data() + offset_bytes(problem.dtype),
               .input_stride = stride,
               .rows = problem.rows.empty() ? nullptr : rows.data(),
               .norm = {.kind = problem.kind,
                        .weight = weight.data(),
                        .bias = problem.has_bias() ? bias.data() : nullptr,
                        .epsilon = problem.epsilon},
-              .output = output.data() + offset_bytes,
+              .output = output.data() + offset_bytes(problem.output_dtype()),
+              .float32_output = problem.unrounded,
               .output_stride = stride,
               .row_scales = problem.to_8_bits ? scales.data() : nullptr,
               .static_scale = problem.static_scale,
@@ -108,7 +113,7 @@ Result run(const Problem& problem) {
               .dtype = problem.dtype},
              nullptr);
   MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-  const std::vector<float> wide = from_bytes(output.read(), problem.dtype);
+  const std::vector<float> wide = from_bytes(output.read(), problem.output_dtype());
   Result result{{}, scales.read()};
   for (std::int64_t i = 0; i < std::ssize(wide); ++i) {
     const std::int64_t col = (i - problem.offset) % stride;
@@ -179,10 +184,13 @@ void expect_accurate(const Problem& problem, const std::vector<float>& actual) {
   const std::vector<float> naive = on_cpu(problem);
   ASSERT_EQ(actual.size(), expected.size());
   const double float32 = 2.0 * test::max_error<float>(naive, expected);
-  const RoundingError rounding = rounding_error(problem.dtype);
+  const RoundingError rounding = rounding_error(problem.output_dtype());
+  // rsqrtf is that many units in the last place off, the square root and quotient on a CPU none.
+  constexpr double kInverseRoot = 2.0 * std::numeric_limits<float>::epsilon();
   for (std::size_t i = 0; i < actual.size(); ++i) {
-    const double allowed =
-        float32 + (std::fabs(expected[i]) + float32) * rounding.relative + rounding.absolute;
+    const double allowed = float32 +
+                           (std::fabs(expected[i]) + float32) * (rounding.relative + kInverseRoot) +
+                           rounding.absolute;
     ASSERT_LE(std::fabs(actual[i] - expected[i]), allowed)
         << "element " << i << ": " << actual[i] << ", expected " << expected[i];
   }
@@ -247,6 +255,22 @@ TEST_P(NormCuda, GivesTheSameBitsInPlaceAndFromGatheredRows) {
                            backwards.end() - (t + 1) * n))
         << "row " << t;
   }
+}
+
+TEST_P(NormCuda, WritesWhatItWouldRound) {
+  const std::vector<float> output = run(problem).output;
+  problem.unrounded = true;
+  problem.padding = 3;
+  for (const std::int64_t offset : {0, 1}) {
+    problem.offset = offset;
+    const std::vector<float> unrounded = run(problem).output;
+    expect_accurate(problem, unrounded);
+    if (problem.kind == NormKind::kNone) {  // statistics may be summed in another order
+      EXPECT_EQ(unrounded, output);
+    }
+  }
+  problem.padding = problem.offset = 0;
+  EXPECT_EQ(rounded(run(problem).output, problem.dtype), output);
 }
 
 TEST_P(NormCuda, RoundsToTheGridOfEachRow) {
@@ -353,6 +377,21 @@ TEST_F(NormCudaArgs, RefusesAnAbsmaxBesideAnOutput) {
                            .hidden_size = 1},
                           nullptr),
                Error);
+}
+
+TEST_F(NormCudaArgs, RefusesFloat32InPlaceOfOthersAndBesideCodes) {
+  float number = 0.0F;
+  DeviceNormArgs args{.input = &number,
+                      .output = &number,
+                      .float32_output = true,
+                      .num_tokens = 1,
+                      .hidden_size = 1,
+                      .dtype = DType::kFloat16};
+  EXPECT_THROW(cuda::norm(args, nullptr), Error);
+  float scale = 0.0F;
+  args.dtype = DType::kFloat32;
+  args.row_scales = &scale;
+  EXPECT_THROW(cuda::norm(args, nullptr), Error);
 }
 
 TEST_F(NormCudaArgs, ManyRowsAreRight) {
@@ -477,7 +516,8 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
   bad = args;
   bad.output = memory.data();
   bad.output_stride = 9;
-  EXPECT_EQ(message(bad), "norm: the output can be the input only with the same rows and stride");
+  EXPECT_EQ(message(bad),
+            "norm: the output can be the input only with the same rows, stride and dtype");
   bad = args;
   bad.static_scale = 0.1F;
   EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
