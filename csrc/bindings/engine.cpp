@@ -50,8 +50,11 @@ Ids read_ids(const py::object& rows) {
                      "engine: token ids must be integers, got ", given.scalar_type());
     TORCH_CHECK_VALUE(given.dim() == 2, "engine: token ids must be [batch, length], got shape ",
                       given.sizes());
+    const bool lies_ready =
+        given.is_cpu() && given.scalar_type() == at::kLong && given.is_contiguous();
     const at::Tensor table =  // of a GPU only once what computes the ids has ended
-        without_gil([&] { return given.to(at::kCPU, at::kLong).contiguous(); });
+        lies_ready ? given
+                   : without_gil([&] { return given.to(at::kCPU, at::kLong).contiguous(); });
     const auto* const first = table.const_data_ptr<std::int64_t>();
     for (std::int64_t i = 0; i < table.size(0); ++i) {
       ids.emplace_back(first + i * table.size(1), first + (i + 1) * table.size(1));
@@ -64,21 +67,29 @@ Ids read_ids(const py::object& rows) {
   return ids;
 }
 
-std::vector<inference::TokenSequence> sequences(const py::object& ids, const py::object& types) {
-  Ids token_ids = read_ids(ids);
-  TORCH_CHECK_VALUE(!token_ids.empty(),
-                    "engine: token ids must be those of at least one sequence, got none");
-  Ids token_types = read_ids(types);
-  MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
-            "engine: token_types must be empty or one list per sequence, got ", token_types.size(),
-            " for ", token_ids.size());
-  token_types.resize(token_ids.size());
-  std::vector<inference::TokenSequence> all(token_ids.size());
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    all[i] = {std::move(token_ids[i]), std::move(token_types[i])};
+/// What a caller wants to be computed.
+struct Sequences {
+  Ids token_ids;
+  Ids token_types;
+  std::vector<inference::TokenSequence> all;  ///< of these
+
+  Sequences(const py::object& ids, const py::object& types)
+      : token_ids(read_ids(ids)), token_types(read_ids(types)), all(token_ids.size()) {
+    TORCH_CHECK_VALUE(!token_ids.empty(),
+                      "engine: token ids must be those of at least one sequence, got none");
+    MOQ_CHECK(token_types.empty() || token_types.size() == token_ids.size(),
+              "engine: token_types must be empty or one list per sequence, got ",
+              token_types.size(), " for ", token_ids.size());
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      all[i].token_ids = token_ids[i];
+      if (!token_types.empty()) {
+        all[i].token_types = token_types[i];
+      }
+    }
   }
-  return all;
-}
+  Sequences(const Sequences&) = delete;
+  Sequences& operator=(const Sequences&) = delete;
+};
 
 void bind_kv_cache(py::module_& m) {
   py::class_<KvCache>(
@@ -204,9 +215,9 @@ void bind_engine(py::module_& m) {
           "forward",
           [](Engine& engine, const py::object& token_ids, const py::object& token_types,
              KvCache* cache, const std::vector<std::int64_t>& slots) {
-            const auto all = sequences(token_ids, token_types);
+            const Sequences sequences(token_ids, token_types);
             const py::gil_scoped_release release;
-            return engine.forward(all, cache, slots);
+            return engine.forward(sequences.all, cache, slots);
           },
           py::arg("token_ids"), py::arg("token_types") = py::tuple(), py::arg("cache") = py::none(),
           py::arg("slots") = std::vector<std::int64_t>{},
@@ -214,9 +225,9 @@ void bind_engine(py::module_& m) {
       .def(
           "encode",
           [](Engine& engine, const py::object& token_ids, const py::object& token_types) {
-            const auto all = sequences(token_ids, token_types);
+            const Sequences sequences(token_ids, token_types);
             const py::gil_scoped_release release;
-            return engine.encode(all);
+            return engine.encode(sequences.all);
           },
           py::arg("token_ids"), py::arg("token_types") = py::tuple(),
           "Hidden states, pooled outputs and class logits of whole sequences: lists of token ids, "

@@ -234,17 +234,17 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
   MOQ_CHECK(cache == nullptr || slots.size() == sequences.size(),
             "engine: every sequence must have a slot of the KV cache, got ", slots.size(), " for ",
             sequences.size());
-  TokenBatch all;
+  all_.clear();
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const auto& [token_ids, token_types] = sequences[i];
     MOQ_CHECK(!token_ids.empty(),
               "engine: a sequence must have at least one token, got none in sequence ", i);
     const std::int64_t slot = cache == nullptr ? 0 : slots[i];
-    all.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
+    all_.append(token_ids, slot, cache == nullptr ? 0 : cache->length(slot), token_types);
   }
-  model_->check(all, cache);
-  const std::vector<kernels::AttentionSequence> places(all.sequences().begin(),
-                                                       all.sequences().end());
+  model_->check(all_, cache);
+  const std::vector<kernels::AttentionSequence> places(all_.sequences().begin(),
+                                                       all_.sequences().end());
   const std::int64_t at_once = model_->device().is_cpu() ? kTokensAtOnce : kTokensAtOnceOnGpu;
   std::vector<std::size_t> ends;  // of the pieces, in sequences
   std::int64_t in_piece = 0;
@@ -264,7 +264,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
   try {
     for (const std::size_t end : ends) {
       if (ends.size() == 1) {
-        std::swap(batch_, all);
+        std::swap(batch_, all_);
       } else {
         batch_.clear();
         for (; next < end; ++next) {
@@ -316,16 +316,21 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   const Call call(*in_use_);
   const auto num_sequences = static_cast<std::int64_t>(sequences.size());
   Encoding encoding;
-  encoding.last_hidden_state = new_result({total_tokens(sequences), spec().hidden_size});
-  if (spec().has_pooler) {
-    encoding.pooled = new_result({num_sequences, spec().hidden_size});
-    if (spec().has_classifier) {
-      encoding.logits = new_result({num_sequences, spec().num_labels});
+  const auto make_room = [&] {
+    encoding.last_hidden_state = new_result({total_tokens(sequences), spec().hidden_size});
+    if (spec().has_pooler) {
+      encoding.pooled = new_result({num_sequences, spec().hidden_size});
+      if (spec().has_classifier) {
+        encoding.logits = new_result({num_sequences, spec().num_labels});
+      }
     }
-  }
+  };
   std::int64_t token = 0;
   std::int64_t sequence = 0;
   run(sequences, nullptr, {}, [&] {
+    if (token == 0) {
+      make_room();  // a GPU computes meanwhile
+    }
     const std::int64_t num_tokens = batch_.num_tokens();
     const auto count = static_cast<std::int64_t>(batch_.sequences().size());
     model_->hidden_state(encoding.last_hidden_state.narrow(0, token, num_tokens));
@@ -339,6 +344,9 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
     token += num_tokens;
     sequence += count;
   });
+  if (sequences.empty()) {
+    make_room();
+  }
   return encoding;
 }
 

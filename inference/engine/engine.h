@@ -33,8 +33,8 @@ struct EngineOptions {
 
 /// Token ids of one sequence; token types are one per id, or empty.
 struct TokenSequence {
-  std::vector<std::int64_t> token_ids;
-  std::vector<std::int64_t> token_types;
+  std::span<const std::int64_t> token_ids;
+  std::span<const std::int64_t> token_types;
 };
 
 /// What an encoder computes, float32, on the engine's device. Tokens of all sequences are packed in
@@ -108,7 +108,8 @@ class Engine {
   std::unique_ptr<Transformer> model_;
   std::string policy_name_;
   std::shared_ptr<Communicator> communicator_;
-  TokenBatch batch_;  ///< the piece that runs
+  TokenBatch all_;    ///< of a call
+  TokenBatch batch_;  ///< the piece of it that runs
 };
 
 }  // namespace moq::inference

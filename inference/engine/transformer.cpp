@@ -6,6 +6,21 @@
 #include "kernels/common/check.h"
 
 namespace moq::inference {
+namespace {
+
+/// The first number that does not lie in [0, end), or null.
+const std::int64_t* first_outside(std::span<const std::int64_t> numbers, std::int64_t end) {
+  const auto outside = [end](std::int64_t number) {
+    return static_cast<std::uint64_t>(number) >= static_cast<std::uint64_t>(end);
+  };
+  bool any = false;
+  for (const std::int64_t number : numbers) {  // without an end that depends on the numbers
+    any |= outside(number);
+  }
+  return any ? &*std::ranges::find_if(numbers, outside) : nullptr;
+}
+
+}  // namespace
 
 std::vector<float> Transformer::own_alibi_slopes() const {
   if (spec_.positions != PositionKind::kAlibi) {
@@ -22,15 +37,12 @@ void Transformer::check_row(std::int64_t row, std::int64_t num_tokens) const {
 }
 
 void Transformer::check(const TokenBatch& batch, const KvCache* cache) const {
-  for (const std::int64_t token : batch.token_ids()) {
-    MOQ_CHECK(token >= 0 && token < spec_.vocab_size, "engine: a token must lie in [0, ",
-              spec_.vocab_size, "), got ", token);
-  }
-  for (const std::int64_t type : batch.token_types()) {
-    MOQ_CHECK(type == 0 || (type > 0 && type < spec_.num_token_types),
-              "engine: a token type must lie in [0, ",
-              std::max<std::int64_t>(spec_.num_token_types, 1), "), got ", type);
-  }
+  const std::int64_t num_types = std::max<std::int64_t>(spec_.num_token_types, 1);
+  const std::int64_t* const token = first_outside(batch.token_ids(), spec_.vocab_size);
+  MOQ_CHECK(token == nullptr, "engine: a token must lie in [0, ", spec_.vocab_size, "), got ",
+            *token);
+  const std::int64_t* const type = first_outside(batch.token_types(), num_types);
+  MOQ_CHECK(type == nullptr, "engine: a token type must lie in [0, ", num_types, "), got ", *type);
   for (const kernels::AttentionSequence& sequence : batch.sequences()) {
     const std::int64_t length = sequence.past_length + sequence.num_tokens;
     MOQ_CHECK(length <= spec_.max_positions, "engine: a sequence must have at most ",

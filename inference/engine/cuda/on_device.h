@@ -1,6 +1,5 @@
 #pragma once
 
-#include <ATen/cuda/CUDAEvent.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -20,9 +19,11 @@ class CudaTransformer::OnDevice {
       : model_(usable(model)),
         caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())),
         guard_(model.stream_) {
-    at::cuda::CUDAEvent before;
-    before.record(caller_);
-    before.block(model.stream_);
+    if (cudaStreamQuery(caller_) != cudaSuccess) {
+      (void)cudaGetLastError();  // for others, a stream that is not ready is no error
+      model.before_.record(caller_);
+      model.before_.block(model.stream_);
+    }
   }
   ~OnDevice() {
     model_.note_failure();
@@ -30,9 +31,8 @@ class CudaTransformer::OnDevice {
       return;
     }
     try {
-      at::cuda::CUDAEvent after;
-      after.record(model_.stream_);
-      after.block(caller_);
+      model_.after_.record(model_.stream_);
+      model_.after_.block(caller_);
     } catch (const std::exception& error) {  // it may break while this runs
       model_.failure_ = error.what();
     }

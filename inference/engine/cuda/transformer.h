@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdint>
@@ -155,6 +156,8 @@ class CudaTransformer final : public Transformer {
   DType dtype_;
   DType kv_dtype_;
   c10::cuda::CUDAStream stream_;
+  at::cuda::CUDAEvent before_;  ///< of OnDevice
+  at::cuda::CUDAEvent after_;
   std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
   DeviceWeights device_weights_;
   DecodeStepChoice decode_step_choice_ = DecodeStepChoice::kFastest;
