@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -290,27 +290,26 @@ class Eigenvalues:
 def combine(
     measure: Measure,
     form: str,
-    meters: Mapping[Kind, Traces | Eigenvalues],
-    gather: Callable[[Any], list[Any]],
+    blocks: Iterable[str],
+    found: Mapping[Kind, Found],
     seconds: float,
     gradients: int = 0,
 ) -> Sensitivity:
-    """Brings together what all meters found on all ranks.
+    """Brings together what all meters found.
 
     Args:
         measure: What was asked for.
         form: Of the matrix.
-        meters: Those of the measure.
-        gather: Returns the values of all ranks that have rows of their own.
+        blocks: Names.
+        found: By the meters of the measure.
         seconds: Wall time on this rank.
-        gradients: That finite differences took on this rank.
+        gradients: That finite differences took on all ranks.
     """
-    found = {kind: meter.combine(gather) for kind, meter in meters.items()}
     main = found[kinds_of(measure)[0]]
     spectrum = found.get("eigenvalue")
     return Sensitivity(
         measure=measure,
-        blocks=tuple(next(iter(meters.values())).blocks),
+        blocks=tuple(blocks),
         values=main.values,
         normalised=normalise(main.values),
         standard_error=main.errors,
@@ -320,7 +319,7 @@ def combine(
         smallest=spectrum.smallest if spectrum else (),
         largest=spectrum.largest if spectrum else (),
         products=sum(part.products for part in found.values()),
-        gradients=sum(gather(gradients)),
+        gradients=gradients,
         batches=main.batches,
         seconds=seconds,
         converged=all(part.converged for part in found.values()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Measurement:
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = torch.distributed.get_rank(group) if ranks else 0
         self.started = started
+        self.products: dict[Kind, int] = {}  # that were made, on all ranks
 
     def run(self, curvature: Curvature, bar: ProductBar, *, optional: bool) -> Sensitivity | str:
         """Measures in one form.
@@ -118,10 +119,14 @@ class Measurement:
             reason = self._first(reason)
         if reason is not None:
             return reason
-        gather = (lambda own: [own]) if self.sharded else self._gather
+        gather: Callable[[Any], list[Any]] = (lambda own: [own]) if self.sharded else self._gather
         elapsed = time.perf_counter() - self.started
         gradients = curvature.gradients if curvature.form == "finite_difference" else 0
-        return combine(self.measure, curvature.form, meters, gather, elapsed, gradients)
+        found = {kind: meter.combine(gather) for kind, meter in meters.items()}
+        self.products = {kind: part.products for kind, part in found.items()}
+        return combine(
+            self.measure, curvature.form, self.blocks, found, elapsed, sum(gather(gradients))
+        )
 
     def _gather(self, value: Any) -> list[Any]:
         return all_gather(value, self.group)
@@ -260,12 +265,15 @@ class Measurement:
         if not found.converged:
             limited = self.max_seconds is not None
             bounded = "; the time that max_cost leaves bounds all" if limited else ""
-            for line in _missed(found, self.tolerance, self.max_products):
+            for line in _missed(found, self.products, self.tolerance, self.max_products):
                 bar.say(line + bounded)
 
 
 def _missed(
-    found: Sensitivity, tolerance: Mapping[Kind, float], max_products: Mapping[Kind, int]
+    found: Sensitivity,
+    products: Mapping[Kind, int],
+    tolerance: Mapping[Kind, float],
+    max_products: Mapping[Kind, int],
 ) -> list[str]:
     """Says of each measure that missed its tolerance by how much, and what helps."""
     lines = []
@@ -275,13 +283,14 @@ def _missed(
         if error > allowed:
             pairs = zip(found.values, found.standard_error, strict=True)
             chance = sum(0.0 < own >= abs(value) for value, own in pairs)
-            enough = float(f"{found.products * (error / allowed) ** 2:.1e}")  # it falls as the root
+            made = products["trace"]
+            enough = float(f"{made * (error / allowed) ** 2:.1e}")  # it falls as the root
             order = (
                 f"; {chance} of {len(found.values)} values are no larger than their errors, and "
                 "their order is chance"
             )
             lines.append(
-                f"sensitivity (trace): after {found.products} products errors are up to "
+                f"sensitivity (trace): after {made} products errors are up to "
                 f"{error:.3g}, and the tolerance is {allowed:.3g} ({tolerance['trace']:g} of the "
                 f"largest value){order if chance else ''}. That is usual before the first steps of "
                 "a model that begins at random weights: measure after some steps. Otherwise about "
@@ -293,9 +302,9 @@ def _missed(
         error, value = max(ends, key=lambda end: end[0] / end[1] if end[1] else 0.0)
         if not lines or error > tolerance["eigenvalue"] * value:
             lines.append(
-                f"sensitivity (eigenvalue): after {found.products} products not all values are "
-                f"within {tolerance['eigenvalue']:g} of themselves; the worst is {value:.3g} with "
-                f"an error of {error:.3g}: raise sensitivity.max_products (now "
+                f"sensitivity (eigenvalue): after {products['eigenvalue']} products not all values "
+                f"are within {tolerance['eigenvalue']:g} of themselves; the worst is {value:.3g} "
+                f"with an error of {error:.3g}: raise sensitivity.max_products (now "
                 f"{max_products['eigenvalue']} a block and batch) or sensitivity.tolerance"
             )
     return lines

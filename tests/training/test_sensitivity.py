@@ -305,6 +305,16 @@ def test_a_tolerance_that_is_not_met_is_printed_with_the_remedy(model, batches, 
     )
 
 
+def test_products_for_eigenvalues_tell_nothing_of_how_many_a_trace_needs(model, batches, capsys):
+    options = {"tolerance": 0.01, "max_products": 12}
+    told = []
+    for kind in ("trace", "both"):
+        found = measure(model, None, loss_of(model), batches, measure=kind, **options)
+        (line,) = re.findall(r"sensitivity \(trace\): after 12 .*", capsys.readouterr().err)
+        told.append(line)
+    assert found.products > 12 and told[0] == told[1]
+
+
 def test_values_that_are_noise_are_counted(capsys):
     """The curvature of a saddle has no trace, so that all that is found of it is error."""
     saddle, bowl = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
