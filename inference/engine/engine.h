@@ -31,7 +31,8 @@ struct EngineOptions {
   std::shared_ptr<Communicator> communicator;  ///< null: single_process()
 };
 
-/// Token ids of one sequence; token types are one per id, or empty.
+/// Token ids of one sequence; token types are one per id, or empty. Both are the caller's memory,
+/// which is read until the call ends.
 struct TokenSequence {
   std::span<const std::int64_t> token_ids;
   std::span<const std::int64_t> token_types;

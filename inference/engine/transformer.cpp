@@ -14,7 +14,7 @@ const std::int64_t* first_outside(std::span<const std::int64_t> numbers, std::in
     return static_cast<std::uint64_t>(number) >= static_cast<std::uint64_t>(end);
   };
   bool any = false;
-  for (const std::int64_t number : numbers) {  // without an end that depends on the numbers
+  for (const std::int64_t number : numbers) {  // to the end: the compiler makes vectors of that
     any |= outside(number);
   }
   return any ? &*std::ranges::find_if(numbers, outside) : nullptr;

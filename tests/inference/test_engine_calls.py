@@ -88,6 +88,42 @@ def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_direc
     assert torch.equal(core.forward(rows), expected)
 
 
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda table: table,
+        lambda table: table.int(),
+        lambda table: table.t().contiguous().t(),
+        lambda table: table.repeat_interleave(2, 1)[:, ::2],
+        lambda table: torch.stack([table, table])[1],
+        lambda table: table[:, :1].expand(2, 3),
+    ],
+    ids=["int64", "int32", "columns", "every second", "offset", "one column"],
+)
+def test_a_tensor_of_ids_is_read_however_it_lies(laid_out, model_directory):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
+    ids = laid_out(torch.tensor([[5, 9, 2], [7, 1, 30]]))
+    types = laid_out(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    expected = core.encode(ids.tolist(), types.tolist()).last_hidden_state
+    assert torch.equal(core.encode(ids, types).last_hidden_state, expected)
+
+
+def test_a_refused_call_leaves_nothing_to_the_next(model_directory):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
+    expected = core.encode([[5, 9, 2]]).last_hidden_state
+    for ids, types, message in (
+        ([[7, 1], [30, -1]], [], r"a token must lie in \[0, \d+\), got -1"),
+        ([[7, 1], [2**40, 3]], [], "got 1099511627776"),
+        ([[7, 1], [30, 2]], [[0, 0], [0, 9]], r"a token type must lie in \[0, \d+\), got 9"),
+        ([[7, 1], [30, 2]], [[0, 0], [-1, 0]], "a token type must .* got -1"),
+        ([[7, 1], []], [], "got none in sequence 1"),
+        (torch.zeros(2, 0, dtype=torch.long), [], "got none in sequence 0"),
+    ):
+        with pytest.raises(_C.Error, match=message):
+            core.encode(ids, types)
+        assert torch.equal(core.encode([[5, 9, 2]]).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize("lengths", [(4096, 4096), (4096, 100)])
 def test_means_over_many_tokens_are_as_exact_as_pairwise_sums(lengths, model_directory):
     states = 1 + 0.5 * torch.randn(sum(lengths), 8, generator=torch.Generator().manual_seed(0))
