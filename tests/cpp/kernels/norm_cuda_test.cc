@@ -379,21 +379,6 @@ TEST_F(NormCudaArgs, RefusesAnAbsmaxBesideAnOutput) {
                Error);
 }
 
-TEST_F(NormCudaArgs, RefusesFloat32InPlaceOfOthersAndBesideCodes) {
-  float number = 0.0F;
-  DeviceNormArgs args{.input = &number,
-                      .output = &number,
-                      .float32_output = true,
-                      .num_tokens = 1,
-                      .hidden_size = 1,
-                      .dtype = DType::kFloat16};
-  EXPECT_THROW(cuda::norm(args, nullptr), Error);
-  float scale = 0.0F;
-  args.dtype = DType::kFloat32;
-  args.row_scales = &scale;
-  EXPECT_THROW(cuda::norm(args, nullptr), Error);
-}
-
 TEST_F(NormCudaArgs, ManyRowsAreRight) {
   for (const auto& [num_tokens, hidden_size] :
        {std::pair{3001, 768}, {600, 5120}, {300, 12288}, {3000, 100}, {3000, 99}}) {
@@ -518,6 +503,16 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
   bad.output_stride = 9;
   EXPECT_EQ(message(bad),
             "norm: the output can be the input only with the same rows, stride and dtype");
+  bad.output_stride = 8;
+  bad.dtype = DType::kFloat16;
+  EXPECT_EQ(message(bad), "no error");
+  bad.float32_output = true;
+  EXPECT_EQ(message(bad),
+            "norm: the output can be the input only with the same rows, stride and dtype");
+  bad = args;
+  bad.float32_output = true;
+  bad.row_scales = memory.as<float>() + 512;
+  EXPECT_EQ(message(bad), "norm: float32_output must be without row_scales and row_absmax");
   bad = args;
   bad.static_scale = 0.1F;
   EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
