@@ -332,6 +332,52 @@ def test_auto_takes_differences_where_there_is_no_second_derivative_and_says_so(
         measure(net, None, fused, [data], form="exact")
 
 
+class TooLarge(torch.autograd.Function):
+    """x², whose second derivative finds no memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return OutOfMemory.apply(2 * gradient * x)
+
+
+class OutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("max_seconds", [None, 60.0])
+def test_auto_takes_differences_where_a_second_graph_does_not_fit(net, data, capsys, max_seconds):
+    before = weights(net)
+
+    def loss_fn(d):
+        return losses_of(net, d) + TooLarge.apply(net.head.weight).sum()
+
+    expected = measure(
+        net, None, lambda d: losses_of(net, d) + net.head.weight.square().sum(), [data]
+    )
+    capsys.readouterr()
+    found = measure(net, None, loss_fn, [data], max_seconds=max_seconds)
+    assert (expected.form, found.form) == ("exact", "finite_difference")
+    assert found.values == pytest.approx(expected.values, rel=1e-2, abs=1e-3)
+    said = capsys.readouterr().err
+    assert said.count("so 'finite_difference' is taken instead") == 1
+    assert "out of memory" in said
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(net, None, loss_fn, [data], form="exact")
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
 def test_differences_go_through_fused_attention(net, data):
     seen = []
     real = F.scaled_dot_product_attention

@@ -106,6 +106,21 @@ def test_lanczos_finds_both_ends_of_a_block_in_30_products(problem, block):
     assert exact[0].item() - 1e-9 <= found["smallest"] <= found["largest"] <= exact[-1] + 1e-9
 
 
+@pytest.mark.parametrize("products", [2, 5, 10, 30])
+@pytest.mark.parametrize("block", [0, 1])
+def test_an_eigenvalue_of_a_network_lies_within_each_residual(problem, block, products):
+    loss_fn, blocks = problem
+    rows = block_ranges(blocks)[block]
+    exact = torch.linalg.eigvalsh(dense_hessian(loss_fn, sum(blocks, []))[rows, rows])
+    found = HvpOperator(loss_fn(), sum(blocks, [])).eigenvalues(
+        indices(blocks)[block], max_iterations=products, tolerance=1e-9, seed=0
+    )
+    for end in ("smallest", "largest"):
+        assert (exact - found[end]).abs().min() <= found[f"{end}_residual"] + 1e-12
+    if products == 2:  # the bound says something, and is no excuse
+        assert not found["converged"] and found["residual"] < 2 * exact.abs().max()
+
+
 def test_lanczos_sees_a_negative_dominant_eigenvalue(problem):
     loss_fn, blocks = problem
     operator = HvpOperator(loss_fn(-1.0), blocks[1])

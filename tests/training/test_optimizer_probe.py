@@ -315,6 +315,8 @@ def test_the_start_table_says_what_falls_where_and_when(decoder, capsys):
     assert "default" in row
     assert "per_channel, stochastic" in row
     assert "9 -> 4" in row
+    assert "arrives at step" in output
+    assert row.split()[-3:] == ["3", "to", "12"]
     group_row = next(line for line in output.splitlines() if "down_proj" in line)
     assert "*.down_proj" in group_row
     assert "per_group of 4" in group_row
