@@ -6,7 +6,7 @@ to the opposite.
 | 1 | DeepSpeed #1454 | what MoQ trained cannot be loaded for INT8 inference | end_to_end/test_examples::test_an_example_trains_reports_exports_and_serves, inference/test_exported::test_llama_logits_equal_the_simulated_model |
 | 2 | #1833 | the INT8 kernels were never released | inference half: inference/test_int8::test_decoder_equals_the_model_with_simulated_weights |
 | 3 | #1464, #4371 | kernels of the announcement are not in the code | inference half: likewise, and tests/benchmarks |
-| 4 | bloom-inference #79, #2217 | INT8 is slower than FP16 | inference half: tests/benchmarks |
+| 4 | bloom-inference #79, #2217 | INT8 is slower than FP16 | inference half: inference/test_int8::test_int8_weights_are_not_slower_than_floats, on a GPU tests/benchmarks/gpu_decode.py |
 | 5 | #8577 | INT8 is advertised and refused | inference half: end_to_end/test_readme::test_the_engine_has_the_simulated_models_perplexity |
 | 6 | #7092, #7091 | a MoQ configuration quantizes nothing and says nothing | training/test_ancestors_defects::test_nothing_quantized_is_said, training/test_rules::test_a_rule_that_matches_nothing_is_an_error_that_says_what_is_near |
 | 7 | #3626 | the configuration moved, and its old place is ignored | training/test_deepspeed::test_a_configuration_of_deepspeed_given_as_moqs_is_sent_to_its_reader, training/test_deepspeed::test_keys_without_meaning_are_listed |
@@ -14,7 +14,7 @@ to the opposite.
 | 9 | #2054 | MoQ crashes in FP32 | training/test_ancestors_defects::test_float32_has_schedule_blend_and_stochastic_rounding_together, training/test_optimizer_torch::test_autocast_trains_float32_weights |
 | 10 | #1837 | no quantizer where the optimizer is the user's own | training/test_inner_optimizers::test_masters_follow_the_plain_optimizer_when_gradients_are_the_same |
 | 11 | #2608, #3334, Examples #239, #716 | the "compressed" model is not smaller, nor faster | training/test_ancestors_defects::test_an_exported_checkpoint_is_smaller, export/test_inspect::test_eight_bits_take_a_quarter_of_fp32; faster: inference half |
-| 12 | #2239, #2283 | a compressed BERT is slower | inference half: tests/benchmarks; a compiled training: training/test_compile::test_a_run_with_four_drops_compiles_once |
+| 12 | #2239, #2283 | a compressed BERT is slower | inference half: tests/benchmarks/gpu_encoder.py; a compiled training: training/test_compile::test_a_run_with_four_drops_compiles_once |
 | 13 | #2301, #2326, Examples #508 | nobody says how to run what was trained | end_to_end/test_readme::test_torchrun_serves_the_simulated_models_greedy_text, end_to_end/test_docs_train::test_the_loop_trains_and_exports |
 | 14 | #1788, #2956, #2923, #2865 | INT8 fails on GPT-2, GPT-J, BLOOM | inference half: inference/test_exported::test_other_decoders_equal_the_simulated_model |
 | 15 | #2876, #2770 | sharded INT8 checkpoints give garbage | inference half: inference/test_parallel_quantized::test_logits_are_those_of_one_rank |
