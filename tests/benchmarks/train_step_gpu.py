@@ -209,8 +209,8 @@ def measure(
     turns: int, modes: list[str], roundings: list[str], parallel: str | None, as_json: bool
 ) -> None:
     """Prints the rows of all modes and roundings; of a job, rank 0 does."""
+    gpu.require()
     with ranks(parallel):
-        gpu.require()
         facts = gpu.facts()
         if parallel:
             facts["machine"] = f"{dist.get_world_size()} x {facts['machine']}"
