@@ -64,9 +64,9 @@ struct DeviceNorm {
 };
 
 /// output[t] = norm(input[rows[t]]). Statistics in float32, mean first, then the variance of the
-/// differences; the result is rounded to dtype once. Pointers are device memory. A row's bits do
-/// not depend on its neighbours, but sums are in one order up to a few hundred rows, in another
-/// above.
+/// differences; the result is rounded to dtype once, or with float32_output written as it is.
+/// Pointers are device memory. A row's bits do not depend on its neighbours, but sums are in one
+/// order up to a few hundred rows, in another above.
 ///
 /// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
 /// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales
@@ -80,7 +80,7 @@ struct DeviceNormArgs {
   DeviceNorm norm = {};
   bool weight_is_ready = false;    ///< norm's weight and bias: no kernel ahead in the stream writes
   void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
-  bool float32_output = false;     ///< unrounded; not with row_scales, nor in place of other dtypes
+  bool float32_output = false;     ///< not with row_scales, nor in place of other dtypes
   std::int64_t output_stride = 0;  ///< elements
   float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
   /// [num_tokens]: the absmax that each row's grid is made for, where the rows are parts of longer
