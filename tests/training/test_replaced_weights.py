@@ -129,7 +129,17 @@ def remove_the_module(model):
     model.layers[0].up_proj = None
 
 
-REPLACED = [put_another_module, put_another_parameter, assign, remove_the_module]
+def move_where_nothing_is(model):
+    model.to("meta")  # moves between CPU and GPU: test_optimizer_cuda
+
+
+REPLACED = [
+    put_another_module,
+    put_another_parameter,
+    assign,
+    remove_the_module,
+    move_where_nothing_is,
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -138,10 +148,14 @@ def test_weights_that_the_model_no_longer_has_are_not_written(decoder, tmp_path,
     model = decoder()
     optimizer = wrap(model, FALLING | {"simulate": form})
     train_step(model, optimizer, 0)
+    held = copies(optimizer)
     replace(model)
-    first = "layers.0.q_proj.weight and 11 more" if replace is assign else NAME
+    every = replace in (assign, move_where_nothing_is)
+    first = "layers.0.q_proj.weight and 11 more" if every else NAME
     words = f"^MoQOptimizer: the model must hold the parameters that were trained, and {first} is"
     for write in (optimizer.export, optimizer.save):
         with pytest.raises(RuntimeError, match=words):
             write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert_same(copies(optimizer), held)
+    assert optimizer.steps == 1

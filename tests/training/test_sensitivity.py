@@ -242,15 +242,21 @@ def test_measuring_a_compiled_model_uses_its_plain_form(batches):
     assert measure(compiled, None, loss_of(compiled), batches).values == expected
 
 
-def test_attention_takes_its_math_form_only_while_measuring():
+@pytest.mark.parametrize("form", ["auto", "exact"])
+def test_attention_takes_its_math_form_only_while_measuring(form):
     q = nn.Parameter(torch.randn(2, 4, 8, 16))
     holder = nn.Module()
     holder.q = q
+    seen = []
 
     def loss_fn(_):
-        return F.scaled_dot_product_attention(q, q, q).square().sum()
+        y = F.scaled_dot_product_attention(q, q, q)
+        seen.append(type(y.grad_fn).__name__)
+        return y.square().sum()
 
-    assert measure(holder, None, loss_fn, [0], max_products=2).values[0] != 0.0
+    found = measure(holder, None, loss_fn, [0], max_products=2, form=form)
+    assert found.form == "exact" and found.values[0] != 0.0
+    assert seen and not any("Flash" in name or "Efficient" in name for name in seen)
     assert "Flash" in type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__
 
 
