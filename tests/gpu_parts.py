@@ -37,6 +37,7 @@ class Step:
     name: str
     command: Sequence[str]
     every: int = 0  # of the kernel tests one in so many, in PROCESSES processes; 0: no such tests
+    gpus: int = 1  # that it needs
 
     @property
     def key(self) -> str:
@@ -70,10 +71,10 @@ def steps() -> list[Step]:
     ):
         found.append(Step("tests", name, pytest(folder, f"--ignore={of_ranks}")))
         found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False)))
-    for parallel in ("ddp", "fsdp"):
-        arguments = ["--device", "cuda", "--parallel", parallel, "--roundings", "nearest"]
-        command = benchmark("train_step", *arguments, launcher=TORCHRUN)
-        found.append(Step("ranks", f"train_step_{parallel}", command))
+    for parallel, modes in (("ddp", ["eager", "compiled"]), ("fsdp", ["eager"])):
+        arguments = ["--device", "cuda", "--parallel", parallel, "--modes", *modes]
+        command = benchmark("train_step", *arguments, "--roundings", "nearest", launcher=TORCHRUN)
+        found.append(Step("ranks", f"train_step_{parallel}", command, gpus=2))
     for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every))
@@ -219,6 +220,7 @@ def main() -> int:
         return 0 if args.list else 2
     sys.path.insert(0, str(BENCHMARKS))
     import gpu
+    import torch
 
     gpu.require()
     os.environ["MOQ_COMMIT"] = commit()
@@ -233,6 +235,9 @@ def main() -> int:
     for step in chosen:
         if (step.part, step.name) in done and not args.again:
             print(f"== {step.key}: done before, see {args.results}")
+            continue
+        if step.gpus > torch.cuda.device_count():
+            print(f"== {step.key}: left out, it needs {step.gpus} GPUs")
             continue
         end = ends.setdefault(step.part, time.monotonic() + LIMIT)
         if not run(step, end - time.monotonic(), facts, args.results):
