@@ -364,6 +364,8 @@ def test_any_configuration_finishes_or_is_refused_with_what_would_help(seed):
         assert policy == "error"
         change = re.search(r"total_steps >= (\d+)", str(error))
         assert rules_outlook(config, int(change.group(1)))
+        with pytest.raises(Error):  # no smaller one would do
+            rules_outlook(config, int(change.group(1)) - 1)
         reached = int(re.search(r"target_bits >= (\d+)", str(error)).group(1))
         assert rules_outlook(MoQConfig.from_dict(with_targets_of_at_least(drawn, reached)), 300)
         with pytest.raises(Error):
