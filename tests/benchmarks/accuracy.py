@@ -19,8 +19,9 @@ first; from there every method trains the same number of steps on the same batch
 A result is one JSON line; what is in the results file is not run again.
 
     python tests/benchmarks/accuracy.py --jobs 8 --time-limit 400     # runs what is missing
+    python tests/benchmarks/accuracy.py --document docs/accuracy.md   # and writes the tables there
     python tests/benchmarks/accuracy.py --cells 'wordnet/trace/4/*'   # these alone
-    python tests/benchmarks/accuracy.py --render docs/accuracy.md     # rewrites the tables there
+    python tests/benchmarks/accuracy.py --render docs/accuracy.md     # only the latter
     python tests/benchmarks/accuracy.py --small                       # a minute on a CPU
 
 The data package of Rotten Tomatoes is not among those of `make demo`:
@@ -47,7 +48,7 @@ import accuracy_inputs
 import torch
 import transformers
 from accuracy_cells import FULL_BITS, Cell, run
-from accuracy_table import MIXED, render
+from accuracy_table import MIXED, around_tables, render
 from accuracy_tasks import FULL, SMALL, Settings
 from report import machine
 
@@ -96,6 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--results", type=Path, default=OUTPUT / "results.jsonl", help="JSON lines")
     add("--prepare", nargs="+", metavar="NAME", help="only make these models and texts")
     add("--list", action="store_true", help="only print the cells that are missing")
+    add("--document", type=Path, metavar="FILE", help="put the tables into it when all has run")
     add("--render", type=Path, metavar="FILE", help="only put the tables into a document")
     return parser.parse_args(arguments)
 
@@ -234,8 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(map(str, missing)))
         return 0
+    if args.document:
+        around_tables(args.document)  # not only after hours
     failed = run_missing(missing, settings, args)
     print(render([r for r in read(args.results) if r["settings"] in digests.values()]))
+    if args.document:
+        render(read(args.results), args.document)
     return 1 if failed else 0
 
 

@@ -175,9 +175,19 @@ def render(results: Sequence[Result], document: Path | None = None) -> str:
         groups[result["task"], result["settings"], machine].append(result)
     text = "\n\n".join(map(section, groups.values()))
     if document is not None:
-        before, begin, rest = document.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise ValueError(f"{document} must hold the lines {BEGIN} and {END}")
+        before, after = around_tables(document)
         document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
     return text
+
+
+def around_tables(document: Path) -> tuple[str, str]:
+    """Returns what stands before and behind the tables of a document.
+
+    Raises:
+        ValueError: if the document lacks the marks.
+    """
+    before, begin, rest = document.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document} must hold the lines {BEGIN} and {END}")
+    return before, after

@@ -30,7 +30,11 @@ def run(folder: Path, *arguments: str) -> str:
 def test_the_small_mode_runs_every_cell_once_and_prints_the_tables(tmp_path):
     first = run(tmp_path, "--time-limit=0.001")
     assert "cells are left for the next run" in first
-    printed = run(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{accuracy_table.BEGIN}\n{accuracy_table.END}\nafter\n")
+    printed = run(tmp_path, f"--document={page}")
+    tables = page.read_text().removeprefix("before\n").removesuffix("after\n")
+    assert printed.rstrip().endswith(tables.split("\n\n", 1)[1].rpartition("\n\n")[0])
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     methods = [result["method"] for result in results]
     assert sorted(methods) == sorted(accuracy.SMALL_BITS)
