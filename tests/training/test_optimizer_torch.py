@@ -299,12 +299,13 @@ def test_a_sparse_gradient_is_refused_by_name_and_costs_no_step(decoder):
 def test_a_failing_inner_step_leaves_the_model_and_the_groups_usable(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    before = weights(model)
+    before, full = weights(model), masters(optimizer)
     loss_of(model, batch(0)).backward()
     optimizer.param_groups[0]["betas"] = None
     with pytest.raises(TypeError):
         optimizer.step()
     assert optimizer.steps == 0
+    assert all(master.grad is None for master in full.values())
     assert_same(weights(model), before)
     optimizer.param_groups[0]["betas"] = (0.9, 0.999)
     optimizer.step()
