@@ -230,6 +230,8 @@ def test_what_eigenvalues_change_is_said():
     assert (config.schedule.period, config.schedule.counts_per_step) == (720, 72)
     assert config.schedule.offset == 2
     assert any("12 bits from the start" in text for text in conversion.changed)
+    assert any("optimizer.probe measures once" in text for text in conversion.changed)
+    assert any("layer_num, stability, gas_boundary" in text for text in conversion.ignored)
     assert config.sensitivity.to_dict() == {
         "measure": "eigenvalue", "form": "auto", "rule": "stepped", "tolerance": 0.05,
         "max_products": 50, "max_cost": 0.02,
@@ -240,7 +242,9 @@ def test_blending_lasts_as_long_as_the_ratio_takes_to_fall():
     mixed = {"enabled": True, "quantize_change_ratio": 0.001}
     assert convert(old(fp16_mixed_quantize=mixed)).config.blend_steps == 1000
     mixed["quantize_change_ratio"] = 0.3
-    assert convert(old(fp16_mixed_quantize=mixed)).config.blend_steps == 4
+    conversion = convert(old(fp16_mixed_quantize=mixed))
+    assert conversion.config.blend_steps == 4
+    assert any("fades into its grid over 4 steps" in text for text in conversion.changed)
 
 
 def test_the_grid_is_taken_over():
@@ -315,6 +319,7 @@ OLD, NEW = "quantize_training", "compression_training/weight_quantization"
         (old(quantize_groups=0), ValueError, "quantize_groups must be >= 1"),
         (new(), ValueError, "different_groups must have at least one group"),
         (new((8, 8, 0, ["*"])), ValueError, "quantization_period must be >= 1"),
+        (new((8, 8, 1, ["*"]), offset=-1), ValueError, "schedule_offset must be >= 0, got -1"),
         (new((8, 8, 1, ["("])), ValueError, "must be a regular expression"),
         (new((4, 8, 1, ["*"])), ValueError, "weight_quantization: start_bits must be at least"),
         (new((8, 2, 1, ["*"]), quantization_type="asymmetric"), ValueError, "'symmetric' for 2 b"),
