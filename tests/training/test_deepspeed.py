@@ -231,7 +231,9 @@ def test_what_eigenvalues_change_is_said():
     assert config.schedule.offset == 2
     assert any("12 bits from the start" in text for text in conversion.changed)
     assert any("optimizer.probe measures once" in text for text in conversion.changed)
-    assert any("layer_num, stability, gas_boundary" in text for text in conversion.ignored)
+    assert any(
+        "layer_name, stability, gas_boundary_resolution" in text for text in conversion.ignored
+    )
     assert config.sensitivity.to_dict() == {
         "measure": "eigenvalue", "form": "auto", "rule": "stepped", "tolerance": 0.05,
         "max_products": 50, "max_cost": 0.02,
