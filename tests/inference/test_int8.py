@@ -13,6 +13,7 @@ from models import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import moq
 from moq.inference import Engine
 
 TOLERANCE = 5e-6
@@ -68,6 +69,9 @@ def test_dtype_chooses_the_storage_of_the_weights(dtype, model_directory, device
     assert relative_error(engine.forward([row])[0], reference_logits(model, row)) < TOLERANCE
 
 
+@pytest.mark.skipif(
+    moq._C.build_info()["cpu_isa"] == "scalar", reason="one number at a time, codes are slower"
+)
 def test_int8_weights_are_not_slower_than_floats(tmp_path):
     """A decode step reads every weight, and a byte is read sooner than four."""
     torch.manual_seed(0)
