@@ -19,6 +19,7 @@ from moq.saved_run import SavedRun, load_run
 from moq.target_bits import (
     WIDTHS,
     Ends,
+    Objective,
     TargetBits,
     Trace,
     Weight,
@@ -47,6 +48,7 @@ def choose_for_run(
     config: MoQConfig | None = None,
     table: LatencyTable | None = None,
     widths: tuple[int, ...] = WIDTHS,
+    objective: Objective = "mean_eigenvalue",
 ) -> TargetBits:
     """Chooses target widths by the masters and the traces of a saved run.
 
@@ -57,6 +59,7 @@ def choose_for_run(
             those of the run. Its blocks must hold the same weights as the run's.
         table: Measured step times; needed for ``latency``.
         widths: Bits that are offered.
+        objective: What is minimised.
 
     Raises:
         ValueError: if no trace was measured in the run, if the configuration has other blocks, or
@@ -64,7 +67,14 @@ def choose_for_run(
         FormatError: if the directory holds no run, or one that does not say which weights fell
             together.
     """
-    return choose_for_loaded(load_run(directory), budget, config=config, table=table, widths=widths)
+    return choose_for_loaded(
+        load_run(directory),
+        budget,
+        config=config,
+        table=table,
+        widths=widths,
+        objective=objective,
+    )
 
 
 def choose_for_loaded(
@@ -74,6 +84,7 @@ def choose_for_loaded(
     config: MoQConfig | None = None,
     table: LatencyTable | None = None,
     widths: tuple[int, ...] = WIDTHS,
+    objective: Objective = "mean_eigenvalue",
 ) -> TargetBits:
     """Does what `choose_for_run` does, for a run that is in memory already.
 
@@ -87,6 +98,7 @@ def choose_for_loaded(
         [block.trace for block in blocks],
         [offered(b.name, b.ends, b.trace is not None, widths, table) for b in blocks],
         [(number, weight) for number, block in enumerate(blocks) for weight in block.weights],
+        objective,
     )
     names = {weight.name for block in blocks for weight in block.weights}
     quantized = [p for name, p in run.model.named_parameters() if name in names]

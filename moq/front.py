@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 #: Points of the front that a table shows.
 SHOWN = 12
 
+_LOSSES = {
+    "mean_eigenvalue": "expected increase, 1/2 |trace| / weights",
+    "trace": "|trace|",
+}
+
 
 def text_of(choice: TargetBits) -> str:
     """Renders the choice: each block's widths and what they lose, then the front around it."""
@@ -45,8 +50,8 @@ def text_of(choice: TargetBits) -> str:
         )
         console.print(_front(choice, points))
         console.print(
-            "loss: expected increase, 1/2 |trace| / weights * squared rounding error, summed over "
-            "blocks; *: chosen"
+            f"loss: {_LOSSES[choice.objective]} * squared rounding error, summed over blocks; "
+            "*: chosen"
         )
     return capture.get().rstrip()
 
@@ -69,7 +74,8 @@ def plot(choice: TargetBits, path: str | Path) -> None:
     else:
         above.set_yscale("symlog", linthresh=min((x for x in losses if x > 0), default=1.0))
     above.set_xlabel(choice.budget.unit)
-    above.set_ylabel("expected increase of the loss")
+    by_mean = choice.objective == "mean_eigenvalue"
+    above.set_ylabel("expected increase of the loss" if by_mean else "|trace| * squared error")
     above.grid(alpha=0.3)
     above.legend(loc="upper right", fontsize="small")
     names = list(choice.target_bits)

@@ -22,7 +22,14 @@ from moq.probe_cost import ProbeRefusedError
 from moq.probing import ProbeCost, Probes
 from moq.reporting import Reporter, is_main_process
 from moq.scalars import ScalarLog
-from moq.target_bits import WIDTHS, TargetBits, require_widths, traces_for
+from moq.target_bits import (
+    WIDTHS,
+    Objective,
+    TargetBits,
+    require_objective,
+    require_widths,
+    traces_for,
+)
 from moq.undisturbed import without_gradients
 from moq.wrapper import OptimizerWrapper
 
@@ -158,11 +165,13 @@ class PlannedOptimizer(OptimizerWrapper):
         latency_table: str | os.PathLike[str] | LatencyTable | None = None,
         widths: Iterable[int] = WIDTHS,
         sensitivity: Sensitivity | None = None,
+        objective: Objective = "mean_eigenvalue",
     ) -> TargetBits:
         """Chooses the width that each block ends at, and plans the schedule by it.
 
         Minimises the expected increase of the loss, the sum over blocks of
-        1/2 |trace| / number of weights * squared rounding error, under one budget, exactly.
+        1/2 |trace| / number of weights * squared rounding error, under one budget, exactly, unless
+        the objective is another.
         Blocks whose trace was not measured (frozen ones), ternary and binary ones keep their
         configured target; a schedule.table can end earlier, not lower. Under torch.distributed all
         ranks must call it; they take the numbers of rank 0.
@@ -176,14 +185,17 @@ class PlannedOptimizer(OptimizerWrapper):
             widths: Bits that are offered, in [2, 16], as far as a block's start_bits reach. Above 8
                 weights are exported as floats.
             sensitivity: Traces of the blocks; None takes the last that `probe` measured.
+            objective: "trace" minimises the sum of |trace| * squared rounding error instead, by
+                which large blocks weigh more.
 
         Returns:
             The choice, with the whole Pareto front; print it, or call its `plot`.
 
         Raises:
-            ValueError: if no trace was measured, if the budget is infeasible (naming the smallest
-                feasible one), if ranks differ in what they ask for, or if widths have fallen
-                already that the new plan would have kept; then nothing has changed.
+            ValueError: if no trace was measured, if there is no such objective, if the budget is
+                infeasible (naming the smallest feasible one), if ranks differ in what they ask for,
+                or if widths have fallen already that the new plan would have kept; then nothing has
+                changed.
             moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
             RuntimeError: inside `full_precision`.
         """
@@ -193,10 +205,11 @@ class PlannedOptimizer(OptimizerWrapper):
             budget = Budget.of(mean_bits, bytes, latency)
             table = require_table(budget, latency_table)
             offered = require_widths(widths)
+            weighed_by = require_objective(objective)
             history = self.history if sensitivity is None else [asdict(sensitivity)]
             traces = traces_for(history, where)
         choice = choose_for_masters(
-            self._masters, self.model, budget, table, offered, traces, where
+            self._masters, self.model, budget, table, offered, traces, weighed_by, where
         )
         configured, schedule = self._configured_schedule(), self.schedule()
         state = retarget(configured, choice.target_bits).state_dict()

@@ -17,6 +17,7 @@ from moq.rules import MatchedParameter
 from moq.sharding import whole_tensor
 from moq.target_bits import (
     Ends,
+    Objective,
     TargetBits,
     Trace,
     Weight,
@@ -92,6 +93,7 @@ def choose_for_masters(
     table: LatencyTable | None,
     widths: tuple[int, ...],
     traces: Mapping[str, Trace],
+    objective: Objective,
     where: str,
 ) -> TargetBits:
     """Chooses the last width of each block of a training; all ranks must call.
@@ -102,11 +104,11 @@ def choose_for_masters(
     Raises:
         ValueError: as MoQOptimizer.choose_target_bits; on all ranks.
     """
-    request = (budget, table, widths, dict(traces))
+    request = (budget, table, widths, dict(traces), objective)
     if any(other != request for other in all_gather(request)):
         raise ValueError(
-            f"{where}: budget, table, widths and traces must be the same on all ranks, got "
-            f"{budget} here"
+            f"{where}: budget, table, widths, traces and objective must be the same on all ranks, "
+            f"got {budget} and {objective!r} here"
         )
     if not masters.matched:
         raise ValueError(f"{where}: at least one parameter must be quantized, got 0")
@@ -119,7 +121,7 @@ def choose_for_masters(
         )
     ]
     own = measure_candidates(
-        names, [traces.get(name) for name in names], allowed, _whole_weights(masters)
+        names, [traces.get(name) for name in names], allowed, _whole_weights(masters), objective
     )
     other_bytes = bytes_beside(model, [m.parameter for m in masters.matched])
     return choose(all_gather(own)[0], budget, other_bytes=other_bytes, table=table)

@@ -24,6 +24,7 @@ from moq.outlook import (
     steps_of_run,
 )
 from moq.schedule import extent_of, plot, print_table
+from moq.target_bits import Objective
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument(
         "--widths", metavar="BITS", help="widths that are offered (4,8,16)", default="4,8,16"
+    )
+    budget.add_argument(
+        "--objective",
+        choices=typing.get_args(Objective),
+        default="mean_eigenvalue",
+        help="what a squared rounding error is weighed by: the mean eigenvalue of its layer, by "
+        "which the sum is the expected increase of the loss (default), or its trace",
     )
     budget.add_argument(
         "--latency-table",
@@ -167,6 +175,7 @@ def _run_budget(options: argparse.Namespace, config: MoQConfig | None) -> int:
         config=config,
         table=require_table(budget, options.latency_table),
         widths=require_widths(parse_widths(options.widths)),
+        objective=options.objective,
     )
     plan: dict[str, Any] | None = None
     outlook: list[BlockOutlook] = []

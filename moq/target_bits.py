@@ -10,7 +10,8 @@ elements of d have mean 0 and variance s^2 and are uncorrelated, the expectation
 s^2 trace(H), and that of the squared error d' d is n s^2: what weighs a squared error is the mean
 eigenvalue trace / n, not the trace. HAWQ-V2 (Dong et al., NeurIPS 2020) and HAWQ-V3 (Yao et al.,
 ICML 2021) minimise the same, but for the half. Both weights were compared
-(tests/benchmarks/rounding_loss.py; docs/benchmarks.md has what came out).
+(tests/benchmarks/rounding_loss.py; docs/benchmarks.md has what came out). An objective of "trace"
+weighs by the trace all the same: sum over b of |trace_b| * sum of (w - Q(w))^2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -33,6 +34,8 @@ from moq.rules import plain_name
 
 #: What is offered unless somebody asks for others: what `moq.inference` keeps weights in.
 WIDTHS = (4, 8, 16)
+#: What a squared rounding error is weighed by.
+Objective = Literal["mean_eigenvalue", "trace"]
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
 
 
@@ -144,6 +147,7 @@ class Candidates:
         squared_errors: Sum of (w - Q(w))^2 over the block, at each width.
         bytes: Size in a checkpoint, at each width.
         trace_error: Standard error of the trace.
+        objective: What its losses are.
     """
 
     name: str
@@ -153,6 +157,7 @@ class Candidates:
     squared_errors: tuple[float, ...]
     bytes: tuple[int, ...]
     trace_error: float = 0.0
+    objective: Objective = "mean_eigenvalue"
 
     @property
     def is_noise(self) -> bool:
@@ -161,16 +166,19 @@ class Candidates:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """1/2 |trace| / num_weights * squared error, by width; 0 where no trace was measured.
+        """By width; 0 where no trace was measured.
 
-        What the loss is expected to increase by if this block alone is rounded.
+        1/2 |trace| / num_weights * squared error is what the loss is expected to increase by if
+        this block alone is rounded; |trace| * squared error where that is the objective.
         Curvature of either sign means that the loss moves when weights are rounded, so the
         magnitude counts, as it does in the schedule.
         """
         if not self.num_weights:
             return (0.0,) * len(self.widths)
-        mean_eigenvalue = abs(self.trace or 0.0) / self.num_weights
-        return tuple(0.5 * mean_eigenvalue * error for error in self.squared_errors)
+        weight = abs(self.trace or 0.0)
+        if self.objective == "mean_eigenvalue":
+            weight = 0.5 * (weight / self.num_weights)
+        return tuple(weight * error for error in self.squared_errors)
 
 
 @dataclass(frozen=True)
@@ -182,8 +190,8 @@ class TargetBits:
         blocks: What was offered.
         bits: The width chosen for each block.
         cost: What the choice costs, in the budget's unit.
-        loss: Sum over blocks of 1/2 |trace| / number of weights * squared error: how much the loss
-            is expected to increase by rounding.
+        loss: Sum over blocks of what the objective is: by mean eigenvalues, how much the loss is
+            expected to increase by rounding.
         front: Every choice that no other equals or beats in both cost and loss, as (cost, loss):
             costs rise strictly, losses fall strictly. In the budget's unit too.
         front_bits: The width of each block behind each point of `front`, by its number.
@@ -196,6 +204,11 @@ class TargetBits:
     loss: float
     front: tuple[tuple[float, float], ...]
     front_bits: Callable[[int], tuple[int, ...]]
+
+    @property
+    def objective(self) -> Objective:
+        """What was minimised."""
+        return self.blocks[0].objective
 
     @property
     def target_bits(self) -> dict[str, int]:
@@ -238,6 +251,7 @@ class TargetBits:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, for JSON."""
         return {
+            "objective": self.objective,
             "budget": {"kind": self.budget.kind, "limit": float(self.budget.limit)},
             "target_bits": self.target_bits,
             "mean_bits": self.mean_bits,
@@ -277,6 +291,18 @@ def require_widths(widths: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(given)))
 
 
+def require_objective(objective: str) -> Objective:
+    """Returns the objective.
+
+    Raises:
+        ValueError: if there is no such one.
+    """
+    if objective not in get_args(Objective):
+        known = " or ".join(map(repr, get_args(Objective)))
+        raise ValueError(f"target bits: objective must be {known}, got {objective!r}")
+    return objective  # type: ignore[return-value]
+
+
 def offered(
     name: str,
     ends: Ends,
@@ -314,6 +340,7 @@ def measure_candidates(
     traces: Sequence[Trace | None],
     widths: Sequence[tuple[int, ...]],
     weights: Iterable[tuple[int, Weight]],
+    objective: Objective = "mean_eigenvalue",
 ) -> list[Candidates]:
     """Rounds every weight at every width of its block, one weight at a time.
 
@@ -322,6 +349,7 @@ def measure_candidates(
         traces: Of the blocks; None: not measured.
         widths: Of the blocks, from `offered`.
         weights: (number of the block, weight).
+        objective: What their losses are.
     """
     sizes = [0] * len(names)
     errors: list[list[list[float]]] = [[[] for _ in block] for block in widths]
@@ -340,6 +368,7 @@ def measure_candidates(
             tuple(math.fsum(parts) for parts in squared),
             tuple(stored),
             trace.error if trace else 0.0,
+            objective,
         )
         for name, trace, size, own, squared, stored in zip(
             names, traces, sizes, widths, errors, sums, strict=True

@@ -31,6 +31,9 @@ def test_the_command_chooses_as_the_training_does(run, tmp_path, capsys):
     assert main(["schedule", "--run", directory, "--budget", "bytes=1MB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == optimizer.choose_target_bits(bytes=10**6).to_dict() | {"plan": None}
+    assert main([*arguments, "--objective", "trace", "--json"]) == 0
+    by_trace = optimizer.choose_target_bits(mean_bits=6, objective="trace")
+    assert json.loads(capsys.readouterr().out) == by_trace.to_dict() | {"plan": None}
 
 
 def test_the_command_plans_with_the_chosen_widths(run, tmp_path, capsys):

@@ -91,6 +91,34 @@ def test_a_large_block_bears_the_squared_error_of_a_small_one_of_equal_trace():
     assert choice.bits == (8, 4)
 
 
+def test_by_trace_a_large_block_bears_no_more_than_a_small_one(decoder):
+    def blocks(objective):
+        return [
+            Candidates(f"h.{n}", 2.0, n, (4, 8), (1.0, 0.0), (n, 2 * n), objective=objective)
+            for n in (10, 40)
+        ]
+
+    assert [block.losses for block in blocks("trace")] == [(2.0, 0.0)] * 2
+    for objective, bits in {"mean_eigenvalue": (8, 4), "trace": (4, 8)}.items():
+        small, large = blocks(objective)
+        small = dataclasses.replace(small, squared_errors=(0.5, 0.0))
+        choice = choose([small, large], Budget("bytes", Fraction(90)))
+        assert choice.bits == bits and choice.to_dict()["objective"] == objective
+
+    _, optimizer = measured(decoder, (3.0, 0.1, 1.0, 2.0))
+    choice = optimizer.choose_target_bits(mean_bits=6, objective="trace")
+    assert "loss: |trace| * squared rounding error" in str(choice)
+    bits = [[width * block.num_weights for width in block.widths] for block in choice.blocks]
+    total = sum(block.num_weights for block in choice.blocks)
+    assert choice.loss == best(choice, bits, 6 * total)
+    for block in choice.blocks:
+        assert block.losses == tuple(abs(block.trace) * error for error in block.squared_errors)
+    with pytest.raises(
+        ValueError, match="objective must be 'mean_eigenvalue' or 'trace', got 'sum'"
+    ):
+        optimizer.choose_target_bits(mean_bits=6, objective="sum")
+
+
 def test_the_front_and_the_widths_behind_it_agree(decoder):
     _, optimizer = measured(decoder, (3.0, 0.1, 1.0, 2.0))
     choice = optimizer.choose_target_bits(mean_bits=6)
