@@ -182,33 +182,23 @@ def found_block(pattern: str, parameter: str) -> str:
     return found.group() if found else module
 
 
-def weighted(
-    found: Sensitivity, by: Weighing, optimizer: moq.MoQOptimizer, pattern: str
-) -> Sensitivity:
-    """What choose_target_bits, which divides by a block's weights, must get to weigh otherwise."""
-    if by == "mean eigenvalue":
-        return found
-    sizes = dict.fromkeys(found.blocks, 0)
-    for weight in weights_of(optimizer):
-        sizes[found_block(pattern, weight.name)] += weight.master.numel()
-    if by == "trace":
-        products = (value * sizes[b] for value, b in zip(found.values, found.blocks, strict=True))
-        return replace(found, values=tuple(products))
-    ones = (1.0,) * len(found.blocks)
-    return replace(found, values=tuple(map(float, sizes.values())), normalised=ones)
-
-
 def cost_of(found: Sensitivity) -> dict[str, float]:
     """What a measurement took."""
     return {"probe_seconds": round(found.seconds, 3), "products": found.products}
 
 
 def chosen_widths(
-    optimizer: moq.MoQOptimizer, found: Sensitivity, bits: float, by: Weighing, pattern: str
+    optimizer: moq.MoQOptimizer, found: Sensitivity, bits: float, by: Weighing
 ) -> dict[str, int]:
     """Bits of each block under a budget, which the schedule follows from now on."""
+    if by == "nothing":
+        ones = (1.0,) * len(found.blocks)
+        found = replace(found, values=ones, normalised=ones)
     choice = optimizer.choose_target_bits(
-        mean_bits=bits, widths=WIDTHS, sensitivity=weighted(found, by, optimizer, pattern)
+        mean_bits=bits,
+        widths=WIDTHS,
+        sensitivity=found,
+        objective="mean_eigenvalue" if by == "mean eigenvalue" else "trace",
     )
     return choice.target_bits
 
@@ -250,7 +240,7 @@ def ptq_budget(task: Task, bits: float, by: Weighing = "mean eigenvalue") -> Out
     model = task.fine_tuned(first=False)
     optimizer = wrap(task, model, max(WIDTHS), task.settings.fused)
     found = probe(task, optimizer, "trace", fused=True, first=False)
-    choice = chosen_widths(optimizer, found, bits, by, task.settings.fused)
+    choice = chosen_widths(optimizer, found, bits, by)
     weights = weights_of(optimizer)
     widths = {
         weight.name: choice[found_block(task.settings.fused, weight.name)] for weight in weights
@@ -321,7 +311,7 @@ def budget(task: Task, bits: float, by: Weighing = "mean eigenvalue") -> Outcome
     model = task.fine_tuned(first=True)
     optimizer = wrap(task, model, max(WIDTHS), task.settings.fused)
     found = probe(task, optimizer, "trace", fused=True)
-    choice = chosen_widths(optimizer, found, bits, by, task.settings.fused)
+    choice = chosen_widths(optimizer, found, bits, by)
     task.train(model, optimizer, first=False)
     return trained(model, optimizer, cost_of(found) | {"choice": list(choice.values())})
 
