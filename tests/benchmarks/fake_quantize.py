@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 import gpu
 import torch
-from report import Row, machine, print_rows
+from report import Row, print_rows
 
 import moq  # noqa: F401  (registers the operators)
 
@@ -249,10 +249,9 @@ def main(description: str | None, measure: Measure, what: str) -> int:
     options = parser.parse_args()
     if options.device == "cuda":
         gpu.require()
-        facts = gpu.facts()
     else:
         torch.set_num_threads(options.threads)
-        facts = {"machine": f"{machine()}, {options.threads} threads"}
+    facts = gpu.facts_on(options.device)
     tables: tuple[list[Row], list[Row]] = ([], [])
     for model in options.models or DEFAULT_MODELS[options.device]:
         for table, rows in zip(tables, measure(model, options.turns, options.device), strict=True):

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from report import machine
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,17 @@ def facts() -> dict[str, str]:
     return {
         "machine": f"{properties.name}, driver {driver or 'unknown'}",
         "versions": ", ".join(versions),
+        "date": date.today().isoformat(),
+    }
+
+
+def facts_on(device: str) -> dict[str, str]:
+    """The same of "cuda", or of this machine's processor, as many threads as torch uses."""
+    if device == "cuda":
+        return facts()
+    return {
+        "machine": f"{machine()}, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}",
         "date": date.today().isoformat(),
     }
 

@@ -31,12 +31,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import gpu
 import torch
-from report import Row, machine, print_rows
+from report import Row, print_rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step_cpu import NUM_LABELS
@@ -468,15 +467,7 @@ def main() -> None:
     model, batch = prepared(args)
     layers = Layers(model, batch, args.device)
     gpu.progress(f"graph of the gradient: {layers.graph_seconds:.2f} s")
-    facts = (
-        gpu.facts()
-        if args.device == "cuda"
-        else {
-            "machine": f"{machine()}, {torch.get_num_threads()} threads",
-            "versions": f"torch {torch.__version__}",
-            "date": date.today().isoformat(),
-        }
-    )
+    facts = gpu.facts_on(args.device)
     title = (
         f"{args.model}, {len(layers.blocks)} layers, {args.batch} x {args.seq} tokens, "
         f"{args.train_steps} steps"

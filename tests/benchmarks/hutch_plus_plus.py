@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from datetime import date
 
 import gpu
 import torch
 from hessian import MODELS, Layers, chosen, prepared
-from report import Row, machine, print_rows
+from report import Row, print_rows
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
@@ -90,11 +89,7 @@ def main() -> None:
                     f"(trace {trace:.4g}; Hutch++ {found.mean():.4g})",
                 )
             )
-    facts = {
-        "machine": f"{machine()}, {torch.get_num_threads()} threads",
-        "versions": f"torch {torch.__version__}",
-        "date": date.today().isoformat(),
-    }
+    facts = gpu.facts_on("cpu")
     title = f"Errors of traces, {args.model}, {args.batch} x {args.seq} tokens"
     print_rows(title, "Hutch++", rows, args.json, facts)
 

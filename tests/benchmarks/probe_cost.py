@@ -12,11 +12,10 @@ import argparse
 import sys
 import time
 from contextlib import redirect_stdout
-from datetime import date
 
 import gpu
 import torch
-from report import Row, machine, print_rows
+from report import Row, print_rows
 from train_step_cpu import NUM_LABELS, encoder
 
 import moq
@@ -78,15 +77,7 @@ def main() -> None:
         total = end - begin - own
         note = f"({own / total:.2%} of {total:.0f} s; {made[0]} measurements, {made[1]} products)"
         rows.append(Row(f"{case}, {kind} time", own, args.max_cost * total, "s", note))
-    facts = (
-        gpu.facts()
-        if args.device == "cuda"
-        else {
-            "machine": f"{machine()}, {torch.get_num_threads()} threads",
-            "versions": f"torch {torch.__version__}",
-            "date": date.today().isoformat(),
-        }
-    )
+    facts = gpu.facts_on(args.device)
     print_rows("Time for sensitivity", f"max_cost {args.max_cost:g}", rows, args.json, facts)
 
 

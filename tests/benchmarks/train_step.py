@@ -31,7 +31,7 @@ import gpu
 import torch
 import train_step_cpu as on_cpu
 import train_step_gpu as on_gpu
-from report import Row, machine, print_rows
+from report import Row, print_rows
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
     if options.parallel:
         parser.error("--parallel is for --device cuda")
     torch.set_num_threads(options.threads)
-    facts = {"machine": f"{machine()}, {options.threads} threads"}
+    facts = gpu.facts_on("cpu")
     tables: dict[str, list[Row]] = {}
     for name in options.models:
         for table, row in on_cpu.rows(name, options.cases, options.steps):
