@@ -200,7 +200,8 @@ class Engine:
             moq._C.Error: before anything is computed, for an empty or too long prompt, a token
                 outside the vocabulary or an option out of range.
         """
-        ids, single = self._token_ids(prompts)
+        with self._core.outside_captures():
+            ids, single = self._token_ids(prompts)
         stop = [stop] if isinstance(stop, str) else list(stop)
         if (stop or on_text is not None) and self.tokenizer is None:
             raise ValueError(
@@ -301,17 +302,18 @@ class Engine:
         Returns:
             [batch, length, vocab_size], 0 at padding; for a list one [length, vocab_size] each.
         """
-        rows = unpad(input_ids, attention_mask)
-        types: list[list[int]] | Tensor
-        types = [] if token_type_ids is None else unpad(token_type_ids, attention_mask)
-        logits = self._core.forward(rows, types)
-        if not isinstance(input_ids, Tensor):
-            return list(torch.split(logits, [len(row) for row in rows]))
-        if attention_mask is None:
-            return logits.view(*input_ids.shape, -1)
-        padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
-        padded[attention_mask.bool()] = logits
-        return padded
+        with self._core.outside_captures():
+            rows = unpad(input_ids, attention_mask)
+            types: list[list[int]] | Tensor
+            types = [] if token_type_ids is None else unpad(token_type_ids, attention_mask)
+            logits = self._core.forward(rows, types)
+            if not isinstance(input_ids, Tensor):
+                return list(torch.split(logits, [len(row) for row in rows]))
+            if attention_mask is None:
+                return logits.view(*input_ids.shape, -1)
+            padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+            padded[attention_mask.bool()] = logits
+            return padded
 
     def encode(self, inputs: Sequences, attention_mask: Tensor | None = None) -> Encoding:
         """Hidden states, sentence vectors and class logits of sequences.
@@ -327,27 +329,28 @@ class Engine:
         Raises:
             TypeError: for inputs that are neither text nor token ids.
         """
-        types: list[list[int]] = []
-        rows: list[list[int]] | Tensor
-        require_sequences("encode", inputs)
-        if isinstance(inputs, Tensor) or not is_text(inputs):
-            rows = unpad(as_rows(inputs), attention_mask)
-        else:
-            texts = [inputs] if isinstance(inputs, str) else list(inputs)
-            tokens = self._require_tokenizer()(texts)
-            rows = tokens["input_ids"]
-            if self._core.num_token_types > 1:
-                types = tokens.get("token_type_ids", [])
-        encoding = self._core.encode(rows, types)
-        states = encoding.last_hidden_state
-        lengths = [len(row) for row in rows]
-        split = list(torch.split(states, lengths))
-        # Not by torch.segment_reduce, which adds tokens one after the other.
-        if len(set(lengths)) == 1:
-            mean = states.view(len(lengths), lengths[0], -1).mean(1)
-        else:
-            mean = torch.stack([tokens.mean(0) for tokens in split])
-        return Encoding(split, mean, encoding.pooled, encoding.logits)
+        with self._core.outside_captures():
+            types: list[list[int]] = []
+            rows: list[list[int]] | Tensor
+            require_sequences("encode", inputs)
+            if isinstance(inputs, Tensor) or not is_text(inputs):
+                rows = unpad(as_rows(inputs), attention_mask)
+            else:
+                texts = [inputs] if isinstance(inputs, str) else list(inputs)
+                tokens = self._require_tokenizer()(texts)
+                rows = tokens["input_ids"]
+                if self._core.num_token_types > 1:
+                    types = tokens.get("token_type_ids", [])
+            encoding = self._core.encode(rows, types)
+            states = encoding.last_hidden_state
+            lengths = [len(row) for row in rows]
+            split = list(torch.split(states, lengths))
+            # Not by torch.segment_reduce, which adds tokens one after the other.
+            if len(set(lengths)) == 1:
+                mean = states.view(len(lengths), lengths[0], -1).mean(1)
+            else:
+                mean = torch.stack([tokens.mean(0) for tokens in split])
+            return Encoding(split, mean, encoding.pooled, encoding.logits)
 
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Prompts as lists of token ids, and whether there was just one."""

@@ -91,6 +91,18 @@ struct Sequences {
   Sequences& operator=(const Sequences&) = delete;
 };
 
+/// Engine::outside_captures as a context manager.
+class OutsideCaptures {
+ public:
+  explicit OutsideCaptures(const Engine& engine) : engine_(engine) {}
+  void enter() { scope_ = engine_.outside_captures(); }
+  void exit(const py::args&) { scope_.reset(); }
+
+ private:
+  const Engine& engine_;
+  std::unique_ptr<inference::DeviceScope> scope_;
+};
+
 void bind_kv_cache(py::module_& m) {
   py::class_<KvCache>(
       m, "KvCache", "Keys and values of several sequences, one a slot; made by Engine.make_cache.")
@@ -182,6 +194,7 @@ GenerationResult generate(Engine& engine, const py::object& prompts, std::int64_
                                              .stop_tokens = std::move(stop_tokens),
                                              .max_batch = max_batch,
                                              .chunk_tokens = chunk_tokens};
+  const auto outside_captures = engine.outside_captures();
   const Ids token_ids = read_ids(prompts);
   const py::gil_scoped_release release;  // a Python callback takes the lock by itself
   return engine.generate(token_ids, options, on_token.value_or(inference::OnToken{}));
@@ -190,6 +203,9 @@ GenerationResult generate(Engine& engine, const py::object& prompts, std::int64_
 }  // namespace
 
 void bind_engine(py::module_& m) {
+  py::class_<OutsideCaptures>(m, "OutsideCaptures", "Made by Engine.outside_captures.")
+      .def("__enter__", &OutsideCaptures::enter)
+      .def("__exit__", &OutsideCaptures::exit);
   bind_kv_cache(m);
   bind_results(m);
   py::class_<Engine>(m, "Engine",
@@ -215,6 +231,7 @@ void bind_engine(py::module_& m) {
           "forward",
           [](Engine& engine, const py::object& token_ids, const py::object& token_types,
              KvCache* cache, const std::vector<std::int64_t>& slots) {
+            const auto outside_captures = engine.outside_captures();
             const Sequences sequences(token_ids, token_types);
             const py::gil_scoped_release release;
             return engine.forward(sequences.all, cache, slots);
@@ -225,6 +242,7 @@ void bind_engine(py::module_& m) {
       .def(
           "encode",
           [](Engine& engine, const py::object& token_ids, const py::object& token_types) {
+            const auto outside_captures = engine.outside_captures();
             const Sequences sequences(token_ids, token_types);
             const py::gil_scoped_release release;
             return engine.encode(sequences.all);
@@ -232,6 +250,11 @@ void bind_engine(py::module_& m) {
           py::arg("token_ids"), py::arg("token_types") = py::tuple(),
           "Hidden states, pooled outputs and class logits of whole sequences: lists of token ids, "
           "or an integer tensor [sequences, tokens].")
+      .def(
+          "outside_captures", [](const Engine& engine) { return OutsideCaptures(engine); },
+          py::keep_alive<0, 1>(),
+          "For `with`: the thread may use the GPU while others capture CUDA graphs there. An error "
+          "if its own current stream is being captured. Calls of the engine do so by themselves.")
       .def("release_graphs", &Engine::release_graphs, py::call_guard<py::gil_scoped_release>(),
            "Frees captured steps, which hold the ranks' communicator.")
       .def("make_cache", &Engine::make_cache, py::arg("num_slots"), py::arg("capacity"),

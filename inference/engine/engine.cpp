@@ -98,6 +98,10 @@ class Engine::Call {
     use.mutex.lock();
     use.holder = std::this_thread::get_id();
   }
+  /// Of what computes.
+  Call(Use& use, const Transformer& model) : Call(use) {
+    outside_captures_ = model.outside_captures();
+  }
   ~Call() {
     use_.holder = std::thread::id{};
     use_.mutex.unlock();
@@ -107,6 +111,7 @@ class Engine::Call {
 
  private:
   Use& use_;
+  std::unique_ptr<DeviceScope> outside_captures_;
   kernels::ThreadScope threads_{at::get_num_threads()};
 };
 
@@ -176,13 +181,13 @@ std::unique_ptr<KvCache> Engine::make_cache(std::int64_t num_slots, std::int64_t
             "engine: a KV cache needs a causal model, got ", spec().architecture);
   MOQ_CHECK(capacity <= spec().max_positions, "engine: a KV cache must hold at most the model's ",
             spec().max_positions, " positions, got ", capacity);
-  const Call call(*in_use_);
+  const Call call(*in_use_, *model_);
   return model_->make_cache(num_slots, capacity);
 }
 
 GenerationResult Engine::generate(std::span<const std::vector<std::int64_t>> prompts,
                                   GenerationOptions options, const OnToken& on_token) {
-  const Call call(*in_use_);
+  const Call call(*in_use_, *model_);
   const kernels::SamplingParams& sampling = options.sampling;
   std::vector<std::int64_t> request = {options.max_new_tokens,
                                        options.max_batch,
@@ -291,7 +296,7 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
                            std::span<const std::int64_t> slots) {
   MOQ_CHECK(spec().has_head, "engine: forward needs a model with a language-model head, got ",
             spec().architecture, ": use encode");
-  const Call call(*in_use_);
+  const Call call(*in_use_, *model_);
   at::Tensor logits = new_result({total_tokens(sequences), spec().vocab_size});
   std::int64_t done = 0;
   std::vector<std::int64_t> rows;
@@ -313,7 +318,7 @@ void Engine::release_graphs() {
 }
 
 Encoding Engine::encode(std::span<const TokenSequence> sequences) {
-  const Call call(*in_use_);
+  const Call call(*in_use_, *model_);
   const auto num_sequences = static_cast<std::int64_t>(sequences.size());
   Encoding encoding;
   const auto make_room = [&] {

@@ -49,9 +49,10 @@ struct Encoding {
 /// A model of a checkpoint directory, ready to run on a GPU, or on the CPU with torch's number of
 /// threads.
 ///
-/// Any thread may call; a call waits until the one before it has ended. Where several ranks share
-/// the model, their calls must come in the same order on all of them. A callback of generate that
-/// calls the engine that runs it gets an error.
+/// Any thread may call; a call waits until the one before it has ended. On a GPU this or other
+/// threads may capture CUDA graphs meanwhile, but not of the caller's current stream. Where several
+/// ranks share the model, their calls must come in the same order on all of them. A callback of
+/// generate that calls the engine that runs it gets an error.
 class Engine {
  public:
   /// @throws moq::Error if the directory, its config.json, the policy or an option is unsuitable
@@ -59,6 +60,8 @@ class Engine {
 
   const ModelSpec& spec() const { return model_->spec(); }
   const Transformer& model() const { return *model_; }
+  /// Transformer::outside_captures, for what a caller does around a call.
+  std::unique_ptr<DeviceScope> outside_captures() const { return model_->outside_captures(); }
   /// Transformer::memory and decode_kernels, between calls.
   MemoryReport memory() const;
   std::vector<KernelRecord> decode_kernels() const;

@@ -34,6 +34,17 @@ struct KernelRecord {
   std::int64_t bytes;  ///< that it must read at least: weights, or keys and values
 };
 
+/// What a thread holds while it uses a device; it ends on the same thread.
+class DeviceScope {
+ public:
+  virtual ~DeviceScope() = default;
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ protected:
+  DeviceScope() = default;
+};
+
 /// One rank's part of a transformer: weights, workspace, and the forward pass, on one device.
 ///
 /// Every rank calls the same functions with the same arguments and gets the same results. Not
@@ -49,6 +60,10 @@ class Transformer {
   Communicator& communicator() const { return *communicator_; }
 
   virtual at::Device device() const = 0;
+  /// Keeps what the calling thread does on a GPU apart from CUDA graphs that this thread or others
+  /// capture on other streams meanwhile. Any thread may ask. Null on the CPU.
+  /// @throws moq::Error if the caller's current stream is being captured
+  virtual std::unique_ptr<DeviceScope> outside_captures() const { return nullptr; }
   /// What activations are kept in: "float32", "float16" or "bfloat16".
   virtual std::string compute_dtype() const = 0;
   /// What keys and values are kept in: the same, or "int8".

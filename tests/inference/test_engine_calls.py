@@ -1,5 +1,6 @@
 """Calls of one engine from several threads, and what outlives it."""
 
+from contextlib import nullcontext
 from threading import Thread
 from types import SimpleNamespace
 
@@ -128,7 +129,9 @@ def test_a_refused_call_leaves_nothing_to_the_next(model_directory):
 def test_means_over_many_tokens_are_as_exact_as_pairwise_sums(lengths, model_directory):
     states = 1 + 0.5 * torch.randn(sum(lengths), 8, generator=torch.Generator().manual_seed(0))
     encoding = SimpleNamespace(last_hidden_state=states, pooled=None, logits=None)
-    core = SimpleNamespace(vocab_size=97, encode=lambda rows, types: encoding)
+    core = SimpleNamespace(
+        vocab_size=97, outside_captures=nullcontext, encode=lambda rows, types: encoding
+    )
     found = Engine(core, model_directory("llama"), None).encode([[3] * n for n in lengths]).mean
     expected = torch.stack([part.double().mean(0) for part in states.split(lengths)])
     assert (found - expected).abs().max() < 5e-7 * expected.abs().max()

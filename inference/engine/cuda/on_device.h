@@ -5,6 +5,7 @@
 
 #include <exception>
 
+#include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/common/check.h"
 
@@ -19,6 +20,7 @@ class CudaTransformer::OnDevice {
       : model_(usable(model)),
         caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())),
         guard_(model.stream_) {
+    check_not_captured(caller_);  // a callback between two steps may have begun it
     if (cudaStreamQuery(caller_) != cudaSuccess) {
       (void)cudaGetLastError();  // for others, a stream that is not ready is no error
       model.before_.record(caller_);
@@ -33,8 +35,11 @@ class CudaTransformer::OnDevice {
     try {
       model_.after_.record(model_.stream_);
       model_.after_.block(caller_);
-    } catch (const std::exception& error) {  // it may break while this runs
-      model_.failure_ = error.what();
+    } catch (const std::exception&) {
+      // The GPU broke while this ran, or another thread began to capture the caller's stream, which
+      // can't wait then.
+      model_.note_failure();
+      (void)cudaStreamSynchronize(model_.stream_);
     }
   }
   OnDevice(const OnDevice&) = delete;

@@ -7,6 +7,7 @@
 
 #include "inference/engine/cuda/decode_step.h"
 #include "inference/engine/cuda/device_memory.h"
+#include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/cuda/transformer.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
@@ -72,6 +73,7 @@ std::unique_ptr<Transformer> open_cuda_transformer(
     const std::shared_ptr<Communicator>& communicator) {
   const at::Device device = check_device(options.device);
   const c10::cuda::CUDAGuard guard(device);
+  const cuda::OutsideCaptures outside(device);
   kernels::cuda::check_device();
   const DType dtype = options.compute_dtype.has_value()
                           ? parse_compute_dtype(*options.compute_dtype)

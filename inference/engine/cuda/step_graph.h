@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/cuda/step_inputs.h"
 #include "kernels/cuda/cuda_check.h"
 
@@ -39,7 +40,9 @@ class StepGraph {
   /// Captures what step() launches on the stream; nothing is executed.
   template <typename Step>
   void capture(cudaStream_t stream, const Step& step) {
-    // (Other threads of the process, such as c10d's watchdog, may go on with the GPU meanwhile.)
+    // (Other threads of the process, such as c10d's watchdog, may go on with the GPU meanwhile, but
+    // a step that takes memory or waits would be captured wrongly: that is an error.)
+    const CaptureMode mode(cudaStreamCaptureModeThreadLocal);
     MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     cudaGraph_t graph = nullptr;
     try {

@@ -9,6 +9,7 @@
 
 #include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/on_device.h"
+#include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/positions.h"
 #include "kernels/common/check.h"
 
@@ -42,7 +43,18 @@ CudaTransformer::CudaTransformer(ModelSpec spec, Weights weights,
 
 /// Nothing may be running when the weights' memory is given back.
 CudaTransformer::~CudaTransformer() {
+  const CaptureMode mode(cudaStreamCaptureModeRelaxed);
   (void)cudaStreamSynchronize(stream_);
+  drop_graphs();
+}
+
+std::unique_ptr<DeviceScope> CudaTransformer::outside_captures() const {
+  return std::make_unique<OutsideCaptures>(device_);
+}
+
+void CudaTransformer::release_graphs() {
+  const CaptureMode mode(cudaStreamCaptureModeRelaxed);
+  drop_graphs();
 }
 
 MemoryReport CudaTransformer::memory() const {

@@ -50,7 +50,7 @@ std::int64_t bucket_of(std::int64_t num_rows);
 bool uses_graphs();
 
 /// A transformer on a GPU. Kernels are launched on a stream of its own, which waits for the
-/// caller's current stream and is waited for by it.
+/// caller's current stream and is waited for by it. Calls are made within outside_captures().
 ///
 /// After an error of the GPU itself nothing can be computed in this process: every call then says
 /// so.
@@ -62,10 +62,11 @@ class CudaTransformer final : public Transformer {
   ~CudaTransformer() override;
 
   at::Device device() const override { return device_; }
+  std::unique_ptr<DeviceScope> outside_captures() const override;
   std::string compute_dtype() const override { return name_of(dtype_); }
   std::string kv_cache_dtype() const override { return name_of(kv_dtype_); }
   MemoryReport memory() const override;
-  void release_graphs() override { drop_graphs(); }
+  void release_graphs() override;
   std::vector<KernelRecord> decode_kernels() const override { return decode_kernels_; }
   std::unique_ptr<KvCache> make_cache(std::int64_t num_slots, std::int64_t capacity) override;
   KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
