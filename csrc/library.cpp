@@ -66,11 +66,17 @@ TORCH_LIBRARY(moq, m) {
   m.def(
       "dequantize(Tensor codes, Tensor scales, Tensor? zero_points=None, *, bool transposed=False, "
       "ScalarType? dtype=None) -> Tensor");
-  // Activations [..., features] as symmetric INT8: one scale a token, or the given [1] scale,
-  // finite and >= 2^-126 (else: an error on the CPU, codes 0 and outputs NaN on CUDA). The
-  // fake-quantized form has a straight-through gradient.
-  m.def("quantize_activation(Tensor input, Tensor? scale=None) -> (Tensor codes, Tensor scales)");
-  m.def("fake_quantize_activation(Tensor input, Tensor? scale=None) -> Tensor");
+  // Activations [..., features] as INT8, mode "symmetric" or "asymmetric": one scale and zero point
+  // a token, or the given [1] scale, finite and >= 2^-126, with in asymmetric mode the given int32
+  // [1] zero point in [-128, 127] (else: an error on the CPU, codes 0 and outputs NaN on CUDA).
+  // Zero points (0 when symmetric) have the scales' shape. The fake-quantized form has a
+  // straight-through gradient.
+  m.def(
+      "quantize_activation(Tensor input, Tensor? scale=None, Tensor? zero_point=None, *, str "
+      "mode=\"symmetric\") -> (Tensor codes, Tensor scales, Tensor zero_points)");
+  m.def(
+      "fake_quantize_activation(Tensor input, Tensor? scale=None, Tensor? zero_point=None, *, str "
+      "mode=\"symmetric\") -> Tensor");
 
   // Linear layers, for inference: a backward raises. A packed weight is an opaque byte tensor in
   // the order of the device that it was packed on, which refuses it on another; whoever holds it
@@ -82,14 +88,15 @@ TORCH_LIBRARY(moq, m) {
       "format=\"int8\") -> Tensor");
   // activation(input @ weight.T + bias) + residual; or, gated, activation(gate) * up, where rows 2j
   // and 2j + 1 of the weight are gate and up of column j. input_mode "float32" (the input as it
-  // is), "dynamic_int8" or, with input_scale, "static_int8": its rows are multiplied as the codes
-  // of quantize_activation. dtype: the output's, the input's or float32. weight_is_ready: no kernel
+  // is), "dynamic_int8", "dynamic_asymmetric_int8", "static_int8" (with input_scale) or
+  // "static_asymmetric_int8" (with input_zero_point too): its rows are multiplied as the codes of
+  // quantize_activation. dtype: the output's, the input's or float32. weight_is_ready: no kernel
   // ahead in the stream writes weight, bias or norm: a GPU may read them before those have ended.
   m.def(
       "linear(Tensor input, Tensor packed, int out_features, *, str format=\"int8\", int? "
       "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
       "gated=False, Tensor? residual=None, str input_mode=\"float32\", float? input_scale=None, "
-      "ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
+      "int? input_zero_point=None, ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
   // "layer_norm" or "rms_norm" of each row [num_tokens, hidden_size]; weight and bias are float32.
   m.def(
       "norm(Tensor input, Tensor weight, Tensor? bias=None, *, str norm=\"layer_norm\", float "
@@ -100,7 +107,7 @@ TORCH_LIBRARY(moq, m) {
       "out_features, *, str norm=\"layer_norm\", float epsilon=1e-5, str format=\"int8\", int? "
       "group_size=None, bool asymmetric=False, Tensor? bias=None, str activation=\"none\", bool "
       "gated=False, Tensor? residual=None, str input_mode=\"float32\", float? input_scale=None, "
-      "ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
+      "int? input_zero_point=None, ScalarType? dtype=None, bool weight_is_ready=False) -> Tensor");
   // The projection of q, k and v on a GPU: normalises (norm None: not), multiplies, adds the bias,
   // rotates q and k (positions None: not) and writes k and v to the rows of a cache (cache_rows
   // below 0: nowhere). Returns [m, q | k | v], or [m, q] with a cache. To be rotated, rows 2i and

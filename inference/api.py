@@ -40,6 +40,8 @@ from moq.staging import recover
 from moq.strict import suggestion
 
 DTYPES = ("int8", "fp32", "fp16", "bf16")
+#: How integer weights may be asked to read their inputs; static grids are those of a training.
+ACTIVATIONS = ("dynamic", "dynamic_asymmetric")
 
 
 Sequences = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -94,7 +96,8 @@ class Engine:
                 GPU as dtype; beside integer weights "bf16" if the directory's floats are, else
                 "fp16".
             activations: None: exact weight-only arithmetic, unless the checkpoint was trained for
-                INT8 activations; "dynamic": INT8 with a scale per token.
+                INT8 activations; "dynamic": INT8 with a scale per token; "dynamic_asymmetric": with
+                a zero point per token too.
             quantize_head: False keeps the head of a plain directory out of dtype="int8".
             kv_cache_dtype: what a GPU keeps keys and values in: "int8" (a scale per token and head)
                 or None: compute_dtype.
@@ -416,8 +419,11 @@ def _check_arguments(
             f"compute_dtype must be None or one of fp32, fp16, bf16, got {compute_dtype!r}"
             f"{_short(compute_dtype)}"
         )
-    if activations not in (None, "dynamic"):
-        raise ValueError(f"activations must be None or 'dynamic', got {activations!r}")
+    if activations not in (None, *ACTIVATIONS):
+        raise ValueError(
+            "activations must be None, 'dynamic' or 'dynamic_asymmetric', got "
+            f"{activations!r}{suggestion(str(activations), ACTIVATIONS)}"
+        )
     if quantize_head and dtype != "int8":
         raise ValueError(f"quantize_head=True needs dtype='int8', got dtype={dtype!r}")
     if kv_cache_dtype not in (None, "int8") or (kind == "cpu" and kv_cache_dtype is not None):

@@ -39,8 +39,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--activations",
-        choices=["dynamic"],
-        help="round activations to INT8 per token (default: exact, unless trained for INT8)",
+        choices=["dynamic", "dynamic_asymmetric"],
+        help="round activations to INT8 per token, with a zero point or without (default: exact, "
+        "unless trained for INT8)",
     )
     group.add_argument(
         "--keep-head",

@@ -6,6 +6,7 @@
 #include "kernels/activation.h"
 #include "kernels/attention.h"
 #include "kernels/common/dtype.h"
+#include "kernels/input_rounding.h"
 #include "kernels/norm.h"
 
 struct CUstream_st;
@@ -27,13 +28,6 @@ constexpr int bits_of(WeightFormat format) {
 
 /// "int8", "int4", "int2", "float32", "bfloat16" or "float16".
 const char* name_of(WeightFormat format);
-
-/// How `linear` reads its float32 input when the weight holds integers (float weights: kFloat32).
-enum class InputMode : std::uint8_t {
-  kFloat32,      ///< the input as it is: exact weight-only arithmetic
-  kDynamicInt8,  ///< each row rounded to the symmetric 8-bit grid of its own absmax
-  kStaticInt8,   ///< every row rounded to the symmetric 8-bit grid of LinearArgs::input_scale
-};
 
 /// Geometry of a weight [n, k] = [output features, input features].
 struct LinearShape {
@@ -83,11 +77,10 @@ struct LinearArgs {
   /// [m, n], added after the activation, or null; may be `output` where there is no activation.
   const float* residual = nullptr;
   std::int64_t residual_stride = 0;
-  InputMode input_mode = InputMode::kFloat32;
-  float input_scale = 0.0F;  ///< step size of kStaticInt8, finite, >= min_scale(float32)
-  /// kDynamicInt8: [m], the absmax that each row's grid is made for, where `input` is a part of
-  /// longer rows (row-parallel layers; kernels/quantize.h: row_absmax); null: the row's own.
-  const float* input_absmax = nullptr;
+  InputRounding input_rounding;
+  /// Dynamic modes: what each row's grid is made for, where `input` is a part of longer rows
+  /// (row-parallel layers), as row_extents in kernels/quantize.h writes it; null: the row's own.
+  const float* input_extents = nullptr;
   float* output = nullptr;  ///< [m, n]; must not overlap `input`
   std::int64_t output_stride = 0;
 };
@@ -108,27 +101,28 @@ void pack_linear(const PackLinearArgs& args);
 ///
 /// Integer weights. The input row is written as integers x = rint(input * 2^e) (kFloat32; e puts
 /// the row's absmax between 2^29 and 2^30, so that elements down to 2^-6 of it are represented
-/// exactly and the others within 2^-30 of it), or as codes of the 8-bit grid. Then
+/// exactly and the others within 2^-30 of it), or as those of the 8-bit grid, x = code -
+/// zero_point. Then
 ///
 ///   sum_g  = Σ over the columns of group g of x * (code - zero_point)      exact, in integers
 ///   output = float((Σ_g scale_g * sum_g) * unit + bias)                    in float64
 ///
-/// where unit is 2^-e or the scale of the 8-bit grid, and a group wider than 8192 columns is cut
-/// into pieces of that width. Because the sums are exact, a row's output before the activation
-/// depends on nothing but that row and the weight: not on m, the number of threads or the
-/// instruction set.
+/// with code, zero_point and scale_g of the weight, where unit is 2^-e or the scale of the 8-bit
+/// grid, and a group wider than 8192 columns is cut into pieces of that width. Because the sums are
+/// exact, a row's output before the activation depends on nothing but that row and the weight: not
+/// on m, the number of threads or the instruction set.
 ///
 /// Float weights: float32 products and sums in blocks of columns; a row's output depends on the
 /// instruction set, not on m or the number of threads.
 ///
 /// For integer weights a row that holds a NaN or an infinity gives NaN throughout its output, and
-/// so does one whose input_absmax is NaN, infinite or negative; on a static grid an infinity is
-/// limited like any other large number.
-/// Runs on up to num_threads() threads (kernels/common/parallel.h).
+/// so does one whose input_extents hold a NaN or an infinity; on a static grid an infinity is
+/// limited like any other large number. Runs on up to num_threads() threads
+/// (kernels/common/parallel.h).
 /// @throws moq::Error for inconsistent sizes or strides, a null pointer to something non-empty, a
-///         packed weight that is not aligned, an INT8 input mode with float weights, kStaticInt8
-///         without a finite scale >= min_scale(float32), input_absmax without kDynamicInt8, or an
-///         activation over a residual that is the output.
+///         packed weight that is not aligned, an INT8 input mode with float weights, a static mode
+///         without a grid, a scale or zero point in another, input_extents without a dynamic mode,
+///         or an activation over a residual that is the output.
 void linear(const LinearArgs& args);
 
 }  // namespace cpu
@@ -164,7 +158,8 @@ struct DeviceLinearArgs {
   DType dtype = DType::kFloat16;  ///< of the activations: float16, bfloat16 or float32
   /// Normalises the input rows first: the result is rounded to dtype, then multiplied. For m <= 8.
   DeviceNorm norm = {};
-  /// [m]: a factor of each row's sums, before the bias (the step sizes of INT8 inputs); null: 1.
+  /// [m]: a factor of each row's sums, before the bias (the step sizes of INT8 inputs, of whose
+  /// codes `input` holds the distances from the zero point); null: 1.
   const float* row_scales = nullptr;
   /// Rows 2j and 2j + 1 of the weight are gate and up of column j: the output is [m, n / 2],
   /// activation(gate) * up, without a residual. n is even.

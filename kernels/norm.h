@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/common/dtype.h"
+#include "kernels/input_rounding.h"
 
 struct CUstream_st;
 
@@ -68,11 +69,11 @@ struct DeviceNorm {
 /// Pointers are device memory. A row's bits do not depend on its neighbours, but sums are in one
 /// order up to a few hundred rows, in another above.
 ///
-/// With `row_scales` the result is rounded once more, to the symmetric 8-bit grid of each row's own
-/// absmax (quant_grid.h): `output` receives the codes, as numbers of dtype (exact), and row_scales
-/// the step sizes. That is the input of an INT8 linear layer with DeviceLinearArgs::row_scales.
-/// With a static scale the grid is that of the scale instead: larger magnitudes are limited to its
-/// ends, and the code of a NaN is a NaN, which makes all of the row's products one.
+/// With a `rounding` the result is rounded once more, to an 8-bit grid: `output` receives the
+/// codes, less the zero point of an asymmetric grid, as numbers of dtype (exact: magnitudes up to
+/// 255), and row_scales the step sizes. That is the input of an INT8 linear layer with
+/// DeviceLinearArgs::row_scales. On a static grid numbers beyond its ends are limited to them, and
+/// a NaN stays one, which makes all of the row's products one.
 struct DeviceNormArgs {
   const void* input = nullptr;         ///< [rows, hidden_size], dtype, rows input_stride apart
   std::int64_t input_stride = 0;       ///< elements
@@ -80,18 +81,18 @@ struct DeviceNormArgs {
   DeviceNorm norm = {};
   bool weight_is_ready = false;    ///< norm's weight and bias: no kernel ahead in the stream writes
   void* output = nullptr;          ///< [num_tokens, hidden_size], dtype; may be input without rows
-  bool float32_output = false;     ///< not with row_scales, nor in place of other dtypes
+  bool float32_output = false;     ///< not with a rounding, nor in place of other dtypes
   std::int64_t output_stride = 0;  ///< elements
-  float* row_scales = nullptr;     ///< [num_tokens], written; null: no rounding to 8 bits
-  /// [num_tokens]: the absmax that each row's grid is made for, where the rows are parts of longer
-  /// ones (row-parallel layers); null: the row's own. With row_scales only.
-  const float* given_absmax = nullptr;
-  /// The step size of all rows, finite, >= min_scale(float32); 0: each row its own. With row_scales
-  /// only, and not with given_absmax.
-  float static_scale = 0.0F;
-  /// [num_tokens]: receives the absmax of each result, and nothing else is written: neither output
-  /// nor row_scales is given.
-  float* row_absmax = nullptr;
+  InputRounding rounding = {};     ///< kFloat32: none
+  float* row_scales = nullptr;     ///< [num_tokens], written; with a rounding, and only then
+  /// What each row's dynamic grid is made for, where the rows are parts of longer ones
+  /// (row-parallel layers), as row_extents has it; null: the row's own.
+  const float* given_extents = nullptr;
+  /// Receives what the dynamic grid of each result would be made for, and nothing else is written:
+  /// neither output nor row_scales is given. Symmetric: [num_tokens], absmax. Asymmetric:
+  /// [2, num_tokens], the largest magnitudes below and above 0. Signs are never set, and a NaN
+  /// makes one of them a NaN: as GroupExtents are.
+  float* row_extents = nullptr;
   std::int64_t num_tokens = 0;    ///< in [0, 2^31)
   std::int64_t hidden_size = 0;   ///< in [1, 2^30]
   DType dtype = DType::kFloat16;  ///< float16, bfloat16 or float32

@@ -180,12 +180,40 @@ MOQ_HOST_DEVICE inline GridParams make_grid(const GroupStatistics& group, int nu
                    std::bit_cast<float>(ordered_bits(group.highest)), num_bits, mode, scale_dtype);
 }
 
-/// Symmetric grid of a float32 scale that is given rather than measured. One that is below
-/// min_scale, infinite or NaN has no grid: its scale is NaN.
-MOQ_HOST_DEVICE inline GridParams grid_of_scale(float scale, int num_bits) {
-  const bool in_range = scale >= min_scale(DType::kFloat32) && scale <= max_scale(DType::kFloat32);
+/// Grid of a float32 scale, and of a zero point where it is asymmetric, that are given rather than
+/// measured. A scale below min_scale, infinite or NaN has no grid, nor has a zero point beyond the
+/// ends of the codes: the scale is NaN then.
+MOQ_HOST_DEVICE inline GridParams grid_of_scale(float scale, int num_bits,
+                                                QuantMode mode = QuantMode::kSymmetric,
+                                                std::int32_t zero_point = 0) {
+  const GridRange range = grid_range(num_bits, mode);
+  const bool in_range = scale >= min_scale(DType::kFloat32) &&
+                        scale <= max_scale(DType::kFloat32) && zero_point >= range.qmin &&
+                        zero_point <= range.qmax && (zero_point == 0 || !is_symmetric(mode));
   const float step = in_range ? scale : std::bit_cast<float>(kQuietNaNBits);
-  return {step, 1.0F / step, 0, grid_range(num_bits, QuantMode::kSymmetric)};
+  return {step, 1.0F / step, in_range ? zero_point : 0, range};
+}
+
+/// The largest magnitudes of a group below and above 0, in which its statistics can be handed on:
+/// of several parts of a group the larger ones are the whole group's. Symmetric: both are absmax.
+struct GroupExtents {
+  float below;
+  float above;
+};
+
+/// As float32 without a sign. Compared as int32 bit patterns they are ordered as the magnitudes
+/// are, NaN last: a maximum of them taken so loses no NaN.
+MOQ_HOST_DEVICE inline GroupExtents extents_of(const GroupStatistics& group, QuantMode mode) {
+  const std::int32_t lowest = is_symmetric(mode) ? group.highest : ordered_bits(group.lowest);
+  return {std::bit_cast<float>(lowest & kMagnitudeMask), std::bit_cast<float>(group.highest)};
+}
+
+/// The statistics that a grid is made of, from a group's extents; their signs are ignored.
+MOQ_HOST_DEVICE inline GroupStatistics statistics_of(const GroupExtents& group, QuantMode mode) {
+  const std::int32_t highest = std::bit_cast<std::int32_t>(group.above) & kMagnitudeMask;
+  const std::int32_t below = std::bit_cast<std::int32_t>(group.below) & kMagnitudeMask;
+  // -below as ordered_bits has it, and 0 for 0.
+  return {is_symmetric(mode) || below == 0 ? 0 : ordered_bits(below | ~kMagnitudeMask), highest};
 }
 
 /// True unless the group or the scale that the grid was asked for has none.

@@ -273,7 +273,8 @@ void bind_engine(py::module_& m) {
           "causal",
           [](const Engine& e) { return e.spec().attention == inference::AttentionKind::kCausal; })
       .def_property_readonly("activations", &Engine::activations,
-                             "How projections read their inputs: weight_only or dynamic.")
+                             "How projections read their inputs: weight_only, dynamic, static, "
+                             "dynamic_asymmetric or static_asymmetric.")
       .def_property_readonly("weight_format", &Engine::weight_format,
                              "What the layers' projections are stored in.")
       .def_property_readonly("head_format", &Engine::head_format,

@@ -79,12 +79,9 @@ Activation parse_activation(const char* where, std::string_view name) {
 
 InputMode parse_input_mode(const char* where, std::string_view name) {
   return parse(where, "input_mode", name,
-               std::array{InputMode::kFloat32, InputMode::kDynamicInt8, InputMode::kStaticInt8},
-               [](InputMode mode) {
-                 return mode == InputMode::kFloat32       ? "float32"
-                        : mode == InputMode::kDynamicInt8 ? "dynamic_int8"
-                                                          : "static_int8";
-               });
+               std::array{InputMode::kFloat32, InputMode::kDynamicInt8, InputMode::kStaticInt8,
+                          InputMode::kDynamicAsymmetricInt8, InputMode::kStaticAsymmetricInt8},
+               [](InputMode mode) { return kernels::name_of(mode); });
 }
 
 NormKind parse_norm(const char* where, std::string_view name) {

@@ -17,8 +17,9 @@ LinearCall describe_linear(const Tensor& input, const Tensor& packed, std::int64
                            std::string_view format, std::optional<std::int64_t> group_size,
                            bool asymmetric, const OptionalTensor& bias, std::string_view activation,
                            bool gated, const OptionalTensor& residual, std::string_view input_mode,
-                           std::optional<double> input_scale, std::optional<at::ScalarType> dtype,
-                           bool weight_is_ready) {
+                           std::optional<double> input_scale,
+                           std::optional<std::int64_t> input_zero_point,
+                           std::optional<at::ScalarType> dtype, bool weight_is_ready) {
   constexpr const char* kWhere = "linear";
   LinearCall call{
       .where = kWhere,
@@ -31,6 +32,7 @@ LinearCall describe_linear(const Tensor& input, const Tensor& packed, std::int64
       .gated = gated,
       .input_mode = parse_input_mode(kWhere, input_mode),
       .input_scale = input_scale,
+      .input_zero_point = input_zero_point,
       .dtype = dtype,
       .weight_is_ready = weight_is_ready};
   check(call);
@@ -45,6 +47,7 @@ LinearCall describe_norm_linear(const Tensor& input, const Tensor& norm_weight,
                                 std::string_view activation, bool gated,
                                 const OptionalTensor& residual, std::string_view input_mode,
                                 std::optional<double> input_scale,
+                                std::optional<std::int64_t> input_zero_point,
                                 std::optional<at::ScalarType> dtype, bool weight_is_ready) {
   constexpr const char* kWhere = "norm_linear";
   LinearCall call{
@@ -58,6 +61,7 @@ LinearCall describe_norm_linear(const Tensor& input, const Tensor& norm_weight,
       .gated = gated,
       .input_mode = parse_input_mode(kWhere, input_mode),
       .input_scale = input_scale,
+      .input_zero_point = input_zero_point,
       .norm = parse_norm(kWhere, norm),
       .norm_weight = norm_weight,
       .norm_bias = norm_bias,

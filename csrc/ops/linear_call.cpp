@@ -47,6 +47,31 @@ void check_norm(const LinearCall& call) {
   check_tensor(call.where, "norm_bias", call.norm_bias, at::kFloat, device, columns);
 }
 
+void check_static_grid(const LinearCall& call) {
+  const char* mode = name_of(call.input_mode);
+  const double scale = call.input_scale.value_or(0.0);
+  const std::int64_t zero_point = call.input_zero_point.value_or(0);
+  const bool asymmetric = call.input_mode == InputMode::kStaticAsymmetricInt8;
+  TORCH_CHECK_VALUE(is_static(call.input_mode) || !call.input_scale.has_value(), call.where,
+                    ": input_scale must come with static_int8 or static_asymmetric_int8, got ",
+                    scale, " with ", mode);
+  TORCH_CHECK_VALUE(
+      !is_static(call.input_mode) || exists(grid_of_scale(static_cast<float>(scale), 8)),
+      call.where, ": input_scale must be finite and >= ", min_scale(DType::kFloat32), " for ", mode,
+      ", got ", scale);
+  TORCH_CHECK_VALUE(asymmetric == call.input_zero_point.has_value(), call.where,
+                    ": input_zero_point must come with static_asymmetric_int8, and only then, got ",
+                    asymmetric ? "none" : "one", " with ", mode);
+  TORCH_CHECK_VALUE(zero_point >= -128 && zero_point <= 127, call.where,
+                    ": input_zero_point must lie in [-128, 127], got ", zero_point);
+}
+
+kernels::InputRounding rounding_of(const LinearCall& call) {
+  return {.mode = call.input_mode,
+          .scale = static_cast<float>(call.input_scale.value_or(0.0)),
+          .zero_point = static_cast<std::int32_t>(call.input_zero_point.value_or(0))};
+}
+
 }  // namespace
 
 void check(const LinearCall& call) {
@@ -71,14 +96,7 @@ void check(const LinearCall& call) {
       call.input_mode == InputMode::kFloat32 || kernels::is_integer(call.shape.format), call.where,
       ": input_mode must be float32 with a float weight, got an INT8 mode and ",
       kernels::name_of(call.shape.format));
-  const double input_scale = call.input_scale.value_or(0.0);
-  TORCH_CHECK_VALUE(call.input_mode == InputMode::kStaticInt8 || !call.input_scale.has_value(),
-                    call.where, ": input_scale must come with static_int8, got ", input_scale,
-                    " with another input_mode");
-  TORCH_CHECK_VALUE(call.input_mode != InputMode::kStaticInt8 ||
-                        exists(grid_of_scale(static_cast<float>(input_scale), 8)),
-                    call.where, ": input_scale must be finite and >= ", min_scale(DType::kFloat32),
-                    " for static_int8, got ", input_scale);
+  check_static_grid(call);
   if (call.norm != NormKind::kNone) {
     check_norm(call);
   }
@@ -121,8 +139,7 @@ void run_on_cpu(const LinearCall& call, const Tensor& output) {
                         .activation = call.gated ? kernels::Activation::kNone : call.activation,
                         .residual = data_or_null<float>(residual),
                         .residual_stride = n,
-                        .input_mode = call.input_mode,
-                        .input_scale = static_cast<float>(call.input_scale.value_or(0.0)),
+                        .input_rounding = rounding_of(call),
                         .output = product.mutable_data_ptr<float>(),
                         .output_stride = n});
   if (call.gated) {  // the kernel takes all gates, then all ups
@@ -165,8 +182,8 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                            .norm = norm,
                            .output = normalised.mutable_data_ptr(),
                            .output_stride = call.shape.k,
+                           .rounding = rounding_of(call),
                            .row_scales = rounds ? row_scales.mutable_data_ptr<float>() : nullptr,
-                           .static_scale = static_cast<float>(call.input_scale.value_or(0.0)),
                            .num_tokens = m,
                            .hidden_size = call.shape.k,
                            .dtype = dtype_of(rows.scalar_type())},

@@ -22,7 +22,9 @@ struct LinearCall {
   kernels::Activation activation = kernels::Activation::kNone;
   bool gated = false;
   kernels::InputMode input_mode = kernels::InputMode::kFloat32;
-  std::optional<double> input_scale = std::nullopt;  ///< of kStaticInt8, which needs it
+  std::optional<double> input_scale = std::nullopt;  ///< of static modes, which need it
+  std::optional<std::int64_t> input_zero_point =
+      std::nullopt;  ///< of kStaticAsymmetricInt8, likewise
   kernels::NormKind norm = kernels::NormKind::kNone;
   std::optional<at::Tensor> norm_weight = std::nullopt;  ///< [k] float32, with a norm
   std::optional<at::Tensor> norm_bias = std::nullopt;    ///< [k] float32

@@ -291,8 +291,7 @@ void CpuTransformer::project(const float* input, const Linear& linear, float* ou
                .weight = linear.weight(),
                .bias = linear.bias_or_null(),
                .activation = activation,
-               .input_mode = linear.input_mode,
-               .input_scale = linear.input_scale,
+               .input_rounding = linear.input,
                .output = output,
                .output_stride = shape.n});
 }
@@ -310,9 +309,8 @@ void CpuTransformer::project_and_add(const float* input, const Linear& linear) {
                .bias = root ? linear.bias_or_null() : nullptr,
                .residual = root ? x : nullptr,
                .residual_stride = root ? shape.n : 0,
-               .input_mode = linear.input_mode,
-               .input_scale = linear.input_scale,
-               .input_absmax = shared_absmax(input, linear),
+               .input_rounding = linear.input,
+               .input_extents = shared_extents(input, linear),
                .output = x,
                .output_stride = shape.n});
   if (communicator_->size() > 1) {
@@ -320,19 +318,25 @@ void CpuTransformer::project_and_add(const float* input, const Linear& linear) {
   }
 }
 
-/// Absmax of whole rows of an input that is split over the ranks, so that all round it to one grid;
-/// null where a row needs no grid, or is whole here.
-const float* CpuTransformer::shared_absmax(const float* input, const Linear& linear) {
-  if (communicator_->size() == 1 || linear.input_mode != kernels::InputMode::kDynamicInt8) {
+/// Extents of whole rows of an input that is split over the ranks, so that all round it to one
+/// grid; null where a row needs no grid, or is whole here.
+const float* CpuTransformer::shared_extents(const float* input, const Linear& linear) {
+  if (communicator_->size() == 1 || !is_dynamic(linear.input.mode)) {
     return nullptr;
   }
   const std::int64_t k = linear.shape().k;
-  absmax_.resize(static_cast<std::size_t>(num_tokens_));
-  cpu::row_absmax(
-      {.input = input, .absmax = absmax_.data(), .rows = num_tokens_, .cols = k, .row_stride = k});
-  at::Tensor shared = at::from_blob(absmax_.data(), {num_tokens_}, at::kFloat);
+  const QuantMode mode = grid_mode(linear.input.mode);
+  const std::int64_t size = is_symmetric(mode) ? num_tokens_ : 2 * num_tokens_;
+  extents_.resize(static_cast<std::size_t>(size));
+  cpu::row_extents({.input = input,
+                    .extents = extents_.data(),
+                    .mode = mode,
+                    .rows = num_tokens_,
+                    .cols = k,
+                    .row_stride = k});
+  at::Tensor shared = at::from_blob(extents_.data(), {size}, at::kFloat);
   communicator_->all_reduce_max(shared);
-  return absmax_.data();
+  return extents_.data();
 }
 
 /// Where attention without a cache finds keys, and what the positions look up.

@@ -47,7 +47,7 @@ class CpuTransformer final : public Transformer {
   void project(const float* input, const Linear& linear, float* output, std::int64_t rows,
                kernels::Activation activation = kernels::Activation::kNone) const;
   void project_and_add(const float* input, const Linear& linear);
-  const float* shared_absmax(const float* input, const Linear& linear);
+  const float* shared_extents(const float* input, const Linear& linear);
   at::Tensor run_head(std::span<const std::int64_t> rows);
   void prepare_positions(const TokenBatch& batch);
 
@@ -62,18 +62,18 @@ class CpuTransformer final : public Transformer {
   std::int64_t num_tokens_ = 0;  ///< of the last batch
   std::int64_t max_tokens_ = 0;
   std::int64_t max_logit_rows_ = 0;
-  AlignedBuffer x_;            ///< [hidden_size], the residual stream
-  AlignedBuffer normed_;       ///< [hidden_size]
-  AlignedBuffer ffn_in_;       ///< [hidden_size], parallel residual only
-  AlignedBuffer qkv_;          ///< [q | k | v]
-  AlignedBuffer attended_;     ///< [query heads, head_dim]
-  AlignedBuffer up_;           ///< [ffn columns], or [gate | up]
-  AlignedBuffer gated_;        ///< [ffn columns]
-  AlignedBuffer head_in_;      ///< [logit rows, hidden_size]
-  AlignedBuffer logits_;       ///< [logit rows, this rank's vocabulary]
-  at::Tensor shared_x_;        ///< x_ of the last batch's tokens, as ranks sum it
-  std::vector<float> absmax_;  ///< of the rows that ranks share, for INT8 activations
-  at::Tensor gathered_;        ///< [logit rows, vocab_size]
+  AlignedBuffer x_;             ///< [hidden_size], the residual stream
+  AlignedBuffer normed_;        ///< [hidden_size]
+  AlignedBuffer ffn_in_;        ///< [hidden_size], parallel residual only
+  AlignedBuffer qkv_;           ///< [q | k | v]
+  AlignedBuffer attended_;      ///< [query heads, head_dim]
+  AlignedBuffer up_;            ///< [ffn columns], or [gate | up]
+  AlignedBuffer gated_;         ///< [ffn columns]
+  AlignedBuffer head_in_;       ///< [logit rows, hidden_size]
+  AlignedBuffer logits_;        ///< [logit rows, this rank's vocabulary]
+  at::Tensor shared_x_;         ///< x_ of the last batch's tokens, as ranks sum it
+  std::vector<float> extents_;  ///< of the rows that ranks share, for INT8 activations
+  at::Tensor gathered_;         ///< [logit rows, vocab_size]
 };
 
 }  // namespace moq::inference

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <numeric>
+#include <utility>
 
 #include "inference/checkpoint/checkpoint.h"
 #include "inference/checkpoint/json.h"
@@ -36,6 +38,28 @@ constexpr std::int64_t kLogitRowsAtOnce = 64;
 
 Json read_json(const std::filesystem::path& path) {
   return Json::parse(checkpoint::read_text_file(path), path.filename().string());
+}
+
+/// The names of INT8 inputs.
+constexpr std::pair<kernels::InputMode, const char*> kActivations[] = {
+    {kernels::InputMode::kDynamicInt8, "dynamic"},
+    {kernels::InputMode::kStaticInt8, "static"},
+    {kernels::InputMode::kDynamicAsymmetricInt8, "dynamic_asymmetric"},
+    {kernels::InputMode::kStaticAsymmetricInt8, "static_asymmetric"},
+};
+
+/// Those that a caller may ask for: static ones need what only training knows.
+std::optional<kernels::InputMode> parse_activations(const std::optional<std::string>& name) {
+  if (!name.has_value()) {
+    return std::nullopt;
+  }
+  const auto* const found = std::ranges::find_if(kActivations, [&](const auto& known) {
+    return is_dynamic(known.first) && known.second == name;
+  });
+  MOQ_CHECK(found != std::end(kActivations),
+            "engine: activations must be None, \"dynamic\" or \"dynamic_asymmetric\", got \"",
+            *name, "\"");
+  return found->first;
 }
 
 /// The bits of a number, for check_agreement.
@@ -125,8 +149,7 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
   MOQ_CHECK(std::filesystem::exists(directory / "config.json"), "engine: ", directory.string(),
             " must hold a model's config.json, got none: name a directory that optimizer.export or "
             "moq export wrote, or one of a Hugging Face model");
-  MOQ_CHECK(options.activations.value_or("dynamic") == "dynamic",
-            "engine: activations must be None or \"dynamic\", got \"", *options.activations, "\"");
+  const std::optional<kernels::InputMode> input_mode = parse_activations(options.activations);
   const Json config = read_json(directory / "config.json");
   const QuantizationConfig quantization = QuantizationConfig::parse(config);
   auto files = std::make_shared<const Checkpoint>(Checkpoint::open(directory));
@@ -138,7 +161,7 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
   const LoadOptions load{.dtype = options.dtype.has_value() ? parse_weight_dtype(*options.dtype)
                                                             : WeightDtype::kAsStored,
                          .quantize_head = options.quantize_head,
-                         .dynamic_activations = options.activations.has_value(),
+                         .input_mode = input_mode,
                          .quantization = quantization,
                          .rank = communicator->rank(),
                          .size = communicator->size()};
@@ -148,14 +171,15 @@ Engine Engine::open(const std::filesystem::path& directory, const EngineOptions&
 
 std::string Engine::activations() const {
   const auto& layers = model_->weights().layers;
-  const auto some_read = [&](kernels::InputMode mode) {
-    return std::any_of(layers.begin(), layers.end(), [&](const Layer& layer) {
-      return layer.up.input_mode == mode || layer.qkv.input_mode == mode;
+  for (const auto& [mode, name] : kActivations) {
+    const bool read = std::any_of(layers.begin(), layers.end(), [mode = mode](const Layer& layer) {
+      return layer.up.input.mode == mode || layer.qkv.input.mode == mode;
     });
-  };
-  return some_read(kernels::InputMode::kDynamicInt8)  ? "dynamic"
-         : some_read(kernels::InputMode::kStaticInt8) ? "static"
-                                                      : "weight_only";
+    if (read) {
+      return name;
+    }
+  }
+  return "weight_only";
 }
 
 std::string Engine::weight_format() const {

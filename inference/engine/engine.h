@@ -24,7 +24,8 @@ struct EngineOptions {
       compute_dtype;  ///< "fp32", "fp16", "bf16"; nullopt: the device's choice
   std::optional<std::string> kv_cache_dtype;  ///< "int8"; nullopt: as compute_dtype
   at::Device device = at::kCPU;
-  std::optional<std::string> activations;  ///< "dynamic"; nullopt: exact, or as the checkpoint asks
+  /// "dynamic" or "dynamic_asymmetric"; nullopt: exact, or as the checkpoint asks
+  std::optional<std::string> activations;
   std::optional<std::filesystem::path> policy;  ///< a user's policy (JSON); nullopt: a built-in one
   /// Several ranks on GPUs: the process group, registered with c10d, that carries GPU tensors.
   std::string device_group;
@@ -67,7 +68,8 @@ class Engine {
   std::vector<KernelRecord> decode_kernels() const;
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
   const std::string& policy_name() const { return policy_name_; }
-  /// "dynamic" or "static" if any layer reads INT8, or "weight_only".
+  /// "dynamic", "static", "dynamic_asymmetric" or "static_asymmetric", the first of which any layer
+  /// reads INT8 so, or "weight_only".
   std::string activations() const;
   std::string weight_format() const;  ///< of the layers' projections
   std::string head_format() const;    ///< of the language-model head; empty without one

@@ -12,6 +12,7 @@
 namespace moq::inference {
 namespace {
 
+using kernels::InputMode;
 using kernels::WeightFormat;
 using Slices = std::vector<RowSlice>;
 
@@ -88,16 +89,44 @@ kernels::LinearShape shape_of(const Slices& slices, Range cols, const PackOption
   return shape;
 }
 
-/// Scale of a module's static activations.
-float input_scale_of(const checkpoint::Checkpoint& files, const std::string& module) {
-  const checkpoint::TensorInfo& tensor = files.at(module + ".input_scale");
+/// A tensor that holds one number.
+const checkpoint::TensorInfo& find_number(const checkpoint::Checkpoint& files,
+                                          const std::string& name) {
+  const checkpoint::TensorInfo& tensor = files.at(name);
   const bool one = std::ranges::all_of(tensor.shape, [](std::int64_t size) { return size == 1; });
-  MOQ_CHECK(one, files.directory().string(), ": ", tensor.name, " must hold one scale, got ",
+  MOQ_CHECK(one, files.directory().string(), ": ", name, " must hold one number, got ",
             tensor.shape.size(), " dimensions that do not");
-  const float scale = read_floats(files, tensor, {0, 1}).front();
-  MOQ_CHECK(exists(grid_of_scale(scale, 8)), files.directory().string(), ": ", tensor.name,
-            " must be finite and >= ", min_scale(DType::kFloat32), ", got ", scale);
-  return scale;
+  return tensor;
+}
+
+/// How a quantized module was trained to read its input.
+kernels::InputRounding trained_input(const checkpoint::Checkpoint& files, const std::string& module,
+                                     InputMode mode) {
+  const std::string where = files.directory().string() + ": ";
+  kernels::InputRounding input{.mode = mode};
+  if (is_static(mode)) {
+    const checkpoint::TensorInfo& tensor = find_number(files, module + ".input_scale");
+    input.scale = read_floats(files, tensor, {0, 1}).front();
+    MOQ_CHECK(exists(grid_of_scale(input.scale, 8)), where, tensor.name,
+              " must be finite and >= ", min_scale(DType::kFloat32), ", got ", input.scale);
+  }
+  if (mode == InputMode::kStaticAsymmetricInt8) {
+    const checkpoint::TensorInfo& tensor = find_number(files, module + ".input_zero_point");
+    MOQ_CHECK(tensor.dtype == "I8", where, tensor.name, " must be I8, got ", tensor.dtype);
+    input.zero_point = static_cast<std::int8_t>(files.bytes(tensor.name).front());
+  }
+  return input;
+}
+
+std::string describe(const kernels::InputRounding& input) {
+  std::string words = name_of(input.mode);
+  if (is_static(input.mode)) {
+    words += " with input_scale " + std::to_string(input.scale);
+  }
+  if (input.mode == InputMode::kStaticAsymmetricInt8) {
+    words += " and input_zero_point " + std::to_string(input.zero_point);
+  }
+  return words;
 }
 
 /// How the projection reads its input: as the caller asked, or as all of its parts were trained.
@@ -106,32 +135,23 @@ void choose_input(Linear& linear, const checkpoint::Checkpoint& files, const Sli
   if (!kernels::is_integer(shape.format)) {
     return;
   }
-  if (options.dynamic_activations) {
-    linear.input_mode = kernels::InputMode::kDynamicInt8;
+  if (options.input_mode.has_value()) {
+    linear.input = {.mode = *options.input_mode};
     return;
   }
   const auto trained = [&](const RowSlice& slice) {
-    return slice.source->quantized() ? options.quantization.input_of(slice.source->name())
-                                     : InputActivations::kFloats;
+    const std::string& module = slice.source->name();
+    return slice.source->quantized()
+               ? trained_input(files, module, options.quantization.input_of(module))
+               : kernels::InputRounding{};
   };
-  const InputActivations kind = trained(slices.front());
+  linear.input = trained(slices.front());
   for (const RowSlice& slice : slices) {
-    MOQ_CHECK(trained(slice) == kind,
-              "weights: projections that are computed together must agree on INT8 activations, ",
-              "got ", slices.front().source->name(), " and ", slice.source->name());
-  }
-  if (kind == InputActivations::kDynamicInt8) {
-    linear.input_mode = kernels::InputMode::kDynamicInt8;
-  } else if (kind == InputActivations::kStaticInt8) {
-    linear.input_mode = kernels::InputMode::kStaticInt8;
-    linear.input_scale = input_scale_of(files, slices.front().source->name());
-    for (const RowSlice& slice : slices) {
-      const float scale = input_scale_of(files, slice.source->name());
-      MOQ_CHECK(scale == linear.input_scale,
-                "weights: projections that are computed together must share one input_scale, got ",
-                linear.input_scale, " of ", slices.front().source->name(), " and ", scale, " of ",
-                slice.source->name());
-    }
+    const kernels::InputRounding other = trained(slice);
+    MOQ_CHECK(other == linear.input,
+              "weights: projections that are computed together must read their input alike, got ",
+              slices.front().source->name(), " (", describe(linear.input), ") and ",
+              slice.source->name(), " (", describe(other), ")");
   }
 }
 

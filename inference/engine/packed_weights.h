@@ -47,9 +47,8 @@ void store(std::span<const float> values, kernels::WeightFormat format, std::byt
 /// A packed projection of this rank.
 struct Linear {
   StoredWeight stored;
-  std::vector<float> bias;  ///< [n], or empty
-  kernels::InputMode input_mode = kernels::InputMode::kFloat32;
-  float input_scale = 0.0F;  ///< of kStaticInt8
+  std::vector<float> bias;       ///< [n], or empty
+  kernels::InputRounding input;  ///< how the product reads its input
 
   const kernels::PackedLinear& weight() const { return stored.weight; }
   const kernels::LinearShape& shape() const { return stored.weight.shape; }
@@ -67,8 +66,9 @@ struct RowSlice {
 struct PackOptions {
   const QuantizationConfig& quantization;  ///< how quantized weights read their input
   std::optional<kernels::WeightFormat> floats = std::nullopt;  ///< floats of it; nullopt: as stored
-  bool quantize = false;             ///< floats become INT8 codes, one scale a row
-  bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
+  bool quantize = false;  ///< floats become INT8 codes, one scale a row
+  /// How every integer weight reads its input; nullopt: as it was trained
+  std::optional<kernels::InputMode> input_mode = std::nullopt;
   Packer pack = pack_for_cpu;
 };
 

@@ -6,6 +6,7 @@ namespace moq::inference {
 namespace {
 
 using checkpoint::Json;
+using kernels::InputMode;
 
 constexpr const char* kWhere = "config.json: quantization_config";
 
@@ -60,15 +61,18 @@ void QuantizationConfig::read_group(const std::string& name, const Json& group) 
   if (const Json* weights = find_set(group, "weights")) {
     check_value(*weights, where + ".weights", "type", "int", true);
   }
-  auto kind = InputActivations::kFloats;
+  auto mode = InputMode::kFloat32;
   if (const Json* input = find_set(group, "input_activations")) {
     const std::string at = where + ".input_activations";
     check_value(*input, at, "num_bits", 8, true);
     check_value(*input, at, "type", "int", true);
-    check_value(*input, at, "symmetric", true, true);
+    const Json* symmetric = input->find("symmetric");
+    const bool is_symmetric = symmetric == nullptr || symmetric->as_boolean(at + ".symmetric");
     const Json* strategy = input->find("strategy");
     const bool is_static = strategy != nullptr && strategy->dump() == R"("tensor")";
-    kind = is_static ? InputActivations::kStaticInt8 : InputActivations::kDynamicInt8;
+    mode = is_static      ? is_symmetric ? InputMode::kStaticInt8 : InputMode::kStaticAsymmetricInt8
+           : is_symmetric ? InputMode::kDynamicInt8
+                          : InputMode::kDynamicAsymmetricInt8;
     if (is_static) {
       check_value(*input, at, "dynamic", false, true);
     } else {
@@ -76,16 +80,16 @@ void QuantizationConfig::read_group(const std::string& name, const Json& group) 
       check_value(*input, at, "dynamic", true, false);
     }
   }
-  differ_ = differ_ || first_.value_or(kind) != kind;
-  first_ = first_.value_or(kind);
+  differ_ = differ_ || first_.value_or(mode) != mode;
+  first_ = first_.value_or(mode);
   for (const Json& target : group.at("targets", where).as_array(where + ".targets")) {
-    by_module_[target.as_string(where + ".targets")] = kind;
+    by_module_[target.as_string(where + ".targets")] = mode;
   }
 }
 
-InputActivations QuantizationConfig::input_of(const std::string& module) const {
+kernels::InputMode QuantizationConfig::input_of(const std::string& module) const {
   if (!differ_) {
-    return first_.value_or(InputActivations::kFloats);
+    return first_.value_or(InputMode::kFloat32);
   }
   const auto found = by_module_.find(module);
   MOQ_CHECK(found != by_module_.end(), kWhere,

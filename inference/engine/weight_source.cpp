@@ -172,8 +172,11 @@ void WeightSource::open_scales() {
 
 std::vector<std::string> WeightSource::tensor_names() const {
   std::vector<std::string> names;
-  const TensorInfo* input_scale = quantized() ? checkpoint_->find(name_ + ".input_scale") : nullptr;
-  for (const TensorInfo* tensor : {weight_, scale_, zero_point_, shape_, input_scale}) {
+  const auto find_own = [&](const char* suffix) {
+    return quantized() ? checkpoint_->find(name_ + suffix) : nullptr;
+  };
+  for (const TensorInfo* tensor : {weight_, scale_, zero_point_, shape_, find_own(".input_scale"),
+                                   find_own(".input_zero_point")}) {
     if (tensor != nullptr) {
       names.push_back(tensor->name);
     }

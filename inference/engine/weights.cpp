@@ -195,7 +195,7 @@ Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool
                       {.quantization = options_.quantization,
                        .floats = float_format(options_.dtype),
                        .quantize = quantize,
-                       .dynamic_activations = options_.dynamic_activations,
+                       .input_mode = options_.input_mode,
                        .pack = options_.pack});
 }
 

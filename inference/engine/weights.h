@@ -81,7 +81,8 @@ struct LoadOptions {
   /// Whether kInt8 quantizes a head that is stored as floats; nullopt: unless the checkpoint is a
   /// quantized one, which is taken as it is.
   std::optional<bool> quantize_head = std::nullopt;
-  bool dynamic_activations = false;  ///< every integer weight reads INT8 activations
+  /// How every integer weight reads its input; nullopt: as it was trained
+  std::optional<kernels::InputMode> input_mode = std::nullopt;
   Packer pack = pack_for_cpu;
   /// Puts rows that a kernel finishes together side by side: gate and up of a column, and the two
   /// dimensions of a head that a rotation mixes (DeviceLinearArgs::gated, DeviceQkvOutput::rotary).

@@ -13,6 +13,20 @@ inline void check_quantize_activation(const QuantizeActivationArgs& args) {
             name_of(args.input_dtype));
   MOQ_CHECK(args.rows >= 0 && args.cols >= 0, "quantize_activation: shape must be >= 0, got ",
             args.rows, " x ", args.cols);
+  MOQ_CHECK(args.mode == QuantMode::kSymmetric || args.mode == QuantMode::kAsymmetric,
+            "quantize_activation: mode must be symmetric or asymmetric, got another");
+  const bool needs_zero_point = args.static_scale != nullptr && !is_symmetric(args.mode);
+  MOQ_CHECK(
+      (args.static_zero_point != nullptr) == needs_zero_point,
+      "quantize_activation: a zero point must come with a given scale in asymmetric mode, and "
+      "only then, got ",
+      needs_zero_point ? "none" : "one");
+}
+
+/// The grid that a call's rows share; without a given scale they share none.
+MOQ_HOST_DEVICE inline GridParams static_grid(const QuantizeActivationArgs& args) {
+  return grid_of_scale(*args.static_scale, 8, args.mode,
+                       args.static_zero_point != nullptr ? *args.static_zero_point : 0);
 }
 
 inline void check_dequantize(const DequantizeArgs& args) {

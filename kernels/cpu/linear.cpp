@@ -8,6 +8,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/common/check.h"
+#include "kernels/common/input_rounding_check.h"
 #include "kernels/common/integer_math.h"
 #include "kernels/common/parallel.h"
 #include "kernels/cpu/isa.h"
@@ -26,13 +27,12 @@ void check(const LinearArgs& args) {
   const LinearShape& shape = args.weight.shape;
   const std::size_t packed_size = packed_linear_size(shape);
   MOQ_CHECK(args.m >= 0, "linear: m must be >= 0, got ", args.m);
-  MOQ_CHECK(is_integer(shape.format) || args.input_mode == InputMode::kFloat32,
+  const InputRounding& rounding = args.input_rounding;
+  MOQ_CHECK(is_integer(shape.format) || rounding.mode == InputMode::kFloat32,
             "linear: INT8 input needs an integer weight, got ", name_of(shape.format));
-  MOQ_CHECK(args.input_mode != InputMode::kStaticInt8 || exists(grid_of_scale(args.input_scale, 8)),
-            "linear: input_scale must be finite and >= ", min_scale(DType::kFloat32), ", got ",
-            args.input_scale);
-  MOQ_CHECK(args.input_absmax == nullptr || args.input_mode == InputMode::kDynamicInt8,
-            "linear: input_absmax needs the dynamic INT8 input mode, got another");
+  kernels::check("linear", rounding);
+  MOQ_CHECK(args.input_extents == nullptr || is_dynamic(rounding.mode),
+            "linear: input_extents need a dynamic INT8 input mode, got ", name_of(rounding.mode));
   MOQ_CHECK(args.activation == Activation::kNone || args.residual == nullptr ||
                 args.residual != args.output,
             "linear: the residual may be the output only without an activation, got ",
@@ -145,52 +145,63 @@ void for_parts(const LinearArgs& args, std::int64_t row, const OutputRows& batch
                });
 }
 
-/// Calls rearrange(first row, rows) for the tiles of a batch on several threads.
+/// Calls rearrange(tile, its rows) for the tiles of a batch on several threads.
 template <typename Rearrange>
 void for_tiles(std::int64_t rows, std::int64_t tiles, std::int64_t k, const Rearrange& rearrange) {
   const std::int64_t grain =
       divide_up(kGrainBytes, std::max<std::int64_t>(k * divide_up(rows, tiles), 1));
   parallel_for(tiles, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t tile = begin; tile < end; ++tile) {
-      const std::int64_t row = tile_begin(tile, rows, tiles);
-      rearrange(row, tile_begin(tile + 1, rows, tiles) - row);
+      rearrange(tile, tile_begin(tile + 1, rows, tiles) - tile_begin(tile, rows, tiles));
     }
   });
 }
 
 void linear_integer(const LinearArgs& args) {
   const IntegerLayout layout = integer_layout(args.weight.shape);
-  const DigitFormat format = MOQ_DISPATCH_ISA(digit_format, args.input_mode);
-  const std::int64_t row_bytes = layout.padded_cols * format.digits * format.digit_bytes;
+  const InputMode mode = args.input_rounding.mode;
+  const DigitFormat format = MOQ_DISPATCH_ISA(digit_format, mode);
+  const std::int64_t vector_bytes = layout.padded_cols * format.digit_bytes;
+  const std::int64_t row_bytes = vector_bytes * format.digits;
+  const std::int64_t ones_bytes = vector_bytes * format.ones;  // of a tile
   const std::int64_t capacity = batch_rows(args.m, row_bytes);
-  const std::int64_t digits_bytes = round_up(capacity * row_bytes, 64);
+  const std::int64_t digits_bytes =
+      round_up(capacity * row_bytes + divide_up(capacity, format.tile_rows) * ones_bytes, 64);
   const std::int64_t sums_bytes =
       capacity * layout.pieces * static_cast<std::int64_t>(sizeof(double));
   const std::int64_t units_bytes = capacity * static_cast<std::int64_t>(sizeof(double));
-  std::uint8_t* scratch = Scratch::get(digits_bytes + sums_bytes + units_bytes);
+  const std::int64_t zero_points_bytes = capacity * static_cast<std::int64_t>(sizeof(std::int32_t));
+  std::uint8_t* scratch = Scratch::get(digits_bytes + sums_bytes + units_bytes + zero_points_bytes);
+  std::uint8_t* sums = scratch + digits_bytes;
+  std::uint8_t* units = sums + sums_bytes;
   const DigitRows input = {.digits = scratch,
-                           .sums = reinterpret_cast<double*>(scratch + digits_bytes),
-                           .units = reinterpret_cast<double*>(scratch + digits_bytes + sums_bytes)};
+                           .sums = reinterpret_cast<double*>(sums),
+                           .units = reinterpret_cast<double*>(units),
+                           .zero_points = reinterpret_cast<std::int32_t*>(units + units_bytes)};
+  const float* below = args.input_extents;
+  const float* above = below == nullptr || is_symmetric(grid_mode(mode)) ? below : below + args.m;
 
   for (std::int64_t row = 0; row < args.m; row += capacity) {
     const std::int64_t rows = std::min(capacity, args.m - row);
     const std::int64_t tiles = divide_up(rows, format.tile_rows);
-    for_tiles(rows, tiles, layout.padded_cols, [&](std::int64_t i, std::int64_t count) {
+    for_tiles(rows, tiles, layout.padded_cols, [&](std::int64_t tile, std::int64_t count) {
+      const std::int64_t i = tile_begin(tile, rows, tiles);
       const SplitArgs split = {
           .input = args.input + (row + i) * args.input_stride,
           .input_stride = args.input_stride,
           .rows = count,
-          .mode = args.input_mode,
-          .input_scale = args.input_scale,
-          .input_absmax = args.input_absmax == nullptr ? nullptr : args.input_absmax + row + i,
-          .output = {.digits = input.digits + i * row_bytes,
+          .rounding = args.input_rounding,
+          .input_below = below == nullptr ? nullptr : below + row + i,
+          .input_above = above == nullptr ? nullptr : above + row + i,
+          .output = {.digits = input.digits + i * row_bytes + tile * ones_bytes,
                      .sums = input.sums + i * layout.pieces,
-                     .units = input.units + i}};
+                     .units = input.units + i,
+                     .zero_points = input.zero_points + i}};
       MOQ_DISPATCH_ISA(split_rows, split, layout);
     });
     const IntegerMultiplyArgs multiply = {
         .input = input,
-        .exact = args.input_mode == InputMode::kFloat32,
+        .mode = mode,
         .weight = static_cast<const std::uint8_t*>(args.weight.data),
         .output = output_rows(args, row, rows, tiles)};
     for_parts(args, row, multiply.output, [&](const Part& part) {
@@ -209,7 +220,8 @@ void linear_float(const LinearArgs& args) {
   for (std::int64_t row = 0; row < args.m; row += capacity) {
     const std::int64_t rows = std::min(capacity, args.m - row);
     const std::int64_t tiles = divide_up(rows, tile_rows);
-    for_tiles(rows, tiles, shape.k, [&](std::int64_t i, std::int64_t count) {
+    for_tiles(rows, tiles, shape.k, [&](std::int64_t index, std::int64_t count) {
+      const std::int64_t i = tile_begin(index, rows, tiles);
       float* tile = input + i * shape.k;  // [k, count]
       for (std::int64_t j = 0; j < count; ++j) {
         const float* values = args.input + (row + i + j) * args.input_stride;

@@ -14,6 +14,10 @@
 ///
 /// and the dot product of x is put together from those of its digits. An INT8 input is one digit. A
 /// vector is one digit of one row, a tile the vectors whose sums a kernel keeps in registers.
+///
+/// An INT8 input with a zero point, x = code - zero_point, has one bit more. Where a digit has not,
+/// it holds the code, and a tile has one more vector, of ones, whose dot product zero_point times
+/// is what the codes' one has too much.
 namespace moq::kernels::cpu {
 
 /// Two runs of memory to ask for during a dot product: `step` bytes on with each block.
@@ -26,6 +30,7 @@ struct Prefetch {
 /// How an instruction set arranges the input of an integer weight.
 struct DigitFormat {
   std::int64_t digits;       ///< vectors of a row
+  std::int64_t ones;         ///< vectors of ones of a tile: 0 or 1
   std::int64_t digit_bytes;  ///< bytes of one digit
   std::int64_t tile_rows;    ///< most rows of a tile
 };
@@ -49,6 +54,7 @@ struct DigitRows {
   std::uint8_t* digits;
   double* sums;   ///< [rows, pieces]: Σ x over the columns of a piece
   double* units;  ///< [rows]: the real value of x = 1; NaN: the row has no finite result
+  std::int32_t* zero_points;  ///< [rows]: digit - x, where tiles have ones
 };
 
 /// One tile of rows to split.
@@ -56,10 +62,12 @@ struct SplitArgs {
   const float* input;  ///< [rows, k]
   std::int64_t input_stride;
   std::int64_t rows;
-  InputMode mode;
-  float input_scale;          ///< of kStaticInt8
-  const float* input_absmax;  ///< of kDynamicInt8: [rows], or null
-  DigitRows output;           ///< where this tile's go
+  InputRounding rounding;
+  /// Of dynamic modes: the rows' largest magnitudes below and above 0, or null twice. Symmetric:
+  /// the same.
+  const float* input_below;
+  const float* input_above;
+  DigitRows output;  ///< where this tile's go
 };
 
 /// Where the results of a batch of rows go; each pointer is that of the batch's first row.
@@ -77,7 +85,7 @@ struct OutputRows {
 /// A batch of rows, integer weight.
 struct IntegerMultiplyArgs {
   DigitRows input;
-  bool exact;  ///< InputMode::kFloat32
+  InputMode mode;
   const std::uint8_t* weight;
   OutputRows output;
 };

@@ -28,6 +28,9 @@ QuantizeActivationArgs rows_of(QuantizeActivationArgs args, std::int64_t begin, 
   if (args.scales != nullptr) {
     args.scales += begin;
   }
+  if (args.zero_points != nullptr) {
+    args.zero_points += begin;
+  }
   args.rows = end - begin;
   return args;
 }
@@ -72,21 +75,20 @@ void quantize_activation(const QuantizeActivationArgs& args) {
   MOQ_CHECK(args.static_scale == nullptr || exists(grid_of_scale(*args.static_scale, 8)),
             "quantize_activation: a given scale must be finite and >= ", min_scale(DType::kFloat32),
             ", got ", *args.static_scale);
+  MOQ_CHECK(args.static_scale == nullptr || exists(static_grid(args)),
+            "quantize_activation: a given zero point must lie in [-128, 127], got ",
+            *args.static_zero_point);
   parallel_for(args.rows, rows_per_range(args.cols), [&](std::int64_t begin, std::int64_t end) {
     const QuantizeActivationArgs rows = rows_of(args, begin, end);
     MOQ_DISPATCH_ISA(quantize_activation, rows);
   });
 }
 
-void row_absmax(const RowAbsmaxArgs& args) {
-  MOQ_CHECK(args.rows >= 0 && args.cols >= 0, "row_absmax: shape must be >= 0, got ", args.rows,
+void row_extents(const RowExtentsArgs& args) {
+  MOQ_CHECK(args.rows >= 0 && args.cols >= 0, "row_extents: shape must be >= 0, got ", args.rows,
             " x ", args.cols);
   parallel_for(args.rows, rows_per_range(args.cols), [&](std::int64_t begin, std::int64_t end) {
-    RowAbsmaxArgs rows = args;
-    rows.input += begin * args.row_stride;
-    rows.absmax += begin;
-    rows.rows = end - begin;
-    MOQ_DISPATCH_ISA(row_absmax, rows);
+    MOQ_DISPATCH_ISA(row_extents, args, begin, end);
   });
 }
 

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "kernels/common/check.h"
+#include "kernels/common/input_rounding_check.h"
 #include "kernels/common/integer_math.h"
 #include "kernels/common/visit.h"
 #include "kernels/cuda/launch.h"
@@ -216,24 +217,37 @@ __device__ Numbers<kWidth> normalised(Numbers<kWidth> numbers, const Affine<kWid
   return numbers;
 }
 
-/// The bits of a row's absmax: ordered as the numbers are, a NaN above all. A row that is held is
-/// then the result itself.
+/// What a row's dynamic grid depends on. A row that is held is then the result itself.
+/// @param slots  shared memory for two numbers of each warp
 template <typename Element, int kWidth, int kHeld, typename Result>
-__device__ std::int32_t absmax_bits(Row<Element, kWidth, kHeld>& row, const Team& team,
-                                    std::int32_t* slots, const Result& result) {
-  std::int32_t magnitude = 0;
+__device__ GroupStatistics grid_statistics(Row<Element, kWidth, kHeld>& row, const Team& team,
+                                           QuantMode mode, std::int32_t* slots,
+                                           const Result& result) {
+  GroupStatistics statistics;
   row.for_each_vector([&](Vector<Element, kWidth>& vector, int col, int i) {
     vector = result(vector, col, i);
     const Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
     for (const float number : numbers.unit) {
-      magnitude = max(magnitude, __float_as_int(number) & kMagnitudeMask);
+      const std::int32_t bits = __float_as_int(number);
+      if (is_symmetric(mode)) {
+        statistics.highest = max(statistics.highest, bits & kMagnitudeMask);
+      } else {
+        statistics.lowest = min(statistics.lowest, ordered_bits(bits));
+        statistics.highest = max(statistics.highest, ordered_bits(bits));
+      }
     }
   });
-  return team.reduce(magnitude, slots, [](std::int32_t a, std::int32_t b) { return max(a, b); });
+  if (!is_symmetric(mode)) {
+    statistics.lowest = team.reduce(statistics.lowest, slots + kMaxWarps,
+                                    [](std::int32_t a, std::int32_t b) { return min(a, b); });
+  }
+  statistics.highest = team.reduce(statistics.highest, slots,
+                                   [](std::int32_t a, std::int32_t b) { return max(a, b); });
+  return statistics;
 }
 
-/// Writes a row of `result` (of a vector, its column and its number) as codes of a symmetric grid.
+/// Writes a row of `result` (of a vector, its column and its number) as codes less the zero point.
 template <typename Element, int kWidth, int kHeld, typename Result>
 __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team,
                             const GridParams& grid, const Result& result, Element* output,
@@ -245,14 +259,15 @@ __device__ void write_codes(Row<Element, kWidth, kHeld>& row, const Team& team,
   // The codes of quantize_one, in float32: to limit first is the same, since the ends are integers,
   // and adding 1.5 * 2^23 rounds to an integer then, +0 included. Comparisons keep a NaN.
   constexpr float kRound = 0x1.8p23F;
-  const auto qmax = static_cast<float>(grid.range.qmax);
+  const auto lowest = static_cast<float>(grid.range.qmin - grid.zero_point);
+  const auto highest = static_cast<float>(grid.range.qmax - grid.zero_point);
   const bool has_grid = exists(grid);
   row.for_each_vector([&](Elements& vector, int col, int i) {
     vector = result(vector, col, i);
     Numbers<kWidth> numbers = numbers_of(vector);
 #pragma unroll
     for (float& number : numbers.unit) {
-      const float limited = larger(-qmax, smaller(qmax, number * grid.inverse_scale));
+      const float limited = larger(lowest, smaller(highest, number * grid.inverse_scale));
       number = has_grid ? (limited + kRound) - kRound : 0.0F;
     }
     vector = rounded<Element>(numbers);
@@ -269,7 +284,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   // Registers for the weight and bias too, which then come with the row.
   constexpr bool kHoldsAffine = kHeld > 0 && kHeld * kWidth <= 2 * kFewElements;
   __shared__ Moments moments[kMaxWarps];
-  __shared__ std::int32_t magnitudes[kMaxWarps];
+  __shared__ std::int32_t extents[2 * kMaxWarps];
   const Team team{warps, static_cast<int>(warps == 1 ? threadIdx.x % kWarpSize : threadIdx.x)};
   const std::int64_t token =
       warps == 1 ? static_cast<std::int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarpSize
@@ -348,29 +363,31 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     return;
   }
   Element* output = static_cast<Element*>(args.output) + token * args.output_stride;
-  if (args.row_scales == nullptr && args.row_absmax == nullptr) {
+  if (args.row_scales == nullptr && args.row_extents == nullptr) {
     row.for_each_vector([&](const Elements& vector, int col, int i) {
       store_vector(output + col, result(vector, col, i));
     });
     return;
   }
-  if (args.static_scale > 0.0F) {
-    write_codes(row, team, grid_of_scale(args.static_scale, 8), result, output,
-                args.row_scales + token);
+  if (args.rounding.scale > 0.0F) {
+    write_codes(row, team, static_grid(args.rounding), result, output, args.row_scales + token);
     return;
   }
-  std::int32_t magnitude = absmax_bits(row, team, magnitudes, result);
-  if (args.row_absmax != nullptr) {
+  const QuantMode mode = grid_mode(args.rounding.mode);
+  const std::int64_t above = is_symmetric(mode) ? token : args.num_tokens + token;
+  GroupStatistics own = grid_statistics(row, team, mode, extents, result);
+  if (args.row_extents != nullptr) {
     if (team.thread == 0) {
-      args.row_absmax[token] = __int_as_float(magnitude);
+      const GroupExtents row_extents = extents_of(own, mode);
+      args.row_extents[token] = row_extents.below;
+      args.row_extents[above] = row_extents.above;
     }
     return;
   }
-  if (args.given_absmax != nullptr) {
-    magnitude = __float_as_int(args.given_absmax[token]) & kMagnitudeMask;
+  if (args.given_extents != nullptr) {
+    own = statistics_of(GroupExtents{args.given_extents[token], args.given_extents[above]}, mode);
   }
-  const GridParams grid =
-      make_grid(GroupStatistics{0, magnitude}, 8, QuantMode::kSymmetric, DType::kFloat32);
+  const GridParams grid = make_grid(own, 8, mode, DType::kFloat32);
   const auto kept = [&](const Elements& vector, int col, int i) {
     return kHeld > 0 ? vector : result(vector, col, i);
   };
@@ -431,21 +448,23 @@ void check(const DeviceNormArgs& args) {
   if (args.num_tokens == 0) {
     return;
   }
-  MOQ_CHECK(args.input != nullptr && (args.output != nullptr || args.row_absmax != nullptr),
+  MOQ_CHECK(args.input != nullptr && (args.output != nullptr || args.row_extents != nullptr),
             "norm: input and output must not be null");
-  MOQ_CHECK(args.row_absmax == nullptr || (args.output == nullptr && args.row_scales == nullptr),
-            "norm: row_absmax must be written alone, got output or row_scales too");
-  MOQ_CHECK(!args.float32_output || (args.row_scales == nullptr && args.row_absmax == nullptr),
-            "norm: float32_output must be without row_scales and row_absmax");
-  MOQ_CHECK(args.given_absmax == nullptr || args.row_scales != nullptr,
-            "norm: given_absmax needs row_scales");
-  if (args.static_scale != 0.0F) {
-    MOQ_CHECK(exists(grid_of_scale(args.static_scale, 8)),
-              "norm: static_scale must be finite and >= ", min_scale(DType::kFloat32), ", got ",
-              args.static_scale);
-    MOQ_CHECK(args.row_scales != nullptr && args.given_absmax == nullptr,
-              "norm: static_scale needs row_scales, and no given_absmax");
-  }
+  const InputMode mode = args.rounding.mode;
+  kernels::check("norm", args.rounding);
+  MOQ_CHECK(args.row_extents == nullptr || (args.output == nullptr && args.row_scales == nullptr),
+            "norm: row_extents must be written alone, got output or row_scales too");
+  MOQ_CHECK(args.row_extents == nullptr || is_dynamic(mode),
+            "norm: row_extents need a dynamic INT8 rounding, got ", name_of(mode));
+  MOQ_CHECK(
+      args.row_extents != nullptr || (args.row_scales != nullptr) == (mode != InputMode::kFloat32),
+      "norm: row_scales must come with an INT8 rounding, and only then, got ", name_of(mode),
+      args.row_scales != nullptr ? " with row_scales" : " without");
+  MOQ_CHECK(!args.float32_output || mode == InputMode::kFloat32,
+            "norm: float32_output must be without a rounding, got ", name_of(mode));
+  MOQ_CHECK(args.given_extents == nullptr || (args.row_scales != nullptr && is_dynamic(mode)),
+            "norm: given_extents need row_scales and a dynamic INT8 rounding, got ", name_of(mode),
+            args.row_scales != nullptr ? " with row_scales" : " without");
   MOQ_CHECK(args.norm.kind == NormKind::kNone || args.norm.weight != nullptr,
             "norm: a norm's weight must not be null");
   MOQ_CHECK(args.num_tokens == 1 || args.rows != nullptr || args.input_stride >= args.hidden_size,

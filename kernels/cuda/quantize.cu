@@ -16,24 +16,29 @@ constexpr unsigned kMaxBlocks = 1U << 20;  // further rows and elements are take
 
 // -------------------------------------------------------------------------------- device functions
 
-/// Bits of the largest magnitude in a row, on every thread of the block.
+/// What the grid of a row depends on, on every thread of the block.
 template <typename Element>
-__device__ std::int32_t absmax_bits(const Element* input, std::int64_t cols) {
-  __shared__ std::int32_t shared[kThreads / kWarpSize];
-  std::int32_t highest = 0;
+__device__ GroupStatistics statistics_of(const Element* input, std::int64_t cols, QuantMode mode) {
+  __shared__ int2 shared[kThreads / kWarpSize];
+  GroupStatistics row;
+  const auto add = [&row](std::int32_t lowest, std::int32_t highest) {
+    row = {min(row.lowest, lowest), max(row.highest, highest)};
+  };
   for (std::int64_t col = threadIdx.x; col < cols; col += kThreads) {
-    highest = max(highest, std::bit_cast<std::int32_t>(to_float(input[col])) & kMagnitudeMask);
+    const auto bits = std::bit_cast<std::int32_t>(to_float(input[col]));
+    is_symmetric(mode) ? add(0, bits & kMagnitudeMask)
+                       : add(ordered_bits(bits), ordered_bits(bits));
   }
-  highest = __reduce_max_sync(0xffffffffU, highest);
+  row = {__reduce_min_sync(0xffffffffU, row.lowest), __reduce_max_sync(0xffffffffU, row.highest)};
   if (threadIdx.x % kWarpSize == 0) {
-    shared[threadIdx.x / kWarpSize] = highest;
+    shared[threadIdx.x / kWarpSize] = {row.lowest, row.highest};
   }
   __syncthreads();
-  for (const std::int32_t other : shared) {
-    highest = max(highest, other);
+  for (const int2& warp : shared) {
+    add(warp.x, warp.y);
   }
   __syncthreads();  // the next row writes `shared` again
-  return highest;
+  return row;
 }
 
 template <typename Element>
@@ -41,12 +46,14 @@ __device__ void quantize_row(const QuantizeActivationArgs& args, std::int64_t ro
   const Element* input = static_cast<const Element*>(args.input) + row * args.row_stride;
   GridParams grid;
   if (args.static_scale != nullptr) {
-    grid = grid_of_scale(*args.static_scale, 8);
+    grid = static_grid(args);
   } else {
-    const GroupStatistics statistics{0, absmax_bits(input, args.cols)};
-    grid = make_grid(statistics, 8, QuantMode::kSymmetric, DType::kFloat32);
+    grid = make_grid(statistics_of(input, args.cols, args.mode), 8, args.mode, DType::kFloat32);
     if (threadIdx.x == 0 && args.scales != nullptr) {
       args.scales[row] = grid.scale;
+    }
+    if (threadIdx.x == 0 && args.zero_points != nullptr) {
+      args.zero_points[row] = grid.zero_point;
     }
   }
   const bool has_grid = exists(grid);

@@ -30,7 +30,11 @@ from report import Row, print_rows
 import moq  # noqa: F401  (registers the operators)
 
 TABLES = ("gemv", "torch", "gemm", "decode")
-MODES = {"exact": "float32", "dynamic": "dynamic_int8"}
+MODES = {
+    "exact": "float32",
+    "dynamic": "dynamic_int8",
+    "asymmetric": "dynamic_asymmetric_int8",
+}
 READ_BYTES = 512 << 20
 # Output and input features of each linear layer of GPT-2 124M, and of its head.
 GPT2_LAYERS = {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}
@@ -80,13 +84,14 @@ class Weights:
         self.packed += [self.packed[0].clone() for _ in range(self.copies - 1)]
 
     def moq_calls(self, x: torch.Tensor) -> dict[str, list[Call]]:
-        """One call for each copy and mode; the modes take turns, half of the copies apart."""
+        """One call for each copy and mode; the modes take turns, copies of others between."""
         linear, n = torch.ops.moq.linear, self.n
-        halves = self.packed[self.copies // 2 :] + self.packed[: self.copies // 2]
-        return {
-            mode: [lambda p=p, i=name: linear(x, p, n, input_mode=i) for p in copies]
-            for (mode, name), copies in zip(MODES.items(), (self.packed, halves), strict=True)
-        }
+        calls = {}
+        for number, (mode, name) in enumerate(MODES.items()):
+            first = number * self.copies // len(MODES)
+            copies = self.packed[first:] + self.packed[:first]
+            calls[mode] = [lambda p=p, i=name: linear(x, p, n, input_mode=i) for p in copies]
+        return calls
 
     def int8pack_calls(self, x: torch.Tensor) -> list[Call]:
         """torch._weight_int8pack_mm on each of as many copies."""

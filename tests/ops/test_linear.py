@@ -26,10 +26,16 @@ def packed_int8(n, k, device="cpu"):
     return pack_linear(codes.to(device), scales.to(device)), dequantized(codes, scales)
 
 
-def dynamic_int8(x):
-    """Each row on the symmetric 8-bit grid of its own absmax."""
-    scale = x.abs().amax(dim=1, keepdim=True) / 127
-    return torch.round(x * (1 / scale)).clamp(-127, 127).double() * scale.double()
+def dynamic_int8(x, asymmetric=False):
+    """Each row on the 8-bit grid of its own absmax, or of its extent with a zero point."""
+    if not asymmetric:
+        scale = x.abs().amax(dim=1, keepdim=True) / 127
+        return torch.round(x * (1 / scale)).clamp(-127, 127).double() * scale.double()
+    lowest = x.amin(dim=1, keepdim=True).clamp(max=0)
+    scale = (x.amax(dim=1, keepdim=True).clamp(min=0) - lowest) / 255
+    zero_point = torch.round(-128 - lowest * (1 / scale)).clamp(-128, 127)
+    codes = (torch.round(x * (1 / scale)) + zero_point).clamp(-128, 127)
+    return (codes - zero_point).double() * scale.double()
 
 
 @pytest.mark.parametrize("format", BITS)
@@ -55,40 +61,83 @@ def test_the_input_is_multiplied_as_it_is(place, format, asymmetric, m, n, k, gr
 
 
 @pytest.mark.parametrize("format", BITS)
-def test_dynamic_int8_input_is_multiplied_as_its_codes(device, format):
-    codes, scales, _ = random_codes(37, 105, 1, BITS[format])
-    x = random_input(3, 105)
-    packed = pack_linear(codes.to(device), scales.to(device), format=format)
-    output = linear(x.to(device), packed, 37, format=format, input_mode="dynamic_int8")
-    expected = (dynamic_int8(x) @ dequantized(codes, scales).T).float()
-    torch.testing.assert_close(output.cpu(), expected, rtol=2e-6, atol=1e-6)
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("weight_asymmetric", [False, True])
+@pytest.mark.parametrize(("m", "groups"), [(3, 1), (1, 3), (29, 5), (200, 1)])
+def test_dynamic_int8_input_is_multiplied_as_its_codes(
+    device, format, asymmetric, weight_asymmetric, m, groups
+):
+    codes, scales, zero_points = random_codes(37, 105, groups, BITS[format])
+    zero_points = zero_points if weight_asymmetric else None
+    x = random_input(m, 105) + 0.5
+    on_device = [None if t is None else t.to(device) for t in (codes, scales, zero_points)]
+    packed = pack_linear(*on_device, format=format)
+    output = linear(
+        x.to(device),
+        packed,
+        37,
+        format=format,
+        group_size=105 // groups,
+        asymmetric=weight_asymmetric,
+        input_mode="dynamic_asymmetric_int8" if asymmetric else "dynamic_int8",
+    )
+    weight = dequantized(codes, scales, zero_points)
+    assert_is_product(output, dynamic_int8(x, asymmetric), weight)
 
 
 @pytest.mark.parametrize("format", BITS)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 37, 105), (21, 96, 512)])
-def test_static_int8_input_is_multiplied_as_the_codes_that_training_sees(place, format, m, n, k):
+@pytest.mark.parametrize("zero_point", [None, -128, -37, 127])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 37, 105), (21, 96, 512), (150, 70, 64)])
+def test_static_int8_input_is_multiplied_as_the_codes_that_training_sees(
+    place, format, zero_point, m, n, k
+):
     codes, scales, _ = random_codes(n, k, 1, BITS[format])
     x = random_input(m, k, place)  # the largest are clipped
     packed = pack_linear(codes.to(place[0]), scales.to(place[0]), format=format)
     scale = torch.tensor([0.015], device=place[0])
-    output = linear(x, packed, n, format=format, input_mode="static_int8", input_scale=scale.item())
-    trained, _ = torch.ops.moq.quantize_activation(x, scale)
-    assert trained.abs().max() == 127 or m * k == 1
-    assert_is_product(output, trained.double() * scale.double(), dequantized(codes, scales))
+    mode = "static_int8" if zero_point is None else "static_asymmetric_int8"
+    arguments = {"input_mode": mode, "input_scale": scale.item(), "input_zero_point": zero_point}
+    output = linear(x, packed, n, format=format, **arguments)
+    offset = 0 if zero_point is None else zero_point
+    grid = [] if zero_point is None else [torch.tensor([zero_point], device=place[0]).int()]
+    trained, _, _ = torch.ops.moq.quantize_activation(
+        x, scale, *grid, mode="symmetric" if zero_point is None else "asymmetric"
+    )
+    assert trained.abs().max() >= 127 or m * k == 1
+    shifted = (trained.double() - offset) * scale.double()
+    assert_is_product(output, shifted, dequantized(codes, scales))
 
 
 @pytest.mark.parametrize("m", [1, 12])
-def test_a_static_scale_limits_infinities_and_a_nan_spoils_its_row_alone(place, m):
+@pytest.mark.parametrize("zero_point", [None, 31])
+def test_a_static_grid_limits_infinities_and_a_nan_spoils_its_row_alone(place, m, zero_point):
     packed, weight = packed_int8(37, 64, place[0])
     x = random_input(m, 64, place)
     x[0, 3], x[0, 5] = torch.inf, -torch.inf
-    output = linear(x, packed, 37, input_mode="static_int8", input_scale=0.03125)
-    limited = (x.double() / 0.03125).round().clamp(-127, 127) * 0.03125
+    mode = "static_int8" if zero_point is None else "static_asymmetric_int8"
+    static = {"input_mode": mode, "input_scale": 0.03125, "input_zero_point": zero_point}
+    output = linear(x, packed, 37, **static)
+    lowest, highest = (-127, 127) if zero_point is None else (-128 - zero_point, 127 - zero_point)
+    limited = (x.double() / 0.03125).round().clamp(lowest, highest) * 0.03125
     assert_is_product(output, limited, weight)
     x[0, 7] = torch.nan
-    spoilt = linear(x, packed, 37, input_mode="static_int8", input_scale=0.03125)
+    spoilt = linear(x, packed, 37, **static)
     assert spoilt[0].isnan().all()
     assert torch.equal(spoilt[1:], output[1:])
+
+
+@pytest.mark.parametrize("mode", ["dynamic_asymmetric_int8", "static_asymmetric_int8"])
+def test_a_row_of_an_int8_input_with_a_zero_point_does_not_depend_on_the_others(device, mode):
+    packed, _ = packed_int8(70, 200, device)
+    x = (random_input(40, 200) + 0.5).to(device)
+    static = {"input_scale": 0.02, "input_zero_point": 9} if mode.startswith("static") else {}
+    whole = linear(x, packed, 70, input_mode=mode, **static)
+    for rows in (1, 2, 3, 5, 11, 12, 23):
+        part = linear(x[:rows], packed, 70, input_mode=mode, **static)
+        if device == "cpu":
+            assert torch.equal(part, whole[:rows])
+        else:  # kernels of few and of many rows sum in orders of their own
+            torch.testing.assert_close(part, whole[:rows], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", DTYPES)
@@ -330,12 +379,45 @@ class TestRefusals:
             with pytest.raises(ValueError, match=message):
                 linear(x, packed, 4, input_mode="static_int8", input_scale=scale)
 
-    @pytest.mark.parametrize("input_mode", ["float32", "dynamic_int8"])
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                {"input_mode": "static_asymmetric_int8", "input_scale": 0.5},
+                "input_zero_point must come with static_asymmetric_int8, and only then, got none",
+            ),
+            (
+                {"input_mode": "static_int8", "input_scale": 0.5, "input_zero_point": 3},
+                "and only then, got one with static_int8",
+            ),
+            (
+                {"input_mode": "dynamic_asymmetric_int8", "input_zero_point": 3},
+                "and only then, got one with dynamic_asymmetric_int8",
+            ),
+            (
+                {
+                    "input_mode": "static_asymmetric_int8",
+                    "input_scale": 0.5,
+                    "input_zero_point": 128,
+                },
+                r"input_zero_point must lie in \[-128, 127\], got 128",
+            ),
+        ],
+    )
+    def test_zero_points(self, device, arguments, message):
+        packed, _ = packed_int8(4, 8, device)
+        with pytest.raises(ValueError, match=f"^linear: .*{message}"):
+            linear(random_input(2, 8).to(device), packed, 4, **arguments)
+
+    @pytest.mark.parametrize("input_mode", ["float32", "dynamic_int8", "dynamic_asymmetric_int8"])
     def test_a_static_scale_in_another_mode(self, device, input_mode):
         packed, _ = packed_int8(4, 8, device)
         x = random_input(2, 8).to(device)
         arguments = {"input_mode": input_mode, "input_scale": 0.5}
-        message = "linear: input_scale must come with static_int8, got 0.5 with another input_mode"
+        message = (
+            "linear: input_scale must come with static_int8 or static_asymmetric_int8, got 0.5 "
+            f"with {input_mode}"
+        )
         with pytest.raises(ValueError, match="^" + message):
             linear(x, packed, 4, **arguments)
         with pytest.raises(ValueError, match="^norm_" + message):

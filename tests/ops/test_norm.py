@@ -77,15 +77,24 @@ def test_norm_linear_multiplies_the_normalised_rows(place, kind, m, n, k):
 
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("m", [1, 8, 9])
-def test_norm_linear_rounds_what_it_normalised_to_a_static_grid(place, kind, m):
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"input_mode": "static_int8", "input_scale": 0.0125},
+        {"input_mode": "dynamic_int8"},
+        {"input_mode": "static_asymmetric_int8", "input_scale": 0.0125, "input_zero_point": -60},
+        {"input_mode": "dynamic_asymmetric_int8"},
+    ],
+    ids=lambda grid: grid["input_mode"],
+)
+def test_norm_linear_rounds_what_it_normalised_to_a_grid(place, kind, m, grid):
     x = random_input(m, 105, place) * 2 + 0.5
     codes, scales, _ = random_codes(37, 105, 1, 8)
     weight, bias = random_norm(105, kind, place[0])
     packed = pack_linear(codes.to(place[0]), scales.to(place[0]))
-    static = {"input_mode": "static_int8", "input_scale": 0.0125}
     rows = norm(x, weight, bias, norm=kind)
-    output = norm_linear(x, weight, bias, packed, 37, norm=kind, **static)
-    assert torch.equal(output, torch.ops.moq.linear(rows, packed, 37, **static))
+    output = norm_linear(x, weight, bias, packed, 37, norm=kind, **grid)
+    assert torch.equal(output, torch.ops.moq.linear(rows, packed, 37, **grid))
 
 
 @pytest.mark.parametrize("m", [1, 12])

@@ -115,28 +115,55 @@ def random_tokens(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4)).to(dtype)
 
 
+# Grids of activations: arguments of the operators.
+GRIDS = {
+    "dynamic": {},
+    "static": {"scale": torch.tensor([0.01])},
+    "dynamic asymmetric": {"mode": "asymmetric"},
+    "static asymmetric": {
+        "scale": torch.tensor([0.01]),
+        "zero_point": torch.tensor([-37], dtype=torch.int32),
+        "mode": "asymmetric",
+    },
+}
+
+
+def placed(grid, device):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in grid.items()}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 5, 37), (7, 384), (0, 8), (4, 0)])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_activations_give_the_bits_of_the_definition(device, static, shape, dtype):
+@pytest.mark.parametrize("grid", GRIDS)
+def test_activations_give_the_bits_of_the_definition(device, grid, shape, dtype):
     tokens = random_tokens(*shape, dtype=dtype)
-    scale = torch.tensor([0.01]) if static else None
-    expected = reference.quantize_activation(tokens, scale)
-    simulated = reference.fake_quantize_activation(tokens, scale)
-    on_device = [None if scale is None else scale.to(device)]
-    actual = ops.quantize_activation(tokens.to(device), *on_device)
+    expected = reference.quantize_activation(tokens, **GRIDS[grid])
+    simulated = reference.fake_quantize_activation(tokens, **GRIDS[grid])
+    on_device = placed(GRIDS[grid], device)
+    actual = ops.quantize_activation(tokens.to(device), **on_device)
     for result, wanted in zip(actual, expected, strict=True):
         assert_same_bits(result, wanted)
-    assert_same_bits(ops.fake_quantize_activation(tokens.to(device), *on_device), simulated)
+    assert_same_bits(ops.fake_quantize_activation(tokens.to(device), **on_device), simulated)
 
 
-def test_a_token_with_a_nan_is_nan_throughout(device):
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_dynamic_grid_with_a_zero_point_covers_what_lies_on_one_side_of_0(device, sign):
+    tokens = sign * (random_tokens(5, 40).abs() + 0.5)
+    codes, scales, zero_points = ops.quantize_activation(tokens.to(device), mode="asymmetric")
+    assert set(zero_points.flatten().tolist()) == {-128 if sign > 0 else 127}
+    levels = (codes.int() - zero_points).abs()
+    assert levels.amax(1).tolist() == [255] * 5
+    torch.testing.assert_close(scales.cpu() * 255, tokens.abs().amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+def test_a_token_with_a_nan_is_nan_throughout(device, mode):
     tokens = random_tokens(3, 21)
     tokens[1, 20] = float("inf")
-    codes, scales = ops.quantize_activation(tokens.to(device))
+    codes, scales, zero_points = ops.quantize_activation(tokens.to(device), mode=mode)
     assert scales.isnan().flatten().tolist() == [False, True, False]
-    assert not codes[1].any()
-    assert ops.fake_quantize_activation(tokens.to(device)).isnan().sum() == 21
+    assert not codes[1].any() and not zero_points[1].any()
+    assert ops.fake_quantize_activation(tokens.to(device), mode=mode).isnan().sum() == 21
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.01, 1e-39, float("inf"), float("nan")])
@@ -154,6 +181,17 @@ def test_a_given_scale_without_a_grid_is_refused_or_gives_nan(device, scale):
         assert ops.fake_quantize_activation(tokens, given).isnan().all()
 
 
+@pytest.mark.parametrize("zero_point", [-129, 128])
+def test_a_given_zero_point_beyond_the_codes_is_refused_or_gives_nan(device, zero_point):
+    tokens = random_tokens(2, 5).to(device)
+    given = torch.tensor([0.1]).to(device), torch.tensor([zero_point], dtype=torch.int32).to(device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=r"zero point must lie in \[-128, 127\], got"):
+            ops.fake_quantize_activation(tokens, *given, mode="asymmetric")
+    else:
+        assert ops.fake_quantize_activation(tokens, *given, mode="asymmetric").isnan().all()
+
+
 def test_strided_tokens_give_what_their_copies_give(device):
     tokens = random_tokens(6, 40).to(device)[:, ::2]
     for actual, expected in zip(
@@ -162,13 +200,16 @@ def test_strided_tokens_give_what_their_copies_give(device):
         assert_same_bits(actual, expected)
 
 
-def test_the_int8_linear_multiplies_exactly_these_codes():
-    tokens, weight = random_tokens(5, 67), random_weight(29, 67)
-    input_codes, input_scales = ops.quantize_activation(tokens)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_int8_linear_multiplies_exactly_these_codes(grid):
+    tokens, weight = random_tokens(5, 67) + 0.5, random_weight(29, 67)
+    input_codes, input_scales, zero_points = ops.quantize_activation(tokens, **GRIDS[grid])
     codes, scales, _ = ops.quantize(weight, 8)
-    products = input_codes.long() @ codes.long().t()
+    products = (input_codes.long() - zero_points) @ codes.long().t()
     expected = products.double() * input_scales.double() * scales.double().t()
-    actual = ops.linear(tokens, ops.pack_linear(codes, scales), 29, input_mode="dynamic_int8")
+    given = {f"input_{key}": v.item() for key, v in GRIDS[grid].items() if key != "mode"}
+    mode = f"{grid.replace(' ', '_')}_int8"
+    actual = ops.linear(tokens, ops.pack_linear(codes, scales), 29, input_mode=mode, **given)
     # The product of the integers is exact; only the multiplications by the scales round.
     torch.testing.assert_close(actual.double(), expected, rtol=2**-22, atol=0.0)
 
@@ -186,22 +227,42 @@ def test_the_gradient_is_zero_where_a_given_scale_clamps():
     assert tokens.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_activations_are_twice_differentiable(static):
-    tokens = random_tokens(2, 6).requires_grad_()
-    scale = torch.tensor([0.05]) if static else None
+def test_the_gradient_is_zero_where_a_given_grid_with_a_zero_point_clamps():
+    tokens = torch.tensor([[-0.29, -0.28, 0.0, 2.27, 2.28]], requires_grad=True)
+    grid = torch.tensor([0.01]), torch.tensor([-100], dtype=torch.int32)
+    ops.fake_quantize_activation(tokens, *grid, mode="asymmetric").sum().backward()
+    assert tokens.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_activations_are_twice_differentiable(grid):
+    tokens = random_tokens(2, 6).clamp(-0.3, 0.5).requires_grad_()
+    given = GRIDS[grid]
     (gradient,) = torch.autograd.grad(
-        (ops.fake_quantize_activation(tokens, scale) ** 3).sum(), tokens, create_graph=True
+        (ops.fake_quantize_activation(tokens, **given) ** 3).sum(), tokens, create_graph=True
     )
     (second,) = torch.autograd.grad(gradient.sum(), tokens)
-    torch.testing.assert_close(second, 6 * ops.fake_quantize_activation(tokens, scale).detach())
+    torch.testing.assert_close(second, 6 * ops.fake_quantize_activation(tokens, **given).detach())
 
 
+INT32 = torch.zeros(1, dtype=torch.int32)
 ACTIVATION_ERRORS = [
     ((torch.zeros(2, 3, dtype=torch.int8),), TypeError, "input must be float32, .* got Char"),
     ((torch.tensor(1.0),), ValueError, "input must be .* got a scalar"),
     ((torch.zeros(2, 3), torch.ones(2)), ValueError, r"scale must have shape \[1\], got \[2\]"),
     ((torch.zeros(2, 3), torch.ones(1).half()), TypeError, "scale must be float32, got Half"),
+    ((torch.zeros(2, 3), torch.ones(1), INT32), ValueError, "zero_point must come with .* got one"),
+    ((torch.zeros(2, 3), None, INT32), ValueError, "zero_point must come with .* got one"),
+]
+ASYMMETRIC_ERRORS = [
+    ((torch.zeros(2, 3), torch.ones(1)), ValueError, "zero_point must come with .* got none"),
+    ((torch.zeros(2, 3), None, INT32), ValueError, "zero_point must come with .* got one"),
+    ((torch.zeros(2, 3), torch.ones(1), torch.ones(1)), TypeError, "zero_point must be int32, got"),
+    (
+        (torch.zeros(2, 3), torch.ones(1), INT32.repeat(2)),
+        ValueError,
+        r"zero_point must have shape \[1\], got \[2\]",
+    ),
 ]
 
 
@@ -210,3 +271,16 @@ ACTIVATION_ERRORS = [
 def test_refuses_activations_and_scales_that_do_not_fit(where, arguments, error, message):
     with pytest.raises(error, match=f"^{where}: {message}"):
         getattr(ops, where)(*arguments)
+
+
+@pytest.mark.parametrize("where", ["quantize_activation", "fake_quantize_activation"])
+@pytest.mark.parametrize(("arguments", "error", "message"), ASYMMETRIC_ERRORS)
+def test_refuses_zero_points_that_do_not_fit(where, arguments, error, message):
+    with pytest.raises(error, match=f"^{where}: {message}"):
+        getattr(ops, where)(*arguments, mode="asymmetric")
+
+
+@pytest.mark.parametrize("where", ["quantize_activation", "fake_quantize_activation"])
+def test_refuses_grids_that_activations_have_not(where):
+    with pytest.raises(ValueError, match="mode must be symmetric or asymmetric, got ternary"):
+        getattr(ops, where)(torch.zeros(2, 3), mode="ternary")

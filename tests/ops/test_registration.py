@@ -97,6 +97,16 @@ SAMPLES = {
         (torch.randn(3, 8), torch.tensor([0.1])),
         dict(),
     ),
+    "quantize_activation_asymmetric": lambda: (
+        ops.quantize_activation,
+        (torch.randn(2, 3, 8),),
+        dict(mode="asymmetric"),
+    ),
+    "quantize_activation_static_asymmetric": lambda: (
+        ops.quantize_activation,
+        (torch.randn(3, 8), torch.tensor([0.1]), torch.tensor([9], dtype=torch.int32)),
+        dict(mode="asymmetric"),
+    ),
     "fake_quantize_activation": lambda: (
         ops.fake_quantize_activation,
         (torch.randn(3, 8, requires_grad=True),),
@@ -106,6 +116,20 @@ SAMPLES = {
         ops.fake_quantize_activation,
         (torch.randn(3, 8, requires_grad=True), torch.tensor([0.01])),
         dict(),
+    ),
+    "fake_quantize_activation_asymmetric": lambda: (
+        ops.fake_quantize_activation,
+        (torch.randn(3, 8, requires_grad=True),),
+        dict(mode="asymmetric"),
+    ),
+    "fake_quantize_activation_static_asymmetric": lambda: (
+        ops.fake_quantize_activation,
+        (
+            torch.randn(3, 8, requires_grad=True),
+            torch.tensor([0.01]),
+            torch.tensor([9], dtype=torch.int32),
+        ),
+        dict(mode="asymmetric"),
     ),
 }
 
@@ -151,6 +175,16 @@ INFERENCE = {
         ops.linear,
         (torch.randn(3, 64), "weight", 40),
         dict(input_mode="static_int8", input_scale=0.02),
+    ),
+    "linear_dynamic_asymmetric": lambda: (
+        ops.linear,
+        (torch.randn(3, 64), "weight", 40),
+        dict(input_mode="dynamic_asymmetric_int8"),
+    ),
+    "linear_static_asymmetric": lambda: (
+        ops.linear,
+        (torch.randn(3, 64), "weight", 40),
+        dict(input_mode="static_asymmetric_int8", input_scale=0.02, input_zero_point=-5),
     ),
     "norm": lambda: (ops.norm, (torch.randn(3, 8), torch.ones(8), torch.zeros(8)), dict()),
     "norm_linear": lambda: (

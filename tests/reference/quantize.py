@@ -248,21 +248,31 @@ def fake_quantize(
 
 
 def quantize_activation(
-    tokens: torch.Tensor, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 codes of [..., features] and their scales: one a token, or the given one."""
+    tokens: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    mode: str = "symmetric",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """INT8 codes of [..., features], their scales and zero points: one a token, or those given."""
+    qmin, qmax = grid_range(8, mode)
     if scale is None:
         rows = tokens.float().flatten(0, -2) if tokens.dim() > 1 else tokens.float()[None]
-        scale, _ = make_grid(rows, 8, "symmetric", torch.float32)
-        scale = scale.reshape(*tokens.shape[:-1], 1)
+        shape = (*tokens.shape[:-1], 1)
+        scale, offset = (part.reshape(shape) for part in make_grid(rows, 8, mode, torch.float32))
+    else:
+        offset = torch.zeros(1) if zero_point is None else zero_point.float()
     position = tokens.float() * (1.0 / scale)
-    return position.round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8), scale
+    codes = (position.round() + offset).clamp(qmin, qmax).nan_to_num(0.0)
+    return codes.to(torch.int8), scale, offset.to(torch.int32)
 
 
 def fake_quantize_activation(
-    tokens: torch.Tensor, scale: torch.Tensor | None = None
+    tokens: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    mode: str = "symmetric",
 ) -> torch.Tensor:
     """What the codes stand for; a NaN stays one, and no zero is negative."""
-    codes, scale = quantize_activation(tokens, scale)
-    output = torch.where(tokens.isnan(), torch.nan, codes.float() * scale)
+    codes, scale, offset = quantize_activation(tokens, scale, zero_point, mode)
+    output = torch.where(tokens.isnan(), torch.nan, (codes.float() - offset) * scale)
     return output.to(tokens.dtype)

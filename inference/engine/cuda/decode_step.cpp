@@ -33,7 +33,7 @@ kernels::DecodeStepLayer layer_of(const DeviceLayer& layer) {
 bool reads_numbers(const DeviceLayer& layer) {
   for (const DeviceProjection* projection :
        {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
-    if (projection->input_mode != kernels::InputMode::kFloat32) {
+    if (projection->input.mode != kernels::InputMode::kFloat32) {
       return false;
     }
   }
@@ -59,7 +59,7 @@ std::string obstacle_in(const ModuleParameters& module, bool has_siblings,
   if (weight.num_bits() <= 4 && !has_siblings) {  // beside wider siblings it becomes wider
     return module.name + " of " + std::to_string(weight.num_bits()) + " bits";
   }
-  if (load.quantization.input_of(module.name) != InputActivations::kFloats) {
+  if (load.quantization.input_of(module.name) != kernels::InputMode::kFloat32) {
     return module.name + " with INT8 activations";
   }
   return "";
@@ -67,7 +67,7 @@ std::string obstacle_in(const ModuleParameters& module, bool has_siblings,
 
 /// The same of all projections of the layers.
 std::string weights_obstacle(const ParameterMap& parameters, const LoadOptions& load) {
-  if (load.dynamic_activations) {
+  if (load.input_mode.has_value()) {
     return "INT8 activations";
   }
   if (load.dtype != WeightDtype::kAsStored && load.dtype != WeightDtype::kInt8) {

@@ -125,8 +125,7 @@ kernels::DeviceNorm DeviceWeights::norm(const ModelSpec& spec, const Norm& norm,
 DeviceProjection DeviceWeights::projection(const Linear& linear, bool splits_input) {
   return {.weight = linear.weight(),
           .bias = keep_rounded(linear.bias),
-          .input_mode = linear.input_mode,
-          .input_scale = linear.input_scale,
+          .input = linear.input,
           .splits_input = splits_input};
 }
 

@@ -19,10 +19,9 @@ StoredWeight pack_for_cuda(const UnpackedWeight& weight);
 /// A packed projection and its bias on the device.
 struct DeviceProjection {
   kernels::PackedLinear weight;
-  const void* bias = nullptr;  ///< [n], of the activations' dtype; null: none
-  kernels::InputMode input_mode = kernels::InputMode::kFloat32;
-  float input_scale = 0.0F;   ///< of kStaticInt8
-  bool splits_input = false;  ///< each rank has a part of the input (row-parallel)
+  const void* bias = nullptr;    ///< [n], of the activations' dtype; null: none
+  kernels::InputRounding input;  ///< how the product reads its input
+  bool splits_input = false;     ///< each rank has a part of the input (row-parallel)
 };
 
 struct DeviceLayer {

@@ -217,7 +217,8 @@ void CudaTransformer::project_and_add(const char* what, const void* input,
 void CudaTransformer::linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
                              const DeviceProjection& projection, kernels::DeviceLinearArgs args) {
   const kernels::LinearShape& shape = projection.weight.shape;
-  const bool rounds = projection.input_mode != kernels::InputMode::kFloat32;
+  const kernels::InputMode mode = projection.input.mode;
+  const bool rounds = mode != kernels::InputMode::kFloat32;
   const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_takes_norm(args.m);
   if (rounds || norm_apart) {
     kernels::DeviceNormArgs prepared{.input = input,
@@ -231,11 +232,10 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
                                      .dtype = dtype_};
     if (rounds) {
       prepared.output = workspace_.codes;
+      prepared.rounding = projection.input;
       prepared.row_scales = workspace_.row_scales;
-      if (projection.input_mode == kernels::InputMode::kStaticInt8) {
-        prepared.static_scale = projection.input_scale;
-      } else if (projection.splits_input && group_) {
-        prepared.given_absmax = shared_absmax(prepared);
+      if (is_dynamic(mode) && projection.splits_input && group_) {
+        prepared.given_extents = shared_extents(prepared);
       }
     }
     if (shape.k > 0) {  // a rank may have no part of the input
@@ -256,24 +256,25 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
          [&] { gpu::linear(args, stream_); });
 }
 
-/// Absmax of whole rows of which every rank has a part, so that all round them to one grid.
-float* CudaTransformer::shared_absmax(kernels::DeviceNormArgs args) {
+/// Extents of whole rows of which every rank has a part, so that all round them to one grid.
+float* CudaTransformer::shared_extents(kernels::DeviceNormArgs args) {
   args.output = nullptr;
   args.row_scales = nullptr;
-  args.row_absmax = workspace_.row_absmax;
-  launch("absmax of rows", args.num_tokens, args.hidden_size, 0, [&] {
+  args.row_extents = workspace_.row_extents;
+  const bool one_number = is_symmetric(grid_mode(args.rounding.mode));
+  const std::int64_t size = one_number ? args.num_tokens : 2 * args.num_tokens;
+  launch("extents of rows", args.num_tokens, args.hidden_size, 0, [&] {
     if (args.hidden_size > 0) {
       gpu::norm(args, stream_);
     } else {
-      MOQ_CUDA_CHECK(cudaMemsetAsync(workspace_.row_absmax, 0,
-                                     static_cast<std::size_t>(args.num_tokens) * sizeof(float),
-                                     stream_));
+      MOQ_CUDA_CHECK(cudaMemsetAsync(workspace_.row_extents, 0,
+                                     static_cast<std::size_t>(size) * sizeof(float), stream_));
     }
   });
-  at::Tensor shared = at::from_blob(workspace_.row_absmax, {args.num_tokens},
-                                    at::TensorOptions(at::kFloat).device(device_));
+  at::Tensor shared =
+      at::from_blob(workspace_.row_extents, {size}, at::TensorOptions(at::kFloat).device(device_));
   group_->all_reduce_max(shared);
-  return workspace_.row_absmax;
+  return workspace_.row_extents;
 }
 
 void CudaTransformer::normalize(const void* input, const kernels::DeviceNorm& norm, void* output,

@@ -116,7 +116,7 @@ class CudaTransformer final : public Transformer {
                        std::int64_t m);
   void linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
               const DeviceProjection& projection, kernels::DeviceLinearArgs args);
-  float* shared_absmax(kernels::DeviceNormArgs args);
+  float* shared_extents(kernels::DeviceNormArgs args);
   void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
                  const std::int32_t* rows = nullptr, bool float32_output = false);
 

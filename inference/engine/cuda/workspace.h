@@ -24,14 +24,14 @@ struct ActivationSizes {
 struct Workspace {
   std::int64_t max_tokens = 0;
   at::Tensor memory;
-  void* x = nullptr;            ///< [hidden], the residual stream
-  void* normed = nullptr;       ///< [hidden], where a norm is a kernel of its own
-  void* qkv = nullptr;          ///< [q | k | v], or [q]
-  void* attended = nullptr;     ///< [query]
-  void* inner = nullptr;        ///< [inner]
-  void* codes = nullptr;        ///< the widest input of a projection, rounded to 8 bits
-  float* row_scales = nullptr;  ///< [1], their step sizes
-  float* row_absmax = nullptr;  ///< [1], what these are made for where ranks share a row
+  void* x = nullptr;             ///< [hidden], the residual stream
+  void* normed = nullptr;        ///< [hidden], where a norm is a kernel of its own
+  void* qkv = nullptr;           ///< [q | k | v], or [q]
+  void* attended = nullptr;      ///< [query]
+  void* inner = nullptr;         ///< [inner]
+  void* codes = nullptr;         ///< the widest input of a projection, rounded to 8 bits
+  float* row_scales = nullptr;   ///< [1], their step sizes
+  float* row_extents = nullptr;  ///< [2], what these are made for where ranks share a row
 
   std::int64_t bytes() const { return memory.defined() ? memory.numel() : 0; }
 
@@ -50,7 +50,7 @@ struct Workspace {
     const std::int64_t begins[] = {place(sizes.hidden * element), place(sizes.hidden * element),
                                    place(sizes.qkv * element),    place(sizes.query * element),
                                    place(sizes.inner * element),  place(widest * element),
-                                   place(2 * sizeof(float))};
+                                   place(3 * sizeof(float))};
     const std::int64_t fitting = free_bytes() / std::max<std::int64_t>(end / num_tokens, 1);
     memory = allocate(end, "the workspace",
                       "about " + std::to_string(fitting) + " tokens at once would fit, got " +
@@ -62,7 +62,7 @@ struct Workspace {
       *parts[i] = base + begins[i];
     }
     row_scales = reinterpret_cast<float*>(base + begins[std::size(parts)]);
-    row_absmax = row_scales + num_tokens;
+    row_extents = row_scales + num_tokens;
   }
 };
 

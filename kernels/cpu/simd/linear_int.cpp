@@ -28,17 +28,24 @@ static_assert(kPieceCols % kChunk == 0 && kChunk % kWidth == 0);
 
 // ------------------------------------------------------------------------------------------ input
 
-/// x = rint(value * scale * more_scale), limited to [-limit, limit]; x stands for x * unit.
+/// x = rint(value * scale * more_scale), limited to [lowest, highest]; x stands for x * unit.
 struct InputGrid {
   float scale;
   float more_scale;
-  float limit;
+  float lowest;
+  float highest;
   double unit;
+  std::int32_t zero_point = 0;
 };
 
 constexpr float kNoLimit = std::numeric_limits<float>::infinity();
 /// Every x is 0, every result NaN.
-constexpr InputGrid kNoResult = {0.0F, 0.0F, 0.0F, std::numeric_limits<double>::quiet_NaN()};
+constexpr InputGrid kNoResult = {0.0F, 0.0F, 0.0F, 0.0F, std::numeric_limits<double>::quiet_NaN()};
+
+/// Vectors of ones of a tile.
+constexpr std::int64_t ones_of(InputMode mode) {
+  return !is_symmetric(grid_mode(mode)) && kDigitBits <= 8 ? 1 : 0;
+}
 
 /// Powers of two that bring the row's absmax between 2^29 and 2^30: two of them, since one may be
 /// out of float32's range. Both products are exact.
@@ -49,7 +56,7 @@ InputGrid exact_grid(GroupStatistics row) {
   const auto absmax = std::bit_cast<float>(row.highest);
   const int exponent = absmax > 0.0F ? 29 - std::ilogb(absmax) : 0;
   const int half = exponent / 2;
-  return {std::ldexp(1.0F, half), std::ldexp(1.0F, exponent - half), kNoLimit,
+  return {std::ldexp(1.0F, half), std::ldexp(1.0F, exponent - half), -kNoLimit, kNoLimit,
           std::ldexp(1.0, -exponent)};
 }
 
@@ -57,26 +64,32 @@ InputGrid int8_grid(const GridParams& grid) {
   if (!exists(grid)) {
     return kNoResult;
   }
-  return {grid.inverse_scale, 1.0F, static_cast<float>(grid.range.qmax), grid.scale};
+  return {grid.inverse_scale,
+          1.0F,
+          static_cast<float>(grid.range.qmin - grid.zero_point),
+          static_cast<float>(grid.range.qmax - grid.zero_point),
+          grid.scale,
+          grid.zero_point};
 }
 
-/// `shared_absmax` is that of the longer row which this one is a part of; null: a row of its own.
-InputGrid input_grid(const float* row, std::int64_t size, InputMode mode, float static_scale,
-                     const float* shared_absmax) {
-  const GroupStatistics statistics = statistics_of<QuantMode::kSymmetric>(row, size);
+/// Grid of row `row` of the tile.
+InputGrid input_grid(const SplitArgs& args, std::int64_t row, std::int64_t size) {
+  const float* input = args.input + row * args.input_stride;
+  const InputMode mode = args.rounding.mode;
+  if (is_static(mode)) {
+    const bool has_nan = statistics_of<QuantMode::kSymmetric>(input, size).highest > kInfinityBits;
+    return has_nan ? kNoResult : int8_grid(static_grid(args.rounding));
+  }
+  const QuantMode quant_mode = grid_mode(mode);
+  GroupStatistics statistics = activation_statistics(input, size, quant_mode);
   if (mode == InputMode::kFloat32) {
     return exact_grid(statistics);
   }
-  if (mode == InputMode::kStaticInt8) {
-    const bool has_nan = statistics.highest > kInfinityBits;
-    return has_nan ? kNoResult : int8_grid(grid_of_scale(static_scale, 8));
+  if (args.input_above != nullptr && !has_nonfinite(statistics)) {
+    statistics =
+        moq::statistics_of(GroupExtents{args.input_below[row], args.input_above[row]}, quant_mode);
   }
-  if (shared_absmax == nullptr || has_nonfinite(statistics)) {
-    return int8_grid(activation_grid(statistics));
-  }
-  return *shared_absmax >= 0.0F
-             ? int8_grid(activation_grid({.highest = std::bit_cast<std::int32_t>(*shared_absmax)}))
-             : kNoResult;
+  return int8_grid(activation_grid(statistics, quant_mode));
 }
 
 /// The sum of a piece's integers, kept as low and high halves: each fits its 32 bits.
@@ -102,16 +115,24 @@ struct PieceSum {
 void to_integers(const float* values, const InputGrid& grid, std::int32_t* x, PieceSum& sum) {
   for (std::int64_t i = 0; i < kChunk; i += kWidth) {
     const F32 scaled = load(values + i) * broadcast(grid.scale) * broadcast(grid.more_scale);
-    const F32 below = minimum(round_nearest(scaled), broadcast(grid.limit));  // NaN: the limit
-    const I32 integers = convert<I32>(maximum(below, broadcast(-grid.limit)));
+    const F32 below = minimum(round_nearest(scaled), broadcast(grid.highest));  // NaN: the limit
+    const I32 integers = convert<I32>(maximum(below, broadcast(grid.lowest)));
     std::memcpy(x + i, &integers, sizeof(integers));
     sum.low += integers & 0xffff;
     sum.high += integers >> 16;
   }
 }
 
+/// Turns x into codes, in the first `size` of kChunk columns.
+void add_zero_point(std::int32_t* x, std::int32_t zero_point, std::int64_t size) {
+  for (std::int64_t i = 0; i < size; ++i) {
+    x[i] += zero_point;
+  }
+}
+
 /// Writes the kDigits vectors of one row and the sums of its pieces.
-template <int kDigits>
+/// @tparam kCodes  digits are codes: x + zero_point
+template <int kDigits, bool kCodes>
 void split_row(const float* row, const InputGrid& grid, const IntegerLayout& layout,
                std::int64_t stride, Digit* output, double* sums) {
   const std::int64_t padded = layout.blocks_per_group * layout.block_cols;
@@ -122,10 +143,16 @@ void split_row(const float* row, const InputGrid& grid, const IntegerLayout& lay
       alignas(64) std::int32_t x[kChunk];
       if (left >= kChunk) {
         to_integers(row + col, grid, x, sum);
+        if constexpr (kCodes) {
+          add_zero_point(x, grid.zero_point, kChunk);
+        }
       } else {
         alignas(64) float values[kChunk] = {};
         std::memcpy(values, row + col, left * sizeof(float));
         to_integers(values, grid, x, sum);
+        if constexpr (kCodes) {
+          add_zero_point(x, grid.zero_point, left);
+        }
       }
       const std::int64_t steps = (padded - col < kChunk ? padded - col : kChunk) / kStepCols;
       write_digits<kDigits>(x, steps, stride, output);
@@ -134,6 +161,19 @@ void split_row(const float* row, const InputGrid& grid, const IntegerLayout& lay
       if (end % kPieceCols == 0 || end >= padded) {
         *sums++ = sum.take();
       }
+    }
+  }
+}
+
+/// Writes a tile's vector of ones; columns of padding have 0.
+void write_ones(const IntegerLayout& layout, std::int64_t stride, Digit* output) {
+  const std::int64_t padded = layout.blocks_per_group * layout.block_cols;
+  for (std::int64_t group = 0; group < layout.groups; ++group) {
+    for (std::int64_t col = 0; col < padded; col += kStepCols) {
+      for (std::int64_t i = 0; i < kStepCols; ++i) {
+        output[i] = col + i < layout.group_size ? 1 : 0;
+      }
+      output += stride;
     }
   }
 }
@@ -175,6 +215,16 @@ void add_piece(const std::int32_t* digit_sums, double input_sum, const float* sc
   }
 }
 
+/// Takes the zero points of `rows` rows out of their sums, the last of which is that of ones.
+void subtract_zero_points(const std::int32_t* zero_points, std::int64_t rows, std::int32_t* sums) {
+  const std::int32_t* ones = sums + rows * kPanelRows;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t i = 0; i < kPanelRows; ++i) {
+      sums[row * kPanelRows + i] -= zero_points[row] * ones[i];
+    }
+  }
+}
+
 using Dot = void (*)(const std::uint8_t*, std::int64_t, std::int64_t, const Prefetch&, const Digit*,
                      std::int32_t*);
 
@@ -194,6 +244,7 @@ Dot find_dot(std::int64_t bits, std::int64_t vectors) {
 
 /// A tile of rows.
 struct Tile {
+  std::int64_t index;
   std::int64_t first_row;
   std::int64_t rows;
   std::int64_t tiles_left;  ///< that come after this one with the same panel
@@ -223,11 +274,12 @@ template <int kDigits, int kPanels>
 void multiply_tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout, Tile tile,
                    std::int64_t first_panel) {
   constexpr std::int64_t kRows = (kPanels == 1 ? kMaxVectors : kPairVectors) / kDigits;
-  const std::int64_t vectors = tile.rows * kDigits;
+  const std::int64_t ones = ones_of(args.mode);
+  const std::int64_t vectors = tile.rows * kDigits + ones;
   const std::uint8_t* panel = args.weight + first_panel * layout.panel_bytes;
   const std::uint8_t* blocks = panel;
   const Digit* input = reinterpret_cast<const Digit*>(args.input.digits) +
-                       tile.first_row * kDigits * layout.padded_cols;
+                       (tile.first_row * kDigits + tile.index * ones) * layout.padded_cols;
   const double* input_sums = args.input.sums + tile.first_row * layout.pieces;
   const Dot dot_piece = find_dot<kPanels>(layout.bits, vectors);
   std::int32_t offsets[kPanelRows];
@@ -245,6 +297,10 @@ void multiply_tile(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
       const std::int64_t count = left < layout.piece_blocks ? left : layout.piece_blocks;
       dot_piece(blocks, layout.panel_bytes, count,
                 prefetch_of(tile, blocks, count, layout.panel_bytes, vectors), input, sums);
+      for (int i = 0; i < kPanels && ones > 0; ++i) {
+        subtract_zero_points(args.input.zero_points + tile.first_row, tile.rows,
+                             sums + i * vectors * kPanelRows);
+      }
       for (int i = 0; i < kPanels; ++i) {
         const std::uint8_t* end = panel + i * layout.panel_bytes;
         const auto* scales = reinterpret_cast<const float*>(end + layout.scales_offset);
@@ -274,9 +330,9 @@ void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout, cons
   const OutputRows& output = args.output;
   std::int64_t panel = part.first_panel;
   if constexpr (kPairVectors >= kDigits) {
-    if (output.rows * kDigits <= kPairVectors) {
+    if (output.rows * kDigits + ones_of(args.mode) <= kPairVectors) {
       for (; panel + 2 <= part.last_panel; panel += 2) {
-        multiply_tile<kDigits, 2>(args, layout, {0, output.rows, 0, 1}, panel);
+        multiply_tile<kDigits, 2>(args, layout, {0, 0, output.rows, 0, 1}, panel);
       }
     }
   }
@@ -286,8 +342,8 @@ void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout, cons
       const std::int64_t row = tile_begin(tile, output.rows, output.tiles);
       const std::int64_t rows = tile_begin(tile + 1, output.rows, output.tiles) - row;
       multiply_tile<kDigits, 1>(
-          args, layout, {row, rows, part.last_tile - 1 - tile, part.last_tile - part.first_tile},
-          panel);
+          args, layout,
+          {tile, row, rows, part.last_tile - 1 - tile, part.last_tile - part.first_tile}, panel);
     }
   }
 }
@@ -296,32 +352,38 @@ void multiply(const IntegerMultiplyArgs& args, const IntegerLayout& layout, cons
 
 DigitFormat digit_format(InputMode mode) {
   const std::int64_t digits = mode == InputMode::kFloat32 ? kDigitsOfExact : 1;
-  return {digits, sizeof(Digit), kMaxVectors / digits};
+  return {digits, ones_of(mode), sizeof(Digit), (kMaxVectors - ones_of(mode)) / digits};
 }
 
 void split_rows(const SplitArgs& args, const IntegerLayout& layout) {
-  const bool exact = args.mode == InputMode::kFloat32;
+  const bool exact = args.rounding.mode == InputMode::kFloat32;
+  const bool has_ones = ones_of(args.rounding.mode) > 0;
   const std::int64_t digits = exact ? kDigitsOfExact : 1;
-  const std::int64_t stride = args.rows * digits * kStepCols;
+  const std::int64_t stride = (args.rows * digits + (has_ones ? 1 : 0)) * kStepCols;
+  auto* tile = reinterpret_cast<Digit*>(args.output.digits);
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const float* input = args.input + row * args.input_stride;
-    const InputGrid grid =
-        input_grid(input, layout.groups * layout.group_size, args.mode, args.input_scale,
-                   args.input_absmax != nullptr ? args.input_absmax + row : nullptr);
+    const InputGrid grid = input_grid(args, row, layout.groups * layout.group_size);
     args.output.units[row] = grid.unit;
-    auto* vectors = reinterpret_cast<Digit*>(args.output.digits) + row * digits * kStepCols;
+    Digit* vectors = tile + row * digits * kStepCols;
     double* sums = args.output.sums + row * layout.pieces;
     if (exact) {
-      split_row<kDigitsOfExact>(input, grid, layout, stride, vectors, sums);
+      split_row<kDigitsOfExact, false>(input, grid, layout, stride, vectors, sums);
+    } else if (has_ones) {
+      args.output.zero_points[row] = grid.zero_point;
+      split_row<1, true>(input, grid, layout, stride, vectors, sums);
     } else {
-      split_row<1>(input, grid, layout, stride, vectors, sums);
+      split_row<1, false>(input, grid, layout, stride, vectors, sums);
     }
+  }
+  if (has_ones) {
+    write_ones(layout, stride, tile + args.rows * kStepCols);
   }
 }
 
 void multiply_integers(const IntegerMultiplyArgs& args, const IntegerLayout& layout,
                        const Part& part) {
-  if (args.exact) {
+  if (args.mode == InputMode::kFloat32) {
     multiply<kDigitsOfExact>(args, layout, part);
   } else {
     multiply<1>(args, layout, part);

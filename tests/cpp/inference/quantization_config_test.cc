@@ -11,12 +11,19 @@ namespace {
 
 using checkpoint::error_of;
 using checkpoint::Json;
+using kernels::InputMode;
 
 constexpr const char* kDynamic =
     R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true})";
 
 constexpr const char* kStatic =
     R"({"num_bits": 8, "type": "int", "symmetric": true, "strategy": "tensor", "dynamic": false})";
+
+constexpr const char* kDynamicAsymmetric =
+    R"({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "token", "dynamic": true})";
+
+constexpr const char* kStaticAsymmetric =
+    R"({"num_bits": 8, "type": "int", "symmetric": false, "strategy": "tensor", "dynamic": false})";
 
 QuantizationConfig parse(const std::string& members) {
   const std::string text =
@@ -31,24 +38,30 @@ std::string groups(const std::string& first, const std::string& second) {
 
 TEST(QuantizationConfig, ReadsFloatsWithoutAny) {
   EXPECT_EQ(QuantizationConfig::parse(Json::parse("{}", "config.json")).input_of("a"),
-            InputActivations::kFloats);
+            InputMode::kFloat32);
   const Json null = Json::parse(R"({"quantization_config": null})", "config.json");
-  EXPECT_EQ(QuantizationConfig::parse(null).input_of("a"), InputActivations::kFloats);
+  EXPECT_EQ(QuantizationConfig::parse(null).input_of("a"), InputMode::kFloat32);
 }
 
 TEST(QuantizationConfig, NeedsNoNamesWhereAllGroupsAgree) {
-  EXPECT_EQ(parse(groups(kDynamic, kDynamic)).input_of("unnamed"), InputActivations::kDynamicInt8);
-  EXPECT_EQ(parse(groups(kStatic, kStatic)).input_of("unnamed"), InputActivations::kStaticInt8);
-  EXPECT_EQ(parse(groups("null", "null")).input_of("unnamed"), InputActivations::kFloats);
+  EXPECT_EQ(parse(groups(kDynamic, kDynamic)).input_of("unnamed"), InputMode::kDynamicInt8);
+  EXPECT_EQ(parse(groups(kStatic, kStatic)).input_of("unnamed"), InputMode::kStaticInt8);
+  EXPECT_EQ(parse(groups("null", "null")).input_of("unnamed"), InputMode::kFloat32);
 }
 
 TEST(QuantizationConfig, AsksTheGroupThatNamesTheModuleWhereTheyDiffer) {
   const QuantizationConfig config = parse(groups(kDynamic, kStatic));
-  EXPECT_EQ(config.input_of("a"), InputActivations::kDynamicInt8);
-  EXPECT_EQ(config.input_of("b"), InputActivations::kDynamicInt8);
-  EXPECT_EQ(config.input_of("c"), InputActivations::kStaticInt8);
+  EXPECT_EQ(config.input_of("a"), InputMode::kDynamicInt8);
+  EXPECT_EQ(config.input_of("b"), InputMode::kDynamicInt8);
+  EXPECT_EQ(config.input_of("c"), InputMode::kStaticInt8);
   EXPECT_NE(error_of([&] { config.input_of("d"); }).find("got none that names d"),
             std::string::npos);
+}
+
+TEST(QuantizationConfig, TellsGridsWithAZeroPoint) {
+  const QuantizationConfig config = parse(groups(kDynamicAsymmetric, kStaticAsymmetric));
+  EXPECT_EQ(config.input_of("a"), InputMode::kDynamicAsymmetricInt8);
+  EXPECT_EQ(config.input_of("c"), InputMode::kStaticAsymmetricInt8);
 }
 
 TEST(QuantizationConfig, AcceptsEmptyMembersOfThingsThatItDoesNotCompute) {
@@ -90,9 +103,9 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{"float_activations",
                 with_input(R"({"type": "float", "strategy": "token", "dynamic": true})"),
                 "group_0.input_activations.type must be \"int\""},
-        Refusal{"asymmetric",
-                with_input(R"({"symmetric": false, "strategy": "token", "dynamic": true})"),
-                "group_0.input_activations.symmetric must be true"},
+        Refusal{"symmetric",
+                with_input(R"({"symmetric": 1, "strategy": "token", "dynamic": true})"),
+                "group_0.input_activations.symmetric"},
         Refusal{"tensor", with_input(R"({"strategy": "tensor", "dynamic": true})"),
                 "group_0.input_activations.dynamic must be false"},
         Refusal{"no_strategy", with_input(R"({"dynamic": true})"),

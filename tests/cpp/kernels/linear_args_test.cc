@@ -3,16 +3,20 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "kernels/activation.h"
 #include "kernels/common/check.h"
 #include "kernels/common/parallel.h"
 #include "kernels/linear.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/linear_problem.h"
 
 namespace moq::kernels {
 namespace {
+
+using test::error_of;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -179,9 +183,36 @@ TEST_F(RefusedArgs, MisalignedWeight) {
 }
 
 TEST_F(RefusedArgs, StaticInputWithoutAScale) {
-  args_.input_mode = InputMode::kStaticInt8;
-  args_.input_scale = 0.0F;
-  EXPECT_THROW(cpu::linear(args_), Error);
+  for (const InputMode mode : {InputMode::kStaticInt8, InputMode::kStaticAsymmetricInt8}) {
+    args_.input_rounding = {.mode = mode};
+    EXPECT_EQ(error_of([&] { cpu::linear(args_); }),
+              "linear: input_scale must be finite and >= 1.17549e-38, got 0");
+  }
+}
+
+TEST_F(RefusedArgs, ScaleAndZeroPointOfAnotherMode) {
+  args_.input_rounding = {.mode = InputMode::kDynamicInt8, .scale = 0.5F};
+  EXPECT_EQ(error_of([&] { cpu::linear(args_); }),
+            "linear: input_scale must come with a static INT8 mode, got 0.5 and dynamic_int8");
+  args_.input_rounding = {.mode = InputMode::kStaticInt8, .scale = 0.5F, .zero_point = 3};
+  EXPECT_EQ(
+      error_of([&] { cpu::linear(args_); }),
+      "linear: input_zero_point must come with static_asymmetric_int8, got 3 and static_int8");
+  for (const std::int32_t zero_point : {-129, 128}) {
+    args_.input_rounding = {
+        .mode = InputMode::kStaticAsymmetricInt8, .scale = 0.5F, .zero_point = zero_point};
+    EXPECT_EQ(
+        error_of([&] { cpu::linear(args_); }),
+        "linear: input_zero_point must lie in [-128, 127], got " + std::to_string(zero_point));
+  }
+}
+
+TEST_F(RefusedArgs, ExtentsOfAnotherMode) {
+  const float extents[4] = {};
+  args_.input_extents = extents;
+  args_.input_rounding = {.mode = InputMode::kStaticInt8, .scale = 0.5F};
+  EXPECT_EQ(error_of([&] { cpu::linear(args_); }),
+            "linear: input_extents need a dynamic INT8 input mode, got static_int8");
 }
 
 TEST_F(RefusedArgs, Int8InputOfAFloatWeight) {

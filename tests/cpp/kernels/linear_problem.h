@@ -116,14 +116,20 @@ struct LinearProblem {
             .packed = packed->data()};
   }
 
+  /// The mode, on a given grid if it needs one.
+  static InputRounding rounding(InputMode mode) {
+    return {.mode = mode,
+            .scale = is_static(mode) ? 0.02F : 0.0F,
+            .zero_point = mode == InputMode::kStaticAsymmetricInt8 ? -37 : 0};
+  }
+
   LinearArgs args(float* output, InputMode mode = InputMode::kFloat32) const {
     return {.input = input.data(),
             .m = m,
             .input_stride = shape.k,
             .weight = {.shape = shape, .data = packed->data()},
             .bias = bias.data(),
-            .input_mode = mode,
-            .input_scale = 0.02F,
+            .input_rounding = rounding(mode),
             .output = output,
             .output_stride = shape.n};
   }

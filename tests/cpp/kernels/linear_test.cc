@@ -18,23 +18,28 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
+constexpr InputMode kModes[] = {InputMode::kFloat32, InputMode::kDynamicInt8,
+                                InputMode::kStaticInt8, InputMode::kDynamicAsymmetricInt8,
+                                InputMode::kStaticAsymmetricInt8};
+
 /// The integers that stand for a row of the input and the value of one, as kernels/linear.h says.
-double split(const float* row, std::int64_t k, InputMode mode, float static_scale,
-             std::vector<std::int64_t>& x) {
-  float absmax = 0.0F;
+double split(const float* row, std::int64_t k, InputMode mode, std::vector<std::int64_t>& x) {
+  float lowest = 0.0F;
+  float highest = 0.0F;
   for (std::int64_t i = 0; i < k; ++i) {
-    absmax = std::max(absmax, std::fabs(row[i]));
+    lowest = std::min(lowest, row[i]);
+    highest = std::max(highest, row[i]);
   }
-  GridParams grid = make_grid(-absmax, absmax, 8, QuantMode::kSymmetric, DType::kFloat32);
-  if (mode == InputMode::kStaticInt8) {
-    grid = {static_scale, 1.0F / static_scale, 0, grid_range(8, QuantMode::kSymmetric)};
-  }
+  const GridParams grid = is_static(mode)
+                              ? static_grid(LinearProblem::rounding(mode))
+                              : make_grid(lowest, highest, 8, grid_mode(mode), DType::kFloat32);
+  const float absmax = std::max(-lowest, highest);
   const int exponent = absmax > 0.0F ? 29 - std::ilogb(absmax) : 0;
   x.clear();
   for (std::int64_t i = 0; i < k; ++i) {
     x.push_back(mode == InputMode::kFloat32
                     ? std::llrint(std::ldexp(static_cast<double>(row[i]), exponent))
-                    : quantize_one(row[i], grid, Rounding::kNearest, 0.0F));
+                    : quantize_one(row[i], grid, Rounding::kNearest, 0.0F) - grid.zero_point);
   }
   return mode == InputMode::kFloat32 ? std::ldexp(1.0, -exponent) : grid.scale;
 }
@@ -45,7 +50,7 @@ std::vector<float> by_definition(const LinearProblem& problem, InputMode mode) {
   std::vector<float> output;
   std::vector<std::int64_t> x;
   for (std::int64_t i = 0; i < problem.m; ++i) {
-    const double unit = split(problem.input.data() + i * shape.k, shape.k, mode, 0.02F, x);
+    const double unit = split(problem.input.data() + i * shape.k, shape.k, mode, x);
     for (std::int64_t j = 0; j < shape.n; ++j) {
       double total = 0.0;
       for (std::int64_t group = 0; group < num_groups(shape); ++group) {
@@ -136,16 +141,9 @@ class IntegerLinear : public testing::TestWithParam<Case> {
 };
 
 TEST_P(IntegerLinear, GivesTheBitsOfTheDefinition) {
-  EXPECT_EQ(problem_.run(), by_definition(problem_, InputMode::kFloat32));
-}
-
-TEST_P(IntegerLinear, GivesTheBitsOfTheDefinitionForDynamicInt8Input) {
-  EXPECT_EQ(problem_.run(InputMode::kDynamicInt8),
-            by_definition(problem_, InputMode::kDynamicInt8));
-}
-
-TEST_P(IntegerLinear, GivesTheBitsOfTheDefinitionForStaticInt8Input) {
-  EXPECT_EQ(problem_.run(InputMode::kStaticInt8), by_definition(problem_, InputMode::kStaticInt8));
+  for (const InputMode mode : kModes) {
+    EXPECT_EQ(problem_.run(mode), by_definition(problem_, mode)) << name_of(mode);
+  }
 }
 
 TEST_P(IntegerLinear, IsAsExactAsAPlainFloat32Loop) {
@@ -258,8 +256,8 @@ TEST(Linear, KeepsEverySumExactForManyColumnsOfTheLargestNumbers) {
   std::fill(problem.codes.begin(), problem.codes.end(), std::int8_t{127});
   std::fill(problem.input.begin(), problem.input.end(), 0x1.fffffep0F);
   problem.pack();
-  for (const InputMode mode : {InputMode::kFloat32, InputMode::kDynamicInt8}) {
-    EXPECT_EQ(problem.run(mode), by_definition(problem, mode));
+  for (const InputMode mode : kModes) {
+    EXPECT_EQ(problem.run(mode), by_definition(problem, mode)) << name_of(mode);
   }
 }
 
@@ -268,8 +266,8 @@ TEST(Linear, KeepsEverySumExactForTheSmallestCodes) {
   std::fill(problem.codes.begin(), problem.codes.end(), std::int8_t{-128});
   std::fill(problem.input.begin(), problem.input.end(), -0x1.fffffep0F);
   problem.pack();
-  for (const InputMode mode : {InputMode::kFloat32, InputMode::kDynamicInt8}) {
-    EXPECT_EQ(problem.run(mode), by_definition(problem, mode));
+  for (const InputMode mode : kModes) {
+    EXPECT_EQ(problem.run(mode), by_definition(problem, mode)) << name_of(mode);
   }
 }
 
@@ -313,9 +311,8 @@ TEST(Linear, RepresentsSmallElementsBesideAnOutlier) {
 TEST(Linear, GivesZeroPlusBiasForAZeroRow) {
   LinearProblem problem = LinearProblem::random(1, 40, 50);
   std::fill(problem.input.begin(), problem.input.end(), 0.0F);
-  for (const InputMode mode :
-       {InputMode::kFloat32, InputMode::kDynamicInt8, InputMode::kStaticInt8}) {
-    EXPECT_EQ(problem.run(mode), problem.bias);
+  for (const InputMode mode : kModes) {
+    EXPECT_EQ(problem.run(mode), problem.bias) << name_of(mode);
   }
 }
 
@@ -344,58 +341,72 @@ TEST_P(NonFinite, SpoilsItsOwnRowAndNoOther) {
 INSTANTIATE_TEST_SUITE_P(OwnGrid, NonFinite,
                          testing::Combine(testing::Values(kNan, -kNan, kInfinity, -kInfinity),
                                           testing::Values(InputMode::kFloat32,
-                                                          InputMode::kDynamicInt8)));
+                                                          InputMode::kDynamicInt8,
+                                                          InputMode::kDynamicAsymmetricInt8)));
 INSTANTIATE_TEST_SUITE_P(GivenGrid, NonFinite,
                          testing::Combine(testing::Values(kNan, -kNan),
-                                          testing::Values(InputMode::kStaticInt8)));
+                                          testing::Values(InputMode::kStaticInt8,
+                                                          InputMode::kStaticAsymmetricInt8)));
 
 TEST(Linear, SaturatesAnInfinityOnAStaticGrid) {
   LinearProblem problem = LinearProblem::random(1, 40, 50);
-  problem.input[3] = 100.0F;
-  const std::vector<float> expected = problem.run(InputMode::kStaticInt8);
-  problem.input[3] = kInfinity;
-  EXPECT_EQ(problem.run(InputMode::kStaticInt8), expected);
+  for (const InputMode mode : {InputMode::kStaticInt8, InputMode::kStaticAsymmetricInt8}) {
+    problem.input[3] = -100.0F;
+    const std::vector<float> expected = problem.run(mode);
+    problem.input[3] = -kInfinity;
+    EXPECT_EQ(problem.run(mode), expected) << name_of(mode);
+  }
 }
 
 TEST(Linear, RoundsAPartOfARowToTheGridOfTheWholeRow) {
   const LinearProblem problem = LinearProblem::random(3, 40, 50);
-  const std::vector<float> absmax = {127.0F * 0.02F, 127.0F * 0.02F, 127.0F * 0.02F};
   std::vector<float> output(3 * 40);
   LinearArgs args = problem.args(output.data(), InputMode::kDynamicInt8);
-  args.input_absmax = absmax.data();
+  const std::vector<float> absmax(3, 127.0F * 0.02F);
+  args.input_extents = absmax.data();
   cpu::linear(args);
   EXPECT_EQ(output, problem.run(InputMode::kStaticInt8));  // whose step size is 0.02
+
+  args.input_rounding.mode = InputMode::kDynamicAsymmetricInt8;
+  std::vector<float> extents(3, (128.0F - 37.0F) * 0.02F);  // below 0
+  extents.resize(6, (127.0F + 37.0F) * 0.02F);              // above 0
+  args.input_extents = extents.data();
+  cpu::linear(args);
+  EXPECT_EQ(output, problem.run(InputMode::kStaticAsymmetricInt8));  // whose zero point is -37
 }
 
-class PartOfARow : public testing::TestWithParam<float> {
+class PartOfARow : public testing::TestWithParam<std::tuple<InputMode, float>> {
  protected:
-  /// The product where rows are parts of longer ones of the given absmax.
+  /// The product where rows are parts of longer ones of the given extents.
   std::vector<float> run() const {
     std::vector<float> output(15 * 40);
-    LinearArgs args = problem_.args(output.data(), InputMode::kDynamicInt8);
-    args.input_absmax = absmax_.data();
+    LinearArgs args = problem_.args(output.data(), std::get<InputMode>(GetParam()));
+    args.input_extents = extents_.data();
     cpu::linear(args);
     return output;
   }
 
+  float value_ = std::get<float>(GetParam());
   LinearProblem problem_ = LinearProblem::random(15, 40, 50);
-  std::vector<float> absmax_ = std::vector<float>(15, 2.5F);
+  std::vector<float> extents_ = std::vector<float>(30, 2.5F);
 };
 
 TEST_P(PartOfARow, IsNaNWhereTheWholeRowHasNoGrid) {
   const std::vector<float> expected = run();
-  absmax_[7] = GetParam();
+  extents_[7] = value_;
   expect_only_row_7_spoilt(run(), expected);
 }
 
 TEST_P(PartOfARow, IsNaNWhereItHoldsANonFiniteNumberItself) {
   const std::vector<float> expected = run();
-  problem_.input[7 * 50 + 3] = GetParam() < 0.0F ? -kInfinity : GetParam();
+  problem_.input[7 * 50 + 3] = value_;
   expect_only_row_7_spoilt(run(), expected);
 }
 
 INSTANTIATE_TEST_SUITE_P(Values, PartOfARow,
-                         testing::Values(kNan, -kNan, kInfinity, -kInfinity, -1.0F));
+                         testing::Combine(testing::Values(InputMode::kDynamicInt8,
+                                                          InputMode::kDynamicAsymmetricInt8),
+                                          testing::Values(kNan, -kNan, kInfinity, -kInfinity)));
 
 }  // namespace
 }  // namespace moq::kernels

@@ -9,6 +9,7 @@
 #if defined(MOQ_WITH_CUDA)
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -46,8 +47,7 @@ struct Problem {
   std::vector<std::int32_t> rows = {};
   bool in_place = false;
   bool unrounded = false;  ///< float32 results
-  bool to_8_bits = false;
-  float static_scale = 0.0F;  ///< of all rows' grids
+  InputRounding rounding = {};
   float epsilon = 1e-5F;
 
   std::vector<float> input = {};
@@ -106,8 +106,8 @@ Result run(const Problem& problem) {
               .output = output.data() + offset_bytes(problem.output_dtype()),
               .float32_output = problem.unrounded,
               .output_stride = stride,
-              .row_scales = problem.to_8_bits ? scales.data() : nullptr,
-              .static_scale = problem.static_scale,
+              .rounding = problem.rounding,
+              .row_scales = problem.rounding.mode != InputMode::kFloat32 ? scales.data() : nullptr,
               .num_tokens = num_tokens,
               .hidden_size = n,
               .dtype = problem.dtype},
@@ -196,25 +196,46 @@ void expect_accurate(const Problem& problem, const std::vector<float>& actual) {
   }
 }
 
-/// The codes of rows that are already rounded to the dtype, by the CPU's quantization.
-void expect_codes(const Result& actual, const std::vector<float>& values, Shape shape,
-                  const float* static_scale = nullptr) {
+/// The codes of `values`, rows that are already rounded to the dtype, by the CPU's quantization.
+void expect_codes(const Result& actual, const std::vector<float>& values, const Problem& problem) {
+  const auto [num_tokens, hidden_size] = problem.shape;
+  const auto& [mode, scale, zero_point] = problem.rounding;
+  const bool asymmetric = grid_mode(mode) == QuantMode::kAsymmetric;
   std::vector<std::int8_t> codes(values.size());
-  std::vector<float> scales(static_cast<std::size_t>(shape.num_tokens),
-                            static_scale != nullptr ? *static_scale : 0.0F);
-  cpu::quantize_activation({.input = values.data(),
-                            .codes = codes.data(),
-                            .scales = scales.data(),
-                            .static_scale = static_scale,
-                            .rows = shape.num_tokens,
-                            .cols = shape.hidden_size,
-                            .row_stride = shape.hidden_size});
-  EXPECT_EQ(actual.output, std::vector<float>(codes.begin(), codes.end()));
+  std::vector<float> scales(static_cast<std::size_t>(num_tokens), scale);
+  std::vector<std::int32_t> zero_points(static_cast<std::size_t>(num_tokens), zero_point);
+  cpu::quantize_activation(
+      {.input = values.data(),
+       .codes = codes.data(),
+       .scales = scales.data(),
+       .zero_points = zero_points.data(),
+       .static_scale = is_static(mode) ? &scale : nullptr,
+       .static_zero_point = is_static(mode) && asymmetric ? &zero_point : nullptr,
+       .rows = num_tokens,
+       .cols = hidden_size,
+       .row_stride = hidden_size,
+       .mode = grid_mode(mode)});
+  std::vector<float> expected;
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    const auto row = static_cast<std::int64_t>(i) / hidden_size;
+    expected.push_back(static_cast<float>(codes[i] - zero_points[static_cast<std::size_t>(row)]));
+  }
+  EXPECT_EQ(actual.output, expected) << name_of(mode);
   for (std::size_t t = 0; t < scales.size(); ++t) {
     EXPECT_TRUE(actual.scales[t] == scales[t] ||
                 (std::isnan(actual.scales[t]) && std::isnan(scales[t])))
-        << "row " << t << ": " << actual.scales[t] << ", expected " << scales[t];
+        << name_of(mode) << ", row " << t << ": " << actual.scales[t] << ", expected " << scales[t];
   }
+}
+
+constexpr InputMode kDynamicModes[] = {InputMode::kDynamicInt8, InputMode::kDynamicAsymmetricInt8};
+
+/// Static grids of a step size.
+std::vector<InputRounding> static_roundings(float scale) {
+  return {{.mode = InputMode::kStaticInt8, .scale = scale},
+          {.mode = InputMode::kStaticAsymmetricInt8, .scale = scale, .zero_point = -128},
+          {.mode = InputMode::kStaticAsymmetricInt8, .scale = scale, .zero_point = 31},
+          {.mode = InputMode::kStaticAsymmetricInt8, .scale = scale, .zero_point = 127}};
 }
 
 // ----------------------------------------------------------------------------------- every shape
@@ -275,22 +296,29 @@ TEST_P(NormCuda, WritesWhatItWouldRound) {
 
 TEST_P(NormCuda, RoundsToTheGridOfEachRow) {
   const std::vector<float> values = run(problem).output;
-  problem.to_8_bits = true;
-  expect_codes(run(problem), values, problem.shape);
-  problem.in_place = true;
-  expect_codes(run(problem), values, problem.shape);
+  for (const InputMode mode : kDynamicModes) {
+    problem.rounding = {.mode = mode};
+    problem.in_place = false;
+    expect_codes(run(problem), values, problem);
+    problem.in_place = true;
+    expect_codes(run(problem), values, problem);
+  }
 }
 
 TEST_P(NormCuda, RoundsToAGivenGrid) {
   const std::vector<float> values = run(problem).output;
-  problem.to_8_bits = true;
-  problem.static_scale = problem.kind == NormKind::kNone ? 0.17F : 0.02F;  // some are beyond it
-  expect_codes(run(problem), values, problem.shape, &problem.static_scale);
-  problem.padding = 3;
-  problem.offset = 1;
-  problem.in_place = true;
-  if (problem.kind == NormKind::kNone) {  // statistics may be summed in another order there
-    expect_codes(run(problem), values, problem.shape, &problem.static_scale);
+  const float scale = problem.kind == NormKind::kNone ? 0.17F : 0.02F;  // some are beyond it
+  for (const InputRounding& rounding : static_roundings(scale)) {
+    problem.rounding = rounding;
+    problem.padding = problem.offset = 0;
+    problem.in_place = false;
+    expect_codes(run(problem), values, problem);
+    problem.padding = 3;
+    problem.offset = 1;
+    problem.in_place = true;
+    if (problem.kind == NormKind::kNone) {  // statistics may be summed in another order there
+      expect_codes(run(problem), values, problem);
+    }
   }
 }
 
@@ -329,50 +357,89 @@ TEST_F(NormCudaArgs, PartsOfARowShareItsGrid) {
   constexpr std::int64_t kTokens = 5;
   constexpr std::int64_t kCols = 768;
   Problem problem{.shape = {kTokens, kCols}, .dtype = DType::kFloat32, .kind = NormKind::kNone};
-  problem.fill();
-  problem.to_8_bits = true;
-  const Result whole = run(problem);
+  problem.fill(2.0F);
   const OnDevice<float> input(Device::kCuda, problem.input);
   const OnDevice<float> codes(Device::kCuda, std::vector<float>(kTokens * kCols));
   const OnDevice<float> scales(Device::kCuda, std::vector<float>(kTokens));
-  const OnDevice<float> absmax(Device::kCuda, std::vector<float>(kTokens));
-  const auto part = [&](std::int64_t first, std::int64_t cols) {
-    return DeviceNormArgs{.input = input.data() + first,
-                          .input_stride = kCols,
-                          .num_tokens = kTokens,
-                          .hidden_size = cols,
-                          .dtype = DType::kFloat32};
-  };
-  std::vector<float> largest(kTokens);
-  for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
-    DeviceNormArgs args = part(first, cols);
-    args.row_absmax = absmax.data();
-    cuda::norm(args, nullptr);
-    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-    const std::vector<float> own = absmax.read();
-    for (std::int64_t t = 0; t < kTokens; ++t) {
-      largest[t] = std::max(largest[t], own[t]);
+  const OnDevice<float> extents(Device::kCuda, std::vector<float>(2 * kTokens));
+  for (const InputMode mode : kDynamicModes) {
+    problem.rounding = {.mode = mode};
+    const Result whole = run(problem);
+    const auto part = [&](std::int64_t first, std::int64_t cols) {
+      return DeviceNormArgs{.input = input.data() + first,
+                            .input_stride = kCols,
+                            .rounding = problem.rounding,
+                            .num_tokens = kTokens,
+                            .hidden_size = cols,
+                            .dtype = DType::kFloat32};
+    };
+    const std::int64_t size = is_symmetric(grid_mode(mode)) ? kTokens : 2 * kTokens;
+    std::vector<float> largest(static_cast<std::size_t>(size));
+    for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
+      DeviceNormArgs args = part(first, cols);
+      args.row_extents = extents.data();
+      cuda::norm(args, nullptr);
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      const std::vector<float> own = extents.read();
+      for (std::int64_t i = 0; i < size; ++i) {
+        largest[i] = std::max(largest[i], own[i]);
+      }
     }
+    const OnDevice<float> shared(Device::kCuda, largest);
+    for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
+      DeviceNormArgs args = part(first, cols);
+      args.output = codes.data() + first;
+      args.output_stride = kCols;
+      args.row_scales = scales.data();
+      args.given_extents = shared.data();
+      cuda::norm(args, nullptr);
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      EXPECT_EQ(scales.read(), whole.scales) << name_of(mode);
+    }
+    EXPECT_EQ(codes.read(), whole.output) << name_of(mode);
   }
-  const OnDevice<float> shared(Device::kCuda, largest);
-  for (const auto& [first, cols] : {std::pair{0, 256}, {256, 512}}) {
-    DeviceNormArgs args = part(first, cols);
-    args.output = codes.data() + first;
-    args.output_stride = kCols;
-    args.row_scales = scales.data();
-    args.given_absmax = shared.data();
-    cuda::norm(args, nullptr);
-    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
-    EXPECT_EQ(scales.read(), whole.scales);
-  }
-  EXPECT_EQ(codes.read(), whole.output);
 }
 
-TEST_F(NormCudaArgs, RefusesAnAbsmaxBesideAnOutput) {
+TEST_F(NormCudaArgs, ExtentsAreThoseOfTheCpu) {
+  constexpr std::int64_t kTokens = 5;
+  for (const std::int64_t cols : {1, 7, 768}) {
+    std::vector<float> values = normal_vector(kTokens * cols, 4);
+    values[0] = kNan;
+    values[static_cast<std::size_t>(cols)] = -kInfinity;
+    std::fill_n(values.begin() + 2 * cols, cols, -0.0F);
+    const OnDevice<float> input(Device::kCuda, values);
+    for (const InputMode mode : kDynamicModes) {
+      const std::size_t size = is_symmetric(grid_mode(mode)) ? kTokens : 2 * kTokens;
+      const OnDevice<float> extents(Device::kCuda, std::vector<float>(size, -1.0F));
+      cuda::norm({.input = input.data(),
+                  .input_stride = cols,
+                  .rounding = {.mode = mode},
+                  .row_extents = extents.data(),
+                  .num_tokens = kTokens,
+                  .hidden_size = cols,
+                  .dtype = DType::kFloat32},
+                 nullptr);
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      std::vector<float> expected(size);
+      cpu::row_extents({.input = values.data(),
+                        .extents = expected.data(),
+                        .mode = grid_mode(mode),
+                        .rows = kTokens,
+                        .cols = cols,
+                        .row_stride = cols});
+      const auto bits = [](float number) { return std::bit_cast<std::uint32_t>(number); };
+      EXPECT_TRUE(std::ranges::equal(extents.read(), expected, {}, bits, bits))
+          << name_of(mode) << ", " << cols << " columns";
+    }
+  }
+}
+
+TEST_F(NormCudaArgs, RefusesExtentsBesideAnOutput) {
   float number = 0.0F;
   EXPECT_THROW(cuda::norm({.input = &number,
                            .output = &number,
-                           .row_absmax = &number,
+                           .rounding = {.mode = InputMode::kDynamicInt8},
+                           .row_extents = &number,
                            .num_tokens = 1,
                            .hidden_size = 1},
                           nullptr),
@@ -387,10 +454,14 @@ TEST_F(NormCudaArgs, ManyRowsAreRight) {
       problem.fill();
       const std::vector<float> values = run(problem).output;
       expect_accurate(problem, values);
-      problem.to_8_bits = true;
-      expect_codes(run(problem), values, problem.shape);
-      problem.static_scale = 0.02F;
-      expect_codes(run(problem), values, problem.shape, &problem.static_scale);
+      for (const InputMode mode : kDynamicModes) {
+        problem.rounding = {.mode = mode};
+        expect_codes(run(problem), values, problem);
+      }
+      for (const InputRounding& rounding : static_roundings(0.02F)) {
+        problem.rounding = rounding;
+        expect_codes(run(problem), values, problem);
+      }
     }
   }
 }
@@ -418,8 +489,10 @@ TEST_F(NormCudaArgs, RowsOfZerosAndOfNansHaveTheCodesOfTheCpu) {
       problem.input[hidden_size + 2] = kNan;
       problem.input[2 * hidden_size + 3] = kInfinity;
       problem.input[3 * hidden_size + 4] = -kNan;
-      problem.to_8_bits = true;
-      expect_codes(run(problem), problem.input, problem.shape);
+      for (const InputMode mode : kDynamicModes) {
+        problem.rounding = {.mode = mode};
+        expect_codes(run(problem), problem.input, problem);
+      }
     }
   }
 }
@@ -432,17 +505,20 @@ TEST_F(NormCudaArgs, AGivenGridLimitsInfinitiesAndKeepsANan) {
       std::fill_n(problem.input.begin(), hidden_size, -0.0F);
       problem.input[1] = kInfinity;
       problem.input[2] = -kInfinity;
-      problem.to_8_bits = true;
-      problem.static_scale = 0.17F;
-      expect_codes(run(problem), problem.input, problem.shape, &problem.static_scale);
-      problem.input[3] = kNan;
-      problem.input[4] = -kNan;
-      Result result = run(problem);
-      for (const int col : {3, 4}) {
-        EXPECT_TRUE(std::isnan(result.output[col]));
-        result.output[col] = problem.input[col] = 0.0F;
+      const std::vector<float> numbers = problem.input;
+      for (const InputRounding& rounding : static_roundings(0.17F)) {
+        problem.rounding = rounding;
+        problem.input = numbers;
+        expect_codes(run(problem), problem.input, problem);
+        problem.input[3] = kNan;
+        problem.input[4] = -kNan;
+        Result result = run(problem);
+        for (const int col : {3, 4}) {
+          EXPECT_TRUE(std::isnan(result.output[col]));
+          result.output[col] = problem.input[col] = 0.0F;
+        }
+        expect_codes(result, problem.input, problem);
       }
-      expect_codes(result, problem.input, problem.shape, &problem.static_scale);
     }
   }
 }
@@ -510,21 +586,36 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
   EXPECT_EQ(message(bad),
             "norm: the output can be the input only with the same rows, stride and dtype");
   bad = args;
-  bad.float32_output = true;
-  bad.row_scales = memory.as<float>() + 512;
-  EXPECT_EQ(message(bad), "norm: float32_output must be without row_scales and row_absmax");
-  bad = args;
-  bad.static_scale = 0.1F;
-  EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
+  bad.rounding.mode = InputMode::kDynamicInt8;
+  EXPECT_EQ(message(bad),
+            "norm: row_scales must come with an INT8 rounding, and only then, got dynamic_int8 "
+            "without");
   bad.row_scales = memory.as<float>() + 512;
   EXPECT_EQ(message(bad), "no error");
-  bad.given_absmax = memory.as<float>();
-  EXPECT_EQ(message(bad), "norm: static_scale needs row_scales, and no given_absmax");
-  bad.given_absmax = nullptr;
+  bad.float32_output = true;
+  EXPECT_EQ(message(bad), "norm: float32_output must be without a rounding, got dynamic_int8");
+  bad.float32_output = false;
+  bad.rounding = {.mode = InputMode::kStaticInt8, .scale = 0.1F};
+  bad.given_extents = memory.as<float>();
+  EXPECT_EQ(message(bad),
+            "norm: given_extents need row_scales and a dynamic INT8 rounding, got static_int8 with "
+            "row_scales");
+  bad.given_extents = nullptr;
   for (const float scale : {-1.0F, 1e-39F, kInfinity, kNan}) {
-    bad.static_scale = scale;
-    EXPECT_EQ(message(bad).find("norm: static_scale must be finite and >= 1.17549e-38, got "), 0);
+    bad.rounding.scale = scale;
+    EXPECT_EQ(message(bad).find("norm: input_scale must be finite and >= 1.17549e-38, got "), 0);
   }
+  bad.rounding = {.mode = InputMode::kStaticAsymmetricInt8, .scale = 0.1F, .zero_point = 128};
+  EXPECT_EQ(message(bad), "norm: input_zero_point must lie in [-128, 127], got 128");
+  bad = args;
+  bad.row_scales = memory.as<float>() + 512;
+  EXPECT_EQ(message(bad),
+            "norm: row_scales must come with an INT8 rounding, and only then, got float32 with "
+            "row_scales");
+  bad = args;
+  bad.output = nullptr;
+  bad.row_extents = memory.as<float>();
+  EXPECT_EQ(message(bad), "norm: row_extents need a dynamic INT8 rounding, got float32");
 }
 
 }  // namespace

@@ -29,17 +29,27 @@ using test::error_of;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+/// The grid that quantize_activation is asked for.
+struct Grid {
+  std::optional<float> scale = std::nullopt;  ///< nullopt: each row its own
+  QuantMode mode = QuantMode::kSymmetric;
+  std::int32_t zero_point = 0;
+};
+
+constexpr QuantMode kInputModes[] = {QuantMode::kSymmetric, QuantMode::kAsymmetric};
+
 /// What quantize_activation writes.
 struct Quantized {
   std::vector<std::int8_t> codes;
   std::vector<float> scales;
+  std::vector<std::int32_t> zero_points;
   std::vector<std::byte> output;
 };
 
 /// Scales as bit patterns, so that NaN equals NaN.
 bool operator==(const Quantized& a, const Quantized& b) {
   const auto bits = [](float scale) { return std::bit_cast<std::uint32_t>(scale); };
-  return a.codes == b.codes && a.output == b.output &&
+  return a.codes == b.codes && a.output == b.output && a.zero_points == b.zero_points &&
          std::ranges::equal(a.scales, b.scales, {}, bits, bits);
 }
 
@@ -64,55 +74,62 @@ void dequantize(Device device, const DequantizeArgs& args) {
 
 /// Runs a body of quantize_activation over the rows of a problem in linear storage.
 template <typename Body>
-Quantized run(Device device, const Problem& problem, const std::optional<float>& static_scale,
-              const Body& body) {
+Quantized run(Device device, const Problem& problem, const Grid& grid, const Body& body) {
   const Case& c = problem.parameters;
+  const auto rows = static_cast<std::size_t>(c.rows);
   const auto size = static_cast<std::size_t>(c.rows * c.cols);
   const OnDevice<std::byte> input(device, problem.input);
   const OnDevice<std::int8_t> codes(device, std::vector<std::int8_t>(size, 99));
-  const OnDevice<float> scales(device, std::vector<float>(static_cast<std::size_t>(c.rows), -1.0F));
+  const OnDevice<float> scales(device, std::vector<float>(rows, -1.0F));
+  const OnDevice<std::int32_t> zero_points(device, std::vector<std::int32_t>(rows, 999));
   const OnDevice<std::byte> output(device, std::vector<std::byte>(size * size_of(c.input_dtype)));
-  const OnDevice<float> scale(device, {static_scale.value_or(0.0F)});
+  const OnDevice<float> scale(device, {grid.scale.value_or(0.0F)});
+  const OnDevice<std::int32_t> zero_point(device, {grid.zero_point});
+  const bool gives_zero_point = grid.scale.has_value() && !is_symmetric(grid.mode);
   body({.input = input.data(),
         .codes = codes.data(),
         .scales = scales.data(),
+        .zero_points = zero_points.data(),
         .output = output.data(),
-        .static_scale = static_scale.has_value() ? scale.data() : nullptr,
+        .static_scale = grid.scale.has_value() ? scale.data() : nullptr,
+        .static_zero_point = gives_zero_point ? zero_point.data() : nullptr,
         .rows = c.rows,
         .cols = c.cols,
         .row_stride = problem.row_stride,
-        .input_dtype = c.input_dtype});
-  return {codes.read(), scales.read(), output.read()};
+        .input_dtype = c.input_dtype,
+        .mode = grid.mode});
+  return {codes.read(), scales.read(), zero_points.read(), output.read()};
 }
 
-Quantized run(Device device, const Problem& problem,
-              const std::optional<float>& static_scale = std::nullopt) {
-  return run(device, problem, static_scale,
+Quantized run(Device device, const Problem& problem, const Grid& grid = {}) {
+  return run(device, problem, grid,
              [&](const QuantizeActivationArgs& args) { quantize_activation(device, args); });
 }
 
 /// The formulas of kernels/quantize.h, one element at a time.
-Quantized quantized(const Problem& problem,
-                    const std::optional<float>& static_scale = std::nullopt) {
+Quantized quantized(const Problem& problem, const Grid& asked = {}) {
   const Case& c = problem.parameters;
   const auto size = static_cast<std::size_t>(c.rows * c.cols);
   Quantized result{std::vector<std::int8_t>(size),
                    std::vector<float>(static_cast<std::size_t>(c.rows), -1.0F),
+                   std::vector<std::int32_t>(static_cast<std::size_t>(c.rows), 999),
                    std::vector<std::byte>(size * size_of(c.input_dtype))};
+  const bool dynamic = !asked.scale.has_value();
   for (std::int64_t row = 0; row < c.rows; ++row) {
-    float absmax = 0.0F;
+    float lowest = 0.0F;
+    float highest = 0.0F;
     bool finite = true;
     for (std::int64_t col = 0; col < c.cols; ++col) {
-      absmax = std::fmax(absmax, std::fabs(problem.get(row, col)));
+      lowest = std::fmin(lowest, problem.get(row, col));
+      highest = std::fmax(highest, problem.get(row, col));
       finite = finite && std::isfinite(problem.get(row, col));
     }
-    const GridParams grid =
-        static_scale.has_value()
-            ? grid_of_scale(*static_scale, 8)
-            : make_grid(-absmax, absmax, 8, QuantMode::kSymmetric, DType::kFloat32);
-    const bool row_is_bad = !finite && !static_scale.has_value();
-    if (!static_scale.has_value()) {
+    const GridParams grid = dynamic ? make_grid(lowest, highest, 8, asked.mode, DType::kFloat32)
+                                    : grid_of_scale(*asked.scale, 8, asked.mode, asked.zero_point);
+    const bool row_is_bad = !finite && dynamic;
+    if (dynamic) {
       result.scales[static_cast<std::size_t>(row)] = row_is_bad ? kNaN : grid.scale;
+      result.zero_points[static_cast<std::size_t>(row)] = row_is_bad ? 0 : grid.zero_point;
     }
     for (std::int64_t col = 0; col < c.cols; ++col) {
       const float value = problem.get(row, col);
@@ -149,13 +166,19 @@ class QuantizeActivationEveryShape : public ::testing::TestWithParam<std::tuple<
 
 TEST_P(QuantizeActivationEveryShape, GivesTheBitsOfTheDefinition) {
   MOQ_SKIP_WITHOUT(device_);
-  EXPECT_EQ(run(device_, problem_), quantized(problem_));
+  for (const QuantMode mode : kInputModes) {
+    EXPECT_EQ(run(device_, problem_, {.mode = mode}), quantized(problem_, {.mode = mode}));
+  }
 }
 
-TEST_P(QuantizeActivationEveryShape, UsesAGivenScaleAndClampsToIt) {
+TEST_P(QuantizeActivationEveryShape, UsesAGivenGridAndClampsToIt) {
   MOQ_SKIP_WITHOUT(device_);
-  const float scale = 0.00007F;
-  EXPECT_EQ(run(device_, problem_, scale), quantized(problem_, scale));
+  const Grid symmetric{.scale = 0.00007F};
+  EXPECT_EQ(run(device_, problem_, symmetric), quantized(problem_, symmetric));
+  for (const std::int32_t zero_point : {-128, -37, 0, 127}) {
+    const Grid grid{.scale = 0.00007F, .mode = QuantMode::kAsymmetric, .zero_point = zero_point};
+    EXPECT_EQ(run(device_, problem_, grid), quantized(problem_, grid));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, QuantizeActivationEveryShape, ::testing::Combine(kDevices, kRows),
@@ -171,8 +194,14 @@ TEST_P(QuantizeActivationEveryInstructionSet, GivesTheBitsOfTheDefinition) {
   const auto& [isa, rows] = GetParam();
   MOQ_SKIP_WITHOUT_ISA(isa);
   const Problem problem = problem_of(rows);
-  EXPECT_EQ(run(Device::kCpu, problem, std::nullopt, MOQ_FUNCTION_OF(isa, quantize_activation)),
-            quantized(problem));
+  for (const QuantMode mode : kInputModes) {
+    const Grid grid{.mode = mode};
+    EXPECT_EQ(run(Device::kCpu, problem, grid, MOQ_FUNCTION_OF(isa, quantize_activation)),
+              quantized(problem, grid));
+  }
+  const Grid given{.scale = 0.00007F, .mode = QuantMode::kAsymmetric, .zero_point = 100};
+  EXPECT_EQ(run(Device::kCpu, problem, given, MOQ_FUNCTION_OF(isa, quantize_activation)),
+            quantized(problem, given));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, QuantizeActivationEveryInstructionSet,
@@ -183,13 +212,17 @@ INSTANTIATE_TEST_SUITE_P(All, QuantizeActivationEveryInstructionSet,
 
 class QuantizeActivation : public ::testing::TestWithParam<Device> {};
 
-TEST_P(QuantizeActivation, AZeroRowHasTheSmallestScaleAndCodesZero) {
+TEST_P(QuantizeActivation, AZeroRowHasTheSmallestScaleAndTheCodesOfZero) {
   MOQ_SKIP_WITHOUT(GetParam());
   Problem problem({.rows = 2, .cols = 21});
   for (std::int64_t col = 0; col < 21; ++col) problem.set(1, col, -0.0F);
-  const Quantized result = run(GetParam(), problem);
-  EXPECT_EQ(result, quantized(problem));
-  EXPECT_EQ(result.scales[1], min_scale(DType::kFloat32));
+  for (const QuantMode mode : kInputModes) {
+    const Quantized result = run(GetParam(), problem, {.mode = mode});
+    EXPECT_EQ(result, quantized(problem, {.mode = mode}));
+    EXPECT_EQ(result.scales[1], min_scale(DType::kFloat32));
+    EXPECT_EQ(result.zero_points[1], is_symmetric(mode) ? 0 : -128);
+    EXPECT_EQ(result.codes[21], result.zero_points[1]);
+  }
 }
 
 TEST_P(QuantizeActivation, ARowThatHoldsANaNOrAnInfinityIsNaNThroughout) {
@@ -197,10 +230,12 @@ TEST_P(QuantizeActivation, ARowThatHoldsANaNOrAnInfinityIsNaNThroughout) {
   for (const float bad : {kNaN, kInfinity, -kInfinity}) {
     Problem problem({.rows = 3, .cols = 37});
     problem.set(1, 36, bad);
-    const Quantized result = run(GetParam(), problem);
-    EXPECT_EQ(result, quantized(problem));
-    EXPECT_TRUE(std::isnan(result.scales[1]));
-    EXPECT_FALSE(std::isnan(result.scales[0]));
+    for (const QuantMode mode : kInputModes) {
+      const Quantized result = run(GetParam(), problem, {.mode = mode});
+      EXPECT_EQ(result, quantized(problem, {.mode = mode}));
+      EXPECT_TRUE(std::isnan(result.scales[1]));
+      EXPECT_FALSE(std::isnan(result.scales[0]));
+    }
   }
 }
 
@@ -210,11 +245,13 @@ TEST_P(QuantizeActivation, UnderAGivenScaleOnlyTheNaNItselfIsNaN) {
   problem.set(0, 3, kNaN);
   problem.set(0, 35, kNaN);
   problem.set(0, 36, kInfinity);
-  const float scale = 0.001F;
-  const Quantized result = run(GetParam(), problem, scale);
-  EXPECT_EQ(result, quantized(problem, scale));
-  EXPECT_EQ(result.codes[3], 0);
-  EXPECT_EQ(result.codes[36], 127);
+  for (const QuantMode mode : kInputModes) {
+    const Grid grid{.scale = 0.001F, .mode = mode, .zero_point = is_symmetric(mode) ? 0 : 9};
+    const Quantized result = run(GetParam(), problem, grid);
+    EXPECT_EQ(result, quantized(problem, grid));
+    EXPECT_EQ(result.codes[3], 0);
+    EXPECT_EQ(result.codes[36], 127);
+  }
 }
 
 TEST_P(QuantizeActivation, UsesTheSmallestScaleThatHasAGrid) {
@@ -222,7 +259,7 @@ TEST_P(QuantizeActivation, UsesTheSmallestScaleThatHasAGrid) {
   Problem problem({.rows = 1, .cols = 37});
   problem.set(0, 3, 3e-38F);
   const float scale = min_scale(DType::kFloat32);
-  EXPECT_EQ(run(GetParam(), problem, scale), quantized(problem, scale));
+  EXPECT_EQ(run(GetParam(), problem, {scale}), quantized(problem, {scale}));
 }
 
 TEST_P(QuantizeActivation, RefusesIntegers) {
@@ -236,12 +273,40 @@ TEST_P(QuantizeActivation, RefusesIntegers) {
 INSTANTIATE_TEST_SUITE_P(All, QuantizeActivation, kDevices,
                          [](const auto& info) { return name_of(info.param); });
 
+TEST(QuantizeActivationGrid, RefusesAZeroPointBeyondTheCodesOnTheCpu) {
+  const Problem problem({.rows = 2, .cols = 5});
+  for (const std::int32_t zero_point : {-129, 128}) {
+    const Grid grid{.scale = 0.1F, .mode = QuantMode::kAsymmetric, .zero_point = zero_point};
+    EXPECT_EQ(error_of([&] { run(Device::kCpu, problem, grid); }),
+              "quantize_activation: a given zero point must lie in [-128, 127], got " +
+                  std::to_string(zero_point));
+  }
+}
+
+TEST_P(QuantizeActivation, RefusesAZeroPointWithoutAScaleAndAnAsymmetricScaleWithoutOne) {
+  MOQ_SKIP_WITHOUT(GetParam());
+  const std::string message =
+      "quantize_activation: a zero point must come with a given scale in asymmetric mode, and only "
+      "then, got ";
+  const float scale = 0.1F;
+  const std::int32_t zero_point = 3;
+  QuantizeActivationArgs args{.static_zero_point = &zero_point, .mode = QuantMode::kAsymmetric};
+  const auto error = [&] { return error_of([&] { quantize_activation(GetParam(), args); }); };
+  EXPECT_EQ(error(), message + "one");
+  args = {.static_scale = &scale, .static_zero_point = &zero_point};
+  EXPECT_EQ(error(), message + "one");
+  args = {.static_scale = &scale, .mode = QuantMode::kAsymmetric};
+  EXPECT_EQ(error(), message + "none");
+  EXPECT_EQ(error_of([&] { quantize_activation(GetParam(), {.mode = QuantMode::kTernary}); }),
+            "quantize_activation: mode must be symmetric or asymmetric, got another");
+}
+
 class GivenScaleWithoutAGrid : public ::testing::TestWithParam<float> {};
 
 TEST_P(GivenScaleWithoutAGrid, IsRefusedOnTheCpu) {
   const float scale = GetParam();
   const Problem problem({.rows = 2, .cols = 5});
-  const std::string error = error_of([&] { run(Device::kCpu, problem, scale); });
+  const std::string error = error_of([&] { run(Device::kCpu, problem, {scale}); });
   EXPECT_TRUE(
       error.starts_with("quantize_activation: a given scale must be finite and >= "
                         "1.17549e-38, got "))
@@ -252,13 +317,18 @@ TEST_P(GivenScaleWithoutAGrid, GivesNaNAndCodesZeroOnCuda) {
   MOQ_SKIP_WITHOUT(Device::kCuda);
   const float scale = GetParam();
   const Problem problem({.rows = 2, .cols = 5});
-  const Quantized result = run(Device::kCuda, problem, scale);
+  Quantized result = run(Device::kCuda, problem, {scale});
   Quantized expected = result;
   expected.codes.assign(10, 0);
   for (std::size_t i = 0; i < 10; ++i) {
     put_float(expected.output, DType::kFloat32, i, kNaN);
   }
   EXPECT_EQ(result, expected);
+  for (const std::int32_t zero_point : {-129, 128}) {
+    result = run(Device::kCuda, problem,
+                 {.scale = 0.1F, .mode = QuantMode::kAsymmetric, .zero_point = zero_point});
+    EXPECT_EQ(result, expected);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Values, GivenScaleWithoutAGrid,
@@ -271,67 +341,106 @@ TEST(QuantizeActivationOnThreads, GivesTheSameBits) {
   EXPECT_EQ(run(Device::kCpu, problem), quantized(problem));
 }
 
-// ------------------------------------------------------------------------------- absmax of rows
+// ------------------------------------------------------------------------------ extents of rows
 
-class RowAbsmax
-    : public ::testing::TestWithParam<std::tuple<cpu::Isa, std::int64_t, std::int64_t>> {
+class RowExtents
+    : public ::testing::TestWithParam<std::tuple<cpu::Isa, std::int64_t, std::int64_t, QuantMode>> {
  protected:
+  bool symmetric() const { return is_symmetric(mode_); }
+
+  /// [rows] or [2, rows]
   template <typename Body>
   std::vector<float> run(const Body& body) const {
     const Case& c = problem_.parameters;
-    std::vector<float> absmax(static_cast<std::size_t>(c.rows), -1.0F);
+    std::vector<float> extents(static_cast<std::size_t>(symmetric() ? c.rows : 2 * c.rows), -1.0F);
     body({.input = reinterpret_cast<const float*>(problem_.input.data()),
-          .absmax = absmax.data(),
+          .extents = extents.data(),
+          .mode = mode_,
           .rows = c.rows,
           .cols = c.cols,
           .row_stride = problem_.row_stride});
-    return absmax;
+    return extents;
+  }
+
+  std::vector<float> run_on_isa() const {
+    return run([&](const RowExtentsArgs& args) {
+      MOQ_FUNCTION_OF(isa_, row_extents)(args, 0, args.rows);
+    });
   }
 
   cpu::Isa isa_ = std::get<0>(GetParam());
+  QuantMode mode_ = std::get<3>(GetParam());
   Problem problem_ = Problem({.rows = std::get<1>(GetParam()), .cols = std::get<2>(GetParam())});
 };
 
-TEST_P(RowAbsmax, IsTheLargestMagnitudeOfEachRow) {
+TEST_P(RowExtents, AreTheLargestMagnitudesOfEachRow) {
   MOQ_SKIP_WITHOUT_ISA(isa_);
-  std::vector<float> expected;
-  for (std::int64_t row = 0; row < problem_.parameters.rows; ++row) {
-    expected.push_back(0.0F);
+  const std::int64_t rows = problem_.parameters.rows;
+  std::vector<float> expected(static_cast<std::size_t>(symmetric() ? rows : 2 * rows), 0.0F);
+  for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t col = 0; col < problem_.parameters.cols; ++col) {
-      expected.back() = std::max(expected.back(), std::fabs(problem_.get(row, col)));
+      const float value = problem_.get(row, col);
+      float& extent =
+          expected[static_cast<std::size_t>(symmetric() || value < 0.0F ? row : rows + row)];
+      extent = std::max(extent, std::fabs(value));
     }
   }
-  EXPECT_EQ(run(MOQ_FUNCTION_OF(isa_, row_absmax)), expected);
+  EXPECT_EQ(run_on_isa(), expected);
   const ThreadScope threads(3);
-  EXPECT_EQ(run(cpu::row_absmax), expected);
+  EXPECT_EQ(run(cpu::row_extents), expected);
 }
 
-TEST_P(RowAbsmax, KeepsEveryNaNAndInfinity) {
+TEST_P(RowExtents, KeepEveryNaNAndInfinity) {
   MOQ_SKIP_WITHOUT_ISA(isa_);
-  const auto [isa, rows, cols] = GetParam();
+  const auto [isa, rows, cols, mode] = GetParam();
   for (std::int64_t row = 0; row < rows && cols > 0; ++row) {
     problem_.set(row, row % cols, row % 3 == 0 ? -kNaN : row % 3 == 1 ? kNaN : -kInfinity);
     problem_.set(row, (row * 7 + 1) % cols, problem_.get(row, row % cols));
   }
-  const std::vector<float> absmax = run(MOQ_FUNCTION_OF(isa_, row_absmax));
-  for (std::size_t row = 0; row < absmax.size() && cols > 0; ++row) {
-    EXPECT_EQ(std::isnan(absmax[row]), row % 3 != 2) << absmax[row];
-    EXPECT_GE(std::bit_cast<std::int32_t>(absmax[row]), kInfinityBits);
+  const std::vector<float> extents = run_on_isa();
+  for (std::int64_t row = 0; row < rows && cols > 0; ++row) {
+    const auto bits = [&](std::int64_t i) {
+      return std::bit_cast<std::int32_t>(extents[static_cast<std::size_t>(i)]);
+    };
+    const std::int32_t largest = symmetric() ? bits(row) : std::max(bits(row), bits(rows + row));
+    EXPECT_EQ(largest > kInfinityBits, row % 3 != 2) << largest;
+    EXPECT_GE(largest, kInfinityBits);
+    const GroupExtents own{
+        .below = extents[static_cast<std::size_t>(row)],
+        .above = extents[static_cast<std::size_t>(symmetric() ? row : rows + row)]};
+    EXPECT_TRUE(has_nonfinite(statistics_of(own, mode)));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, RowAbsmax,
+TEST_P(RowExtents, MakeTheGridThatTheRowMakes) {
+  MOQ_SKIP_WITHOUT_ISA(isa_);
+  const std::int64_t rows = problem_.parameters.rows;
+  const std::vector<float> extents = run_on_isa();
+  const Quantized expected = quantized(problem_, {.mode = mode_});
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const auto below = static_cast<std::size_t>(row);
+    const auto above = static_cast<std::size_t>(symmetric() ? row : rows + row);
+    const GridParams grid = make_grid(statistics_of({extents[below], extents[above]}, mode_), 8,
+                                      mode_, DType::kFloat32);
+    EXPECT_EQ(grid.scale, expected.scales[below]);
+    EXPECT_EQ(grid.zero_point, expected.zero_points[below]);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, RowExtents,
                          ::testing::Combine(kIsas, ::testing::Values(0, 1, 5, 203),
-                                            ::testing::Values(0, 1, 17, 64, 577)),
+                                            ::testing::Values(0, 1, 17, 64, 577),
+                                            ::testing::ValuesIn(kInputModes)),
                          [](const auto& info) {
                            return std::string(cpu::name_of(std::get<0>(info.param))) + "_" +
                                   std::to_string(std::get<1>(info.param)) + "x" +
-                                  std::to_string(std::get<2>(info.param));
+                                  std::to_string(std::get<2>(info.param)) +
+                                  (is_symmetric(std::get<3>(info.param)) ? "" : "_asymmetric");
                          });
 
-TEST(RowAbsmaxErrors, RefusesANegativeShape) {
-  EXPECT_EQ(error_of([&] { cpu::row_absmax({.rows = 2, .cols = -1}); }),
-            "row_absmax: shape must be >= 0, got 2 x -1");
+TEST(RowExtentsErrors, RefuseANegativeShape) {
+  EXPECT_EQ(error_of([&] { cpu::row_extents({.rows = 2, .cols = -1}); }),
+            "row_extents: shape must be >= 0, got 2 x -1");
 }
 
 // ------------------------------------------------------------------------------ codes to weights
