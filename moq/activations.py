@@ -13,32 +13,23 @@ import torch.distributed as dist
 from torch import nn
 
 from moq.config import ObserverConfig
+from moq.input_grid import InputGrid, is_asymmetric, is_static, mode_of, static_grid
 from moq.leftovers import is_left_over, remember
 from moq.rules import MatchedParameter, own_weight, plain_name
 from moq.sharding import is_sharded, mesh_groups
 
 #: Name under which a layer holds the quantizer of its input.
 ATTRIBUTE = "input_quantizer"
-QMAX = 127
-
-
-def static_scale(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Step size [1], float32, that stands for codes up to 127 of `absmax`.
-
-    Rounded to the dtype in which a checkpoint stores it, before any code is computed.
-    """
-    limits = torch.finfo(dtype)
-    stored = (absmax / QMAX).to(dtype).clamp(limits.tiny, limits.max)
-    return stored.float()
 
 
 class ActivationQuantizer(nn.Module):
-    """Rounds what it is given to symmetric INT8 by the operator that the INT8 kernels share.
+    """Rounds what it is given to INT8 by the operator that the INT8 kernels share.
 
-    The gradient passes straight through, but to elements that a static scale clips.
+    The gradient passes straight through, but to elements that a static grid clips.
 
     Args:
-        kind: ``dynamic`` (one scale a token) or ``static`` (one scale, from the magnitudes seen).
+        kind: One of moq.input_grid.KINDS: ``dynamic`` (a grid for each token) or ``static`` (one,
+            from what was seen), with a zero point if ``_asymmetric``.
         dtype: In which a checkpoint stores a static scale.
         device: Of the layer.
     """
@@ -49,33 +40,53 @@ class ActivationQuantizer(nn.Module):
         self.kind = kind
         self.dtype = dtype
         self.enabled = True
-        if kind == "static":
-            for name in ("absmax", "seen"):
-                zero = torch.zeros(1, dtype=torch.float32, device=device)
-                self.register_buffer(name, zero, persistent=False)
+        if self.is_static:
+            for name in ("extent", "seen"):
+                zeros = torch.zeros(2, dtype=torch.float32, device=device)
+                self.register_buffer(name, zeros, persistent=False)
 
-    absmax: torch.Tensor
-    """[1]: moving average of the largest magnitude of a step; 0 before the first."""
+    extent: torch.Tensor
+    """[2]: moving averages of the largest magnitudes of a step below and above 0, alike if the grid
+    is symmetric; 0 before the first."""
     seen: torch.Tensor
-    """[1]: largest finite magnitude since the last update."""
+    """[2]: the largest finite ones since the last update."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all tokens share one grid."""
+        return is_static(self.kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns x on its grid; in training a static quantizer also takes its measure."""
         if not self.enabled:
             return x
-        if self.kind == "dynamic":
-            rounded: torch.Tensor = torch.ops.moq.fake_quantize_activation(x)
-            return rounded
-        with torch.no_grad():
-            own = x.detach().abs().amax().float().reshape(1) if x.numel() else self.seen
-            if self.training:
-                # A batch that overflows is no measure, nor may it spoil that of the next step.
-                finite = torch.where(own.isfinite(), own, self.seen)
-                self.seen.copy_(torch.maximum(self.seen, finite))
-            largest = torch.where(self.absmax > 0, self.absmax, own)
-            scale = static_scale(largest, self.dtype)
-        rounded = torch.ops.moq.fake_quantize_activation(x, scale)
+        scale = zero_point = None
+        if self.is_static:
+            with torch.no_grad():
+                own = self._extent_of(x.detach()) if x.numel() else self.seen
+                if self.training:
+                    # A batch that overflows is no measure, nor may it spoil that of the next step.
+                    finite = torch.where(own.isfinite().all(), own, self.seen)
+                    self.seen.copy_(torch.maximum(self.seen, finite))
+                extent = torch.where(self.extent.amax() > 0, self.extent, own)
+                scale, zero_point = static_grid(extent, self.kind, self.dtype)
+        rounded: torch.Tensor = torch.ops.moq.fake_quantize_activation(
+            x, scale, zero_point, mode=mode_of(self.kind)
+        )
         return rounded
+
+    def _extent_of(self, x: torch.Tensor) -> torch.Tensor:
+        if is_asymmetric(self.kind):
+            lowest, highest = x.aminmax()
+            return torch.stack([-lowest, highest]).float().clamp(min=0)
+        return x.abs().amax().float().expand(2)
+
+    def grid(self) -> InputGrid:
+        """Returns the grid as it is now; waits for the device."""
+        if not self.is_static:
+            return InputGrid(self.kind)
+        scale, zero_point = static_grid(self.extent, self.kind, self.dtype)
+        return InputGrid(self.kind, float(scale), None if zero_point is None else int(zero_point))
 
     def extra_repr(self) -> str:
         """Says which kind it is."""
@@ -139,7 +150,7 @@ class ActivationQuantizers:
             self.by_name[plain_name(name)] = quantizer
             self._layers[plain_name(name)] = module
             self._shared = None
-            if quantizer.kind == "static":
+            if quantizer.is_static:
                 self._keep_from_ddp(f"{name}.{ATTRIBUTE}.seen".removeprefix("."))
 
     def _keep_from_ddp(self, buffer: str) -> None:
@@ -159,7 +170,7 @@ class ActivationQuantizers:
             quantizer.enabled = enabled
 
     def _static(self) -> dict[str, ActivationQuantizer]:
-        return {name: q for name, q in self.by_name.items() if q.kind == "static"}
+        return {name: q for name, q in self.by_name.items() if q.is_static}
 
     def find_ranks(self) -> list[_Shared]:
         """Finds out, once all wrappers are there, whose batches count for each static scale.
@@ -223,19 +234,20 @@ class ActivationQuantizers:
         if self._frozen:
             return
         device = step.device
-        seen = torch.cat([q.seen.to(device) for q in static])
+        seen = torch.stack([q.seen.to(device) for q in static])
         parts = torch.split(seen, [len(members) for _, members in shared])
         for (groups, _), part in zip(shared, parts, strict=True):
             for group in groups:
                 dist.all_reduce(part, dist.ReduceOp.MAX, group=group)
-        old = torch.cat([q.absmax.to(device) for q in static])
+        old = torch.stack([q.extent.to(device) for q in static])
         momentum = self.config.momentum
-        average = torch.where(old > 0, momentum * old + (1 - momentum) * seen, seen)
-        moves = (seen > 0) & (step <= self.freeze_step)
+        began, runs = (extent.amax(1, keepdim=True) > 0 for extent in (old, seen))
+        average = torch.where(began, momentum * old + (1 - momentum) * seen, seen)
+        moves = runs & (step <= self.freeze_step)
         if found_inf is not None:
             moves &= found_inf.to(device).eq(0)
         new = torch.where(moves, average, old)
-        torch._foreach_copy_([q.absmax for q in static], list(torch.split(new, 1)))
+        torch._foreach_copy_([q.extent for q in static], list(new.unbind()))
         torch._foreach_zero_([q.seen for q in static])
 
     def _is_over(self, step: torch.Tensor, found_inf: torch.Tensor | None) -> bool:
@@ -256,48 +268,54 @@ class ActivationQuantizers:
     def state(self) -> dict[str, float]:
         """Returns the averages by name of the layer; waits for the device.
 
-        ``NAME.seen`` is what a layer has seen since the last update: micro-batches, and steps that
-        GradScaler skipped by not making them.
+        They are the largest magnitudes; if the grid is asymmetric those above 0, and ``NAME.below``
+        are those below. ``NAME.seen`` (and ``NAME.seen.below``) is what a layer has seen since the
+        last update: micro-batches, and steps that GradScaler skipped by not making them.
         """
         static = self._static()
         if not static:
             return {}
-        values = torch.cat([q.absmax.cpu() for q in static.values()]).tolist()
-        seen = torch.cat([q.seen.cpu() for q in static.values()]).tolist()
-        if self._frozen:
-            seen = [0.0] * len(seen)  # nobody asks any more
-        pending = {f"{name}.seen": v for name, v in zip(static, seen, strict=True) if v != 0}
-        return dict(zip(static, values, strict=True)) | pending
+        averages = torch.stack([q.extent.cpu() for q in static.values()]).tolist()
+        seen = torch.stack([q.seen.cpu() for q in static.values()]).tolist()
+        state: dict[str, float] = {}
+        for (name, quantizer), average, pending in zip(static.items(), averages, seen, strict=True):
+            state |= _named(name, quantizer, average)
+            if any(pending) and not self._frozen:  # then nobody asks any more
+                state |= _named(f"{name}.seen", quantizer, pending)
+        return state
 
     @torch.no_grad()
     def load(self, state: dict[str, float], completed: int) -> None:
         """Continues with the averages that `state` returned after so many completed steps."""
         self._completed, self._frozen = completed, False
         for name, quantizer in self._static().items():
-            quantizer.absmax.fill_(state.get(name, 0.0))
-            quantizer.seen.fill_(state.get(f"{name}.seen", 0.0))
+            for key, buffer in ((name, quantizer.extent), (f"{name}.seen", quantizer.seen)):
+                above = state.get(key, 0.0)
+                below = state.get(f"{key}.below", 0.0) if is_asymmetric(quantizer.kind) else above
+                buffer.copy_(torch.tensor([below, above]))
 
-    def kind_of(self, module: str) -> str | None:
-        """Returns ``dynamic``, ``static`` or None for the layer of that name."""
-        quantizer = self.by_name.get(module)
-        return quantizer.kind if quantizer else None
-
-    def input_scale(self, module: str) -> float | None:
-        """Returns the static scale of a layer's input, or None if it has none.
+    def grid_of(self, module: str) -> InputGrid | None:
+        """Returns the grid of a layer's input, or None if it reads floats.
 
         Raises:
-            RuntimeError: naming the layer, if its quantizer has seen nothing.
+            RuntimeError: naming the layer, if its grid is static and nothing was seen.
         """
-        quantizer = self._static().get(module)
+        quantizer = self.by_name.get(module)
         if quantizer is None:
             return None
-        if not bool(quantizer.absmax > 0):
+        if quantizer.is_static and not bool(quantizer.extent.amax() > 0):
             raise RuntimeError(
                 f"MoQOptimizer: {module or 'the model'}: a static scale of activations must have "
                 "seen inputs other than 0, got none: export after a training step that runs the "
                 "layer"
             )
-        return float(static_scale(quantizer.absmax, quantizer.dtype))
+        return quantizer.grid()
+
+
+def _named(name: str, quantizer: ActivationQuantizer, extent: Sequence[float]) -> dict[str, float]:
+    """An extent as `ActivationQuantizers.state` has it."""
+    below, above = extent
+    return {name: above} | ({f"{name}.below": below} if is_asymmetric(quantizer.kind) else {})
 
 
 #: Groups whose largest value counts, one after the other, and the quantizers of which it does.
@@ -330,12 +348,12 @@ def _data_parallel() -> list[nn.parallel.DistributedDataParallel]:
 
 
 @contextlib.contextmanager
-def exported_inputs(model: nn.Module, scales: Mapping[str, float | None]) -> Iterator[None]:
+def exported_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> Iterator[None]:
     """Shows layers the inputs that a checkpoint says they have, whatever quantizers they hold.
 
     Args:
         model: The model.
-        scales: Name of a layer with INT8 inputs -> its static scale, or None: one scale a token.
+        grids: Name of a layer with INT8 inputs -> their grid.
     """
     enabled = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.enabled]
     # A wrapper and what it wraps have one name; the inner module comes last and is the layer. One
@@ -346,19 +364,16 @@ def exported_inputs(model: nn.Module, scales: Mapping[str, float | None]) -> Ite
         for quantizer in enabled:
             quantizer.enabled = False
             restored.callback(setattr, quantizer, "enabled", True)
-        for layer, scale in {layers[name]: scale for name, scale in scales.items()}.items():
-            hook = layer.register_forward_pre_hook(_rounding_hook(scale), with_kwargs=True)
+        for layer, grid in {layers[name]: grid for name, grid in grids.items()}.items():
+            hook = layer.register_forward_pre_hook(_rounding_hook(grid), with_kwargs=True)
             restored.callback(hook.remove)
         yield
 
 
-def _rounding_hook(scale: float | None) -> Callable[..., Any]:
+def _rounding_hook(grid: InputGrid) -> Callable[..., Any]:
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        if not x.is_floating_point():  # of an embedding that shares the layer's weight
-            return x
-        given = None if scale is None else torch.tensor([scale], device=x.device)
-        result: torch.Tensor = torch.ops.moq.fake_quantize_activation(x, given)
-        return result
+        # Not token ids of an embedding that shares the layer's weight.
+        return grid.rounded(x) if x.is_floating_point() else x
 
     return lambda module, args, kwargs: _with_first(rounded, args, kwargs)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moq.config_file import read_file
+from moq.input_grid import Kind
 from moq.strict import Strict, require
 
 Mode = Literal["symmetric", "asymmetric", "ternary", "binary"]
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Rounding = Literal["nearest", "stochastic"]
 Scale = Literal["absmax", "mse", "learned"]
-Activations = Literal["none", "dynamic", "static"]
+Activations = Literal["none", Kind]
 OnUnfinished = Literal["error", "clamp", "allow"]
 ModuleKind = Literal["linear", "conv1d", "embedding", "head"]
 MIN_BITS, MAX_BITS = 1, 16
@@ -56,8 +57,9 @@ class QuantSpec(Strict):
         rounding: ``nearest`` (half to even) or ``stochastic`` (the same draws on every device,
             rank and sharding).
         activations: How the layer reads its input in training and when it is served: ``none`` (as
-            it is), or rounded to symmetric INT8, ``dynamic`` (one scale a token) or ``static`` (one
-            scale, from what the observer saw).
+            it is), or rounded to INT8: ``dynamic`` (a symmetric grid for each token), ``static``
+            (one, from what the observer saw), ``dynamic_asymmetric`` or ``static_asymmetric`` (with
+            zero points: for inputs that are not centred, as those behind a ReLU or GELU).
         blend_steps: Steps over which the weight fades from full precision to the grid after each
             drop: r * w + (1 - r) * Q(w), r falling from 1 to 0. 0: at once.
     """
@@ -353,11 +355,11 @@ class SensitivityConfig(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ObserverConfig(Strict):
-    """How the scales of ``static`` activations follow the magnitudes that training sees.
+    """How the grids of static activations follow the magnitudes that training sees.
 
     Attributes:
         momentum: Weight of the past in the moving average of a step's largest magnitude (over all
-            its micro-batches and ranks), in [0, 1).
+            its micro-batches and ranks; of an asymmetric grid those below and above 0), in [0, 1).
         freeze_at: Share of total_steps, in (0, 1], after which the scales stay as they are.
     """
 
@@ -388,7 +390,7 @@ class MoQConfig(QuantSpec):
             (``model.layers.3``); a module in which it finds nothing is a block of its own.
         schedule: When widths fall.
         sensitivity: How layers are compared.
-        observer: How static scales of activations are found.
+        observer: How static grids of activations are found.
         seed: Key of stochastic rounding and of the sensitivity's random vectors, >= 0.
         master_dtype: Dtype of the full-precision values: ``float32``, or ``parameter`` for the
             model's own dtype (BF16 weights then hardly move at small learning rates).

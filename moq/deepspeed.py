@@ -240,7 +240,9 @@ def _remark(name: str, block: object) -> str:
     shared = block.get("shared_parameters") if isinstance(block, Mapping) else None
     if name == "activation_quantization" and isinstance(shared, Mapping) and _is_enabled(shared):
         kind = shared.get("range_calibration", "dynamic")
-        return f"write activations: {kind} (symmetric, 8 bits) into the rules of these modules"
+        if shared.get("quantization_type", "symmetric") == "asymmetric":
+            kind = f"{kind}_asymmetric"
+        return f"write activations: {kind} (8 bits) into the rules of these modules"
     return "only weight_quantization is MoQ"
 
 

@@ -85,7 +85,7 @@ def export_checkpoint(
         save_tokenizer(staged, tokenizer)
         save_generation_config(staged, model)
         answer, reason = measure_probe(
-            model, probe, parameters.exact_state(), parameters.input_scales(weights)
+            model, probe, parameters.exact_state(), parameters.input_grids(weights)
         )
         manifest = {
             "format_version": FORMAT_VERSION,

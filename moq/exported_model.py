@@ -11,6 +11,7 @@ import transformers
 from torch.nn.utils.parametrize import is_parametrized
 
 from moq import _C
+from moq.input_grid import InputGrid
 from moq.layout import DENSE, INTEGER, PACKED, StoredWeight, quantization_config, storage_bits
 from moq.progress import track
 from moq.quantized_parameter import QuantizedParameter
@@ -120,17 +121,17 @@ class ExportedModel:
         state = self.state | self.products
         return state | {alias: state[name] for alias, name in self.aliases.items()}
 
-    def input_scales(self, weights: Mapping[str, StoredWeight]) -> dict[str, float | None]:
-        """Returns the layers that read INT8 inputs -> their static scale, or None: dynamic."""
-        scales = {
-            name: self.quantized[name].input_scale
-            for name, weight in weights.items()
-            if weight.activations is not None
+    def input_grids(self, weights: Mapping[str, StoredWeight]) -> dict[str, InputGrid]:
+        """Returns the layers that read INT8 inputs -> their grid."""
+        grids = {}
+        for name, weight in weights.items():
+            if weight.activations is not None:
+                p = self.quantized[name]
+                grids[name] = InputGrid(weight.activations, p.input_scale, p.input_zero_point)
+        names = {name: name for name in grids} | {
+            alias: name for alias, name in self.aliases.items() if name in grids
         }
-        names = {name: name for name in scales} | {
-            alias: name for alias, name in self.aliases.items() if name in scales
-        }
-        return {alias.rpartition(".")[0]: scales[name] for alias, name in names.items()}
+        return {alias.rpartition(".")[0]: grids[name] for alias, name in names.items()}
 
     def config(self, weights: Mapping[str, StoredWeight]) -> dict[str, Any]:
         """Returns config.json: the model's own, its true dtype, and where its integers are."""
@@ -217,6 +218,10 @@ def _convert_weight(
             if parameter.input_scale is not None:
                 tensors[f"{module}.input_scale"] = torch.tensor(
                     [parameter.input_scale], dtype=parameter.scale_dtype or dtype
+                )
+            if parameter.input_zero_point is not None:
+                tensors[f"{module}.input_zero_point"] = torch.tensor(
+                    [parameter.input_zero_point], dtype=torch.int8
                 )
             if zero_points is not None:
                 tensors[f"{name}_zero_point"] = zero_points

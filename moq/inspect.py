@@ -17,6 +17,7 @@ from rich.table import Table
 from moq import _C
 from moq.config import BLOCK_PATTERN
 from moq.directory_kind import require_checkpoint
+from moq.input_grid import is_asymmetric, is_static
 from moq.layout import DENSE, stored_weights
 from moq.manifest import CONFIG_NAME, list_files, read_json, read_manifest
 from moq.staging import recover
@@ -82,7 +83,7 @@ def _split(module: str) -> tuple[str, str]:
 def _cell(entry: dict[str, Any]) -> str:
     """Trained width, marked where it is not the whole story: 8, 6→8, 4g128, 8a+A8 (INT8 inputs).
 
-    a: asymmetric, t: ternary, b: binary.
+    a: asymmetric, t: ternary, b: binary; A8s: static INT8 inputs, A8a: asymmetric ones.
     """
     text = str(entry["trained_bits"])
     if entry["format"] != DENSE and entry["stored_bits"] != entry["trained_bits"]:
@@ -91,7 +92,8 @@ def _cell(entry: dict[str, Any]) -> str:
     if entry["granularity"] == "per_group":
         text += f"g{entry['group_size']}"
     if entry["activations"]:
-        text += "+A8" if entry["activations"] == "dynamic" else "+A8s"
+        text += "+A8" + ("s" if is_static(entry["activations"]) else "")
+        text += "a" if is_asymmetric(entry["activations"]) else ""
     return text
 
 
@@ -146,7 +148,8 @@ def run(options: argparse.Namespace) -> int:
     console.print(table)
     console.print(
         "error: largest relative quantization error of a layer; 6→8: trained at 6 bits, stored in "
-        "8-bit codes; a: asymmetric; g128: one scale per 128 inputs; A8: INT8 activations",
+        "8-bit codes; a: asymmetric; g128: one scale per 128 inputs; A8: INT8 activations, static "
+        "(A8s), asymmetric (A8a)",
         style="dim",
     )
     other = description["other_tensors"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moq.input_grid import Kind, is_asymmetric, is_static
 from moq.manifest import MANIFEST_NAME, FormatError
 from moq.strict import Strict, require
 
@@ -41,8 +42,8 @@ class StoredWeight(Strict):
         transposed: True if the module keeps its weight as [input features, output features]. Codes
             are stored [output features, input features] all the same.
         scale_dtype: dtype of the stored scales, as torch names it.
-        activations: None, or INT8 activations: ``dynamic`` with one scale per token, or ``static``
-            with one scale.
+        activations: None, or INT8 activations: ``dynamic`` with one scale per token, ``static``
+            with one scale; ``dynamic_asymmetric`` and ``static_asymmetric`` have zero points too.
         quantization_error: Frobenius norm of (master - simulated) over that of the master.
     """
 
@@ -57,7 +58,7 @@ class StoredWeight(Strict):
     shape: list[int]
     transposed: bool
     scale_dtype: Literal["float32", "float16", "bfloat16"]
-    activations: Literal["dynamic", "static"] | None
+    activations: Kind | None
     quantization_error: float
 
     def validate(self) -> None:
@@ -134,8 +135,11 @@ class StoredWeight(Strict):
         tensors = {f"{weight}_scale": (float_dtype, [rows, self.num_groups])}
         if self.format == INTEGER:
             tensors[weight] = ("I8", [rows, columns])
-            if self.activations == "static":
+            assert self.activations is not None
+            if is_static(self.activations):
                 tensors[f"{self.module}.input_scale"] = (float_dtype, [1])
+            if self.activations == "static_asymmetric":
+                tensors[f"{self.module}.input_zero_point"] = ("I8", [1])
             if not self.symmetric:
                 tensors[f"{weight}_zero_point"] = ("I8", [rows, self.num_groups])
         else:
@@ -224,11 +228,11 @@ def _config_group(group: list[StoredWeight]) -> dict[str, Any]:
     grouped = first.granularity == "per_group"
     activations = None
     if first.activations is not None:
-        dynamic = first.activations == "dynamic"
+        dynamic = not is_static(first.activations)
         activations = {
             "num_bits": 8,
             "type": "int",
-            "symmetric": True,
+            "symmetric": not is_asymmetric(first.activations),
             "strategy": "token" if dynamic else "tensor",
             "dynamic": dynamic,
         }

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from moq import _C
 from moq.activations import exported_inputs
+from moq.input_grid import InputGrid
 from moq.manifest import CONFIG_NAME, encode_floats
 from moq.undisturbed import undisturbed
 
@@ -58,7 +59,7 @@ def measure_probe(
     model: torch.nn.Module,
     tokens: Sequence[int] | None,
     state: Mapping[str, torch.Tensor],
-    input_scales: Mapping[str, float | None],
+    input_grids: Mapping[str, InputGrid],
 ) -> tuple[dict[str, Any] | None, str]:
     """Runs the model on `tokens` in evaluation mode and FP32.
 
@@ -67,8 +68,8 @@ def measure_probe(
         tokens: token ids; None: DEFAULT_LENGTH ids spread over the vocabulary.
         state: the model's state dict under its plain names, with simulated values, those of a
             16-bit model before the rounding to its dtype.
-        input_scales: layers that read INT8 inputs -> their static scale, or None: one a token. No
-            other layer does, whatever quantizers the model holds.
+        input_grids: layers that read INT8 inputs -> their grid. No other layer does, whatever
+            quantizers the model holds.
 
     Returns:
         The manifest's ``probe`` and an empty reason; or None and the reason why the model has no
@@ -85,7 +86,7 @@ def measure_probe(
         return None, f"{name} is not a Hugging Face model"
     try:
         asked = list(_default_tokens(model) if tokens is None else tokens)
-        return _answer(model, asked, state, input_scales), ""
+        return _answer(model, asked, state, input_grids), ""
     except Exception as error:  # of the model's own code: it may want images, or a decoder's input
         if tokens is not None:
             raise
@@ -100,14 +101,14 @@ def _answer(
     model: PreTrainedModel,
     input_ids: list[int],
     state: Mapping[str, torch.Tensor],
-    input_scales: Mapping[str, float | None],
+    input_grids: Mapping[str, InputGrid],
 ) -> dict[str, Any]:
     """A probe with this question."""
     with undisturbed(model), torch.no_grad():
         single = _in_single_precision(model, state)
         single.train(False)
         device = next(single.parameters()).device
-        with exported_inputs(single, input_scales):
+        with exported_inputs(single, input_grids):
             output = single(input_ids=torch.tensor([input_ids], device=device))
     kind = "logits" if "logits" in output else "last_hidden_state"
     values = output[kind][0]

@@ -424,6 +424,7 @@ class Masters:
         plans = schedule.plan()
         result = []
         for m, block in self.placed():
+            grid = activations.grid_of(m.name.rpartition(".")[0])
             end = blend_end(plans[block], m.spec.blend_steps, step)
             if step < end:
                 raise RuntimeError(
@@ -440,8 +441,9 @@ class Masters:
                     granularity=m.granularity,
                     group_size=m.group_size,
                     scale=m.spec.scale,
-                    activations=activations.kind_of(m.name.rpartition(".")[0]),
-                    input_scale=activations.input_scale(m.name.rpartition(".")[0]),
+                    activations=None if grid is None else grid.kind,
+                    input_scale=None if grid is None else grid.scale,
+                    input_zero_point=None if grid is None else grid.zero_point,
                     absmax=self.simulators.of(m).learned() if self.simulators else None,
                     transposed=m.transposed,
                     scale_dtype=m.parameter.dtype,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moq.input_grid import KINDS, QMAX, QMIN, is_static
+
 MODES = ("symmetric", "asymmetric", "ternary", "binary")
 GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_rows")
 SCALES = ("absmax", "mse", "learned")
@@ -33,9 +35,12 @@ class QuantizedParameter:
             Face's Conv1D does, instead of torch.nn.Linear's [output features, input features].
         scale_dtype: dtype that the scales were rounded to before codes were computed; None: the
             dtype of ``simulated``.
-        activations: None for weight-only arithmetic; ``dynamic`` if the layer was trained with
-            8-bit per-token activations, ``static`` with one scale (both exported as W8A8).
+        activations: None for weight-only arithmetic; one of `moq.input_grid.KINDS` if the layer was
+            trained with 8-bit activations: ``dynamic``, ``static``, ``dynamic_asymmetric`` or
+            ``static_asymmetric`` (all exported as W8A8).
         input_scale: the scale of static activations, a number of ``scale_dtype``; otherwise None.
+        input_zero_point: the zero point of static asymmetric activations, in [-128, 127]; otherwise
+            None.
         scale: ``absmax``, ``mse`` or ``learned``: how the scales follow from the master.
         absmax: of learned scales: the magnitude, float32, that stands for the largest code of each
             group; otherwise None.
@@ -53,6 +58,7 @@ class QuantizedParameter:
     activations: str | None = None
     scale: str = "absmax"
     input_scale: float | None = None
+    input_zero_point: int | None = None
     absmax: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -113,23 +119,32 @@ class QuantizedParameter:
             self.scale_dtype,
         )
         require(
-            self.activations in (None, "dynamic", "static"),
-            "activations must be None, 'dynamic' or 'static'",
+            self.activations is None or self.activations in KINDS,
+            f"activations must be None or one of {KINDS}",
             self.activations,
         )
+        static = self.activations is not None and is_static(self.activations)
         dtype = self.scale_dtype or self.simulated.dtype
         exact = None if self.input_scale is None else torch.tensor(self.input_scale).double()
         require(
-            (exact is None and self.activations != "static")
+            (exact is None and not static)
             or (
                 exact is not None
-                and self.activations == "static"
+                and static
                 and bool(exact >= torch.finfo(dtype).tiny)
                 and bool(exact.to(dtype).double() == exact)
             ),
             f"input_scale must be a positive normal number of {dtype} if activations are static, "
             "otherwise None",
             self.input_scale,
+        )
+        require(
+            self.input_zero_point is None
+            if self.activations != "static_asymmetric"
+            else self.input_zero_point is not None and QMIN <= self.input_zero_point <= QMAX,
+            f"input_zero_point must lie in [{QMIN}, {QMAX}] if activations are static_asymmetric, "
+            "otherwise None",
+            self.input_zero_point,
         )
 
     @property

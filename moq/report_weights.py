@@ -10,6 +10,7 @@ import torch
 
 from moq.budget import Budget
 from moq.budget_command import choose_for_loaded, weight_of_run
+from moq.input_grid import words_of
 from moq.report_data import RunRecord
 from moq.saved_run import SavedRun
 from moq.target_bits import WIDTHS, TargetBits, bytes_beside
@@ -97,7 +98,9 @@ def weigh(run: SavedRun, blocks: Mapping[str, str]) -> RunWeights:
         layer.squared_error += _squares(p.simulated.float() - master)
         layer.squared_master += _squares(master)
         words = f"{p.mode} {p.granularity.replace('_', ' ')}"
-        layer.grids.setdefault(words + (f", {p.activations} INT8 inputs" if p.activations else ""))
+        layer.grids.setdefault(
+            words + (f", {words_of(p.activations)} INT8 inputs" if p.activations else "")
+        )
         total = widths.setdefault(p.num_bits, [0, 0, 0])
         for i, more in enumerate((1, master.numel(), stored.bytes(p.num_bits))):
             total[i] += more

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch.distributed
 
 from moq._C import Schedule, Trainer
+from moq.input_grid import words_of
 from moq.rules import MatchedParameter
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _grid_words(matched: MatchedParameter) -> str:
     if spec.rounding != "nearest":
         words.append(spec.rounding)
     if spec.activations != "none":
-        words.append(f"{spec.activations} INT8 inputs")
+        words.append(f"{words_of(spec.activations)} INT8 inputs")
     if spec.blend_steps:
         words.append(f"blend {spec.blend_steps} steps")
     return ", ".join(words)

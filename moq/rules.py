@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from moq.config import MoQConfig, QuantSpec, Rule, Timing
+from moq.input_grid import is_static
 from moq.strict import suggestion
 
 DEFAULT_RULE = "default"
@@ -370,11 +371,11 @@ def _require_one_input(names: list[_Candidate], spec: QuantSpec, rule: str) -> N
         ValueError: naming two of them.
     """
     modules = list({id(c.module): c.name for c in names if c.kind != "embedding"}.values())
-    if spec.activations == "static" and len(modules) > 1:
+    if is_static(spec.activations) and len(modules) > 1:
         raise ValueError(
-            f"{modules[0]}.weight (rule {rule!r}): activations must not be 'static': {modules[1]} "
-            "has the same weight and inputs of its own, and a weight is exported with one scale; "
-            "'dynamic' needs none"
+            f"{modules[0]}.weight (rule {rule!r}): activations must not be {spec.activations!r}: "
+            f"{modules[1]} has the same weight and inputs of its own, and a weight is exported "
+            "with one scale; 'dynamic' needs none"
         )
 
 

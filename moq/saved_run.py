@@ -45,6 +45,7 @@ class _Entry(Strict):
     activations: str | None
     scale: str
     input_scale: float | None
+    input_zero_point: int | None = None
     scale_dtype: Literal["float32", "float16", "bfloat16"]
 
 

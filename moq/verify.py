@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from moq import _C
 from moq.directory_kind import require_checkpoint
+from moq.input_grid import is_static
 from moq.layout import DENSE, StoredWeight, quantization_config, stored_weights
 from moq.logit_probe import EngineLacksModel, replay_probe
 from moq.manifest import (
@@ -219,7 +220,7 @@ def _off_grid(checkpoint: _C.Checkpoint, weight: StoredWeight) -> list[str]:
                 )
     tiny = 2.0**-14 if weight.scale_dtype == "float16" else 2.0**-126
     stored = {"weight_scale": scales}
-    if weight.activations == "static":
+    if weight.activations is not None and is_static(weight.activations):
         stored["input_scale"] = checkpoint.read(f"{weight.module}.input_scale")
     for what, values in stored.items():
         exact = values.double()

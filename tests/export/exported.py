@@ -8,6 +8,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from moq.export import QuantizedParameter, export_checkpoint
+from moq.input_grid import is_static
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def quantize_modules(
                 transposed,
                 activations=spec.activations,
                 scale=spec.scale,
-                input_scale=0.03125 if spec.activations == "static" else None,
+                input_scale=0.03125
+                if spec.activations is not None and is_static(spec.activations)
+                else None,
+                input_zero_point=-37 if spec.activations == "static_asymmetric" else None,
                 absmax=learned_absmax(master, spec, transposed)
                 if spec.scale == "learned"
                 else None,

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moq import _C, MoQOptimizer
 from moq.export import export_checkpoint
+from moq.input_grid import KINDS
 
 OUT, IN = 29, 60  # a prime, and a size that groups of 20 divide
 STORED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -105,7 +106,7 @@ def rows_for(granularity: str) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("activations", [None, "dynamic", "static"])
+@pytest.mark.parametrize("activations", [None, *KINDS])
 def test_stored_codes_are_the_simulated_weights(tmp_path, case, granularity, activations):
     master_dtype, dtype, mode, scale, widths, rounding = CASES[case]
     # An embedding reads token ids, which nobody rounds.
@@ -123,11 +124,16 @@ def test_stored_codes_are_the_simulated_weights(tmp_path, case, granularity, act
     quantized = quantize_modules(model, specs, FLOATS[dtype])
     export_checkpoint(tmp_path / "out", model, quantized)
     require_stored(tmp_path / "out", model, activations=activations)
-    if activations == "static":
-        checkpoint = _C.Checkpoint(str(tmp_path / "out"))
-        for name, _ in model.named_children():
+    checkpoint = _C.Checkpoint(str(tmp_path / "out"))
+    for name, _ in model.named_children():
+        assert (f"{name}.input_scale" in checkpoint) == (activations or "").startswith("static")
+        assert (f"{name}.input_zero_point" in checkpoint) == (activations == "static_asymmetric")
+        if f"{name}.input_scale" in checkpoint:
             input_scale = checkpoint.read(f"{name}.input_scale")
             assert input_scale.dtype == FLOATS[dtype] and input_scale.tolist() == [0.03125]
+        if f"{name}.input_zero_point" in checkpoint:
+            zero_point = checkpoint.read(f"{name}.input_zero_point")
+            assert zero_point.dtype == torch.int8 and zero_point.tolist() == [-37]
 
 
 def train(model: torch.nn.Module, config: dict) -> MoQOptimizer:

@@ -87,10 +87,26 @@ def test_two_dtypes_are_refused(tmp_path, model, quantized):
         ({"granularity": "per_row"}, "granularity must be one of"),
         ({"granularity": "per_group", "group_size": 3}, "divide the 4 input features, got 3"),
         ({"granularity": "per_group"}, "group_size must be positive"),
-        ({"activations": "token"}, "activations must be None, 'dynamic' or 'static'"),
+        ({"activations": "token"}, "activations must be None or one of .'dynamic', 'static', "),
         ({"activations": "static"}, "input_scale must be a positive normal number .*, got None"),
         ({"activations": "dynamic", "input_scale": 0.5}, "otherwise None, got 0.5"),
         ({"activations": "static", "input_scale": 0.0}, "input_scale must be a positive"),
+        (
+            {"activations": "static_asymmetric", "input_zero_point": 3},
+            "input_scale must be a positive normal number .*, got None",
+        ),
+        (
+            {"activations": "static_asymmetric", "input_scale": 0.5},
+            r"input_zero_point must lie in \[-128, 127\] .*, got None",
+        ),
+        (
+            {"activations": "static_asymmetric", "input_scale": 0.5, "input_zero_point": 128},
+            r"input_zero_point must lie in \[-128, 127\] .*, got 128",
+        ),
+        (
+            {"activations": "static", "input_scale": 0.5, "input_zero_point": 3},
+            "otherwise None, got 3",
+        ),
         (
             {"activations": "static", "input_scale": 0.1, "scale_dtype": torch.bfloat16},
             "must be a positive normal number of torch.bfloat16",

@@ -15,6 +15,7 @@ SPECS = {
     "k_proj": Spec(6),
     "o_proj": Spec(4, "asymmetric", "per_group", 16),
     "up_proj": Spec(8, activations="dynamic"),
+    "gate_proj": Spec(8, activations="static_asymmetric"),
     "down_proj": Spec(12),
 }
 
@@ -32,8 +33,8 @@ def test_the_bit_map_has_a_row_per_layer_and_a_cell_per_weight(mixed, capsys):
     assert cli.main(["inspect", str(mixed)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line.startswith("model.layers.")]
-    assert [row[:6] for row in rows] == [
-        [f"model.layers.{layer}", "8", "6→8", "4ag16", "8+A8", "12"] for layer in range(2)
+    assert [row[:7] for row in rows] == [
+        [f"model.layers.{layer}", "8", "6→8", "4ag16", "8+A8sa", "8+A8", "12"] for layer in range(2)
     ]
 
 

@@ -8,6 +8,7 @@ import transformers
 from exported import LLAMA_LINEARS, Spec, quantize_modules, tiny_llama
 
 from moq.export import export_checkpoint
+from moq.input_grid import KINDS
 
 IDS = torch.tensor([[1, 5, 9, 90, 7, 3, 3, 44]])
 DTYPES = pytest.mark.parametrize(
@@ -78,13 +79,16 @@ def test_a_quantized_head_gives_equal_logits(tmp_path):
     assert config["ignore"] == ["model.embed_tokens"]
 
 
-def test_int8_activations_are_declared_and_the_weights_are_equal(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_activations_are_declared_and_the_weights_are_equal(tmp_path, kind):
     model = tiny_llama()
-    specs = dict.fromkeys(LLAMA_LINEARS, Spec(activations="dynamic"))
+    specs = dict.fromkeys(LLAMA_LINEARS, Spec(activations=kind))
     export_checkpoint(tmp_path / "out", model, quantize_modules(model, specs))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "int-quantized"
-    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+    declared = config["config_groups"]["group_0"]["input_activations"]
+    assert declared["strategy"] == ("tensor" if kind.startswith("static") else "token")
+    assert declared["symmetric"] == (not kind.endswith("asymmetric"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     with torch.no_grad():
         loaded(IDS)  # the first forward unpacks

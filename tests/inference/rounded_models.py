@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moq.export import export_checkpoint
+from moq.input_grid import InputGrid, is_asymmetric, static_grid
 from moq.quantized_parameter import QuantizedParameter
 
 # Grids by name: keyword arguments of QuantizedParameter, chosen per parameter name.
@@ -43,11 +44,11 @@ def export(
     directory: Path,
     grid: str,
     activations: str | None = None,
-    input_scales: dict[str, float] | None = None,
+    input_grids: dict[str, InputGrid] | None = None,
 ) -> PreTrainedModel:
     """Rounds the layers' matrices of `model` to a grid, in place, and exports it.
 
-    Static activations have `input_scales`, by the name of the module.
+    Static activations have `input_grids`, by the name of the module.
     """
     quantized = []
     for name, parameter in model.named_parameters():
@@ -55,6 +56,9 @@ def export(
         if parameter.dim() != 2 or not in_layer:
             continue
         options = GRIDS[grid](name)
+        inputs = InputGrid(activations) if activations is not None else None
+        if input_grids is not None:
+            inputs = input_grids[name.removesuffix(".weight")]
         transposed = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
         master = parameter.detach().clone()
         num_bits = options["num_bits"]
@@ -72,7 +76,8 @@ def export(
                 simulated,
                 transposed=transposed,
                 activations=activations,
-                input_scale=input_scales[name.removesuffix(".weight")] if input_scales else None,
+                input_scale=inputs.scale if inputs else None,
+                input_zero_point=inputs.zero_point if inputs else None,
                 **options,
             )
         )
@@ -82,13 +87,18 @@ def export(
 
 
 @torch.no_grad()
-def static_input_scales(model: PreTrainedModel, row: list[int]) -> dict[str, float]:
-    """Step sizes for the inputs of the layers' projections that clip the largest of a sequence."""
-    scales: dict[str, float] = {}
+def static_input_grids(model: PreTrainedModel, row: list[int], kind: str) -> dict[str, InputGrid]:
+    """Grids for the inputs of the layers' projections that clip the largest of a sequence."""
+    grids: dict[str, InputGrid] = {}
 
     def measure(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            scales[name] = (inputs[0].abs().amax() * 0.7 / 127).item()
+            lowest, highest = inputs[0].aminmax()
+            extent = torch.stack([-lowest, highest]).clamp(min=0) * 0.7
+            extent = extent if is_asymmetric(kind) else extent.amax().expand(2)
+            scale, zero_point = static_grid(extent, kind, torch.float32)
+            offset = None if zero_point is None else int(zero_point)
+            grids[name] = InputGrid(kind, scale.item(), offset)
 
         return hook
 
@@ -96,20 +106,17 @@ def static_input_scales(model: PreTrainedModel, row: list[int]) -> dict[str, flo
     model(torch.tensor([row]))
     for hook in hooks:
         hook.remove()
-    return scales
+    return grids
 
 
-def round_inputs(model: PreTrainedModel, scales: dict[str, float]) -> None:
-    """Makes the projections see their inputs as training with static activations shows them."""
+def round_inputs(model: PreTrainedModel, grids: dict[str, InputGrid]) -> None:
+    """Makes the projections see their inputs as training with INT8 activations shows them."""
 
-    def rounded(scale: float) -> Callable[..., tuple[torch.Tensor]]:
-        step = torch.tensor([scale])
-        return lambda module, inputs: (
-            torch.ops.moq.fake_quantize_activation(inputs[0], step.to(inputs[0].device)),
-        )
+    def rounded(grid: InputGrid) -> Callable[..., tuple[torch.Tensor]]:
+        return lambda module, inputs: (grid.rounded(inputs[0]),)
 
     for name, layer in _projections(model):
-        layer.register_forward_pre_hook(rounded(scales[name]))
+        layer.register_forward_pre_hook(rounded(grids[name]))
 
 
 def _projections(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

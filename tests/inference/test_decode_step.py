@@ -9,6 +9,7 @@ from models import open_decoding_by, relative_error, sequences
 
 from moq import _C
 from moq.inference import Engine
+from moq.input_grid import KINDS, is_static
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,12 +142,14 @@ def test_other_options_take_the_chain(obstacle, options, model_directory, gpu, m
     expect_refused(obstacle, directory, monkeypatch, **options)
 
 
-@pytest.mark.parametrize("activations", ["dynamic", "static"])
+@pytest.mark.parametrize("activations", KINDS)
 def test_int8_activations_take_the_chain(activations, tmp_path, gpu, monkeypatch):
     model = models.build("gpt2_wide_heads")
     (row,) = sequences(40)
-    scales = rounded_models.static_input_scales(model, row) if activations == "static" else None
-    rounded_models.export(model, tmp_path / "out", "8 bits per channel", activations, scales)
+    grids = None
+    if is_static(activations):
+        grids = rounded_models.static_input_grids(model, row, activations)
+    rounded_models.export(model, tmp_path / "out", "8 bits per channel", activations, grids)
     engine = Engine.from_pretrained(tmp_path / "out", device=gpu)
     engine.generate(row, 10)
     assert kernels_of(engine) and "all layers" not in kernels_of(engine)

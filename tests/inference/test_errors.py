@@ -48,7 +48,11 @@ def change_tensors(directory, change):
         ({"device": "cuda", "compute_dtype": "int8"}, "must be None or one of fp32, fp16, bf16"),
         ({"dtype": "int4"}, "dtype must be None or one of int8, fp32, fp16, bf16, got 'int4'"),
         ({"compute_dtype": "bf16"}, "compute_dtype must be None or 'fp32' on the CPU"),
-        ({"activations": "static"}, "activations must be None or 'dynamic', got 'static'"),
+        (
+            {"activations": "static"},
+            "activations must be None, 'dynamic' or 'dynamic_asymmetric', got 'static'",
+        ),
+        ({"activations": "dynamic_asymetric"}, "did you mean 'dynamic_asymmetric'"),
         ({"quantize_head": True}, "quantize_head=True needs dtype='int8'"),
         ({"tp_size": 2}, "tp_size must be 1 or the number of ranks, got 2 with 1 ranks"),
     ],

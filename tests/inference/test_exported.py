@@ -54,27 +54,29 @@ def test_16_bit_checkpoints_equal_the_simulated_model(dtype, tmp_path, device):
     assert relative_error(logits, reference_logits(single, row)) < TOLERANCE
 
 
-def test_int8_activations_run_where_the_checkpoint_was_trained_for_them(tmp_path, device):
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_asymmetric"])
+def test_int8_activations_run_where_the_checkpoint_was_trained_for_them(kind, tmp_path, device):
     model = rounded_models.export(
-        models.build("llama"), tmp_path / "out", "8 bits per channel", activations="dynamic"
+        models.build("llama"), tmp_path / "out", "8 bits per channel", activations=kind
     )
     (row,) = sequences(30)
     engine = open_fp32(tmp_path / "out", device)
-    assert engine.core.activations == "dynamic"
+    assert engine.core.activations == kind
     assert 1e-4 < relative_error(engine.forward([row])[0], reference_logits(model, row)) < 0.1
 
 
+@pytest.mark.parametrize("kind", ["static", "static_asymmetric"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "bert"])
-def test_static_activations_are_those_of_the_simulated_model(name, tmp_path, device):
+def test_static_activations_are_those_of_the_simulated_model(name, kind, tmp_path, device):
     model = models.build(name)
     (row,) = sequences(40)
-    scales = rounded_models.static_input_scales(model, row)
-    rounded_models.export(model, tmp_path / "out", "8 bits per channel", "static", scales)
+    grids = rounded_models.static_input_grids(model, row, kind)
+    rounded_models.export(model, tmp_path / "out", "8 bits per channel", kind, grids)
     exact = reference_logits(model, row)
-    rounded_models.round_inputs(model, scales)
+    rounded_models.round_inputs(model, grids)
     simulated = reference_logits(model, row)
     engine = open_fp32(tmp_path / "out", device)
-    assert engine.core.activations == "static"
+    assert engine.core.activations == kind
     if name == "bert":
         results = [engine.encode([row]).logits[0]]
     else:

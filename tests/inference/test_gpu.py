@@ -162,8 +162,9 @@ def test_a_cache_of_another_engine_is_refused(model_directory, pair):
             gpu.core.forward(sequences(3), [], cache, [cache.allocate()])
 
 
-def test_more_sequences_than_are_computed_at_once_are_classified(model_directory, gpu):
-    engine = open_fp32(model_directory("bert"), gpu, dtype="int8", activations="dynamic")
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_asymmetric"])
+def test_more_sequences_than_are_computed_at_once_are_classified(kind, model_directory, gpu):
+    engine = open_fp32(model_directory("bert"), gpu, dtype="int8", activations=kind)
     rows = sequences(*[1] * 2500)
     encoding = engine.encode(rows)
     for i in (0, 1500, 2499):

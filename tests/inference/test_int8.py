@@ -46,12 +46,13 @@ def test_greedy_tokens_equal_the_model_with_simulated_weights(model_directory, d
     assert tokens == greedy(simulate_int8(models.build("gpt2")), row, tokens)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_asymmetric"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_dynamic_activations_cost_little_accuracy(name, model_directory, device):
+def test_dynamic_activations_cost_little_accuracy(name, kind, model_directory, device):
     (row,) = sequences(40)
     exact = open_fp32(model_directory(name), device, dtype="int8")
-    dynamic = open_fp32(model_directory(name), device, dtype="int8", activations="dynamic")
-    assert (exact.core.activations, dynamic.core.activations) == ("weight_only", "dynamic")
+    dynamic = open_fp32(model_directory(name), device, dtype="int8", activations=kind)
+    assert (exact.core.activations, dynamic.core.activations) == ("weight_only", kind)
     error = relative_error(dynamic.forward([row])[0], exact.forward([row])[0])
     assert 1e-4 < error < 0.1
 

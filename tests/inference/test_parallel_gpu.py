@@ -34,6 +34,7 @@ VARIANTS = [
     {"dtype": "fp32"},
     {"dtype": "int8", "compute_dtype": "fp32"},
     {"dtype": "int8", "compute_dtype": "fp32", "activations": "dynamic"},
+    {"dtype": "int8", "compute_dtype": "fp32", "activations": "dynamic_asymmetric"},
 ]
 
 

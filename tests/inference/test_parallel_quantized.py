@@ -8,6 +8,8 @@ from launch import WORKERS, run_ranks
 from models import relative_error, sequences
 from workers.quantized_rank import run
 
+from moq.input_grid import is_static
+
 ROWS = sequences(13, 4, 29)
 # Ranks sum partial products in another order than one process does; measured: up to 1e-6.
 TOLERANCE = 5e-6
@@ -19,6 +21,14 @@ CASES = {
     "conv1d": ("gpt2", "8 bits per channel", None, {}),
     "trained activations": ("llama", "8 bits per channel", "dynamic", {}),
     "static activations": ("llama", "8 bits per channel", "static", {}),
+    "asymmetric": (
+        "nine_heads",
+        None,
+        None,
+        {"dtype": "int8", "activations": "dynamic_asymmetric"},
+    ),
+    "trained asymmetric": ("llama", "8 bits per channel", "dynamic_asymmetric", {}),
+    "static asymmetric": ("llama", "8 bits asymmetric", "static_asymmetric", {}),
 }
 
 
@@ -30,12 +40,10 @@ def jobs(model_directory, tmp_path_factory):
         if grid is not None:
             directory = tmp_path_factory.mktemp("exported") / "out"
             built = models.build(model)
-            scales = (
-                rounded_models.static_input_scales(built, ROWS[-1])
-                if activations == "static"
-                else None
-            )
-            rounded_models.export(built, directory, grid, activations, scales)
+            grids = None
+            if activations is not None and is_static(activations):
+                grids = rounded_models.static_input_grids(built, ROWS[-1], activations)
+            rounded_models.export(built, directory, grid, activations, grids)
         made[name] = {"directory": str(directory), "options": options, "rows": ROWS}
     return made
 
@@ -67,7 +75,17 @@ def test_greedy_tokens_are_those_of_one_rank(case, ranks, alone):
         assert rank[case]["greedy"] == alone[case]["greedy"]
 
 
-@pytest.mark.parametrize("case", ["int8 activations", "trained activations", "static activations"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "int8 activations",
+        "trained activations",
+        "static activations",
+        "asymmetric",
+        "trained asymmetric",
+        "static asymmetric",
+    ],
+)
 def test_int8_activations_err_as_on_one_rank(case, ranks, alone, jobs):
     # A sum in another order may move an activation over the edge between two codes, so the logits
     # differ; a grid of a rank's own part, instead of the whole row's, would err more.

@@ -17,14 +17,15 @@ transformers = pytest.importorskip("transformers")
 
 import moq  # noqa: E402
 from moq import cli  # noqa: E402
-from moq.activations import ActivationQuantizer, exported_inputs, static_scale  # noqa: E402
+from moq.activations import ActivationQuantizer, exported_inputs  # noqa: E402
 from moq.inference import Engine  # noqa: E402
+from moq.input_grid import KINDS, InputGrid, is_asymmetric, is_static, static_grid  # noqa: E402
 from moq.saved_run import load_run  # noqa: E402
 from moq.verify import verify_checkpoint  # noqa: E402
 
 STEPS = 8
 W8 = {"start_bits": 8, "target_bits": 8}
-KINDS = ["dynamic", "static"]
+STATIC = [kind for kind in KINDS if is_static(kind)]
 
 
 def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -134,28 +135,42 @@ def test_a_layer_multiplies_the_points_of_the_grid(device, kind, keyword, dtype)
     x = torch.randn(3, 5, 16, dtype=dtype)
     layer.to(device)
     wrap(layer, W8 | {"activations": kind})
-    scale = None
-    if kind == "static":  # the first batch is its own measure
-        scale = (x.abs().max().float() / 127).to(dtype).float().reshape(1)
-    rounded = reference.fake_quantize_activation(x, scale).to(device)
+    scale = zero_point = None
+    if is_static(kind):  # the first batch is its own measure
+        lowest, highest = x.float().aminmax()
+        extent = (highest - lowest) / 255 if is_asymmetric(kind) else x.float().abs().max() / 127
+        scale = extent.to(dtype).float().reshape(1)
+        if is_asymmetric(kind):
+            zero_point = (-128 - lowest * (1 / scale)).round().clamp(-128, 127).int()
+    mode = "asymmetric" if is_asymmetric(kind) else "symmetric"
+    rounded = reference.fake_quantize_activation(x, scale, zero_point, mode).to(device)
     expected = nn.functional.linear(rounded, layer.weight, layer.bias)
     found = layer(input=x.to(device)) if keyword else layer(x.to(device))
     assert torch.equal(found, expected)
 
 
-def test_the_int8_kernel_multiplies_the_same_codes(device):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_int8_kernel_multiplies_the_same_codes(device, kind):
     torch.manual_seed(0)
     layer = nn.Linear(32, 8, bias=False).to(device)
-    optimizer = wrap(layer, W8 | {"activations": "static"})
-    x = torch.randn(6, 32).to(device)
+    optimizer = wrap(layer, W8 | {"activations": kind})
+    x = torch.randn(6, 32).to(device) + 0.75
     layer(x).sum().backward()
     optimizer.step()
     layer.eval()
-    scale = optimizer.quantized_parameters()[0].input_scale
+    (exported,) = optimizer.quantized_parameters()
+    assert (exported.input_zero_point is None) == (kind != "static_asymmetric")
     master = optimizer.state[layer.weight]["moq_master"].detach()
     codes, scales, _ = torch.ops.moq.quantize(master, 8)
     packed = torch.ops.moq.pack_linear(codes, scales)
-    served = torch.ops.moq.linear(x, packed, 8, input_mode="static_int8", input_scale=scale)
+    served = torch.ops.moq.linear(
+        x,
+        packed,
+        8,
+        input_mode=f"{kind}_int8",
+        input_scale=exported.input_scale,
+        input_zero_point=exported.input_zero_point,
+    )
     torch.testing.assert_close(served, layer(x).detach())
 
 
@@ -174,7 +189,7 @@ def train_with_overflow(model: nn.Module, config: dict, captured: bool) -> dict[
     step = scaled_step(model, optimizer, scaler, tokens, factor)
 
     def averages() -> torch.Tensor:
-        return torch.cat([q.absmax for q in quantizers(model).values()]).clone()
+        return torch.cat([q.extent for q in quantizers(model).values()]).clone()
 
     with side_stream() if captured else nullcontext():
         step()
@@ -199,17 +214,18 @@ def train_with_overflow(model: nn.Module, config: dict, captured: bool) -> dict[
     return before[1] | states | {"scale": torch.tensor(scaler.get_scale())}
 
 
+@pytest.mark.parametrize("kind", STATIC)
 @pytest.mark.parametrize(
     "form",
     [{}, {"simulate": "autograd"}, {"simulate": "autograd", "scale": "learned"}],
     ids=["in_place", "autograd", "learned"],
 )
-def test_a_captured_step_follows_drops_overflows_and_the_observer(decoder, device, form):
+def test_a_captured_step_follows_drops_overflows_and_the_observer(decoder, device, form, kind):
     """On a GPU every step but two is a replay; what is asserted of the steps holds on a CPU too."""
     config = form | {
         "start_bits": 8,
         "target_bits": 4,
-        "activations": "static",
+        "activations": kind,
         "observer": {"momentum": 0.75, "freeze_at": 0.5},
         "schedule": {"finish_at": 0.75},
     }
@@ -230,6 +246,29 @@ def test_the_gradient_passes_but_where_a_static_scale_clips():
     assert torch.equal(x.grad, weight * torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
 
 
+def test_the_gradient_passes_but_where_a_static_grid_with_a_zero_point_clips():
+    layer = nn.Linear(4, 1, bias=False)
+    optimizer = wrap(layer, W8 | {"activations": "static_asymmetric"}, lr=0.0)
+    layer(torch.tensor([[-0.5, 2.0, 1.0, 0.0]])).sum().backward()
+    optimizer.step()
+    x = torch.tensor([[1.5, -0.25, 3.0, -1.5]], requires_grad=True)
+    layer(x).sum().backward()
+    weight = layer.weight.detach()
+    assert torch.equal(x.grad, weight * torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+
+
+def test_inputs_behind_a_relu_have_twice_the_levels_with_a_zero_point():
+    torch.manual_seed(0)
+    x = torch.randn(64, 32).relu()
+    errors = {}
+    for kind in KINDS:
+        layer = nn.Linear(32, 8)
+        wrap(layer, W8 | {"activations": kind})
+        errors[kind] = float((layer.input_quantizer(x) - x).norm())
+    for kind in ("dynamic", "static"):
+        assert errors[f"{kind}_asymmetric"] < 0.6 * errors[kind]
+
+
 # ------------------------------------------------------------------------------- the observer
 
 
@@ -241,7 +280,9 @@ def observed(device):
 
 
 def average_of(layer: nn.Module) -> float:
-    return float(layer.input_quantizer.absmax)
+    below, above = layer.input_quantizer.extent.tolist()
+    assert below == above  # of a symmetric grid
+    return above
 
 
 def step_over(layer, optimizer, *largest: float) -> float:
@@ -261,6 +302,29 @@ def test_the_average_follows_the_largest_magnitude_of_each_step_until_it_freezes
     assert step_over(layer, optimizer, 100.0) == 6.0
     scale = optimizer.quantized_parameters()[0].input_scale
     assert scale == float(torch.tensor(6.0) / 127)
+
+
+def test_the_ends_of_an_asymmetric_grid_are_followed_apart(device):
+    layer = nn.Linear(4, 2).to(device)
+    observer = {"momentum": 0.75, "freeze_at": 0.5}
+    config = W8 | {"activations": "static_asymmetric", "observer": observer}
+    optimizer = wrap(layer, config, STEPS)
+    wanted = []
+    for lowest, highest in [(-8.0, 2.0), (1.0, 4.0), (0.0, 0.0), (-3.0, -1.0), (-100.0, 100.0)]:
+        x = torch.tensor([[lowest, highest, highest, lowest]], device=device)
+        layer(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(layer.input_quantizer.extent.tolist())
+    # Nothing below 0 in the second step, nothing at all in the third, the fourth is the last.
+    third = [0.75 * 8, 0.75 * 2 + 0.25 * 4]
+    fourth = [0.75 * third[0] + 0.25 * 3, 0.75 * third[1]]
+    assert wanted == [[8.0, 2.0], third, third, fourth, fourth]
+    (exported,) = optimizer.quantized_parameters()
+    scale = torch.tensor(sum(fourth)) / 255
+    assert exported.input_scale == float(scale)
+    assert exported.input_zero_point == round(-128 + fourth[0] * float(1 / scale))
+    assert optimizer._activations.state() == {"": fourth[1], ".below": fourth[0]}
 
 
 class Operations(TorchDispatchMode):
@@ -368,12 +432,15 @@ def test_one_step_is_enough_to_be_observed():
     assert optimizer.quantized_parameters()[0].input_scale == float(torch.tensor(2.0) / 127)
 
 
-def test_a_scale_is_a_number_of_the_dtype_that_stores_it():
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_scale_is_a_number_of_the_dtype_that_stores_it(kind):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        scale = static_scale(torch.tensor([3.3]), dtype)
+        scale, _ = static_grid(torch.tensor([1.7, 3.3]), kind, dtype)
         assert scale.dtype == torch.float32
         assert torch.equal(scale, scale.to(dtype).float())
-    assert float(static_scale(torch.tensor([1e-9]), torch.float16)) == 2.0**-14
+    scale, zero_point = static_grid(torch.tensor([0.0, 1e-9]), kind, torch.float16)
+    assert float(scale) == 2.0**-14
+    assert zero_point is None or int(zero_point) == -128
 
 
 @pytest.mark.parametrize(
@@ -415,7 +482,7 @@ def test_a_resumed_run_continues_bit_for_bit(decoder, kind):
     for step in range(3, STEPS):
         assert train_step(straight, optimizer, step) == train_step(model, second, step)
     for a, b in zip(quantizers(straight).values(), quantizers(model).values(), strict=True):
-        assert kind == "dynamic" or torch.equal(a.absmax, b.absmax)
+        assert not is_static(kind) or torch.equal(a.extent, b.extent)
     for a, b in zip(straight.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -468,13 +535,15 @@ def test_the_engine_answers_as_the_trained_model(tmp_path, kind):
     assert all(check.passed for check in checks), checks
     group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     activations = group["config_groups"]["group_0"]["input_activations"]
-    assert activations["strategy"] == ("token" if kind == "dynamic" else "tensor")
-    assert activations["dynamic"] == (kind == "dynamic")
+    assert activations["strategy"] == ("tensor" if is_static(kind) else "token")
+    assert activations["dynamic"] == (not is_static(kind))
+    assert activations["symmetric"] == (not is_asymmetric(kind))
     optimizer.save(tmp_path / "run")
     for mine, theirs in zip(
         optimizer.quantized_parameters(), load_run(tmp_path / "run").quantized, strict=True
     ):
-        assert (mine.activations, mine.input_scale) == (theirs.activations, theirs.input_scale)
+        for field in ("activations", "input_scale", "input_zero_point"):
+            assert getattr(mine, field) == getattr(theirs, field)
 
 
 class Twice(nn.Module):
@@ -494,7 +563,7 @@ def test_a_layer_of_two_names_shows_its_exported_inputs_under_either(names):
     model, x = Twice(), torch.randn(3, 8)
     wrap(model, W8 | {"activations": "dynamic"})
     expected = model(x)
-    with exported_inputs(model, dict.fromkeys(names)):
+    with exported_inputs(model, dict.fromkeys(names, InputGrid("dynamic"))):
         assert len(model.first._forward_pre_hooks) == 2
         assert torch.equal(model(x), expected)
     assert len(model.first._forward_pre_hooks) == 1
@@ -505,7 +574,10 @@ def test_exported_inputs_of_no_layer_leave_the_model_as_it_was():
     model, x = Twice(), torch.randn(3, 8)
     wrap(model, W8 | {"activations": "dynamic"})
     expected = model(x)
-    with pytest.raises(KeyError), exported_inputs(model, {"first": 0.5, "third": None}):
+    with (
+        pytest.raises(KeyError),
+        exported_inputs(model, {"first": InputGrid("static", 0.5), "third": InputGrid("dynamic")}),
+    ):
         pass
     assert len(model.first._forward_pre_hooks) == 1
     assert torch.equal(model(x), expected)

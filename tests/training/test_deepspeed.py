@@ -285,7 +285,11 @@ def test_keys_without_meaning_are_listed():
     assert "compression_training.row_pruning: only weight" in str(convert(ds))
     shared = {"enabled": True, "range_calibration": "static"}
     ds["compression_training"]["activation_quantization"] = {"shared_parameters": shared}
-    assert "activation_quantization: write activations: static" in str(convert(ds))
+    assert "activation_quantization: write activations: static (8 bits)" in str(convert(ds))
+    shared["quantization_type"] = "asymmetric"
+    assert "write activations: static_asymmetric (8 bits)" in str(convert(ds))
+    del shared["range_calibration"]  # DeepSpeed's default is dynamic
+    assert "write activations: dynamic_asymmetric (8 bits)" in str(convert(ds))
 
 
 def edited(ds: dict, path: str, value) -> dict:

@@ -36,6 +36,7 @@ CONFIG = {
     "schedule": {"finish_at": 0.8},
     "rules": [
         {"match": "*.down_proj", "mode": "asymmetric", "blend_steps": 3, "activations": "static"},
+        {"match": r"re:.*\.(gate|up)_proj", "activations": "static_asymmetric"},
         {
             "match": "layers.1.down_proj",
             "granularity": "per_group",

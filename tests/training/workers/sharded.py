@@ -254,7 +254,12 @@ def check_groups_over_two_shards_are_refused() -> None:
 
 
 def check_static_scales_see_the_batches_of_all_ranks() -> None:
-    config = FALLING | {"activations": "static", "observer": {"momentum": 0.5}}
+    for kind in ("static", "static_asymmetric"):
+        _check_ranks_agree_on_inputs(kind)
+
+
+def _check_ranks_agree_on_inputs(kind: str) -> None:
+    config = FALLING | {"activations": kind, "observer": {"momentum": 0.5}}
     model = nn.parallel.DistributedDataParallel(whole_decoder())
     optimizer = wrap(model, config, STEPS)
     for step in range(2):
@@ -267,14 +272,14 @@ def check_static_scales_see_the_batches_of_all_ranks() -> None:
     single = wrap(alone, config, STEPS)
     for rank in range(dist.get_world_size()):  # all batches of the first step as micro-batches
         loss_of(alone, batch(100 * rank)).backward()
-    first = {name: float(q.seen) for name, q in single._activations.by_name.items()}
+    quantizers = single._activations.by_name
+    first = {name: q.seen.tolist() for name, q in quantizers.items()}
     fresh = nn.parallel.DistributedDataParallel(whole_decoder())
     again = wrap(fresh, config, STEPS)
     train_step(fresh, again, 100 * dist.get_rank())
-    found = again._activations.state()
-    for name in first:
+    for name, q in again._activations.by_name.items():
         if name.startswith("layers.0.") and "down" not in name:
-            assert found[name] == first[name], name
+            assert q.extent.tolist() == first[name], name
 
 
 def check_what_a_rank_has_seen_stays_its_own_until_the_step() -> None:
