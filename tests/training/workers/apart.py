@@ -49,7 +49,7 @@ def seen_alone(model: Decoder) -> dict[str, float]:
     """What each layer sees of this rank's first batch."""
     optimizer = wrap(model, STATIC, STEPS)
     loss_of(model, batch(dist.get_rank())).backward()
-    return {name: float(q.seen) for name, q in optimizer._activations.by_name.items()}
+    return {name: float(q.seen.amax()) for name, q in optimizer._activations.by_name.items()}
 
 
 def averages(optimizer: moq.MoQOptimizer) -> dict[str, float]:
