@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/common/half.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/linear.h"
 
@@ -72,26 +73,22 @@ inline double time_graph(const std::function<void(cudaStream_t)>& enqueue) {
   return seconds[kRepeats / 2];
 }
 
-/// INT8 weights, all the same, packed one after the other.
+/// INT8 (one scale a row) or float16 weights, all the same, packed one after the other.
 class Weights {
  public:
-  Weights(std::int64_t n, std::int64_t k, std::int64_t count)
-      : shape_{.n = n, .k = k, .group_size = k},
+  Weights(std::int64_t n, std::int64_t k, std::int64_t count,
+          WeightFormat format = WeightFormat::kInt8)
+      : shape_{.n = n, .k = k, .format = format, .group_size = k},
         bytes_(static_cast<std::int64_t>(cuda::packed_linear_size(shape_)) + 127 & ~127LL),
         packed_(bytes_ * count) {
-    const std::int64_t size = n * k;
-    const Memory codes(size);
+    const Memory weight(n * k * bits_of(format) / 8);
     std::mt19937 generator(1);
     std::normal_distribution<float> normal(0.0F, 32.0F);
-    std::vector<std::int8_t> pattern(
-        static_cast<std::size_t>(std::min<std::int64_t>(size, 1 << 20)));
-    for (std::int8_t& code : pattern) {
-      code = static_cast<std::int8_t>(std::clamp(std::rint(normal(generator)), -127.0F, 127.0F));
-    }
-    for (std::int64_t i = 0; i < size; i += std::ssize(pattern)) {
-      MOQ_CUDA_CHECK(cudaMemcpy(codes.as<char>() + i, pattern.data(),
-                                static_cast<std::size_t>(std::min(size - i, std::ssize(pattern))),
-                                cudaMemcpyHostToDevice));
+    const auto code = [&] { return std::clamp(std::rint(normal(generator)), -127.0F, 127.0F); };
+    if (format == WeightFormat::kInt8) {
+      fill<std::int8_t>(weight, n * k, [&] { return static_cast<std::int8_t>(code()); });
+    } else {
+      fill<Float16>(weight, n * k, [&] { return Float16{float_to_float16(code() / 32768)}; });
     }
     const std::vector<float> host_scales(static_cast<std::size_t>(n), 1.0F / 32768);
     const Memory scales(n * 4);
@@ -99,7 +96,7 @@ class Weights {
                               cudaMemcpyHostToDevice));
     for (std::int64_t i = 0; i < count; ++i) {
       cuda::pack_linear({.shape = shape_,
-                         .weight = codes.as<void>(),
+                         .weight = weight.as<void>(),
                          .row_stride = k,
                          .col_stride = 1,
                          .scales = scales.as<float>(),
@@ -115,6 +112,19 @@ class Weights {
   }
 
  private:
+  /// Repeats some numbers until there are `size` of them.
+  template <typename Element, typename Draw>
+  static void fill(const Memory& memory, std::int64_t size, const Draw& draw) {
+    std::vector<Element> pattern(static_cast<std::size_t>(std::min<std::int64_t>(size, 1 << 20)));
+    std::generate(pattern.begin(), pattern.end(), draw);
+    for (std::int64_t i = 0; i < size; i += std::ssize(pattern)) {
+      MOQ_CUDA_CHECK(cudaMemcpy(
+          memory.as<Element>() + i, pattern.data(),
+          static_cast<std::size_t>(std::min(size - i, std::ssize(pattern))) * sizeof(Element),
+          cudaMemcpyHostToDevice));
+    }
+  }
+
   LinearShape shape_;
   std::int64_t bytes_;
   Memory packed_;

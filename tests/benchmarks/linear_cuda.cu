@@ -1,14 +1,16 @@
-/// Times `linear` on a GPU with INT8 weights (one scale a row) that no cache holds, in CUDA graphs:
-/// single shapes as a share of the read bandwidth, measured in the same run, and the linear layers
-/// of whole models in their order, each waiting for the one before. Prints Markdown tables.
+/// Times `linear` on a GPU with weights that no cache holds, INT8 (one scale a row) or float16, in
+/// CUDA graphs: single shapes as a share of the read bandwidth, measured in the same run, and the
+/// linear layers of whole models in their order, each waiting for the one before. Prints Markdown
+/// tables.
 ///
-///   moq_linear_bench [shapes | layers]      one of the two, or both
+///   moq_linear_bench [shapes | layers] [int8 | float16]      one of the two, or both
 ///
 /// Build with MOQ_BUILD_BENCHMARKS=ON and CUDA.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -61,19 +63,21 @@ double read_bandwidth() {
 
 constexpr std::int64_t kTokens[] = {1, 2, 8, 16, 32, 64};
 
-void time_shapes(double bandwidth) {
+void time_shapes(WeightFormat format, double bandwidth) {
   constexpr std::pair<std::int64_t, std::int64_t> kShapes[] = {
       {49152, 12288}, {12768, 4256}, {4256, 4256},  {17024, 4256}, {4256, 17024}, {6144, 4096},
       {4096, 4096},   {28672, 4096}, {4096, 14336}, {4800, 1600},  {1600, 1600},  {6400, 1600},
       {1600, 6400},   {3072, 1024},  {1024, 1024},  {4096, 1024},  {1024, 4096}};
-  std::printf("\nTB/s of INT8 weights (share of the read bandwidth), by tokens\n\n| n x k |");
+  std::printf("\nTB/s of %s weights (share of the read bandwidth), by tokens\n\n| n x k |",
+              name_of(format));
   for (const std::int64_t m : kTokens) {
     std::printf(" %ld |", static_cast<long>(m));
   }
   std::printf("\n|---|---|---|---|---|---|---|\n");
   for (const auto& [n, k] : kShapes) {
-    const std::int64_t count = std::max<std::int64_t>(2, kColdBytes / (n * k) + 1);
-    const Weights weights(n, k, count);
+    const std::int64_t count =
+        std::max<std::int64_t>(2, kColdBytes / (n * k * bits_of(format) / 8) + 1);
+    const Weights weights(n, k, count, format);
     const Memory input(kTokens[std::size(kTokens) - 1] * k * 2);
     const Memory output(kTokens[std::size(kTokens) - 1] * n * 2);
     std::printf("| %ldx%ld |", static_cast<long>(n), static_cast<long>(k));
@@ -116,14 +120,14 @@ constexpr Model kModels[] = {{"GPT-2 XL", 1600, 6400, 48, 25, 25, 64, false},
                              {"BERT large", 1024, 4096, 24, 16, 16, 64, false}};
 
 /// The linear layers of a model for m tokens; attention passes its query on.
-void time_model(const Model& model, double bandwidth) {
+void time_model(const Model& model, WeightFormat format, double bandwidth) {
   const std::int64_t queries = model.heads * model.head_dim;
   const std::int64_t qkv_rows = queries + 2 * model.kv_heads * model.head_dim;
   const std::int64_t up_rows = model.intermediate * (model.gated ? 2 : 1);
-  const Weights qkv(qkv_rows, model.hidden, model.layers);
-  const Weights out(model.hidden, queries, model.layers);
-  const Weights up(up_rows, model.hidden, model.layers);
-  const Weights down(model.hidden, model.intermediate, model.layers);
+  const Weights qkv(qkv_rows, model.hidden, model.layers, format);
+  const Weights out(model.hidden, queries, model.layers, format);
+  const Weights up(up_rows, model.hidden, model.layers, format);
+  const Weights down(model.hidden, model.intermediate, model.layers, format);
   const std::int64_t bytes = qkv.bytes() + out.bytes() + up.bytes() + down.bytes();
   constexpr std::int64_t kMost = kTokens[std::size(kTokens) - 1];
   const Memory states(kMost * model.hidden * 2);
@@ -208,13 +212,13 @@ void time_model(const Model& model, double bandwidth) {
   std::printf("\n");
 }
 
-void run(std::string_view part) {
+void run(std::string_view part, WeightFormat format) {
   cudaDeviceProp device{};
   MOQ_CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   const double bandwidth = read_bandwidth();
   std::printf("%s, reading %.2f TB/s\n", device.name, bandwidth * 1e-12);
   if (part != "layers") {
-    time_shapes(bandwidth);
+    time_shapes(format, bandwidth);
   }
   if (part != "shapes") {
     std::printf(
@@ -224,7 +228,7 @@ void run(std::string_view part) {
     }
     std::printf("\n|---|---|---|---|---|---|---|---|\n");
     for (const Model& model : kModels) {
-      time_model(model, bandwidth);
+      time_model(model, format, bandwidth);
     }
   }
 }
@@ -233,5 +237,14 @@ void run(std::string_view part) {
 }  // namespace moq::kernels
 
 int main(int argc, char** argv) {
-  moq::kernels::run(argc > 1 ? argv[1] : "");
+  std::string_view part;
+  auto format = moq::kernels::WeightFormat::kInt8;
+  for (const std::string_view word : std::span(argv, static_cast<std::size_t>(argc)).subspan(1)) {
+    if (word == "float16") {
+      format = moq::kernels::WeightFormat::kFloat16;
+    } else if (word != "int8") {
+      part = word;
+    }
+  }
+  moq::kernels::run(part, format);
 }
