@@ -164,18 +164,19 @@ def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_static_activations_err_as_their_dtype(name, dtype, tmp_path, gpu):
+@pytest.mark.parametrize("kind", ["static", "static_asymmetric"])
+def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu):
     model = models.build(name)
-    scales = rounded_models.static_input_scales(model, ROWS[-1])
-    rounded_models.export(model, tmp_path / "out", "8 bits per channel", "static", scales)
-    rounded_models.round_inputs(model, scales)
+    grids = rounded_models.static_input_grids(model, ROWS[-1], kind)
+    rounded_models.export(model, tmp_path / "out", "8 bits per channel", kind, grids)
+    rounded_models.round_inputs(model, grids)
     engine = Engine.from_pretrained(tmp_path / "out", device=gpu, compute_dtype=dtype)
     naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), ROWS))
     exact = torch.cat([reference_logits(model, row) for row in ROWS])
     for logits in (torch.cat(engine.forward(ROWS)), cached_logits(engine, in_pieces(ROWS[-1], 1))):
         rows = slice(len(exact) - len(logits), None)
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows].double())
-        print(f"{name} {dtype}: decided positions {decided:.3f}")
+        print(f"{name} {dtype} {kind}: decided positions {decided:.3f}")
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
