@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 #include "inference/engine/aligned_buffer.h"
@@ -93,9 +94,10 @@ kernels::LinearShape shape_of(const Slices& slices, Range cols, const PackOption
 const checkpoint::TensorInfo& find_number(const checkpoint::Checkpoint& files,
                                           const std::string& name) {
   const checkpoint::TensorInfo& tensor = files.at(name);
-  const bool one = std::ranges::all_of(tensor.shape, [](std::int64_t size) { return size == 1; });
-  MOQ_CHECK(one, files.directory().string(), ": ", name, " must hold one number, got ",
-            tensor.shape.size(), " dimensions that do not");
+  const std::int64_t numbers =
+      std::reduce(tensor.shape.begin(), tensor.shape.end(), std::int64_t{1}, std::multiplies<>());
+  MOQ_CHECK(numbers == 1, files.directory().string(), ": ", name, " must hold one number, got ",
+            numbers);
   return tensor;
 }
 
@@ -110,10 +112,17 @@ kernels::InputRounding trained_input(const checkpoint::Checkpoint& files, const 
     MOQ_CHECK(exists(grid_of_scale(input.scale, 8)), where, tensor.name,
               " must be finite and >= ", min_scale(DType::kFloat32), ", got ", input.scale);
   }
+  const std::string zero_point = module + ".input_zero_point";
   if (mode == InputMode::kStaticAsymmetricInt8) {
-    const checkpoint::TensorInfo& tensor = find_number(files, module + ".input_zero_point");
-    MOQ_CHECK(tensor.dtype == "I8", where, tensor.name, " must be I8, got ", tensor.dtype);
-    input.zero_point = static_cast<std::int8_t>(files.bytes(tensor.name).front());
+    const checkpoint::TensorInfo& tensor = find_number(files, zero_point);
+    MOQ_CHECK(tensor.dtype == "I8", where, zero_point, " must be I8, got ", tensor.dtype);
+    input.zero_point = static_cast<std::int8_t>(files.bytes(zero_point).front());
+  } else if (files.contains(zero_point)) {  // some writers put a 0 there
+    const bool is_zero = std::ranges::all_of(files.bytes(zero_point),
+                                             [](std::byte byte) { return byte == std::byte{0}; });
+    MOQ_CHECK(is_zero, where, zero_point, " must be 0 or absent, got another number: ",
+              "input_activations of config.json must say \"symmetric\": false and \"strategy\": ",
+              "\"tensor\" for a zero point to be used");
   }
   return input;
 }

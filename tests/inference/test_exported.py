@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import defaultdict
 
 import models
 import pytest
@@ -9,6 +10,9 @@ import rounded_models
 import torch
 from models import open_fp32, reference_logits, relative_error, sequences
 from safetensors.torch import load_file, save_file
+
+from moq import _C
+from moq.input_grid import InputGrid
 
 TOLERANCE = 5e-6
 
@@ -121,6 +125,74 @@ def test_groups_choose_the_modules_that_read_int8_activations(tmp_path, device):
     assert relative_error(exact, reference_logits(model, row)) < TOLERANCE
     assert 1e-5 < relative_error(mixed, exact) < 0.1
     assert 1e-5 < relative_error(mixed, all_dynamic) < 0.1
+
+
+@pytest.fixture
+def static_asymmetric(tmp_path):
+    """A small Llama that was exported with one zero point for all inputs."""
+    grids = defaultdict(lambda: InputGrid("static_asymmetric", 0.03125, -37))
+    directory = tmp_path / "out"
+    rounded_models.export(
+        models.build("llama"), directory, "8 bits per channel", "static_asymmetric", grids
+    )
+    return directory
+
+
+def change_tensor(directory, name, change):
+    """Puts change(tensor) in a tensor's place; None: nothing."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else tensors | {name: changed}, path)
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_a_zero_point_of_another_writer_may_be_a_scalar_or_a_matrix(shape, static_asymmetric):
+    (row,) = sequences(12)
+    expected = open_fp32(static_asymmetric, "cpu").forward([row])[0]
+    for suffix in ("input_scale", "input_zero_point"):
+        change_tensor(static_asymmetric, f"{DOWN}.{suffix}", lambda t: t.reshape(shape))
+    assert torch.equal(open_fp32(static_asymmetric, "cpu").forward([row])[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (f"{DOWN}.input_zero_point", lambda t: None, f"{DOWN}.input_zero_point"),
+        (f"{DOWN}.input_zero_point", lambda t: t.int(), "input_zero_point must be I8, got I32"),
+        (f"{DOWN}.input_zero_point", lambda t: t.repeat(3), "must hold one number, got 3"),
+        (f"{DOWN}.input_scale", lambda t: t[:0], "input_scale must hold one number, got 0"),
+        (f"{DOWN}.input_scale", lambda t: t * 0, "input_scale must be finite and >= .*, got 0"),
+        (
+            f"{UP}.input_zero_point",
+            lambda t: t + 1,
+            r"must read their input alike, .*input_zero_point -37\) and .*input_zero_point -36\)",
+        ),
+    ],
+)
+def test_a_static_grid_that_is_none_is_refused(name, change, message, static_asymmetric):
+    change_tensor(static_asymmetric, name, change)
+    with pytest.raises(_C.Error, match=message):
+        open_fp32(static_asymmetric, "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "token"])
+def test_a_zero_point_of_inputs_declared_without_must_be_0(strategy, static_asymmetric):
+    declared = {"symmetric": True, "strategy": strategy, "dynamic": strategy == "token"}
+    change_groups(
+        static_asymmetric, lambda groups: groups["group_0"]["input_activations"].update(declared)
+    )
+    with pytest.raises(_C.Error, match='input_zero_point must be 0 or absent, .*"symmetric": fal'):
+        open_fp32(static_asymmetric, "cpu")
+    path = static_asymmetric / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v * (not k.endswith("input_zero_point")) for k, v in tensors.items()}, path)
+    engine = open_fp32(static_asymmetric, "cpu")
+    assert engine.core.activations == ("static" if strategy == "tensor" else "dynamic")
 
 
 @pytest.mark.parametrize("packed", [False, True])
