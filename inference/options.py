@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moq.inference.api import DTYPES, Engine
+from moq.inference.api import ACTIVATIONS, DTYPES, Engine
 from moq.inference.distributed import broadcast_text
 
 
@@ -39,7 +39,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--activations",
-        choices=["dynamic", "dynamic_asymmetric"],
+        choices=ACTIVATIONS,
         help="round activations to INT8 per token, with a zero point or without (default: exact, "
         "unless trained for INT8)",
     )

@@ -141,9 +141,9 @@ class QuantizedParameter:
         require(
             self.input_zero_point is None
             if self.activations != "static_asymmetric"
-            else self.input_zero_point is not None and QMIN <= self.input_zero_point <= QMAX,
-            f"input_zero_point must lie in [{QMIN}, {QMAX}] if activations are static_asymmetric, "
-            "otherwise None",
+            else type(self.input_zero_point) is int and QMIN <= self.input_zero_point <= QMAX,
+            f"input_zero_point must be an integer in [{QMIN}, {QMAX}] if activations are "
+            "static_asymmetric, otherwise None",
             self.input_zero_point,
         )
 

@@ -99,7 +99,11 @@ Quantized quantize_activation(const Tensor& input, const OptionalTensor& scale,
   args.codes = codes.mutable_data_ptr<std::int8_t>();
   if (scale.has_value()) {
     scales.copy_(*scale);
-    zero_point.has_value() ? zero_points.copy_(*zero_point) : zero_points.zero_();
+    if (zero_point.has_value()) {
+      zero_points.copy_(*zero_point);
+    } else {
+      zero_points.zero_();
+    }
   } else {
     args.scales = scales.mutable_data_ptr<float>();
     args.zero_points = zero_points.mutable_data_ptr<std::int32_t>();

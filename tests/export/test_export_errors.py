@@ -97,11 +97,15 @@ def test_two_dtypes_are_refused(tmp_path, model, quantized):
         ),
         (
             {"activations": "static_asymmetric", "input_scale": 0.5},
-            r"input_zero_point must lie in \[-128, 127\] .*, got None",
+            r"input_zero_point must be an integer in \[-128, 127\] .*, got None",
         ),
         (
             {"activations": "static_asymmetric", "input_scale": 0.5, "input_zero_point": 128},
-            r"input_zero_point must lie in \[-128, 127\] .*, got 128",
+            r"input_zero_point must be an integer in \[-128, 127\] .*, got 128",
+        ),
+        (
+            {"activations": "static_asymmetric", "input_scale": 0.5, "input_zero_point": 2.5},
+            r"input_zero_point must be an integer in \[-128, 127\] .*, got 2.5",
         ),
         (
             {"activations": "static", "input_scale": 0.5, "input_zero_point": 3},
