@@ -27,9 +27,14 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kMergeWarps;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTileKeys = 16;   // that a warp multiplies at once
-constexpr int kLeastSpan = 32;  // keys that are worth a block
-constexpr int kUsualSplit = 8;  // largest that every GPU with clusters can place
+constexpr int kTileKeys = 16;            // that a warp multiplies at once
+constexpr int kLeastSpan = 32;           // keys that are worth a block
+constexpr int kUsualSplit = 8;           // largest that every GPU with clusters can place
+constexpr std::int64_t kLongSpan = 512;  // keys of a block of a long sequence
+/// Of two blocks with more, only one finds room on a multiprocessor beside a block of the linear
+/// kernel ahead or behind: the other begins late and lets that of the kernel behind begin late.
+constexpr int kLargeBytes = 56 << 10;
+constexpr int kWholeBytes = 120 << 10;  // of two blocks with more, none finds room beside the other
 
 /// How a warp's tiles lie in shared memory.
 template <bool kInt8, int kDim>
@@ -278,19 +283,20 @@ std::size_t shared_bytes(const DeviceAttentionArgs& args, int split) {
 /// Blocks that share the keys of a (sequence, kv head, tile of rows), of which there are `works`.
 ///
 /// @param at_once   at_once(split): clusters of so many blocks that run at the same time
+/// @param full      how much of that room is taken; what is left is for blocks of the next kernel
 /// @param capacity  keys of the longest sequence that the page table has room for
 template <typename AtOnce>
-int split_of(std::int64_t works, std::int64_t capacity, const AtOnce& at_once) {
-  constexpr double kFull = 0.8;  // of the room, what is left is for blocks of the next kernel
-  constexpr std::int64_t kLongSpan = 512;  // keys of a block of a long sequence
+int split_of(std::int64_t works, std::int64_t capacity, double full, const AtOnce& at_once) {
   const auto turns = [&](int split) {
     return static_cast<double>(works) / static_cast<double>(at_once(split));
   };
   int best = 1;
-  while (best < kUsualSplit && turns(best + 1) <= kFull) {
+  while (best < kUsualSplit && turns(best + 1) <= full) {
     ++best;
   }
-  if (works * best < device_limits().multiprocessors && turns(kMaxSplit) <= 1.0) {
+  const std::int64_t multiprocessors = device_limits().multiprocessors;
+  if (works * best < multiprocessors && turns(kMaxSplit) <= 1.0 &&
+      (works * kMaxSplit <= multiprocessors || capacity >= kMaxSplit * kLongSpan)) {
     return kMaxSplit;
   }
   // Where sequences may be long it is more important to fill the GPU, be it in several turns.
@@ -309,9 +315,13 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
   const std::int64_t row_tiles = (most_rows(args) + kRowsOfTile - 1) / kRowsOfTile;
   const std::int64_t works = args.num_sequences * args.num_kv_heads * row_tiles;
   const bool clusters = architecture_of(kernel) >= 90;
-  MOQ_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes<kInt8, kDim>(args, kMaxSplit))));
+  const std::int64_t capacity = args.page_table_stride * kPageTokens;
+  const bool is_large = clusters && capacity < kMaxSplit * kLongSpan &&
+                        shared_bytes<kInt8, kDim>(args, 1) > kLargeBytes;
+  const std::size_t most_bytes =
+      std::max<std::size_t>(shared_bytes<kInt8, kDim>(args, kMaxSplit), is_large ? kWholeBytes : 0);
+  MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(most_bytes)));
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -328,12 +338,13 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
   };
   const auto at_once = [&](int split) {
     configure(split);
+    config.dynamicSmemBytes = is_large ? most_bytes : config.dynamicSmemBytes;
     return active_clusters(kernel, config);
   };
   if (clusters) {
     MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
-  const int split = clusters ? split_of(works, args.page_table_stride * kPageTokens, at_once) : 1;
+  const int split = clusters ? split_of(works, capacity, is_large ? 1.0 : 0.8, at_once) : 1;
   configure(split);
   config.gridDim = dim3(static_cast<unsigned>(works * split));
   config.numAttrs = !clusters ? 0 : kernels_may_overlap() ? 2 : 1;

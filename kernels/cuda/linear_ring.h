@@ -14,8 +14,9 @@ namespace moq::kernels::cuda {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 /// The stages through which a warp's part of the weight comes, piece by piece. kGrids: with the
-/// scales and zero points of the piece's groups.
-template <int kElementBytes, bool kGrids>
+/// scales and zero points of the piece's groups. kUneven: their number depends on the cluster, and
+/// takes a register.
+template <int kElementBytes, bool kGrids, bool kUneven>
 class Ring {
  public:
   /// Blocks of columns [first_block, first_block + blocks) of blocks of rows [rows, last_rows).
@@ -28,6 +29,7 @@ class Ring {
         blocks_(blocks),
         piece_(plan.piece[blocks != plan.part_blocks]),
         stage_bytes_(plan.stage_bytes[blocks != plan.part_blocks]),
+        num_stages_(last_rows - rows > plan.cluster_rows ? plan.stages[1] : plan.stages[0]),
         group_blocks_(kGrids ? static_cast<int>(layout.group_size / layout.block_cols) : 1),
         stages_(shared_address(stages)),
         barriers_(shared_address(barriers)),
@@ -53,17 +55,20 @@ class Ring {
   /// One lane calls these three: the last two for every piece, in their order.
   __device__ void init() const {
 #pragma unroll 1
-    for (int stage = 0; stage < plan_.stages; ++stage) {
+    for (int stage = 0; stage < num_stages(); ++stage) {
       init_barrier(barriers_ + 8 * stage);
     }
   }
   __device__ void fill_early() {
 #pragma unroll 1
-    for (int stage = 0; stage < plan_.stages; ++stage) {
+    for (int stage = 0; stage < num_stages(); ++stage) {
       if (stage >= plan_.early && rows_ < last_rows_) {
         wait_barrier(barriers_ + 8 * (stage - plan_.early), 0);
       }
       fill(stage);
+    }
+    if (plan_.ahead_blocks > 0) {
+      read_ahead();
     }
   }
   __device__ void fill(int stage) {
@@ -108,7 +113,7 @@ class Ring {
     if (lane == 0) {
       fill(stage_);
     }
-    if (++stage_ == plan_.stages) {
+    if (++stage_ == num_stages()) {
       stage_ = 0;
       parity_ ^= 1U;
     }
@@ -134,12 +139,36 @@ class Ring {
   }
 
  private:
+  __device__ int num_stages() const {
+    return kUneven ? num_stages_ : plan_.stages[1];
+  }
+
+  /// Brings the blocks behind those that have been requested to the second-level cache.
+  __device__ void read_ahead() const {
+    std::uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const std::uint8_t* source = source_;
+    int filled = filled_;
+    int rows = rows_;
+#pragma unroll 1
+    for (int left = plan_.ahead_blocks; left > 0 && rows < last_rows_; ++rows) {
+      const int count = min(left, blocks_ - filled);
+      asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(source),
+                   "r"(count * kBlockBytes), "l"(policy)
+                   : "memory");
+      source += (count + layout_.col_blocks - blocks_) * kBlockBytes;
+      filled = 0;
+      left -= count;
+    }
+  }
+
   const DeviceLayout& layout_;
   const StreamPlan& plan_;
   int first_block_;
   int blocks_;
   int piece_;
   int stage_bytes_;
+  int num_stages_;
   int group_blocks_;
   std::uint32_t stages_;
   std::uint32_t barriers_;

@@ -12,8 +12,11 @@
 // Where the input is small enough, a block leaves room for another beside it, so that the next
 // kernel's blocks fill their rings, and look up what else does not depend on the input, while this
 // one works. Behind its end lie only the input's way from the second-level cache, the products of
-// what the rings hold, and one exchange of sums.
+// what the rings hold, and one exchange of sums. Where a multiprocessor has two blocks of one
+// kernel, another has none, and the next kernels' blocks follow them there: kAloneBytes.
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "kernels/common/check.h"
 #include "kernels/cuda/cuda_check.h"
@@ -36,8 +39,8 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kOtherBytes = 4 << 10;  // of shared memory: what the kernel declares, and CUDA's own
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
-/// several scales, each of whole blocks, or zero points.
-template <bool kBFloat16, int kElementBytes, bool kGrids>
+/// several scales, each of whole blocks, or zero points; kUneven: plan.stages differ.
+template <bool kBFloat16, int kElementBytes, bool kGrids, bool kUneven>
 __global__ void __launch_bounds__(kThreads, 2)
     stream_kernel(const __grid_constant__ DeviceLinearArgs args,
                   const __grid_constant__ DeviceLayout layout,
@@ -77,10 +80,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_block = part_begin(layout, plan.part_bits, part);
   const int blocks = part_begin(layout, plan.part_bits, part + 1) - first_block;
   const int longer = first_block - slice - warp * plan.part_blocks;  // parts before this one
-  std::uint8_t* stages =
-      shared + plan.stages * (longer * plan.stage_bytes[1] + (warp - longer) * plan.stage_bytes[0]);
-  Ring<kElementBytes, kGrids> ring(args, layout, plan, first_block, blocks, first_rows, last_rows,
-                                   stages, barriers[warp]);
+  std::uint8_t* stages = shared + plan.stages[1] * (longer * plan.stage_bytes[1] +
+                                                    (warp - longer) * plan.stage_bytes[0]);
+  Ring<kElementBytes, kGrids, kUneven> ring(args, layout, plan, first_block, blocks, first_rows,
+                                            last_rows, stages, barriers[warp]);
 
   // ---- the results of a turn: sums of the warps, [block of rows][warp][token][row], and for each
   // block of the cluster some rows of all blocks', [block][token][row]
@@ -307,15 +310,20 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <bool kBFloat16, int kElementBytes, bool kGrids>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  const auto kernel = stream_kernel<kBFloat16, kElementBytes, kGrids>;
+template <typename Kernel>
+void allow_shared_memory(Kernel* kernel) {
   MOQ_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
   // Blocks of several kernels share a multiprocessor only if it was given enough shared memory when
   // the first of them started.
   MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
+}
+
+template <bool kBFloat16, int kElementBytes, bool kGrids>
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
+  auto* kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, false>;
+  allow_shared_memory(kernel);
   const int split = stream_split(layout, static_cast<int>(args.m));
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -332,8 +340,14 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   const std::int64_t clusters =
       split == 1 ? device_limits().multiprocessors : required_clusters(kernel, config);
   const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters);
+  if (plan.stages[0] != plan.stages[1]) {
+    kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, true>;
+    allow_shared_memory(kernel);
+  }
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
-  config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
+  const bool is_alone = args.norm.kind == NormKind::kNone && layout.n * layout.k >= kManyWeights;
+  config.dynamicSmemBytes =
+      static_cast<std::size_t>(std::max(plan.shared_bytes, is_alone ? kAloneBytes : 0));
   MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, plan));
 }
 
@@ -351,7 +365,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   return args.m <= kStreamTokens && suits_tensor_cores(args, layout) &&
          stream_split(layout, static_cast<int>(args.m)) <= kMaxSplit &&
-         architecture_of(stream_kernel<false, 1, false>) >= 90 &&
+         architecture_of(stream_kernel<false, 1, false, false>) >= 90 &&
          device_limits().shared_bytes_per_multiprocessor >= kMaxSharedBytes + kOtherBytes;
 }
 

@@ -12,15 +12,19 @@ constexpr int kThreads = kStreamWarps * 32;
 constexpr int kMaxTurnRows = 4;
 constexpr int kMaxPieceBlocks = 16;        // of a stage
 constexpr int kMaxSliceBytes = 128 << 10;  // of the input, in a block
-/// With so much, two blocks share a multiprocessor: the next kernel's fill their rings while this
-/// one's work. That is worth more than a longer ring.
-constexpr int kSharingBytes = 110 << 10;
-constexpr int kSharingRingBytes = 64 << 10;  // if so much of it is left for the rings
-constexpr int kUsualBytes = 160 << 10;       // else
+/// Two blocks share a multiprocessor, so that the next kernel's fill their rings while this one's
+/// work, if so much of kSharingBytes is left for the rings. That is worth more than longer ones.
+constexpr int kSharingRingBytes = 64 << 10;
+constexpr int kUsualBytes = 160 << 10;  // else
 constexpr int kFewestRingBytes = 40 << 10;
 /// Requested by a block before the first of it has come. More would only wait in the memory's
 /// queues, and before what a kernel ahead reads there.
 constexpr int kEarlyBytes = 32 << 10;
+/// Of a block that may begin early, what comes to the second-level cache behind its rings' first
+/// stages: these are filled again at once when the input has come.
+constexpr int kAheadBytes = 32 << 10;
+/// One in so many clusters, at most, has longer rings than the others.
+constexpr int kLongerRings = 8;
 
 /// The same 16 bytes of eight tokens, which are loaded at once, meet all banks.
 int staged_stride(const DeviceLayout& layout, int split) {
@@ -57,6 +61,19 @@ int grid_bytes(const DeviceLayout& layout, int blocks) {
              : std::min((blocks + group_blocks - 2) / group_blocks + 1, blocks) * kGridBytes;
 }
 
+/// Stages of the clusters that have fewer rows, if those with one more are few: all shall end
+/// together, and a multiprocessor gets as large a share of the bandwidth as of the bytes under way.
+/// (Where those with more are many, they read at full speed when the others have ended.)
+int shorter_ring(const DeviceLayout& layout, const StreamPlan& plan, int stages) {
+  if (layout.n * layout.k < kManyWeights || plan.row_extra == 0 ||
+      plan.row_extra * kLongerRings > plan.clusters) {
+    return stages;
+  }
+  const int rows = plan.cluster_rows + 1;
+  const int share = (stages * plan.cluster_rows + rows / 2) / rows;
+  return std::max(std::min(2, stages), std::min(share, stages - 1));
+}
+
 /// The rings beside other_bytes, of clusters with at most `rows` blocks of rows: as few pieces as
 /// leave some stages, or hold all.
 void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPlan& plan) {
@@ -73,13 +90,14 @@ void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPla
     const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
     const int all = rows * pieces;
     const int most = std::max(usual - other_bytes, kFewestRingBytes) / bytes;
-    plan.stages = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes
-                      ? all
-                      : std::min({kMaxStages, all, most});
+    const bool holds_all = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes;
+    const int stages = holds_all ? all : std::min({kMaxStages, all, most});
+    plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
+    plan.stages[1] = stages;
+    plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
     plan.early = std::max(1, kEarlyBytes / bytes);
-    plan.ring_bytes = static_cast<int>(pad_to(plan.stages * bytes, 128));
-    if (plan.piece[1] <= 2 ||
-        (plan.piece[1] <= kMaxPieceBlocks && plan.stages >= std::min(3, all))) {
+    plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
+    if (plan.piece[1] <= 2 || (plan.piece[1] <= kMaxPieceBlocks && stages >= std::min(3, all))) {
       return;
     }
   }
@@ -119,6 +137,9 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters)
                           m * plan.staged_stride * 2;
   plan_rings(layout, rows, other_bytes, plan);
   plan.shared_bytes = plan.ring_bytes + other_bytes;
+  if (plan.shared_bytes > kSharingBytes) {
+    plan.ahead_blocks = 0;
+  }
   return plan;
 }
 

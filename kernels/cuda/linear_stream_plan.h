@@ -14,6 +14,17 @@ constexpr int kSlots = 4;                       // of sums that a block holds fo
 constexpr int kGridBytes = kBlockRows * 4;      // scales, or zero points, of a block of rows
 constexpr int kPartialStride = kBlockRows + 4;  // floats: lanes that write together meet all banks
 constexpr int kMaxSharedBytes = 216 << 10;      // of a thread block
+/// Of a block that leaves room for another kernel's beside it, and of one that leaves room for such
+/// a block, but not for one like itself. (A multiprocessor has 228 KiB, and a block takes 3.25
+/// besides.)
+constexpr int kSharingBytes = 110 << 10;
+constexpr int kAloneBytes = 111 << 10;
+/// What is worth its price from so many weights on:
+/// - rings of several lengths (StreamPlan::stages);
+/// - kAloneBytes, without a norm. Attention ahead takes some multiprocessors, and on others two
+///   blocks would find room: some would stay empty, also for all kernels behind, which begin where
+///   these end. Smaller products gain more from overlapping with others like them.
+constexpr std::int64_t kManyWeights = 16'000'000;
 
 /// Plain data, passed to the kernel by value.
 struct StreamPlan {
@@ -26,13 +37,15 @@ struct StreamPlan {
   int turn_bits;       ///< of the rows of a turn
   int share_bits;      ///< of those of them that a block of the cluster finishes
   int turn_results;    ///< of all tokens; no more than threads
-  int stages;          ///< of a warp's ring
+  int stages[2];       ///< of a warp's ring, in clusters with cluster_rows and with one more
   int early;           ///< stages that are filled at once in the beginning
   int part_blocks;     ///< blocks of columns of a part; some have one more
   int piece[2];        ///< blocks of a stage, of parts with part_blocks and with one more
   int stage_bytes[2];  ///< the same
   int grid_bytes;     ///< of a stage, for scales, behind the blocks; as many follow for zero points
   int ring_bytes;     ///< of all warps
+  int ahead_blocks;   ///< behind a warp's first stages, which come as far as the second-level cache
+                      ///< then
   int staged_stride;  ///< elements from one token to the next in shared memory
   int shared_bytes;
 };

@@ -54,8 +54,9 @@ TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
   for (int m = 1; m <= kStreamTokens; ++m) {
     const StreamPlan plan = this->plan(m);
     EXPECT_LE(plan.shared_bytes, kMaxSharedBytes);
-    EXPECT_GE(plan.stages, 1);
-    EXPECT_LE(plan.stages, kMaxStages);
+    EXPECT_GE(plan.stages[0], 1);
+    EXPECT_LE(plan.stages[0], plan.stages[1]);
+    EXPECT_LE(plan.stages[1], kMaxStages);
     EXPECT_GE(plan.early, 1);
     for (int rank = 0; rank < plan.split; ++rank) {
       int bytes = 0;
@@ -63,7 +64,7 @@ TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
         const int blocks =
             part_begin(layout, plan.part_bits, part + 1) - part_begin(layout, plan.part_bits, part);
         ASSERT_TRUE(blocks == plan.part_blocks || blocks == plan.part_blocks + 1);
-        bytes += plan.stages * plan.stage_bytes[blocks - plan.part_blocks];
+        bytes += plan.stages[1] * plan.stage_bytes[blocks - plan.part_blocks];
       }
       EXPECT_LE(bytes, plan.ring_bytes);
     }
@@ -102,6 +103,18 @@ INSTANTIATE_TEST_SUITE_P(
                                          Weight{4096, 14336, WeightFormat::kInt8, 0, true},
                                          Weight{8192, 28672, WeightFormat::kInt2, 64, true}),
                        ::testing::Values<std::int64_t>(8, 78, 132)));
+
+TEST(StreamPlan, KeepsMoreUnderWayInTheFewClustersThatHaveMoreRows) {
+  const auto plan_of = [](std::int64_t n, std::int64_t k) {
+    return stream_plan(device_layout({.n = n, .k = k, .format = WeightFormat::kFloat16}), 1, 132);
+  };
+  const StreamPlan few = plan_of(4256, 17024);  // 2 of 132 have 3 blocks of rows, not 2
+  EXPECT_EQ(few.stages[0] * 3, few.stages[1] * 2);
+  const StreamPlan many = plan_of(4096, 14336);  // 124 have 2, not 1
+  EXPECT_EQ(many.stages[0], many.stages[1]);
+  const StreamPlan none = plan_of(4224, 17024);
+  EXPECT_EQ(none.stages[0], none.stages[1]);
+}
 
 TEST(StreamSplit, IsMoreThanAClusterForInputsThatFitNowhere) {
   const auto split = [](std::int64_t k, int m) {
