@@ -288,6 +288,7 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
     largest = std::max(largest, in_piece);
   }
   ends.push_back(sequences.size());
+  const std::unique_ptr<DeviceScope> in_one_go = model_->in_one_go();
   model_->reserve(largest);
   std::size_t next = 0;
   try {

@@ -64,6 +64,11 @@ class Transformer {
   /// capture on other streams meanwhile. Any thread may ask. Null on the CPU.
   /// @throws moq::Error if the caller's current stream is being captured
   virtual std::unique_ptr<DeviceScope> outside_captures() const { return nullptr; }
+  /// Makes the caller's current stream wait for the results of the calls within it at its end,
+  /// instead of after each, so that none waits for the one before in a roundabout way. Null on the
+  /// CPU.
+  /// @throws moq::Error if that stream is being captured
+  virtual std::unique_ptr<DeviceScope> in_one_go() { return nullptr; }
   /// What activations are kept in: "float32", "float16" or "bfloat16".
   virtual std::string compute_dtype() const = 0;
   /// What keys and values are kept in: the same, or "int8".

@@ -12,24 +12,17 @@
 /// What the member functions of CudaTransformer share; for its own source files.
 namespace moq::inference::cuda {
 
-/// Work on the model's device and stream, behind what the caller's stream holds and before what it
-/// will get.
-class CudaTransformer::OnDevice {
+/// Makes the caller's stream wait for the model's at the end of the outermost of them.
+class CudaTransformer::HandOver final : public DeviceScope {
  public:
-  explicit OnDevice(CudaTransformer& model)
-      : model_(usable(model)),
-        caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())),
-        guard_(model.stream_) {
+  explicit HandOver(CudaTransformer& model)
+      : model_(model), caller_(c10::cuda::getCurrentCUDAStream(model.device_.index())) {
     check_not_captured(caller_);  // a callback between two steps may have begun it
-    if (cudaStreamQuery(caller_) != cudaSuccess) {
-      (void)cudaGetLastError();  // for others, a stream that is not ready is no error
-      model.before_.record(caller_);
-      model.before_.block(model.stream_);
-    }
+    ++model.hand_overs_;
   }
-  ~OnDevice() {
+  ~HandOver() override {
     model_.note_failure();
-    if (!model_.failure_.empty()) {
+    if (--model_.hand_overs_ > 0 || !model_.failure_.empty()) {
       return;
     }
     try {
@@ -40,6 +33,25 @@ class CudaTransformer::OnDevice {
       // can't wait then.
       model_.note_failure();
       (void)cudaStreamSynchronize(model_.stream_);
+    }
+  }
+
+  const c10::cuda::CUDAStream& caller() const { return caller_; }
+
+ private:
+  CudaTransformer& model_;
+  c10::cuda::CUDAStream caller_;
+};
+
+/// Work on the model's device and stream, behind what the caller's stream holds and before what it
+/// will get.
+class CudaTransformer::OnDevice {
+ public:
+  explicit OnDevice(CudaTransformer& model) : hand_over_(usable(model)), guard_(model.stream_) {
+    if (cudaStreamQuery(hand_over_.caller()) != cudaSuccess) {
+      (void)cudaGetLastError();  // for others, a stream that is not ready is no error
+      model.before_.record(hand_over_.caller());
+      model.before_.block(model.stream_);
     }
   }
   OnDevice(const OnDevice&) = delete;
@@ -54,8 +66,7 @@ class CudaTransformer::OnDevice {
     return model;
   }
 
-  CudaTransformer& model_;
-  c10::cuda::CUDAStream caller_;
+  HandOver hand_over_;
   c10::cuda::CUDAStreamGuard guard_;
   /// Tensors that are kept may have been made in either mode, and are written in any.
   c10::InferenceMode inference_mode_;

@@ -52,6 +52,10 @@ std::unique_ptr<DeviceScope> CudaTransformer::outside_captures() const {
   return std::make_unique<OutsideCaptures>(device_);
 }
 
+std::unique_ptr<DeviceScope> CudaTransformer::in_one_go() {
+  return std::make_unique<HandOver>(*this);
+}
+
 void CudaTransformer::release_graphs() {
   const CaptureMode mode(cudaStreamCaptureModeRelaxed);
   drop_graphs();

@@ -63,6 +63,7 @@ class CudaTransformer final : public Transformer {
 
   at::Device device() const override { return device_; }
   std::unique_ptr<DeviceScope> outside_captures() const override;
+  std::unique_ptr<DeviceScope> in_one_go() override;
   std::string compute_dtype() const override { return name_of(dtype_); }
   std::string kv_cache_dtype() const override { return name_of(kv_dtype_); }
   MemoryReport memory() const override;
@@ -82,6 +83,7 @@ class CudaTransformer final : public Transformer {
       std::span<const kernels::SamplingRow> sampling) override;
 
  private:
+  class HandOver;
   class OnDevice;
 
   /// What the kernels of a forward pass are told about the batch.
@@ -157,8 +159,9 @@ class CudaTransformer final : public Transformer {
   DType dtype_;
   DType kv_dtype_;
   c10::cuda::CUDAStream stream_;
-  at::cuda::CUDAEvent before_;  ///< of OnDevice
-  at::cuda::CUDAEvent after_;
+  at::cuda::CUDAEvent before_;          ///< of OnDevice
+  at::cuda::CUDAEvent after_;           ///< of HandOver
+  int hand_overs_ = 0;                  ///< that there are, one within the other
   std::unique_ptr<DeviceGroup> group_;  ///< null with one rank
   DeviceWeights device_weights_;
   DecodeStepChoice decode_step_choice_ = DecodeStepChoice::kFastest;
