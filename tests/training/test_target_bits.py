@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import operator
 from fractions import Fraction
 
 import pytest
@@ -33,8 +35,8 @@ def best(choice, costs, limit):
     """The least loss of all choices whose cost keeps to a limit, by trying every one."""
     losses = [block.losses for block in choice.blocks]
     options = itertools.product(*(range(len(block.widths)) for block in choice.blocks))
-    return min(
-        sum((losses[block][option] for block, option in enumerate(picked)), 0.0)
+    return min(  # not by sum(), which rounds otherwise from Python 3.12 on
+        functools.reduce(operator.add, map(operator.getitem, losses, picked), 0.0)
         for picked in options
         if sum(costs[block][option] for block, option in enumerate(picked)) <= limit
     )
