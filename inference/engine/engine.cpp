@@ -173,7 +173,10 @@ std::string Engine::activations() const {
   const auto& layers = model_->weights().layers;
   for (const auto& [mode, name] : kActivations) {
     const bool read = std::any_of(layers.begin(), layers.end(), [mode = mode](const Layer& layer) {
-      return layer.up.input.mode == mode || layer.qkv.input.mode == mode;
+      const Linear* const projections[] = {&layer.qkv, &layer.attention_out, &layer.up,
+                                           &layer.down};
+      return std::ranges::any_of(
+          projections, [mode](const Linear* projection) { return projection->input.mode == mode; });
     });
     if (read) {
       return name;

@@ -127,6 +127,24 @@ def test_groups_choose_the_modules_that_read_int8_activations(tmp_path, device):
     assert 1e-5 < relative_error(mixed, all_dynamic) < 0.1
 
 
+@pytest.mark.parametrize("part", ["o_proj", "down_proj"])
+def test_the_engine_names_the_int8_inputs_of_any_projection(part, tmp_path, device):
+    directory = tmp_path / "out"
+    rounded_models.export(
+        models.build("llama"), directory, "8 bits per channel", activations="dynamic_asymmetric"
+    )
+
+    def only_one_part(groups):
+        targets = groups["group_0"]["targets"]
+        chosen = [name for name in targets if name.endswith(part)]
+        rest = [name for name in targets if name not in chosen]
+        groups["group_1"] = groups["group_0"] | {"targets": rest, "input_activations": None}
+        groups["group_0"]["targets"] = chosen
+
+    change_groups(directory, only_one_part)
+    assert open_fp32(directory, device).core.activations == "dynamic_asymmetric"
+
+
 @pytest.fixture
 def static_asymmetric(tmp_path):
     """A small Llama that was exported with one zero point for all inputs."""
