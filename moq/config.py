@@ -381,7 +381,8 @@ class MoQConfig(QuantSpec):
     """The whole configuration; every field has a default.
 
     The fields of QuantSpec, given here, hold for every Linear and Conv1D but the head. `rules`
-    deviate from them, in order: the last rule that matches a module decides.
+    deviate from them, in order: the last rule that matches a module decides alone. What it leaves
+    out is as given here, whatever earlier rules say.
 
     Attributes:
         rules: Deviations; each must match at least one module of the model.
