@@ -85,7 +85,8 @@ class QuantSpec(Strict):
         bounds = f"must lie in [{least}, {MAX_BITS}]"
         for name in ("start_bits", "target_bits"):
             bits = getattr(self, name)
-            require(least <= bits <= MAX_BITS, f"{name} {bounds}", bits)
+            binary = " unless mode is 'binary'" if bits == 1 else ""
+            require(least <= bits <= MAX_BITS, f"{name} {bounds}{binary}", bits)
         require(
             self.start_bits >= self.target_bits,
             f"start_bits must be at least target_bits ({self.target_bits})",

@@ -104,7 +104,7 @@ def test_a_rule_inherits_what_it_does_not_say():
             ValueError,
             r"config\.target_bits must be 1 when mode is 'binary'",
         ),
-        ({"target_bits": 1}, ValueError, r"config\.target_bits must lie in \[2, 16\], got 1"),
+        ({"target_bits": 1}, ValueError, r"lie in \[2, 16\] unless mode is 'binary', got 1"),
         (
             {"mode": "binary", "target_bits": 1, "rounding": "stochastic"},
             ValueError,
