@@ -62,7 +62,8 @@ def warn_of_replacement(names: Sequence[str], *, masters_lost: bool) -> None:
         lost = f"they lie on the integer grid, and the full-precision masters, {lost}"
     warnings.warn(
         f"MoQOptimizer: the weights of {some(names)} were replaced from outside, as "
-        "model.load_state_dict does: training goes on from the new values. If they come from a "
+        "model.load_state_dict does, or the step() of the optimizer inside, called in place of "
+        "MoQOptimizer's: training goes on from the new values. If they come from a "
         f"checkpoint of a MoQ training {lost}: load the optimizer's state as well"
         + (
             ". If DistributedDataParallel broadcast them, wrap the model in it before making "

@@ -193,11 +193,16 @@ class WritableOptimizer(PlannedOptimizer):
             if widths[m.name] > plan[block][-1][1]
         ]
         if early and is_main_process():
+            remedy = "Train on until all have it: print(optimizer.schedule()) shows when"
+            if self.steps == 0:
+                remedy = (
+                    "A step counts if MoQOptimizer makes it, not the optimizer inside, and if "
+                    "there are gradients: backward() must be called between zero_grad() and step()"
+                )
             warnings.warn(
                 f"MoQOptimizer.export: {len(early)} of {len(widths)} weights have not reached "
                 f"their target after {self.steps} steps ({early[0]}): they are written at the "
-                "width that they have, above 8 bits in the model's dtype. Train on until all have "
-                "it: print(optimizer.schedule()) shows when",
+                f"width that they have, above 8 bits in the model's dtype. {remedy}",
                 stacklevel=4,
             )
 

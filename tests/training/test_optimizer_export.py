@@ -10,7 +10,7 @@ from conftest import Logits, tiny_llama, train_step, wrap
 
 transformers = pytest.importorskip("transformers")
 
-from moq import cli  # noqa: E402
+from moq import MoQOptimizer, cli  # noqa: E402
 from moq.config import MoQConfig  # noqa: E402
 from moq.loggers import CsvLogger  # noqa: E402
 from moq.outlook import outlook_of, run_outlook  # noqa: E402
@@ -144,6 +144,19 @@ def test_an_export_before_the_target_width_says_so(tmp_path):
     _, optimizer = tiny_llama_in_training()
     with pytest.warns(UserWarning, match=r"14 of 14 weights .* after 0 steps \(.* at 9 of 8 bits"):
         optimizer.export(tmp_path / "early")
+
+
+def test_an_export_after_steps_of_the_optimizer_inside_says_whose_count(tmp_path):
+    model, _ = tiny_llama_in_training(optimizer=False)
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = MoQOptimizer(inner, model, FALLING, total_steps=STEPS, verbose=False)
+    train_step(Logits(model), inner, 0)
+    with pytest.warns(UserWarning) as warned:
+        optimizer.export(tmp_path / "out")
+    told = " ".join(str(w.message) for w in warned)
+    assert "after 0 steps" in told
+    assert "A step counts if MoQOptimizer makes it, not the optimizer inside" in told
+    assert "the step() of the optimizer inside, called in place of MoQOptimizer's" in told
 
 
 def test_an_export_at_the_target_width_warns_of_nothing(trained, tmp_path, recwarn):
