@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -183,6 +184,8 @@ def match_parameters(
     for candidate in candidates:
         aliases[id(candidate.parameter)].append(candidate)
 
+    _warn_of_overruled(aliases.values(), config)
+
     held_ids = {id(parameter) for parameter in held}
     matched, unheld = [], []
     for names in aliases.values():
@@ -284,6 +287,29 @@ def _nearest(rule: Rule, candidates: Sequence[_Candidate]) -> str:
     return f"; the {len(names)} modules with a weight matrix are {', '.join(names[:3])}{more}"
 
 
+def _deciding(names: list[_Candidate], config: MoQConfig) -> int | None:
+    """Returns the number of the last rule that matches a parameter, or None."""
+    matching = (
+        index
+        for index, rule in enumerate(config.rules)
+        if any(_applies(rule, candidate) for candidate in names)
+    )
+    return max(matching, default=None)
+
+
+def _warn_of_overruled(groups: Iterable[list[_Candidate]], config: MoQConfig) -> None:
+    """Warns of rules that decide nothing, since later ones match all that they match."""
+    deciding = {_deciding(names, config) for names in groups}
+    for index, rule in enumerate(config.rules):
+        if index not in deciding:
+            warnings.warn(
+                f"rules[{index}] ({rule.match!r}) decides nothing: later rules match all that it "
+                "matches, and the last rule that matches a module decides alone. Put it behind "
+                "them, or its values into them",
+                stacklevel=2,
+            )
+
+
 def _decide(
     names: list[_Candidate], config: MoQConfig
 ) -> tuple[QuantSpec, str, Timing | None] | None:
@@ -291,9 +317,10 @@ def _decide(
 
     None: it is not quantized.
     """
-    for rule in reversed(config.rules):
-        if any(_applies(rule, candidate) for candidate in names):
-            return None if rule.exclude else (config.spec(rule), rule.match, rule.schedule)
+    index = _deciding(names, config)
+    if index is not None:
+        rule = config.rules[index]
+        return None if rule.exclude else (config.spec(rule), rule.match, rule.schedule)
     if all(candidate.kind in ("linear", "conv1d") for candidate in names):
         return config.spec(), DEFAULT_RULE, None
     return None

@@ -71,6 +71,14 @@ def test_a_regular_expression_must_match_the_whole_name(decoder):
         matched(decoder(), Rule("re:down_proj", target_bits=4))
 
 
+def test_a_rule_that_decides_nothing_is_warned_of(decoder, recwarn):
+    with pytest.warns(UserWarning, match=r"^rules\[0\] \('\*\.down_proj'\) decides nothing: later"):
+        matched(decoder(), Rule("*.down_proj", target_bits=4), Rule("*", activations="static"))
+    recwarn.clear()
+    matched(decoder(), Rule("*", activations="static"), Rule("*.down_proj", target_bits=4))
+    assert not recwarn.list
+
+
 def test_head_and_embedding_are_quantized_when_a_rule_says_so(decoder):
     by_kind = matched(decoder(), Rule("*", modules=("linear", "head", "embedding")))
     by_name = matched(decoder(), Rule("lm_head", target_bits=8), Rule("embedding"))
