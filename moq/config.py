@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moq.caller_warning import warn_caller
 from moq.config_file import read_file
 from moq.input_grid import Kind
 from moq.strict import Strict, require
@@ -540,5 +540,5 @@ class MoQConfig(QuantSpec):
         from moq.deepspeed import convert
 
         conversion = convert(source, on_unfinished=on_unfinished)
-        warnings.warn(f"MoQConfig.from_deepspeed:\n{conversion}", stacklevel=2)
+        warn_caller(f"MoQConfig.from_deepspeed:\n{conversion}")
         return conversion.config

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moq import _C
 from moq.activations import exported_inputs
+from moq.caller_warning import warn_caller
 from moq.input_grid import InputGrid
 from moq.manifest import CONFIG_NAME, encode_floats
 from moq.undisturbed import undisturbed
@@ -91,9 +91,7 @@ def measure_probe(
         if tokens is not None:
             raise
         reason = f"{name} does not answer input_ids alone ({type(error).__name__}: {error})"
-        warnings.warn(
-            f"export: {reason}, so the checkpoint has no logit probe for moq verify", stacklevel=4
-        )
+        warn_caller(f"export: {reason}, so the checkpoint has no logit probe for moq verify")
         return None, reason
 
 

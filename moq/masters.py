@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moq._C import Schedule, TrainedParameter, Trainer
 from moq.blocks import Blocks, blend_end
+from moq.caller_warning import warn_caller
 from moq.config import MoQConfig
 from moq.record import MASTER_KEY
 from moq.replaced import (
@@ -390,11 +390,10 @@ class Masters:
                 )
             require_finite(f"{where}: the master of {m.name}", value, "; nothing has changed")
         if frozen:
-            warnings.warn(
+            warn_caller(
                 f"{where}: the state holds no masters of the frozen {some(frozen)} "
                 "(torch.distributed.checkpoint leaves frozen parameters out): they keep the "
-                "full-precision values that MoQOptimizer was made with",
-                stacklevel=4,
+                "full-precision values that MoQOptimizer was made with"
             )
 
     def warn_if_simulated(self) -> None:
@@ -407,13 +406,12 @@ class Masters:
                 return
             widths.add(num_bits)
         if widths:
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: all weights to be quantized lie on integer grids (of "
                 f"{sorted(widths)} bits): they look like the simulated weights of an earlier MoQ "
                 "training. Their full-precision masters, the step of the schedule and the "
                 "sensitivities are in that training's optimizer state: load it with "
-                "load_state_dict to resume",
-                stacklevel=4,
+                "load_state_dict to resume"
             )
 
     def export(self, activations: ActivationQuantizers) -> list[QuantizedParameter]:

@@ -7,7 +7,6 @@ training is writable_optimizer's.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from moq.blocks import (
     require_blends_end,
     retarget,
 )
+from moq.caller_warning import warn_caller
 from moq.config import MoQConfig
 from moq.loggers import Logger
 from moq.masters import Masters
@@ -125,10 +125,9 @@ class MoQOptimizer(WritableOptimizer):
         self._pace = Pace()
         matched, blocks = self._match()
         if not matched:
-            warnings.warn(
+            warn_caller(
                 "MoQOptimizer: no weight is quantized, and training goes on in full precision: the "
-                "model has no layer that the rules choose, or a rule excludes all of them",
-                stacklevel=2,
+                "model has no layer that the rules choose, or a rule excludes all of them"
             )
         schedule = make_schedule(blocks, self.config, total_steps)
         require_blends_end(matched, blocks, schedule)
@@ -375,12 +374,11 @@ class MoQOptimizer(WritableOptimizer):
         """Applies the rules to the parameters that the optimizer holds now."""
         matched, unheld = match_parameters(self.model, self.config, self.parameters())
         if unheld:
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: {len(unheld)} weights match the rules but are in no param group of "
                 f"the optimizer, and stay in full precision: {', '.join(unheld[:5])}"
                 + (", …" if unheld[5:] else "")
-                + ". Give them to the optimizer (frozen ones too), or exclude them by a rule",
-                stacklevel=3,
+                + ". Give them to the optimizer (frozen ones too), or exclude them by a rule"
             )
         return matched, assign_blocks(matched)
 

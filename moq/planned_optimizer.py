@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,13 @@ from torch import nn
 from moq._C import Schedule
 from moq.blocks import make_schedule, require_blends_end, require_same_past, retarget
 from moq.budget import Budget, LatencyTable, require_table
+from moq.caller_warning import warn_caller
 from moq.collective import raise_together
 from moq.config import MoQConfig
 from moq.masters import Masters
 from moq.planning import choose_for_masters, plan_by, require_plannable
 from moq.probe_cost import ProbeRefusedError
+from moq.probe_inputs import listed_batches
 from moq.probing import ProbeCost, Probes
 from moq.reporting import Reporter, is_main_process
 from moq.scalars import ScalarLog
@@ -110,7 +111,7 @@ class PlannedOptimizer(OptimizerWrapper):
         """
         self._require_simulated("probe")
         require_plannable(self.config, self._masters, "MoQOptimizer.probe")
-        return self._probe(loss_fn, list(batches), options)[0]
+        return self._probe(loss_fn, listed_batches(batches), options)[0]
 
     def probe_regularly(
         self, loss_fn: Callable[[Any], torch.Tensor], batches: Iterable[Any], **options: Any
@@ -133,7 +134,7 @@ class PlannedOptimizer(OptimizerWrapper):
         """
         self._require_simulated("probe_regularly")
         require_plannable(self.config, self._masters, "MoQOptimizer.probe_regularly")
-        kept, probes = list(batches), self._probes
+        kept, probes = listed_batches(batches), self._probes
         if probes.state.cadence is None:
             _, cost = self._probe(loss_fn, kept, options)
             probes.plan_cadence(self.schedule(), self.steps, cost)
@@ -247,10 +248,9 @@ class PlannedOptimizer(OptimizerWrapper):
         except ProbeRefusedError as error:
             self._reporter.probe_left_out(self.steps, str(error))
         except Exception as error:
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: the measurement of step {self.steps} failed, and the plan stays "
-                f"as it is: {type(error).__name__}: {error}",
-                stacklevel=3,
+                f"as it is: {type(error).__name__}: {error}"
             )
 
     def _plan_by(self, found: Sensitivity, cost: ProbeCost | None, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,20 @@ from torch.utils._pytree import tree_leaves
 from moq.collective import all_gather, raise_together
 from moq.curvature import Form
 from moq.sharding import is_sharded
+
+
+def listed_batches(batches: Iterable[Any]) -> list[Any]:
+    """Lists the batches, of which one alone is refused: it would be taken for a list of its keys.
+
+    Raises:
+        TypeError: if they are a mapping.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            "measure: batches must be an iterable of batches, got one batch alone, a "
+            f"{type(batches).__name__} with the keys {list(batches)}: put it into a list"
+        )
+    return list(batches)
 
 
 def trainable_blocks(blocks: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from moq.caller_warning import warn_caller
 from moq.rules import MatchedParameter, plain_name
 from moq.sharding import is_sharded, local_tensor
 
@@ -60,7 +60,7 @@ def warn_of_replacement(names: Sequence[str], *, masters_lost: bool) -> None:
     lost = "the step of the schedule and the sensitivities are lost"
     if masters_lost:
         lost = f"they lie on the integer grid, and the full-precision masters, {lost}"
-    warnings.warn(
+    warn_caller(
         f"MoQOptimizer: the weights of {some(names)} were replaced from outside, as "
         "model.load_state_dict does, or the step() of the optimizer inside, called in place of "
         "MoQOptimizer's: training goes on from the new values. If they come from a "
@@ -70,8 +70,7 @@ def warn_of_replacement(names: Sequence[str], *, masters_lost: bool) -> None:
             "MoQOptimizer"
             if masters_lost
             else ""
-        ),
-        stacklevel=4,
+        )
     )
 
 

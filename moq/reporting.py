@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed
 
 from moq._C import Schedule, Trainer
+from moq.caller_warning import warn_caller
 from moq.input_grid import words_of
 from moq.rules import MatchedParameter
 
@@ -109,7 +109,7 @@ def start_table(
             str(low) if low == high else f"{low} to {high}",
         )
     # Patterns hold brackets and colons, which are not rich's markup.
-    width = max(60, shutil.get_terminal_size(fallback=(120, 24)).columns)
+    width = max(60, shutil.get_terminal_size(fallback=(10_000, 24)).columns)
     console = Console(width=width, no_color=True, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
@@ -227,11 +227,10 @@ class Reporter:
         """
         if self._tells_of_the_end and trainer.step_seen > total_steps:
             self._tells_of_the_end = False
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: total_steps must be the steps of the whole training, got "
                 f"{total_steps}, and step {trainer.step_seen} has been made: the schedule "
-                "ended too early. Count the optimizer steps of all epochs, after accumulation",
-                stacklevel=3,
+                "ended too early. Count the optimizer steps of all epochs, after accumulation"
             )
 
     def sensitivity(self, step: int, found: Sensitivity) -> None:

@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import re
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from moq.caller_warning import warn_caller
 from moq.config import MoQConfig, QuantSpec, Rule, Timing
 from moq.input_grid import is_static
 from moq.strict import suggestion
@@ -302,11 +302,10 @@ def _warn_of_overruled(groups: Iterable[list[_Candidate]], config: MoQConfig) ->
     deciding = {_deciding(names, config) for names in groups}
     for index, rule in enumerate(config.rules):
         if index not in deciding:
-            warnings.warn(
+            warn_caller(
                 f"rules[{index}] ({rule.match!r}) decides nothing: later rules match all that it "
                 "matches, and the last rule that matches a module decides alone. Put it behind "
-                "them, or its values into them",
-                stacklevel=2,
+                "them, or its values into them"
             )
 
 

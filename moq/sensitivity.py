@@ -26,7 +26,7 @@ from moq.estimators import (
 )
 from moq.measurement import Measurement
 from moq.probe_cost import Kind
-from moq.probe_inputs import are_sharded, count_batches, trainable_blocks
+from moq.probe_inputs import are_sharded, count_batches, listed_batches, trainable_blocks
 from moq.progress import ProductBar
 from moq.rules import match_parameters, plain_name, unwrap
 from moq.undisturbed import undisturbed
@@ -141,8 +141,8 @@ def measure(
         ValueError: if there is no block or batch, if blocks overlap or differ between ranks, if
             batches have other keys on other ranks, if the loss is not a finite scalar with a graph,
             if nothing curves it, or if no measurement fits into `max_seconds`.
-        TypeError: if loss_fn returns something else than `form` needs, or parameters are sharded
-            and `form` needs whole ones.
+        TypeError: if `batches` is one mapping, if loss_fn returns something else than `form` needs,
+            or parameters are sharded and `form` needs whole ones.
         NotImplementedError: naming an operation that cannot be differentiated twice.
         moq._C.Error: if a product is not finite, an option is out of range or finite differences
             of two step sizes differ by more than 10 %.
@@ -159,7 +159,7 @@ def measure(
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
     trainable = trainable_blocks(find_blocks(model) if blocks is None else blocks)
     sharded = are_sharded(trainable, form)
-    own = list(batches)
+    own = listed_batches(batches)
     measurement = Measurement(
         model=model,
         blocks=trainable,

@@ -16,7 +16,7 @@ from moq import _C
 from moq.blocks import layer_of
 from moq.collective import raise_together
 from moq.curvature import Curvature
-from moq.probe_inputs import count_batches, require_whole, trainable_blocks
+from moq.probe_inputs import count_batches, listed_batches, require_whole, trainable_blocks
 from moq.progress import ProductBar
 from moq.sensitivity import find_blocks, quantized_blocks
 from moq.strict import suggestion
@@ -155,7 +155,7 @@ def spectral_density(
         raise ValueError(f"spectral_density: width must be positive and finite, got {width!r}")
     if points < 2:
         raise ValueError(f"spectral_density: points must be >= 2, got {points}")
-    own = list(batches)
+    own = listed_batches(batches)
     counts = count_batches(tuple(chosen), own, group)
     total = sum(counts)
     rank = torch.distributed.get_rank(group) if len(counts) > 1 else 0

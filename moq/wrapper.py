@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from moq.caller_warning import warn_caller
 
 #: The smallest positive float16.
 _SMALLEST_FLOAT16 = 2.0**-24
@@ -177,13 +178,12 @@ def warn_of_lost_eps(
             if p.requires_grad and p.dtype == torch.float16 and not _in_float32(masters(p))
         ]
         if lost:
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: eps must be at least {_SMALLEST_FLOAT16:.0e} for the {len(lost)} "
                 f"float16 parameters that have no float32 master (those outside the rules have "
                 f"none), got {eps:g}, which is 0 in float16: they become NaN or jump as soon as a "
                 "gradient squares to 0. Use eps=1e-4, or a float32 or bfloat16 model (float32 with "
-                "autocast trains in float16 too)",
-                stacklevel=3,
+                "autocast trains in float16 too)"
             )
             return
 

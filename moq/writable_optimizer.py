@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 
 from moq.activations import ActivationQuantizers
 from moq.before_writing import require_equal_ranks
+from moq.caller_warning import warn_caller
 from moq.collective import raise_together
 from moq.loggers import Logger
 from moq.planned_optimizer import PlannedOptimizer
@@ -199,11 +199,10 @@ class WritableOptimizer(PlannedOptimizer):
                     "A step counts if MoQOptimizer makes it, not the optimizer inside, and if "
                     "there are gradients: backward() must be called between zero_grad() and step()"
                 )
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer.export: {len(early)} of {len(widths)} weights have not reached "
                 f"their target after {self.steps} steps ({early[0]}): they are written at the "
-                f"width that they have, above 8 bits in the model's dtype. {remedy}",
-                stacklevel=4,
+                f"width that they have, above 8 bits in the model's dtype. {remedy}"
             )
 
     def _record(self) -> Record:

@@ -8,10 +8,10 @@ loggers, and exports at the end. Each module imports its tool; this one imports 
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 from moq.before_writing import require_equal_ranks
+from moq.caller_warning import warn_caller
 from moq.collective import raise_together
 from moq.optimizer import MoQOptimizer
 
@@ -126,11 +126,10 @@ class Training:
             if schedule.bits_at(block, steps) != schedule.plan()[block][-1][1]
         ]
         if above and steps < self.optimizer.total_steps:
-            warnings.warn(
+            warn_caller(
                 f"MoQOptimizer: the training ended after {steps} of {schedule.total_steps} steps, "
                 f"and {', '.join(above[:3])}{', …' if above[3:] else ''} had not reached the "
-                "target width",
-                stacklevel=3,
+                "target width"
             )
         if self.export is not None:
             self.optimizer.export(self.export, tokenizer=self.tokenizer)

@@ -15,7 +15,6 @@ Example::
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moq import MoQOptimizer
+from moq.caller_warning import warn_caller
 from moq.integrations import Training, unwrap_optimizer
 from moq.simulators import LEARNED_SCALE
 
@@ -65,10 +65,9 @@ class MoQCallback(Callback):
         self.training.begin(trainer.global_step, trainer.estimated_stepping_batches)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-                warnings.warn(
+                warn_caller(
                     "MoQOptimizer: save_weights_only leaves the full-precision masters and the "
-                    "schedule out of checkpoints: no training can be resumed from them",
-                    stacklevel=2,
+                    "schedule out of checkpoints: no training can be resumed from them"
                 )
 
     def on_train_batch_end(

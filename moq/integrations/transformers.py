@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sized
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from moq.caller_warning import warn_caller
 from moq.integrations import Training, unwrap_optimizer
 
 
@@ -119,10 +119,9 @@ class MoQCallback(TrainerCallback):
         """Refuses steps that are not those of the schedule."""
         self.training.begin(state.global_step, state.max_steps)
         if args.save_only_model and args.save_strategy != "no":
-            warnings.warn(
+            warn_caller(
                 "MoQOptimizer: save_only_model leaves the full-precision masters and the schedule "
-                "out of checkpoints: no training can be resumed from them",
-                stacklevel=2,
+                "out of checkpoints: no training can be resumed from them"
             )
 
     def on_log(

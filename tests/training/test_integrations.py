@@ -258,8 +258,11 @@ def test_checkpoints_of_weights_alone_are_warned_of(tmp_path):
 
     trainer = make_trainer(tmp_path, save_only_model=True)
     attach(trainer)
-    with pytest.warns(UserWarning, match="save_only_model leaves the full-precision masters"):
+    with pytest.warns(
+        UserWarning, match="save_only_model leaves the full-precision masters"
+    ) as told:
         trainer.train()
+    assert __file__ in {warning.filename for warning in told}
 
 
 def test_a_trainer_without_a_moq_optimizer_is_refused(tmp_path):

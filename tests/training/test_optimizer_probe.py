@@ -165,6 +165,13 @@ BAD_INPUT = {
         ValueError,
         "batches must hold at least one batch, got none",
     ),
+    "a batch instead of batches": (
+        lambda model: lambda b: loss_of(model, b["ids"]),
+        lambda: {"ids": batch(50), "mask": batch(51)},
+        TypeError,
+        r"batches must be an iterable of batches, got one batch alone, a dict with the keys "
+        r"\['ids', 'mask'\]: put it into a list",
+    ),
     "batches of other keys": (
         lambda model: lambda b: loss_of(model, b["ids"]),
         lambda: [{"ids": batch(50)}, {"tokens": batch(51)}],

@@ -1,9 +1,11 @@
 """Tables on a terminal: names and patterns as they are, in the width that there is."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 from conftest import wrap
+from torch import nn
 
 from moq.cli import main
 from moq.target_bits import Budget, Candidates, choose
@@ -60,3 +62,13 @@ def test_the_start_table_keeps_to_the_width_of_the_terminal(decoder, capsys, mon
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= columns
     assert "layers.{0-1}.down_proj" in printed or columns == 70  # there it is folded
+
+
+def test_the_start_table_is_as_wide_as_its_names_where_there_is_no_terminal(
+    decoder, capsys, monkeypatch
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.__stdout__", None)  # as where it is a file
+    model = nn.Sequential(OrderedDict({"a_name_of_some_length" * 9: decoder()}))
+    wrap(model, {}, 400, verbose=True)
+    assert "a_name_of_some_length" * 9 + ".layers.{0-1}.down_proj" in capsys.readouterr().out
