@@ -15,6 +15,8 @@ VERSION := $(call version_of,$(PYTHON))
 INSTALLED := $(VENV)/installed-$(VERSION)
 BUILD := build/cpython-$(subst .,,$(VERSION))
 JOBS ?= $(shell nproc)
+# Processes of pytest: each takes some GB, and those of the ranks that tests start besides.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 DEMO_FLAGS ?=
 # What the last configuration had stays unless it is named again.
 CUDA_OPTIONS := $(if $(MOQ_CUDA),-DMOQ_CUDA='$(MOQ_CUDA)') \
@@ -31,7 +33,7 @@ help:
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make build    $(VENV) and the extension alone"
 	@echo "make clean    remove the build, the environment and everything the demo wrote"
-	@echo "variables: PYTHON=python3.12  JOBS=2  MOQ_CUDA=auto|on|off  MOQ_CUDA_ARCHITECTURES='80;90a'"
+	@echo "variables: PYTHON=python3.12  JOBS=2  WORKERS=2  MOQ_CUDA=auto|on|off  MOQ_CUDA_ARCHITECTURES='80;90a'"
 
 # One environment per checkout, made from the lock file of its Python version.
 $(INSTALLED): requirements/lock-$(VERSION).txt requirements/data.txt
@@ -65,18 +67,18 @@ test-cpp: build
 	@tests/check_prerequisites.sh --gtest
 	PATH="$(abspath $(BIN)):$$PATH" cmake -B $(BUILD) -DMOQ_BUILD_TESTS=ON > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD) --parallel $(JOBS) --target cpp_tests
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 	$(MAKE) --no-print-directory asan
 
 test-python: build
 	@tests/check_prerequisites.sh --browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 asan: $(INSTALLED)
 	@tests/check_prerequisites.sh --gtest
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset asan -DPython3_EXECUTABLE="$(abspath $(BIN))/python" > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset asan --parallel $(JOBS)
-	PATH="$(abspath $(BIN)):$$PATH" ctest --preset asan --no-tests=error
+	PATH="$(abspath $(BIN)):$$PATH" ctest --preset asan --parallel $(JOBS) --no-tests=error
 
 demo: build
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)

@@ -1,9 +1,14 @@
 """Devices of the tests: `device` is the CPU and then, where there is one, a GPU."""
 
+import os
+
 import pytest
 import torch
 
 from moq import _C
+
+# What is printed must not depend on the terminal that the tests are started from.
+os.environ["COLUMNS"] = "200"
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
