@@ -3,7 +3,7 @@
 import json
 
 import torch
-from conftest import tiny_llama, wrap
+from tiny_decoder import tiny_llama, wrap
 
 from moq.sensitivity import Sensitivity, normalise
 

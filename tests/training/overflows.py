@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection
 
 import torch
-from conftest import assert_same, assert_simulated, batch, copies, loss_of, weights
 from on_gpu import capture, side_stream
+from tiny_decoder import assert_same, assert_simulated, batch, copies, loss_of, weights
 from torch import nn
 
 from moq import MoQOptimizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Logits, tiny_llama, train_step, wrap
+from tiny_decoder import Logits, tiny_llama, train_step, wrap
 
 import moq
 from moq.loggers import CsvLogger

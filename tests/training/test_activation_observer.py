@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import wrap
+from tiny_decoder import wrap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

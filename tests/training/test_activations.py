@@ -6,10 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import assert_same, batch, loss_of, tiny_llama, train_step, weights, wrap
 from on_gpu import capture, side_stream
 from overflows import scaled_step
 from reference import quantize as reference
+from tiny_decoder import assert_same, batch, loss_of, tiny_llama, train_step, weights, wrap
 from torch import nn
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import (
+from on_gpu import never_waiting
+from overflows import train_captured, train_float16
+from tiny_decoder import (
     FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
@@ -20,8 +22,6 @@ from conftest import (
     weights,
     with_gradients,
 )
-from on_gpu import never_waiting
-from overflows import train_captured, train_float16
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 

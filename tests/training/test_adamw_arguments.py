@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import with_gradients
+from tiny_decoder import with_gradients
 from torch import nn
 
 import moq

@@ -34,7 +34,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import assert_same, assert_simulated, train_step, weights, wrap
+from tiny_decoder import assert_same, assert_simulated, train_step, weights, wrap
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = (

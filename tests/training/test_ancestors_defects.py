@@ -24,7 +24,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import FALLING, assert_simulated, batch, loss_of, masters, train_step, wrap
+from tiny_decoder import FALLING, assert_simulated, batch, loss_of, masters, train_step, wrap
 from torch import nn
 
 from moq import MoQOptimizer

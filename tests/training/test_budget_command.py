@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import wrap
 from measured_runs import STEPS, llama, probed_llama, write_table
+from tiny_decoder import wrap
 
 from moq.cli import main
 

@@ -5,7 +5,7 @@ import linecache
 
 import pytest
 import torch
-from conftest import FALLING, batch, loss_of, train_step, wrap
+from tiny_decoder import FALLING, batch, loss_of, train_step, wrap
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import assert_same, batch, loss_of, weights, wrap
+from tiny_decoder import assert_same, batch, loss_of, weights, wrap
 from torch.utils.checkpoint import checkpoint
 
 from moq import AdamW, MoQOptimizer

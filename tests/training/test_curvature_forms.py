@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import OnceDifferentiable, OwnSquare, batch, loss_of, weights, wrap
 from reference.hessian import block_ranges, dense_hessian, empirical_fisher, gauss_newton
+from tiny_decoder import OnceDifferentiable, OwnSquare, batch, loss_of, weights, wrap
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

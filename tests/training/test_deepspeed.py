@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from conftest import train_step, wrap
+from tiny_decoder import train_step, wrap
 
 from moq import MoQConfig
 from moq.cli import main

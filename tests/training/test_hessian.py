@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import OnceDifferentiable, OwnSquare
 from reference.hessian import block_ranges, dense_hessian
+from tiny_decoder import OnceDifferentiable, OwnSquare
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

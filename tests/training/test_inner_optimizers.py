@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import (
+from overflows import train_float16
+from tiny_decoder import (
     FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
@@ -18,7 +19,6 @@ from conftest import (
     weights,
     wrap,
 )
-from overflows import train_float16
 from torch import nn
 
 from moq import AdamW, MoQOptimizer

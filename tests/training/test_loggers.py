@@ -5,7 +5,7 @@ import csv
 
 import pytest
 import torch
-from conftest import FALLING, Recorder, batch, loss_of, masters, train_step, weights, wrap
+from tiny_decoder import FALLING, Recorder, batch, loss_of, masters, train_step, weights, wrap
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

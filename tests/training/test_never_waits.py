@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import batch, loss_of
+from tiny_decoder import batch, loss_of
 from torch.autograd import DeviceType
 
 from moq import MoQOptimizer

@@ -6,7 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import (
+from on_gpu import capture, never_waiting, side_stream
+from overflows import train_captured, train_float16
+from tiny_decoder import (
     FALLING_STOCHASTIC,
     Recorder,
     assert_same,
@@ -17,8 +19,6 @@ from conftest import (
     weights,
     wrap,
 )
-from on_gpu import capture, never_waiting, side_stream
-from overflows import train_captured, train_float16
 from torch import nn
 
 from moq import MoQOptimizer

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import Logits, tiny_llama, train_step, wrap
+from tiny_decoder import Logits, tiny_llama, train_step, wrap
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import (
+from tiny_decoder import (
     FALLING_STOCHASTIC,
     CausalDecoder,
     assert_same,

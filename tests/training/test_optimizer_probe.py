@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import (
+from tiny_decoder import (
     FALLING,
     OnceDifferentiable,
     assert_same,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_processes
+from tiny_decoder import in_processes
 from workers.job import run_checks
 from workers.ranks import CHECKS
 

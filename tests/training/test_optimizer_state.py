@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import (
+from tiny_decoder import (
     FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,

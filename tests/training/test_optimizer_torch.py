@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import (
+from tiny_decoder import (
     FALLING,
     assert_same,
     assert_simulated,

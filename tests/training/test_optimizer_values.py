@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import (
+from on_gpu import never_waiting
+from tiny_decoder import (
     FALLING,
     Decoder,
     assert_same,
@@ -17,7 +18,6 @@ from conftest import (
     weights,
     wrap,
 )
-from on_gpu import never_waiting
 from torch import nn
 
 import moq

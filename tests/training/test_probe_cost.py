@@ -7,7 +7,7 @@ import random
 import traceback
 
 import pytest
-from conftest import (
+from tiny_decoder import (
     FALLING,
     OnceDifferentiable,
     assert_same,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_simulated, batch, tiny_llama, train_step, wrap
+from tiny_decoder import assert_simulated, batch, tiny_llama, train_step, wrap
 from torch import nn
 
 import moq

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import in_processes
+from tiny_decoder import in_processes
 
 WORKER = Path(__file__).parent / "workers" / "apart.py"
 CHECKS = re.findall(r"^def check_(\w+)", WORKER.read_text(), re.MULTILINE)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import FALLING, assert_same, assert_simulated, masters, train_step, weights, wrap
+from tiny_decoder import FALLING, assert_same, assert_simulated, masters, train_step, weights, wrap
 from torch.nn.utils import parametrize
 
 FORMS = ["in_place", "autograd"]

@@ -7,7 +7,6 @@ from html import escape, unescape
 from pathlib import Path
 
 import pytest
-from conftest import Logits, tiny_llama, train_step, wrap
 from reported_runs import (
     HOSTILE,
     SECTIONS,
@@ -17,6 +16,7 @@ from reported_runs import (
     train_reported,
     training,
 )
+from tiny_decoder import Logits, tiny_llama, train_step, wrap
 
 transformers = pytest.importorskip("transformers")
 

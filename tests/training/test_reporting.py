@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from conftest import Decoder, train_step, wrap
+from tiny_decoder import Decoder, train_step, wrap
 
 from moq.reporting import Reporter, drop_lines
 

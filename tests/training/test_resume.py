@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Decoder, assert_same, batch, loss_of, weights
+from tiny_decoder import Decoder, assert_same, batch, loss_of, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import wrap
+from tiny_decoder import wrap
 from torch import nn
 
 from moq import MoQConfig, Rule, Timing

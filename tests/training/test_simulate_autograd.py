@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import (
+from reference import quantize as reference
+from tiny_decoder import (
     Recorder,
     assert_same,
     batch,
@@ -16,7 +17,6 @@ from conftest import (
     weights,
     wrap,
 )
-from reference import quantize as reference
 from torch import nn
 
 transformers = pytest.importorskip("transformers")

@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from conftest import assert_same, batch, loss_of, tiny_llama, weights, wrap
 from reference.hessian import block_ranges, dense_hessian
+from tiny_decoder import assert_same, batch, loss_of, tiny_llama, weights, wrap
 from torch import nn
 from torch.nn import functional as F
 

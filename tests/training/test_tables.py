@@ -4,7 +4,7 @@ import json
 from collections import OrderedDict
 
 import pytest
-from conftest import wrap
+from tiny_decoder import wrap
 from torch import nn
 
 from moq.cli import main

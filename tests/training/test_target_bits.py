@@ -11,7 +11,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import (
+from measured_runs import STEPS, llama, measured, probed_llama, tokens, traces
+from reference import quantize as reference
+from tiny_decoder import (
     assert_same,
     assert_simulated,
     batch,
@@ -20,8 +22,6 @@ from conftest import (
     weights,
     wrap,
 )
-from measured_runs import STEPS, llama, measured, probed_llama, tokens, traces
-from reference import quantize as reference
 from torch import nn
 
 import moq

@@ -16,7 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import Decoder, batch, loss_of, train_step, wrap
+from tiny_decoder import Decoder, batch, loss_of, train_step, wrap
 from torch.distributed.fsdp import fully_shard
 from workers.job import everywhere, main
 

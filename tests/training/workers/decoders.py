@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from conftest import Decoder, masters
+from tiny_decoder import Decoder, masters
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

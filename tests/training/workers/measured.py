@@ -4,7 +4,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from conftest import (
+from tiny_decoder import (
     Decoder,
     OnceDifferentiable,
     batch,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import (
+from tiny_decoder import (
     batch,
     loss_of,
     train_step,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import (
+from tiny_decoder import (
     Decoder,
     Recorder,
     assert_simulated,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import CausalDecoder, Decoder, Recorder, batch, loss_of, masters, wrap
+from tiny_decoder import CausalDecoder, Decoder, Recorder, batch, loss_of, masters, wrap
 
 from moq import MoQOptimizer
 from moq.integrations import Training, unwrap_optimizer
