@@ -15,8 +15,8 @@ VERSION := $(call version_of,$(PYTHON))
 INSTALLED := $(VENV)/installed-$(VERSION)
 BUILD := build/cpython-$(subst .,,$(VERSION))
 JOBS ?= $(shell nproc)
-# Processes of pytest: each takes some GB, and those of the ranks that tests start besides.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# Processes of pytest, of up to 4 GB each; one where there is a GPU, whose memory the tests measure.
+WORKERS ?= $(if $(wildcard /dev/nvidia0),1,$(shell n=$$(nproc); echo $$((n < 4 ? n : 4))))
 DEMO_FLAGS ?=
 # What the last configuration had stays unless it is named again.
 CUDA_OPTIONS := $(if $(MOQ_CUDA),-DMOQ_CUDA='$(MOQ_CUDA)') \

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
-#: Packages between a script and what warns: none of their lines is one that its reader could mend.
+#: Packages between a script and what warns (torch, the trainers that moq has integrations for,
+#: threads): none of their lines is one that the reader of a warning could mend.
 _BETWEEN = frozenset(
     {
         "moq",
@@ -16,17 +18,23 @@ _BETWEEN = frozenset(
         "lightning_fabric",
         "pytorch_lightning",
         "contextlib",
+        "threading",
+        "concurrent",
     }
 )
 
 
 def warn_caller(message: str) -> None:
-    """Warns, naming the innermost line that no library between the script and moq has."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _package_of(frame.f_globals) in _BETWEEN:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    """Warns, naming the innermost line that no library between the script and moq has.
 
-
-def _package_of(names: dict[str, object]) -> str:
-    return str(names.get("__name__", "")).partition(".")[0]
+    Without one, as in a thread, it is the innermost line outside moq.
+    """
+    packages = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        packages.append(str(frame.f_globals.get("__name__", "")).partition(".")[0])
+        frame = frame.f_back
+    outside = [level for level, package in enumerate(packages) if package != "moq"]
+    script = [level for level in outside if packages[level] not in _BETWEEN]
+    level = (script or outside or [0])[0]
+    warnings.warn(message, stacklevel=level + 2)

@@ -4,7 +4,10 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import moq
 
@@ -46,6 +49,25 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def warnings_of(command: str) -> Iterator[None]:
+    """Shows the warnings of moq as its errors are shown: whoever types a command has no script."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    shown_else = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, *others: Any, **more: Any
+    ) -> None:
+        if filename == program:
+            print(f"moq {command}: warning: {message}", file=sys.stderr)
+        else:
+            shown_else(message, category, filename, *others, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -60,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((word for word in arguments if word in COMMANDS), None)
     options = build_parser(command).parse_args(arguments)
     try:
-        status = int(importlib.import_module(COMMANDS[options.command][0]).run(options))
+        with warnings_of(options.command):
+            status = int(importlib.import_module(COMMANDS[options.command][0]).run(options))
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -32,7 +32,7 @@ from moq.masters import Masters
 from moq.probing import Probes
 from moq.record import MASTER_KEY, RECORD_KEY, Pace, Record
 from moq.reporting import Reporter
-from moq.rules import MatchedParameter, match_parameters, unwrap
+from moq.rules import MatchedParameter, match_parameters, unwrap, warn_of_overruled
 from moq.scalars import ScalarLog
 from moq.sharding import raise_on_all_shards
 from moq.simulators import WeightSimulators, remove_left_over_simulators, require_learnable
@@ -124,6 +124,7 @@ class MoQOptimizer(WritableOptimizer):
         self._shows_masters = False
         self._pace = Pace()
         matched, blocks = self._match()
+        warn_of_overruled(self.model, self.config)
         if not matched:
             warn_caller(
                 "MoQOptimizer: no weight is quantized, and training goes on in full precision: the "

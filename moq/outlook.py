@@ -12,7 +12,7 @@ import torch
 from moq._C import Schedule, stretch
 from moq.blocks import Blocks, Pace, assign_blocks, layer_of, make_schedule, retarget
 from moq.config import MoQConfig
-from moq.rules import DEFAULT_RULE, match_parameters
+from moq.rules import DEFAULT_RULE, match_parameters, warn_of_overruled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,6 +194,7 @@ def run_outlook(
 
 def _schedule_of(config: MoQConfig, total_steps: int, model: torch.nn.Module) -> Schedule:
     matched, _ = match_parameters(model, config, model.parameters())
+    warn_of_overruled(model, config)
     if not matched:
         raise ValueError("at least one parameter must be quantized, got 0")
     return make_schedule(assign_blocks(matched), config, total_steps)

@@ -184,8 +184,6 @@ def match_parameters(
     for candidate in candidates:
         aliases[id(candidate.parameter)].append(candidate)
 
-    _warn_of_overruled(aliases.values(), config)
-
     held_ids = {id(parameter) for parameter in held}
     matched, unheld = [], []
     for names in aliases.values():
@@ -297,16 +295,25 @@ def _deciding(names: list[_Candidate], config: MoQConfig) -> int | None:
     return max(matching, default=None)
 
 
-def _warn_of_overruled(groups: Iterable[list[_Candidate]], config: MoQConfig) -> None:
-    """Warns of rules that decide nothing, since later ones match all that they match."""
-    deciding = {_deciding(names, config) for names in groups}
+def warn_of_overruled(model: nn.Module, config: MoQConfig) -> None:
+    """Warns of rules that stand before one that matches all that they match: it decides alone.
+
+    Rules that exclude, and a rule for everything, are defaults that others may well replace.
+    """
+    candidates = list(_candidates(model))
+    reach = [{c.name for c in candidates if _applies(rule, c)} for rule in config.rules]
     for index, rule in enumerate(config.rules):
-        if index not in deciding:
-            warn_caller(
-                f"rules[{index}] ({rule.match!r}) decides nothing: later rules match all that it "
-                "matches, and the last rule that matches a module decides alone. Put it behind "
-                "them, or its values into them"
-            )
+        if rule.exclude or rule.match == "*":
+            continue
+        for later in range(index + 1, len(reach)):
+            if reach[index] <= reach[later]:
+                where = f"rules[{later}] ({config.rules[later].match!r})"
+                warn_caller(
+                    f"rules[{index}] ({rule.match!r}) decides nothing: {where} matches all that it "
+                    "matches, and the last rule that matches a module decides alone. Put it "
+                    f"behind rules[{later}], or its values into that rule"
+                )
+                break
 
 
 def _decide(

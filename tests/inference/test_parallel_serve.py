@@ -104,17 +104,18 @@ def test_a_killed_rank_ends_the_job_with_an_error_that_names_it(smollm2, start_j
 
 
 def test_a_rank_that_starts_after_torchrun_was_killed_ends_with_an_error(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    # As torchrun sets them; nobody listens at the port any more.
-    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    result = subprocess.run(
-        [sys.executable, WORKERS / "reduce_forever.py"],
-        env=one_thread_environment(TORCHELASTIC_USE_AGENT_STORE="True", **place),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with socket.socket() as taken:  # by somebody who does not listen: nobody else can have it
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        # As torchrun sets them.
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = subprocess.run(
+            [sys.executable, WORKERS / "reduce_forever.py"],
+            env=one_thread_environment(TORCHELASTIC_USE_AGENT_STORE="True", **place),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert result.returncode != 0
     assert f"torchrun must be reachable at 127.0.0.1:{port}, got" in result.stderr
 

@@ -2,6 +2,8 @@
 
 import copy
 import linecache
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +38,8 @@ def test_a_wrapper_that_warns_names_the_call_that_made_it(decoder, warned_line):
 def test_a_rule_that_decides_nothing_names_the_call_of_the_wrapper(decoder, warned_line):
     model = decoder()
     adamw = torch.optim.AdamW(model.parameters())
-    rules = {"rules": [{"match": "*.q_proj", "target_bits": 4}, {"match": "*", "target_bits": 6}]}
-    MoQOptimizer(adamw, model, rules, total_steps=12, verbose=False)
+    config = {"rules": [{"match": "*.q_proj"}, {"match": "*", "target_bits": 6}]}
+    MoQOptimizer(adamw, model, config, total_steps=12, verbose=False)
     assert warned_line().startswith("MoQOptimizer(")
 
 
@@ -71,3 +73,17 @@ def test_a_deepspeed_configuration_names_the_call_that_reads_it(warned_line):
     schedule = {"quantize_schedule": {"quantize_period": 1, "schedule_offset": 0}}
     MoQConfig.from_deepspeed({"quantize_training": training | schedule})
     assert warned_line().startswith("MoQConfig.from_deepspeed(")
+
+
+def test_a_step_in_a_thread_names_what_ran_it(decoder, recwarn):
+    model = decoder()
+    optimizer = wrap(model, FALLING)
+    train_step(model, optimizer, 0)
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.add_(1)
+    thread = threading.Thread(target=optimizer.step)
+    thread.start()
+    thread.join()
+    (warning,) = recwarn.list
+    assert Path(warning.filename).name != "caller_warning.py"
+    assert "moq" not in Path(warning.filename).parts

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import warnings
 
 import pytest
 from tiny_decoder import train_step, wrap
@@ -135,6 +136,14 @@ def test_groups_become_rules_and_the_rest_is_not_quantized(decoder):
     plans = dict(zip(optimizer.schedule().block_names, optimizer.schedule().plan(), strict=True))
     fast = next(plan for name, plan in plans.items() if "16 to 4" in name)
     assert fast == [(0, 16), (2, 8), (3, 7), (5, 6), (9, 5), (17, 4)]
+
+
+def test_a_group_of_everything_replaces_the_default_without_a_warning(decoder):
+    with pytest.warns(UserWarning):
+        config = MoQConfig.from_deepspeed(new((12, 8, 2, ["*"])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(wrap(decoder(), config, total_steps=40).num_bits) == 14
 
 
 def test_everything_is_quantized_by_the_old_spelling_as_in_deepspeed(decoder):

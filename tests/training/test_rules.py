@@ -1,14 +1,15 @@
 """Which parameters the rules quantize, and what they refuse."""
 
 import re
+import warnings
 
 import pytest
 import torch
 from tiny_decoder import wrap
 from torch import nn
 
-from moq import MoQConfig, Rule, Timing
-from moq.rules import match_parameters
+from moq import MoQConfig, MoQOptimizer, Rule, Timing
+from moq.rules import match_parameters, warn_of_overruled
 
 
 def matched(model, *rules, held=None, **config):
@@ -71,12 +72,50 @@ def test_a_regular_expression_must_match_the_whole_name(decoder):
         matched(decoder(), Rule("re:down_proj", target_bits=4))
 
 
-def test_a_rule_that_decides_nothing_is_warned_of(decoder, recwarn):
-    with pytest.warns(UserWarning, match=r"^rules\[0\] \('\*\.down_proj'\) decides nothing: later"):
-        matched(decoder(), Rule("*.down_proj", target_bits=4), Rule("*", activations="static"))
-    recwarn.clear()
-    matched(decoder(), Rule("*", activations="static"), Rule("*.down_proj", target_bits=4))
-    assert not recwarn.list
+def overruled(model, *rules):
+    """The warnings of rules that decide nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_overruled(model, MoQConfig(rules=rules))
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_rule_before_a_more_general_one_is_warned_of(decoder):
+    narrow, wide = Rule("*.down_proj", target_bits=4), Rule("*", activations="static")
+    (message,) = overruled(decoder(), narrow, Rule("lm_head"), wide)
+    assert message.startswith("rules[0] ('*.down_proj') decides nothing: rules[2] ('*') matches")
+    (message,) = overruled(decoder(), narrow, Rule("re:.*down_proj"), Rule("*.q_proj"))
+    assert "behind rules[1]" in message
+
+
+DEFAULTS = {
+    "a wide rule before a narrow one": [Rule("*.[qkv]_proj"), Rule("*.q_proj")],
+    "everything excluded, all of it taken": [Rule("*", exclude=True), Rule("*")],
+    "parts excluded, and taken again": [Rule("*_proj", exclude=True), Rule("*")],
+    "a default that narrow rules share out": [Rule("*"), Rule("*.[!d]*_proj"), Rule("*.d*_proj")],
+    "a part that two others share out": [Rule("*.[qk]_proj"), Rule("*.q_proj"), Rule("*.k_proj")],
+}
+
+
+@pytest.mark.parametrize("rules", DEFAULTS.values(), ids=DEFAULTS.keys())
+def test_rules_that_replace_a_default_are_not_warned_of(decoder, rules):
+    assert overruled(decoder(), *rules) == []
+
+
+def test_names_of_one_weight_overrule_each_other_without_a_warning(decoder):
+    model = decoder()
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    assert overruled(model, Rule("layers.0.q_proj"), Rule("layers.1.q_proj")) == []
+
+
+def test_rules_are_warned_of_once_in_a_training(decoder, recwarn):
+    model = decoder()
+    first, second = (list(layer.parameters()) for layer in model.layers)
+    config = {"rules": [{"match": "*.down_proj", "target_bits": 4}, {"match": "*_proj"}]}
+    optimizer = MoQOptimizer(torch.optim.SGD(first), model, config, total_steps=12, verbose=False)
+    optimizer.add_param_group({"params": second})
+    told = [w for w in recwarn.list if "decides nothing" in str(w.message)]
+    assert len(told) == 1
 
 
 def test_head_and_embedding_are_quantized_when_a_rule_says_so(decoder):

@@ -54,6 +54,18 @@ def test_the_command_plans_the_layers_of_a_model(config_file, tmp_path, capsys):
     assert "model.layers.{0-2} (16 to 4 bits)" in capsys.readouterr().out
 
 
+def test_the_command_warns_as_it_reports_errors(config_file, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    config = config_file(rules=[{"match": "*.mlp.*", "target_bits": 4}, {"match": "*"}])
+    command = ["schedule", config, "--steps", "400", "--model", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "moq", *command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith(
+        "moq schedule: warning: rules[0] ('*.mlp.*') decides nothing: rules[1] ('*') matches all"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_command_refuses_a_schedule_that_cannot_finish(config_file, capsys):
     config = config_file(schedule={"period": 10}, sensitivity={"rule": "none"})
     assert main(["schedule", config, "--steps", "2000"]) == 1

@@ -10,6 +10,7 @@ import torch
 from reference.hessian import block_ranges, dense_hessian
 from torch import nn
 from torch.nn import functional as F
+from transformers import BatchEncoding
 
 from moq.sensitivity import find_blocks, measure, normalise
 from moq.undisturbed import undisturbed
@@ -290,6 +291,10 @@ def test_bad_arguments_are_refused(model, batches):
         measure(model, None, loss_of(model), batches, measure="fisher")
     with pytest.raises(ValueError, match="at least one batch"):
         measure(model, None, loss_of(model), [])
+    with pytest.raises(
+        TypeError, match=r"one batch alone, a BatchEncoding with the keys \['ids'\]"
+    ):
+        measure(model, None, loss_of(model), BatchEncoding({"ids": batches[0][0]}))
     with pytest.raises(ValueError, match="trainable parameter, got none"):
         measure(model, {"a": []}, loss_of(model), batches)
     with pytest.raises(ValueError, match="one parameter in 'a' and 'b'"):

@@ -160,6 +160,8 @@ def test_bad_input_is_refused():
     model, batches = make(), data()
     with pytest.raises(ValueError, match="at least one batch"):
         measure(model, [])
+    with pytest.raises(TypeError, match="one batch alone, a dict with the keys"):
+        measure(model, {"x": batches[0][0]})
     with pytest.raises(ValueError, match="width must be positive and finite, got 0"):
         measure(model, batches, width=0.0)
     with pytest.raises(ValueError, match="points must be >= 2, got 1"):
