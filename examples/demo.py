@@ -102,7 +102,7 @@ def main() -> None:
     windows = 4 if args.quick else 16  # of 256 held-out tokens
     steps = ["--held-out-windows", str(windows)]
     if args.quick:
-        steps += ["--fp32-steps", "8", "--moq-steps", "12"]
+        steps += ["--fp32-steps", "3", "--moq-steps", "10"]
     python(EXAMPLES / "train_decoder.py", "--output", decoder, *steps)
 
     console.rule("inspect, verify")
@@ -119,7 +119,7 @@ def main() -> None:
     peers = [transformers_speed(threads=1), transformers_speed(threads=2)]
 
     console.rule("encoder")
-    short = ["--warmup-steps", "20", "--steps", "15", "--held-out", "200"] if args.quick else []
+    short = ["--warmup-steps", "8", "--steps", "8", "--held-out", "100"] if args.quick else []
     python(EXAMPLES / "classify_text.py", "--output", encoder, *short)
 
     perplexities = json.loads(decoder.with_name("decoder-perplexity.json").read_text())
