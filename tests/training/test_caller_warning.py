@@ -43,13 +43,18 @@ def test_a_rule_that_decides_nothing_names_the_call_of_the_wrapper(decoder, warn
     assert warned_line().startswith("MoQOptimizer(")
 
 
-def test_a_step_that_warns_names_the_call_of_step(decoder, warned_line):
-    model = decoder()
+def with_a_weight_replaced(model):
+    """An optimizer whose next step warns: a weight was changed from outside."""
     optimizer = wrap(model, FALLING)
     train_step(model, optimizer, 0)
     with torch.no_grad():
         model.layers[0].q_proj.weight.add_(1)
     loss_of(model, batch(1)).backward()
+    return optimizer
+
+
+def test_a_step_that_warns_names_the_call_of_step(decoder, warned_line):
+    optimizer = with_a_weight_replaced(decoder())
     optimizer.step()
     assert warned_line() == "optimizer.step()"
 
@@ -76,11 +81,7 @@ def test_a_deepspeed_configuration_names_the_call_that_reads_it(warned_line):
 
 
 def test_a_step_in_a_thread_names_what_ran_it(decoder, recwarn):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    train_step(model, optimizer, 0)
-    with torch.no_grad():
-        model.layers[0].q_proj.weight.add_(1)
+    optimizer = with_a_weight_replaced(decoder())
     thread = threading.Thread(target=optimizer.step)
     thread.start()
     thread.join()
