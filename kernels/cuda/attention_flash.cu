@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kThreads, Shape<kInt8, kDim, kRowTiles>::kBloc
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
   const int g = lane / 4;
-  const int t = lane % 4;
   allow_next_kernel();
 
   // ---- what this block has to do. The last rows of a causal sequence see the most keys: they
@@ -173,27 +172,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kInt8, kDim, kRowTiles>::kBloc
   // ---- finished rows, by way of shared memory: this warp's queries are not needed any more
   __syncwarp();
   std::uint8_t* finished = shared + warp_row * kQueryRowBytes<kDim>;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float inverse = __fdividef(1.0F, sum_of_row(softmax.sum[r][half]));
-      auto* row = reinterpret_cast<Element*>(finished + (r * kRowsOfTile + g + 8 * half) *
-                                                            kQueryRowBytes<kDim>);
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        const float low = output[r][n][2 * half] * inverse;
-        const float high = output[r][n][2 * half + 1] * inverse;
-        if constexpr (kInt8) {
-          store_float(row + dim_of<kInt8>(n, t, 0), low);
-          store_float(row + dim_of<kInt8>(n, t, 1), high);
-        } else {
-          *reinterpret_cast<std::uint32_t*>(row + dim_of<kInt8>(n, t, 0)) =
-              round_pair<kBFloat16>(low, high);
-        }
-      }
-    }
-  }
+  finish_rows<kBFloat16, kInt8, kDim>(finished, lane, softmax, output);
   __syncwarp();
   auto* target = static_cast<Element*>(args.output);
   each_piece<kRowsOfTile * kRowTiles, kQueryChunks, kWarpSize>(lane, [&](int row, int chunk) {

@@ -206,4 +206,35 @@ __device__ void attend(std::uint32_t stage, const Query& query, const GetSight& 
   }
 }
 
+/// The rows of a warp, divided by the sums of their probabilities and rounded, to shared memory:
+/// rows of kQueryRowBytes.
+template <bool kBFloat16, bool kInt8, int kDim, int kRowTiles>
+__device__ void finish_rows(std::uint8_t* rows, int lane, const Softmax<kRowTiles>& softmax,
+                            const float (&output)[kRowTiles][kDim / 8][4]) {
+  using Element = typename ElementOf<kBFloat16>::Type;
+  const int g = lane / 4;
+  const int t = lane % 4;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float inverse = __fdividef(1.0F, sum_of_row(softmax.sum[r][half]));
+      auto* row = reinterpret_cast<Element*>(rows + (r * kRowsOfTile + g + 8 * half) *
+                                                        kQueryRowBytes<kDim>);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float low = output[r][n][2 * half] * inverse;
+        const float high = output[r][n][2 * half + 1] * inverse;
+        if constexpr (kInt8) {
+          store_float(row + dim_of<kInt8>(n, t, 0), low);
+          store_float(row + dim_of<kInt8>(n, t, 1), high);
+        } else {
+          *reinterpret_cast<std::uint32_t*>(row + dim_of<kInt8>(n, t, 0)) =
+              round_pair<kBFloat16>(low, high);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace moq::kernels::cuda

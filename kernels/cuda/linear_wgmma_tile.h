@@ -34,6 +34,7 @@ struct WgmmaTileOf : A {
   static constexpr int kElementBytes = kElementBytes_;
   static constexpr bool kGroups = kGroups_;
   static constexpr bool kSplits = A::kSplits;
+  static constexpr int kInterleave = 1;  // stages from one step of a warpgroup to its next
   // A part of a multiprocessor has the registers of whole warpgroups, and the producer's go to the
   // others.
   static constexpr bool kMovesRegisters = A::kConsumers > 1;
@@ -115,8 +116,9 @@ struct WgmmaSlot {
   std::uint32_t parity = 0;  ///< of the round
 
   __device__ void advance() {
-    if (++stage == T::kStages) {
-      stage = 0;
+    stage += T::kInterleave;
+    if (stage >= T::kStages) {
+      stage -= T::kStages;
       parity ^= 1;
     }
   }

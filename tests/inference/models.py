@@ -148,6 +148,17 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER, num_labels=5)),
     "bert_base": lambda: BertModel(BertConfig(**_ENCODER)),
     "bert_masked_lm": lambda: BertForMaskedLM(BertConfig(**_ENCODER)),
+    "bert_wide_heads": lambda: BertForMaskedLM(  # the heads of BERT itself
+        BertConfig(
+            **_ENCODER
+            | {
+                "hidden_size": 128,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 160,
+                "initializer_range": 0.1,
+            }
+        )
+    ),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER, num_labels=5)),
     "roberta_base": lambda: RobertaModel(RobertaConfig(**_ENCODER)),
     "roberta_masked_lm": lambda: RobertaForMaskedLM(RobertaConfig(**_ENCODER)),

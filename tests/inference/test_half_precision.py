@@ -162,6 +162,31 @@ def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     )
 
 
+@pytest.mark.parametrize(
+    "lengths", [[128], [9], [65, 64], [128, 2, 20], [129, 100], [70, 1]], ids=str
+)
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_64_dimensions_err_as_their_dtype(dtype, weights, lengths, model_directory, gpu):
+    # One kernel for projection and attention, where there are so few tokens.
+    engine = Engine.from_pretrained(
+        model_directory("bert_wide_heads"),
+        device=gpu,
+        dtype=weights or dtype,
+        compute_dtype=dtype,
+        quantize_head=False,
+    )
+    model = models.build("bert_wide_heads")
+    if weights == "int8":
+        model = models.simulate_int8(model, head=False)
+    half = with_parameters_in(DTYPES[dtype], model)
+    rows = sequences(*lengths)
+    exact = logits_of(with_parameters_in(torch.float64, half), rows, "cpu")
+    for _ in range(3):  # the third time by a captured step
+        actual = torch.cat(engine.forward(rows))
+        check_against_naive(actual, list(naive_logits(half, rows)), exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["static", "static_asymmetric"])

@@ -10,6 +10,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/embedding.h"
 #include "kernels/norm.h"
+#include "kernels/qkv_attention.h"
 
 namespace moq::inference::cuda {
 
@@ -89,64 +90,95 @@ void CudaTransformer::embed(const Step& step, void* output) {
 /// heads.
 void CudaTransformer::attend(const void* input, const kernels::DeviceNorm& norm,
                              const DeviceLayer& layer, std::int64_t index, const Step& step) {
-  const std::int64_t dim = spec_.head_dim;
   const std::int64_t m = step.num_tokens;
-  const auto element = static_cast<std::int64_t>(size_of(dtype_));
-  const bool rotary = spec_.positions == PositionKind::kRotary;
-  const bool rotated_by_projection = rotates_in_pairs(spec_);
   const kernels::DevicePages pages =
       step.cache == nullptr ? kernels::DevicePages{} : step.cache->pages(index);
-  const bool appended_by_projection = step.cache != nullptr && pages.dtype == dtype_ &&
-                                      (!rotary || rotated_by_projection) && !spec_.qk_norm &&
-                                      dim % 2 == 0;
-  kernels::DeviceRotary rotary_args{};
-  if (rotary) {
-    rotary_args = {.rotary_dim = static_cast<std::int32_t>(spec_.rotary_dim()),
-                   .positions = step.inputs.positions(),
-                   .cos = static_cast<const float*>(cos_.const_data_ptr()),
-                   .sin = static_cast<const float*>(sin_.const_data_ptr())};
+  kernels::DeviceRotary rotary{};
+  if (spec_.positions == PositionKind::kRotary) {
+    rotary = {.rotary_dim = static_cast<std::int32_t>(spec_.rotary_dim()),
+              .positions = step.inputs.positions(),
+              .cos = static_cast<const float*>(cos_.const_data_ptr()),
+              .sin = static_cast<const float*>(sin_.const_data_ptr())};
   }
-  const std::int64_t row_width = appended_by_projection ? q_heads() * dim : qkv_width();
+  const bool rotated_by_projection = rotates_in_pairs(spec_);
+  const bool rotated_apart = rotary.rotary_dim > 0 && !rotated_by_projection;
+  const bool appended_by_projection = step.cache != nullptr && pages.dtype == dtype_ &&
+                                      !rotated_apart && !spec_.qk_norm && spec_.head_dim % 2 == 0;
+  const bool appended_apart = step.cache != nullptr && !appended_by_projection;
+  const std::int64_t row_width = appended_by_projection ? q_heads() * spec_.head_dim : qkv_width();
   kernels::DeviceLinearArgs projection{
       .m = m, .output = workspace_.qkv, .output_stride = row_width};
   if (rotated_by_projection || appended_by_projection) {
-    projection.qkv = {.head_dim = static_cast<std::int32_t>(dim),
+    projection.qkv = {.head_dim = static_cast<std::int32_t>(spec_.head_dim),
                       .num_heads = static_cast<std::int32_t>(q_heads()),
                       .num_kv_heads = static_cast<std::int32_t>(kv_heads()),
-                      .rotary = rotated_by_projection ? rotary_args : kernels::DeviceRotary{},
+                      .rotary = rotated_by_projection ? rotary : kernels::DeviceRotary{},
                       .pages = appended_by_projection ? pages : kernels::DevicePages{},
                       .cache_rows = step.inputs.device_cache_rows()};
   }
-  linear("QKV projection", input, norm, layer.qkv, projection);
-  const bool rotate_here = rotary && !rotated_by_projection;
-  if (rotate_here || spec_.qk_norm || (step.cache != nullptr && !appended_by_projection)) {
+  projection = with_input(input, norm, layer.qkv, projection);
+  kernels::DeviceAttentionArgs attention = attention_over(pages, row_width, step);
+  if (rotated_apart || spec_.qk_norm || appended_apart) {
+    multiply("QKV projection", projection);
     launch("append to the KV cache", m, qkv_width(), 0, [&] {
       gpu::append_kv({.qkv = workspace_.qkv,
                       .token_stride = row_width,
                       .num_tokens = m,
                       .num_heads = q_heads(),
                       .num_kv_heads = kv_heads(),
-                      .head_dim = dim,
+                      .head_dim = spec_.head_dim,
                       .query_norm = layer.query_norm,
                       .key_norm = layer.key_norm,
-                      .rotary = rotate_here ? rotary_args : kernels::DeviceRotary{},
+                      .rotary = rotated_apart ? rotary : kernels::DeviceRotary{},
                       .pages = pages,
                       .cache_rows = step.inputs.device_cache_rows(),
                       .dtype = dtype_},
                      stream_);
     });
+  } else if (step.num_decoding == 0 && gpu::prefers_qkv_attention(projection, attention)) {
+    const kernels::LinearShape& shape = layer.qkv.weight.shape;
+    launch("QKV projection and attention", m, shape.n,
+           static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
+           [&] { gpu::qkv_attention(projection, attention, stream_); });
+    return;
+  } else {
+    multiply("QKV projection", projection);
   }
+  const std::int64_t key_bytes =
+      2 * step.num_keys * kv_heads() * spec_.head_dim *
+      static_cast<std::int64_t>(size_of(step.cache == nullptr ? dtype_ : pages.dtype));
+  const auto compute = [&] {
+    launch("attention", m, q_heads() * spec_.head_dim, key_bytes,
+           [&] { gpu::attention(attention, stream_); });
+  };
+  if (step.num_longer > 0) {
+    compute();
+  }
+  if (step.num_decoding > 0) {
+    attention.sequences = step.inputs.sequences();
+    attention.num_sequences = step.num_decoding;
+    attention.max_tokens = 1;
+    compute();
+  }
+}
+
+/// Attention of the sequences of more than one token.
+kernels::DeviceAttentionArgs CudaTransformer::attention_over(const kernels::DevicePages& pages,
+                                                             std::int64_t row_width,
+                                                             const Step& step) const {
+  const std::int64_t dim = spec_.head_dim;
+  const auto element = static_cast<std::int64_t>(size_of(dtype_));
   auto* const q = static_cast<const char*>(workspace_.qkv);
-  kernels::DeviceAttentionArgs attention{
+  kernels::DeviceAttentionArgs args{
       .query = q,
       .query_stride = row_width,
       .pages = pages,
       .packed_keys = q + q_heads() * dim * element,
       .packed_values = q + (q_heads() + kv_heads()) * dim * element,
       .packed_stride = row_width,
-      .sequences = step.inputs.sequences(),
-      .num_sequences = step.num_decoding,
-      .max_tokens = 1,
+      .sequences = step.inputs.sequences() + step.num_decoding,
+      .num_sequences = step.num_longer,
+      .max_tokens = step.max_tokens,
       .num_heads = q_heads(),
       .num_kv_heads = kv_heads(),
       .head_dim = dim,
@@ -158,22 +190,11 @@ void CudaTransformer::attend(const void* input, const kernels::DeviceNorm& norm,
       .dtype = dtype_,
       .past_is_ready = true};  // the step before has ended: begin_step waits for it
   if (step.cache != nullptr) {
-    attention.page_table = step.cache->page_table();
-    attention.page_table_stride = step.cache->page_table_stride();
-    attention.packed_keys = attention.packed_values = nullptr;
+    args.page_table = step.cache->page_table();
+    args.page_table_stride = step.cache->page_table_stride();
+    args.packed_keys = args.packed_values = nullptr;
   }
-  const std::int64_t key_bytes =
-      2 * step.num_keys * kv_heads() * dim *
-      static_cast<std::int64_t>(size_of(step.cache == nullptr ? dtype_ : pages.dtype));
-  if (step.num_decoding > 0) {
-    launch("attention", m, q_heads() * dim, key_bytes, [&] { gpu::attention(attention, stream_); });
-  }
-  if (step.num_longer > 0) {
-    attention.sequences += step.num_decoding;
-    attention.num_sequences = step.num_longer;
-    attention.max_tokens = step.max_tokens;
-    launch("attention", m, q_heads() * dim, key_bytes, [&] { gpu::attention(attention, stream_); });
-  }
+  return args;
 }
 
 /// inner = activation(up(norm(input))), or activation(gate(norm(input))) * up(norm(input)).
@@ -215,7 +236,23 @@ void CudaTransformer::project_and_add(const char* what, const void* input,
 
 /// A projection of norm(input), whose rows lie one behind the other.
 void CudaTransformer::linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
-                             const DeviceProjection& projection, kernels::DeviceLinearArgs args) {
+                             const DeviceProjection& projection,
+                             const kernels::DeviceLinearArgs& args) {
+  multiply(what, with_input(input, norm, projection, args));
+}
+
+void CudaTransformer::multiply(const char* what, const kernels::DeviceLinearArgs& args) {
+  const kernels::LinearShape& shape = args.weight.shape;
+  launch(what, args.m, shape.n, static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
+         [&] { gpu::linear(args, stream_); });
+}
+
+/// The arguments of a projection of norm(input). Where its kernel can't normalise or round the
+/// input, that has been launched.
+kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
+                                                      const kernels::DeviceNorm& norm,
+                                                      const DeviceProjection& projection,
+                                                      kernels::DeviceLinearArgs args) {
   const kernels::LinearShape& shape = projection.weight.shape;
   const kernels::InputMode mode = projection.input.mode;
   const bool rounds = mode != kernels::InputMode::kFloat32;
@@ -252,8 +289,7 @@ void CudaTransformer::linear(const char* what, const void* input, const kernels:
   args.bias = projection.bias;
   args.dtype = dtype_;
   args.weight_is_ready = true;
-  launch(what, args.m, shape.n, static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
-         [&] { gpu::linear(args, stream_); });
+  return args;
 }
 
 /// Extents of whole rows of which every rank has a part, so that all round them to one grid.

@@ -110,6 +110,8 @@ class CudaTransformer final : public Transformer {
   void embed(const Step& step, void* output);
   void attend(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
               std::int64_t index, const Step& step);
+  kernels::DeviceAttentionArgs attention_over(const kernels::DevicePages& pages,
+                                              std::int64_t row_width, const Step& step) const;
   void feed_forward(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,
                     std::int64_t m);
   void add_attended(const DeviceLayer& layer, std::int64_t m);
@@ -117,7 +119,11 @@ class CudaTransformer final : public Transformer {
   void project_and_add(const char* what, const void* input, const DeviceProjection& projection,
                        std::int64_t m);
   void linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
-              const DeviceProjection& projection, kernels::DeviceLinearArgs args);
+              const DeviceProjection& projection, const kernels::DeviceLinearArgs& args);
+  void multiply(const char* what, const kernels::DeviceLinearArgs& args);
+  kernels::DeviceLinearArgs with_input(const void* input, const kernels::DeviceNorm& norm,
+                                       const DeviceProjection& projection,
+                                       kernels::DeviceLinearArgs args);
   float* shared_extents(kernels::DeviceNormArgs args);
   void normalize(const void* input, const kernels::DeviceNorm& norm, void* output, std::int64_t m,
                  const std::int32_t* rows = nullptr, bool float32_output = false);

@@ -136,6 +136,11 @@ class AttentionBatch {
     MOQ_CUDA_CHECK(cudaDeviceSynchronize());
     return from_bytes(output_dev_->read(), setup_.dtype);
   }
+  /// Takes the packed rows as they now are on the device, where a projection has written them.
+  void take_rows() {
+    MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+    rows_ = from_bytes(rows_dev_->read(), setup_.dtype);
+  }
   /// Tells the device of changed sequences.
   void upload_sequences() const {
     MOQ_CUDA_CHECK(cudaMemcpy(sequences_dev_->data(), sequences_.data(),
