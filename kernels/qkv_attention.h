@@ -8,10 +8,11 @@ struct CUstream_st;
 namespace moq::kernels::cuda {
 
 /// Whether qkv_attention computes these, on the current device, in less time than `linear` and
-/// `attention` one after the other: 9 to 128 tokens a sequence, heads of 64 dimensions with keys of
-/// their own, nothing between projection and attention (rotations, norms of heads, a cache), INT8
-/// weights with one scale a row or weights of the activations' 16-bit dtype, compute capability
-/// 9.0, and sequences few enough that all their heads are computed at once.
+/// `attention` one after the other: the longest sequence has 9 to 128 tokens, heads of 64
+/// dimensions have keys of their own, nothing stands between projection and attention (rotations,
+/// norms of heads, a cache), the weight is one of integers with one scale a row or of the
+/// activations' 16-bit dtype, compute capability is 9.0, and all heads of all sequences run at
+/// once.
 bool prefers_qkv_attention(const DeviceLinearArgs& projection,
                            const DeviceAttentionArgs& attention);
 

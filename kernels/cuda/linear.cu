@@ -217,6 +217,10 @@ void check(const DeviceLinearArgs& args, const DeviceLayout& layout) {
                  reinterpret_cast<std::uintptr_t>(args.weight.data) % kPackedAlignment == 0),
             "linear: a packed weight must be aligned to ", kPackedAlignment, " bytes, got ",
             args.weight.data);
+  MOQ_CHECK(args.next_bytes >= 0 && args.next_bytes % 16 == 0 &&
+                reinterpret_cast<std::uintptr_t>(args.next_weight) % 16 == 0,
+            "linear: next_weight and next_bytes must be multiples of 16, got ", args.next_weight,
+            " and ", args.next_bytes);
   const std::int64_t cols = output_cols(args, layout);
   MOQ_CHECK(args.m == 1 || args.input_stride >= layout.k, "linear: input_stride must be >= k, got ",
             args.input_stride, " and ", layout.k);

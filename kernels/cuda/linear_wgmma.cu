@@ -48,6 +48,7 @@ __device__ __forceinline__ void produce(const WgmmaProducer<T>& producer, const 
   for (int i = 0; i < early; ++i) {
     producer.fetch_weights(place_of<T>(walk, first_tile), first + i, i);
   }
+  bring(walk.next);
   wait_for_previous_kernels();
   WgmmaSlot<T> slot;
   int fetched = 0;
@@ -185,7 +186,8 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
                  .clusters = 0,
                  .split = 1,
                  .token_bytes = T::kTokenBytes,
-                 .stores = can_store(args, layout)};
+                 .stores = can_store(args, layout),
+                 .next = {}};
   const std::int64_t tiles = static_cast<std::int64_t>(walk.row_tiles) * walk.token_tiles;
   walk.split = T::kSplits ? choice.split : 1;
   while (walk.split > std::min(walk.steps, T::kMostParts)) {
@@ -212,6 +214,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
   walk.clusters = static_cast<int>(T::kSplits ? tiles : std::min(tiles, at_once));
   config.gridDim = dim3(static_cast<unsigned>(walk.clusters * walk.split));
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
+  walk.next = next_weight_of(args, config.gridDim.x);
   const WgmmaMaps maps = wgmma_maps(
       args, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = T::kGridGroups});
   MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, args, layout, walk));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_layout.h"
 #include "kernels/cuda/linear_wgmma_maps.h"
 #include "kernels/cuda/ptx.h"
@@ -77,6 +78,22 @@ struct WgmmaTileOf : A {
   static_assert(kStageBytes % 1024 == 0 && kGridBytes % 128 == 0 && kStages >= 3);
 };
 
+/// The next weight, which blocks bring to the L2 cache, a share each. Plain data.
+struct NextWeight {
+  const void* data;
+  std::int64_t bytes;
+  std::int64_t share;  ///< of a block; 0: nothing is brought
+};
+
+/// Of a kernel with so many blocks.
+inline NextWeight next_weight_of(const DeviceLinearArgs& args, std::int64_t blocks) {
+  constexpr std::int64_t kLine = 128;
+  const bool brings = args.next_weight != nullptr && args.m <= kPrefetchTokens &&
+                      args.next_bytes <= kPrefetchBytes;
+  return {args.next_weight, args.next_bytes,
+          brings ? pad_to((args.next_bytes + blocks - 1) / blocks, kLine) : 0};
+}
+
 /// In which order the tiles are multiplied, and which columns of them. Plain data.
 struct WgmmaWalk {
   int steps;  ///< of kStepCols columns, all of them
@@ -87,6 +104,7 @@ struct WgmmaWalk {
   int split;        ///< blocks of a cluster, which share the columns
   int token_bytes;  ///< of a step
   bool stores;      ///< results go to the output as they are: can_store
+  NextWeight next;
 };
 
 /// Where a block's tile is.
@@ -96,6 +114,15 @@ struct WgmmaPlace {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// By one thread of each block.
+__device__ inline void bring(const NextWeight& next) {
+  const std::int64_t first = blockIdx.x * next.share;
+  if (next.share > 0 && first < next.bytes) {
+    prefetch_bytes(static_cast<const char*>(next.data) + first,
+                   static_cast<std::uint32_t>(min(next.share, next.bytes - first)));
+  }
+}
 
 /// The tile of the cluster that takes `index`. Those that are multiplied at once lie
 /// close together, so that the cache holds what they share.

@@ -203,6 +203,10 @@ __device__ inline void bulk_copy(std::uint32_t target, const void* source, std::
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+/// Brings bytes (a multiple of 16) to the L2 cache.
+__device__ inline void prefetch_bytes(const void* data, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data), "r"(bytes) : "memory");
+}
 __device__ inline void wait_barrier(std::uint32_t barrier, std::uint32_t parity) {
   std::uint32_t done = 0;
   while (done == 0) {

@@ -12,10 +12,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <numbers>
 
 #include "kernels/common/check.h"
-#include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/attention_products.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
@@ -36,22 +36,22 @@ constexpr int kTokenRowBytes = kQueryRowBytes<kHeadDim>;
 static_assert(kTokenRowBytes == TileLayout<false, kHeadDim>::kRowBytes);
 constexpr int kTileBytes = kHeadTokens * kTokenRowBytes;  // q, k or v of a tile's tokens
 
-/// A tile of wgmma_linear, with room for the keys and values of a sequence. kGroups: warpgroups.
-template <bool kBFloat16, int kElementBytes, int kGroups_>
+/// A tile of wgmma_linear, with room for the keys and values of a sequence.
+template <bool kBFloat16, int kElementBytes, int kWarpgroups_>
 struct HeadTile
     : WgmmaTileOf<kBFloat16, kElementBytes, false, WgmmaArrangement<1, kHeadTokens, false>> {
   using Base =
       WgmmaTileOf<kBFloat16, kElementBytes, false, WgmmaArrangement<1, kHeadTokens, false>>;
-  static constexpr int kWarpgroups = kGroups_;
+  static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kInterleave = kWarpgroups;
   static constexpr int kConsumerThreads = kWarpgroups * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpSize;
   static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int kKeyBytes = kMostTokenTiles * 2 * kTileBytes;
-  // Room for a block of the next kernel is left in any case.
+  // Half of a multiprocessor: beside one block there is room for one of the next kernel.
   static constexpr int kRoom = kSharedBytes / 2 - kReservedBytes - kKeyBytes - Base::kBarrierBytes;
   static constexpr int kStages =
-      std::min(kRoom / Base::kStageBytes, kMaxStages) / kWarpgroups * kWarpgroups;
+      std::min(kRoom / Base::kStageBytes, kMaxStages) / kInterleave * kInterleave;
   static constexpr int kKeysOffset = kStages * Base::kStageBytes;
   static constexpr int kBarriersOffset = kKeysOffset + kKeyBytes;
   static constexpr int kBlockShared = kBarriersOffset + Base::kBarrierBytes;
@@ -59,20 +59,21 @@ struct HeadTile
 
   /// What the second warpgroup hands to the first, four numbers a thread and row, lies in stages
   /// that only the second reads: every second one, from the second on.
-  static constexpr int kRowBytes = kWarpgroup * 16;
-  static constexpr int kRowsOfStage = Base::kStageBytes / kRowBytes;
-  static constexpr int kRows = kHeadTokens / 2 / 4 + 1;
-  static_assert(kWarpgroups == 1 || kStages / 2 * kRowsOfStage >= kRows);
+  static constexpr int kHandedRowBytes = kWarpgroup * 16;
+  static constexpr int kHandedRowsOfStage = Base::kStageBytes / kHandedRowBytes;
+  static constexpr int kHandedRows = kHeadTokens / 2 / 4 + 1;
+  static_assert(kWarpgroups == 1 || kStages / 2 * kHandedRowsOfStage >= kHandedRows);
 };
 
-/// What the kernel gets besides the tensor maps. Plain data.
+/// What the kernel gets besides tensor maps and the weight's layout. Plain data.
 struct HeadArgs {
-  PackedLinear weight;
+  const void* weight;
   const void* bias;
   const DeviceSequence* sequences;
   const float* alibi_slopes;
   void* output;
   std::int64_t output_stride;
+  NextWeight next;
   int num_heads;
   int steps;        ///< of kStepCols columns
   int token_tiles;  ///< of the longest sequence
@@ -93,34 +94,36 @@ constexpr int kAllBarrier = 3;
 /// Four numbers of this thread of a warpgroup, in row i of what the second hands to the first.
 template <typename T>
 __device__ __forceinline__ float4* handed(std::uint8_t* ring, int i) {
-  const int stage = 1 + i / T::kRowsOfStage * 2;
+  const int stage = 1 + i / T::kHandedRowsOfStage * 2;
   return reinterpret_cast<float4*>(ring + stage * T::kStageBytes +
-                                   i % T::kRowsOfStage * T::kRowBytes) +
+                                   i % T::kHandedRowsOfStage * T::kHandedRowBytes) +
          threadIdx.x % kWarpgroup;
 }
 
 /// Fetches the steps of the warpgroups in turn: those of a later one are behind all of an earlier.
 template <typename T>
 __device__ __forceinline__ void fetch(const WgmmaProducer<T>& producer, const WgmmaPlace& place,
-                                      int steps, bool weight_is_ready) {
-  constexpr int kGroups = T::kWarpgroups;
-  const int rounds = (steps + kGroups - 1) / kGroups;  // of the last one, which has the most
+                                      const HeadArgs& args) {
+  constexpr int kTurns = T::kWarpgroups;
+  const int steps = args.steps;
+  const int rounds = (steps + kTurns - 1) / kTurns;  // of the last one, which has the most
   const auto step_of = [&](int i) {
-    const int group = i % kGroups;
-    const int step = steps * group / kGroups + i / kGroups;
-    return step < steps * (group + 1) / kGroups ? step : -1;
+    const int group = i % kTurns;
+    const int step = steps * group / kTurns + i / kTurns;
+    return step < steps * (group + 1) / kTurns ? step : -1;
   };
   prefetch_map(producer.maps.tokens);
-  const int early = weight_is_ready ? min(rounds * kGroups, T::kStages) : 0;
+  const int early = args.weight_is_ready ? min(rounds * kTurns, T::kStages) : 0;
   for (int i = 0; i < early; ++i) {
     if (step_of(i) >= 0) {
       producer.fetch_weights(place, step_of(i), i);
     }
   }
+  bring(args.next);
   wait_for_previous_kernels();
   std::uint32_t stage = 0;
   std::uint32_t parity = 0;
-  for (int i = 0; i < rounds * kGroups; ++i) {
+  for (int i = 0; i < rounds * kTurns; ++i) {
     if (const int step = step_of(i); step >= 0) {
       if (i >= early) {
         wait_barrier(producer.ring.empty(stage), parity ^ 1);
@@ -271,8 +274,11 @@ __device__ __forceinline__ void attend_to_keys(const HeadArgs& args, const Devic
     const int token = warp_token + lane / 4 + 8 * half;
     return Sight{limit_of(token), token, 0, slope};
   };
+  // Rows behind the sequence are of the next one. They must not matter to a decision that a warp
+  // makes for all its rows.
+  const int existing = min(kRowsOfTile, num_keys - warp_token);
   const auto query = [&](int step, std::uint32_t(&a)[1][4]) {
-    query_fragments<false, kHeadDim>(shared_address(rows), kRowsOfTile, step, lane, a[0]);
+    query_fragments<false, kHeadDim>(shared_address(rows), existing, step, lane, a[0]);
   };
   const int least_limit = limit_of(warp_token);
   const int warp_end = warp_token < num_keys ? limit_of(warp_token + kRowsOfTile - 1) : 0;
@@ -285,17 +291,19 @@ __device__ __forceinline__ void attend_to_keys(const HeadArgs& args, const Devic
         first + kHeadTokens > least_limit, args.alibi_slopes != nullptr, scale, lane, own.softmax,
         own.output);
   }
-  if (T::kWarpgroups == 2 && num_keys > kHeadTokens) {
+  if constexpr (T::kWarpgroups == 2) {
+    if (num_keys > kHeadTokens) {
+      if (group == 1) {
+        hand_over<T>(shared, own);
+      }
+      meet<T::kConsumerThreads>(kAllBarrier);
+      if (group == 0) {
+        take_over<T>(shared, scale, own);
+      }
+    }
     if (group == 1) {
-      hand_over<T>(shared, own);
+      return;
     }
-    meet<T::kConsumerThreads>(kAllBarrier);
-    if (group == 0) {
-      take_over<T>(shared, scale, own);
-    }
-  }
-  if (group == 1) {
-    return;
   }
   __syncwarp();
   finish_rows<T::kBFloat16, false, kHeadDim>(rows, lane, own.softmax, own.output);
@@ -352,8 +360,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   if (warp == T::kConsumerThreads / kWarpSize) {
     if (tile < tiles && threadIdx.x % kWarpSize == 0) {
       fetch(WgmmaProducer<T>{ring, maps, layout, args.token_bytes},
-            {row_block, sequence.token_begin + tile * kHeadTokens}, args.steps,
-            args.weight_is_ready);
+            {row_block, sequence.token_begin + tile * kHeadTokens}, args);
     } else {
       wait_for_previous_kernels();  // the next kernel relies on this one not to end before them
     }
@@ -367,14 +374,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     return;
   }
   if (kind == 0 && threadIdx.x == 0) {
-    expect_bytes(received, 2 * tiles * kHeadTokens * kHeadDim * 2);
+    expect_bytes(received, 2 * tiles * kHeadTokens * kHeadDim * static_cast<int>(sizeof(Element)));
   }
   const int group = warp / 4;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int own_block = row_block + warp % 4;
   Grids grids{{1.0F, 1.0F}, {}};
   if constexpr (T::kElementBytes == 1) {
-    grids = load_grids<T::kBFloat16>(args.weight.data, layout, own_block, 0, lane / 4);
+    grids = load_grids<T::kBFloat16>(args.weight, layout, own_block, 0, lane / 4);
   }
   float2 bias{};
   if (args.bias != nullptr) {
@@ -422,80 +429,108 @@ std::int64_t token_tiles_of(const DeviceAttentionArgs& attention) {
   return (attention.max_tokens + kHeadTokens - 1) / kHeadTokens;
 }
 
-/// Whether the kernel computes these, on a GPU that has it.
-bool suits(const DeviceLinearArgs& projection, const DeviceLayout& layout,
-           const DeviceAttentionArgs& attention) {
-  const auto aligned = [](const void* pointer) {
-    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
-  };
-  return can_wgmma(projection, layout) && layout.groups <= 1 &&
-         projection.activation == Activation::kNone && projection.residual == nullptr &&
+std::int64_t clusters_of(const DeviceAttentionArgs& attention) {
+  return attention.num_heads * attention.num_sequences;
+}
+
+bool is_aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
+}
+
+/// Whether results are q, k and v as they are, and attention reads them so.
+bool has_nothing_between(const DeviceLinearArgs& projection, const DeviceAttentionArgs& attention) {
+  return projection.activation == Activation::kNone && projection.residual == nullptr &&
          projection.row_scales == nullptr && !projection.gated && !projection.float32_output &&
          projection.qkv.rotary.rotary_dim == 0 && projection.qkv.pages.keys == nullptr &&
-         attention.pages.keys == nullptr && attention.dtype == projection.dtype &&
-         attention.head_dim == kHeadDim && attention.num_heads == attention.num_kv_heads &&
-         layout.n == kKinds * attention.num_heads * kHeadDim &&
-         attention.max_tokens <= kMostTokenTiles * kHeadTokens && aligned(attention.output) &&
-         attention.output_stride % 8 == 0;
+         attention.pages.keys == nullptr && attention.dtype == projection.dtype;
 }
 
-std::int64_t blocks_of(const DeviceAttentionArgs& attention) {
-  return attention.num_heads * attention.num_sequences * kKinds * token_tiles_of(attention);
+bool has_such_heads(const DeviceLayout& layout, const DeviceAttentionArgs& attention) {
+  return attention.head_dim == kHeadDim && attention.num_heads >= 1 &&
+         attention.num_heads == attention.num_kv_heads &&
+         layout.n == kKinds * attention.num_heads * kHeadDim && attention.max_tokens >= 1 &&
+         attention.max_tokens <= kMostTokenTiles * kHeadTokens;
 }
 
-template <bool kBFloat16, int kElementBytes, int kGroups>
+/// A launch of one cluster.
+template <typename T>
+class ClusterLaunch {
+ public:
+  explicit ClusterLaunch(const DeviceAttentionArgs& attention) {
+    MOQ_CUDA_CHECK(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        T::kBlockShared));
+    attributes_[0].id = cudaLaunchAttributeClusterDimension;
+    attributes_[0].val.clusterDim = {static_cast<unsigned>(kKinds * token_tiles_of(attention)), 1,
+                                     1};
+    attributes_[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = attributes_[0].val.clusterDim.x;
+    config.blockDim = dim3(T::kThreads);
+    config.dynamicSmemBytes = T::kBlockShared;
+    config.attrs = attributes_;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+
+  static auto kernel() { return qkv_attention_kernel<T>; }
+  /// Clusters that run at once.
+  std::int64_t at_once() const { return active_clusters(kernel(), config); }
+
+  cudaLaunchConfig_t config{};
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+};
+
+template <typename T>
 void launch(const DeviceLinearArgs& projection, const DeviceLayout& layout,
             const DeviceAttentionArgs& attention, cudaStream_t stream) {
-  using T = HeadTile<kBFloat16, kElementBytes, kGroups>;
-  const auto kernel = qkv_attention_kernel<T>;
-  MOQ_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBlockShared));
   const int box_tokens = static_cast<int>(std::min<std::int64_t>(projection.m, kHeadTokens));
-  const HeadArgs args{.weight = projection.weight,
-                      .bias = projection.bias,
-                      .sequences = attention.sequences,
-                      .alibi_slopes = attention.alibi_slopes,
-                      .output = attention.output,
-                      .output_stride = attention.output_stride,
-                      .num_heads = static_cast<int>(attention.num_heads),
-                      .steps = static_cast<int>(pad_to(layout.k, kStepCols) / kStepCols),
-                      .token_tiles = static_cast<int>(token_tiles_of(attention)),
-                      .token_bytes = box_tokens * kStepCols * 2,
-                      .scale = attention.scale,
-                      .causal = attention.causal,
-                      .weight_is_ready = projection.weight_is_ready && attention.past_is_ready,
-                      .past_is_ready = attention.past_is_ready};
-  const auto cluster_blocks = static_cast<unsigned>(kKinds * args.token_tiles);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {cluster_blocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks_of(attention)));
-  config.blockDim = dim3(T::kThreads);
-  config.dynamicSmemBytes = T::kBlockShared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = kernels_may_overlap() ? 2 : 1;
+  HeadArgs args{.weight = projection.weight.data,
+                .bias = projection.bias,
+                .sequences = attention.sequences,
+                .alibi_slopes = attention.alibi_slopes,
+                .output = attention.output,
+                .output_stride = attention.output_stride,
+                .next = {},
+                .num_heads = static_cast<int>(attention.num_heads),
+                .steps = static_cast<int>(pad_to(layout.k, kStepCols) / kStepCols),
+                .token_tiles = static_cast<int>(token_tiles_of(attention)),
+                .token_bytes = box_tokens * kStepCols * 2,
+                .scale = attention.scale,
+                .causal = attention.causal,
+                .weight_is_ready = projection.weight_is_ready,
+                .past_is_ready = attention.past_is_ready};
+  ClusterLaunch<T> cluster(attention);
+  (void)required_clusters(cluster.kernel(), cluster.config);
+  cluster.config.gridDim.x *= static_cast<unsigned>(clusters_of(attention));
+  args.next = next_weight_of(projection, cluster.config.gridDim.x);
+  cluster.config.stream = stream;
+  cluster.config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const WgmmaMaps maps = wgmma_maps(
       projection, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = 1});
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, args, layout));
+  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&cluster.config, cluster.kernel(), maps, args, layout));
 }
 
-template <bool kBFloat16, int kElementBytes>
-void launch(const DeviceLinearArgs& projection, const DeviceLayout& layout,
-            const DeviceAttentionArgs& attention, cudaStream_t stream) {
-  qkv_attention_halves(projection, attention)
-      ? launch<kBFloat16, kElementBytes, 2>(projection, layout, attention, stream)
-      : launch<kBFloat16, kElementBytes, 1>(projection, layout, attention, stream);
+/// use<T>() for the kernel of such weights and activations.
+template <int kWarpgroups, typename Use>
+auto with_tile(const DeviceLinearArgs& projection, const DeviceLayout& layout, const Use& use) {
+  const auto with_bytes = [&]<int kElementBytes>() {
+    return projection.dtype == DType::kBFloat16
+               ? use.template operator()<HeadTile<true, kElementBytes, kWarpgroups>>()
+               : use.template operator()<HeadTile<false, kElementBytes, kWarpgroups>>();
+  };
+  return layout.element_bytes == 2 ? with_bytes.template operator()<2>()
+                                   : with_bytes.template operator()<1>();
 }
 
-template <bool kBFloat16>
-void launch(const DeviceLinearArgs& projection, const DeviceLayout& layout,
-            const DeviceAttentionArgs& attention, cudaStream_t stream) {
-  layout.element_bytes == 2 ? launch<kBFloat16, 2>(projection, layout, attention, stream)
-                            : launch<kBFloat16, 1>(projection, layout, attention, stream);
+template <int kWarpgroups>
+bool runs_at_once(const DeviceLinearArgs& projection, const DeviceLayout& layout,
+                  const DeviceAttentionArgs& attention) {
+  return clusters_of(attention) <= with_tile<kWarpgroups>(projection, layout, [&]<typename T>() {
+           return ClusterLaunch<T>(attention).at_once();
+         });
 }
 
 }  // namespace
@@ -506,16 +541,17 @@ bool qkv_attention_halves(const DeviceLinearArgs& projection,
   // the second warpgroup costs more than it saves, for the next kernel finds less room to begin.
   constexpr std::int64_t kLeastColumns = 961;
   return projection.weight.shape.k >= kLeastColumns && token_tiles_of(attention) > 1 &&
-         blocks_of(attention) <= device_limits().multiprocessors;
+         runs_at_once<2>(projection, device_layout(projection.weight.shape), attention);
 }
 
 bool prefers_qkv_attention(const DeviceLinearArgs& projection,
                            const DeviceAttentionArgs& attention) {
   constexpr std::int64_t kLeastTokens = 9;
-  constexpr std::int64_t kBlocks = 2;  // of a multiprocessor
-  return attention.max_tokens >= kLeastTokens &&
-         blocks_of(attention) <= kBlocks * device_limits().multiprocessors &&
-         suits(projection, device_layout(projection.weight.shape), attention);
+  const DeviceLayout layout = device_layout(projection.weight.shape);
+  return attention.max_tokens >= kLeastTokens && has_such_heads(layout, attention) &&
+         has_nothing_between(projection, attention) && layout.groups <= 1 &&
+         is_aligned(attention.output) && attention.output_stride % 8 == 0 &&
+         can_wgmma(projection, layout) && runs_at_once<1>(projection, layout, attention);
 }
 
 void qkv_attention(const DeviceLinearArgs& projection, const DeviceAttentionArgs& attention,
@@ -533,13 +569,34 @@ void qkv_attention(const DeviceLinearArgs& projection, const DeviceAttentionArgs
   MOQ_CHECK(attention.sequences != nullptr, "qkv_attention: attention.sequences must not be null");
   MOQ_CHECK(attention.scale > 0.0F, "qkv_attention: attention.scale must be > 0, got ",
             attention.scale);
-  MOQ_CHECK(suits(projection, layout, attention),
-            "qkv_attention: must be what kernels/qkv_attention.h says, got ", attention.num_heads,
-            " heads of ", attention.head_dim, " dimensions, ", attention.num_kv_heads,
-            " of keys, sequences of ", attention.max_tokens, " tokens, and a weight of ", layout.n,
-            " rows");
-  projection.dtype == DType::kBFloat16 ? launch<true>(projection, layout, attention, stream)
-                                       : launch<false>(projection, layout, attention, stream);
+  MOQ_CHECK(has_such_heads(layout, attention),
+            "qkv_attention: heads must be of 64 dimensions with keys of their own, sequences of at "
+            "most ",
+            kMostTokenTiles * kHeadTokens, " tokens, got ", attention.num_heads, " heads of ",
+            attention.head_dim, " dimensions, ", attention.num_kv_heads, " of keys, ",
+            attention.max_tokens, " tokens and a weight of ", layout.n, " rows");
+  MOQ_CHECK(
+      has_nothing_between(projection, attention),
+      "qkv_attention: q, k and v must be the projection's results as they are, of "
+      "attention's dtype: no activation, residual, row_scales, gate, float32_output, rotation "
+      "or cache");
+  MOQ_CHECK(projection.m == 1 || projection.input_stride >= layout.k,
+            "qkv_attention: projection.input_stride must be >= k, got ", projection.input_stride,
+            " and ", layout.k);
+  MOQ_CHECK(attention.output_stride >= attention.num_heads * kHeadDim &&
+                attention.output_stride % 8 == 0 && is_aligned(attention.output),
+            "qkv_attention: attention.output_stride must be a multiple of 8 and >= ",
+            attention.num_heads * kHeadDim, ", the output aligned to 16 bytes, got ",
+            attention.output_stride, " and ", attention.output);
+  MOQ_CHECK(
+      layout.groups <= 1 && can_wgmma(projection, layout),
+      "qkv_attention: needs compute capability 9.0, 16-bit activations whose rows are aligned "
+      "to 16 bytes, no norm, and a weight of integers with one scale a row or of the "
+      "activations' dtype, got ",
+      name_of(projection.dtype), " and ", name_of(projection.weight.shape.format));
+  const auto start = [&]<typename T>() { launch<T>(projection, layout, attention, stream); };
+  qkv_attention_halves(projection, attention) ? with_tile<2>(projection, layout, start)
+                                              : with_tile<1>(projection, layout, start);
 }
 
 }  // namespace moq::kernels::cuda

@@ -18,6 +18,7 @@ from models import (
     relative_error,
     sequences,
 )
+from torch.profiler import ProfilerActivity, profile
 
 from moq import _C
 from moq.inference import Engine
@@ -310,6 +311,18 @@ def test_an_older_gpus_path_decides_as_the_newest(dtype, smollm2, gpu):
     assert any("stream_kernel" in name for name in newest["kernels"])
     assert not any("stream_kernel" in name for name in older["kernels"])
     assert newest["tokens"] == older["tokens"]
+
+
+@newest_gpus
+@pytest.mark.parametrize(("tokens", "together"), [(8, False), (9, True), (128, True), (129, False)])
+def test_few_tokens_are_projected_and_attended_to_by_one_kernel(
+    tokens, together, model_directory, gpu
+):
+    engine = Engine.from_pretrained(model_directory("bert_wide_heads"), device=gpu, dtype="fp16")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        engine.forward(sequences(tokens))
+    kernels = {event.name for event in profiler.events()}
+    assert any("qkv_attention_kernel" in name for name in kernels) == together
 
 
 @newest_gpus

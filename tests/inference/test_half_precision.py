@@ -162,21 +162,33 @@ def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     )
 
 
-@pytest.mark.parametrize(
-    "lengths", [[128], [9], [65, 64], [128, 2, 20], [129, 100], [70, 1]], ids=str
-)
 @pytest.mark.parametrize("weights", [None, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_of_64_dimensions_err_as_their_dtype(dtype, weights, lengths, model_directory, gpu):
-    # One kernel for projection and attention, where there are so few tokens.
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("bert_wide_heads", [128]),
+        ("bert_wide_heads", [9]),
+        ("bert_wide_heads", [65, 64]),
+        ("bert_wide_heads", [128, 2, 1, 20]),
+        ("bert_wide_heads", [129, 100]),
+        ("gpt2_wide_heads", [96]),
+        ("gpt2_wide_heads", [70, 1, 9]),
+    ],
+    ids=str,
+)
+def test_heads_of_64_dimensions_err_as_their_dtype(
+    name, lengths, dtype, weights, model_directory, gpu
+):
+    # Projection and attention are one kernel where there are so few tokens.
     engine = Engine.from_pretrained(
-        model_directory("bert_wide_heads"),
+        model_directory(name),
         device=gpu,
         dtype=weights or dtype,
         compute_dtype=dtype,
         quantize_head=False,
     )
-    model = models.build("bert_wide_heads")
+    model = models.build(name)
     if weights == "int8":
         model = models.simulate_int8(model, head=False)
     half = with_parameters_in(DTYPES[dtype], model)

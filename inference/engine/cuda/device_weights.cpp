@@ -87,6 +87,7 @@ DeviceWeights::DeviceWeights(const ModelSpec& spec, const Weights& weights, DTyp
                       .up = projection(layer.up),
                       .down = projection(layer.down, /*splits_input=*/true)});
   }
+  link(spec);
   final_norm = spec.norm_place == NormPlace::kPost && !layers.empty() ? layers.back().ffn_norm
                                                                       : norm_of(weights.final_norm);
   head_dense = projection(weights.head_dense);
@@ -122,11 +123,28 @@ kernels::DeviceNorm DeviceWeights::norm(const ModelSpec& spec, const Norm& norm,
           .epsilon = static_cast<float>(spec.norm_epsilon)};
 }
 
+void DeviceWeights::link(const ModelSpec& spec) {
+  DeviceProjection* last = nullptr;
+  for (DeviceLayer& layer : layers) {
+    DeviceProjection* const after_qkv[] = {&layer.attention_out, &layer.up, &layer.down};
+    DeviceProjection* const parallel[] = {&layer.up, &layer.attention_out, &layer.down};
+    if (last != nullptr) {
+      last->next = layer.qkv.weight;
+    }
+    last = &layer.qkv;
+    for (DeviceProjection* projection : spec.parallel_residual ? parallel : after_qkv) {
+      last->next = projection->weight;
+      last = projection;
+    }
+  }
+}
+
 DeviceProjection DeviceWeights::projection(const Linear& linear, bool splits_input) {
   return {.weight = linear.weight(),
           .bias = keep_rounded(linear.bias),
           .input = linear.input,
-          .splits_input = splits_input};
+          .splits_input = splits_input,
+          .next = {}};
 }
 
 kernels::DeviceEmbeddingLookup DeviceWeights::table(const Table& table) {

@@ -22,6 +22,7 @@ struct DeviceProjection {
   const void* bias = nullptr;    ///< [n], of the activations' dtype; null: none
   kernels::InputRounding input;  ///< how the product reads its input
   bool splits_input = false;     ///< each rank has a part of the input (row-parallel)
+  kernels::PackedLinear next;    ///< what is multiplied after it; null: another thing
 };
 
 struct DeviceLayer {
@@ -61,6 +62,8 @@ class DeviceWeights {
   const float* alibi_slopes = nullptr;  ///< [this rank's query heads], or null
 
  private:
+  /// Tells each projection of a layer which one is next.
+  void link(const ModelSpec& spec);
   void* keep_tensor(at::Tensor tensor);
   const void* keep_rounded(const std::vector<float>& values);
   kernels::DeviceNorm norm(const ModelSpec& spec, const Norm& norm, kernels::NormKind kind);

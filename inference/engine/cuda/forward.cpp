@@ -135,13 +135,17 @@ void CudaTransformer::attend(const void* input, const kernels::DeviceNorm& norm,
                       .dtype = dtype_},
                      stream_);
     });
-  } else if (step.num_decoding == 0 && gpu::prefers_qkv_attention(projection, attention)) {
-    const kernels::LinearShape& shape = layer.qkv.weight.shape;
-    launch("QKV projection and attention", m, shape.n,
-           static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
-           [&] { gpu::qkv_attention(projection, attention, stream_); });
-    return;
   } else {
+    kernels::DeviceAttentionArgs all = attention;  // where there is no cache
+    all.sequences = step.inputs.sequences();
+    all.num_sequences += step.num_decoding;
+    if (gpu::prefers_qkv_attention(projection, all)) {
+      const kernels::LinearShape& shape = layer.qkv.weight.shape;
+      launch("QKV projection and attention", m, shape.n,
+             static_cast<std::int64_t>(gpu::packed_linear_size(shape)),
+             [&] { gpu::qkv_attention(projection, all, stream_); });
+      return;
+    }
     multiply("QKV projection", projection);
   }
   const std::int64_t key_bytes =
@@ -289,6 +293,10 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
   args.bias = projection.bias;
   args.dtype = dtype_;
   args.weight_is_ready = true;
+  if (projection.next.data != nullptr) {
+    args.next_weight = projection.next.data;
+    args.next_bytes = static_cast<std::int64_t>(gpu::packed_linear_size(projection.next.shape));
+  }
   return args;
 }
 

@@ -34,6 +34,10 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
       bool taken = false;
       const Outcome outcome = own.run([&](DeviceLinearArgs args) {
         args.weight_is_ready = ready;
+        if (ready) {
+          args.next_weight = args.weight.data;  // of which nothing but time depends
+          args.next_bytes = layout.bytes / 16 * 16;
+        }
         taken = cuda::can_wgmma(args, layout);
         if (taken) {
           cuda::wgmma_linear(args, layout, plan, nullptr);

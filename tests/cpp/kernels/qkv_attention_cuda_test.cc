@@ -10,12 +10,14 @@
 #if defined(MOQ_WITH_CUDA)
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/attention_cuda_problem.h"
 #include "tests/cpp/kernels/linear_problem.h"
@@ -67,13 +69,11 @@ class QkvAttentionProblem {
     cuda::pack_linear(pack, nullptr);
     MOQ_CUDA_CHECK(cudaDeviceSynchronize());
     shape_ = problem.shape;
-    std::vector<float> input = problem.input;
-    const bool is_float = !is_integer(setup_.format);
-    for (float& value : input) {
-      value *= is_float ? 0.1F : 1.0F;
+    values_ = problem.input;
+    for (float& value : values_) {
+      value *= is_integer(setup_.format) ? 1.0F : 0.1F;
     }
-    input_.emplace(Device::kCuda,
-                   to_bytes(spread(input, m_, setup_.hidden, setup_.padding, 0), setup_.dtype));
+    set_input(values_);
     bias_.emplace(Device::kCuda, to_bytes(problem.bias, setup_.dtype));
   }
 
@@ -86,6 +86,14 @@ class QkvAttentionProblem {
             .dtype = setup_.dtype,
             .weight_is_ready = setup_.ready};
   }
+  /// Of all tokens, one after the other.
+  const std::vector<float>& input() const { return values_; }
+  void set_input(const std::vector<float>& values) {
+    input_.emplace(Device::kCuda,
+                   to_bytes(spread(values, m_, setup_.hidden, setup_.padding, 0), setup_.dtype));
+  }
+  const std::vector<DeviceSequence>& sequences() { return batch_.sequences(); }
+
   /// The query and packed rows are not asked for.
   DeviceAttentionArgs attention() const {
     DeviceAttentionArgs args = batch_.args();
@@ -95,12 +103,14 @@ class QkvAttentionProblem {
     return args;
   }
 
+  std::vector<float> compute() const {
+    return batch_.compute([&] { cuda::qkv_attention(projection(), attention(), nullptr); });
+  }
   void expect_exact() {
-    const auto launch = [&] { cuda::qkv_attention(projection(), attention(), nullptr); };
-    const std::vector<float> output = batch_.compute(launch);
+    const std::vector<float> output = compute();
     write_rows();
     batch_.expect_exact(output);
-    EXPECT_EQ(batch_.compute(launch), output);
+    EXPECT_EQ(compute(), output);
   }
 
  private:
@@ -135,6 +145,7 @@ class QkvAttentionProblem {
   std::int64_t m_ = 0;
   LinearShape shape_;
   AttentionBatch batch_;
+  std::vector<float> values_;
   std::optional<OnDevice<std::byte>> packed_;
   std::optional<OnDevice<std::byte>> input_;
   std::optional<OnDevice<std::byte>> bias_;
@@ -142,7 +153,8 @@ class QkvAttentionProblem {
 
 bool has_qkv_attention() {
   const QkvAttentionProblem problem({.num_heads = 1, .hidden = 64, .lengths = {64}});
-  return cuda::prefers_qkv_attention(problem.projection(), problem.attention());
+  const DeviceLinearArgs projection = problem.projection();
+  return cuda::can_wgmma(projection, cuda::device_layout(projection.weight.shape));
 }
 
 #define MOQ_SKIP_WITHOUT_QKV_ATTENTION()             \
@@ -187,7 +199,7 @@ TEST_P(QkvAttentionCuda, SeesThePastByDistance) {
   expect_exact(setup);
 }
 
-TEST_P(QkvAttentionCuda, BeginsBeforeTheKernelsAhead) {
+TEST_P(QkvAttentionCuda, ReadsItsOwnWeightEarly) {
   QkvSetup setup = this->setup();
   setup.ready = true;
   setup.bias = false;
@@ -213,84 +225,233 @@ class QkvAttentionCudaTest : public ::testing::Test {
   void SetUp() override { MOQ_SKIP_WITHOUT_QKV_ATTENTION(); }
 };
 
-/// Columns that are no multiple of a step (64), fewer than a ring has, an odd number of steps for
-/// two warpgroups; more clusters than run at once.
-TEST_F(QkvAttentionCudaTest, AnyWidthAndNumberOfHeads) {
-  for (const auto& [heads, hidden] : {std::pair<std::int64_t, std::int64_t>{1, 8},
-                                      {1, 40},
-                                      {2, 72},
-                                      {1, 576},
-                                      {12, 768},
-                                      {16, 1024},
-                                      {3, 1088},
-                                      {70, 64},
-                                      {40, 200}}) {
-    for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kFloat16}) {
-      expect_exact({.num_heads = heads, .hidden = hidden, .format = format, .lengths = {100, 128}});
-      expect_exact({.num_heads = heads, .hidden = hidden, .format = format, .lengths = {50}});
+/// What the next sequence's tokens are must not matter, though a tile has them too: for the keys
+/// and values that stand behind a sequence, and the references of a warp's softmax.
+TEST_F(QkvAttentionCudaTest, NeighboursDoNotMatter) {
+  for (const std::int64_t hidden : {192, 1000}) {
+    const QkvSetup setup{.hidden = hidden, .lengths = {70, 58}};
+    QkvAttentionProblem problem(setup);
+    const std::int32_t first = problem.sequences()[0].token_begin;
+    const auto own = [&](const std::vector<float>& output) {
+      const auto stride = static_cast<std::int64_t>(output.size()) / 128;
+      return std::vector<float>(output.begin() + first * stride,
+                                output.begin() + (first + 70) * stride);
+    };
+    const std::vector<float> expected = own(problem.compute());
+    for (const float factor : {100.0F, std::numeric_limits<float>::quiet_NaN()}) {
+      std::vector<float> input = problem.input();
+      const std::int64_t other = problem.sequences()[1].token_begin;
+      for (std::int64_t i = other * hidden; i < (other + 58) * hidden; ++i) {
+        input[static_cast<std::size_t>(i)] *= factor;
+      }
+      problem.set_input(input);
+      EXPECT_EQ(own(problem.compute()), expected) << "hidden " << hidden << ", times " << factor;
     }
   }
 }
+
+/// A kernel that still writes the input when this one begins, and one behind it that reads what it
+/// writes: as if each had waited for the one before to end.
+TEST_F(QkvAttentionCudaTest, WaitsForWhatItReads) {
+  constexpr std::int64_t kDepth = 8192;  // columns that take time
+  constexpr std::int64_t kTokens = 128;
+  for (const std::int64_t hidden : {192, 1152}) {
+    const QkvAttentionProblem before(
+        {.num_heads = hidden / (3 * kHeadDim), .hidden = kDepth, .ready = true});
+    const QkvAttentionProblem problem({.hidden = hidden, .ready = true});
+    const std::int64_t width = problem.attention().num_heads * kHeadDim;
+    const QkvAttentionProblem behind({.num_heads = 1, .hidden = width, .ready = true});
+    const auto memory = [&](std::int64_t cols) {
+      return std::vector<std::byte>(static_cast<std::size_t>(kTokens * cols * 2), std::byte{0xFF});
+    };
+    const OnDevice<std::byte> input(Device::kCuda, memory(hidden));
+    const OnDevice<std::byte> attended(Device::kCuda, memory(width));
+    const OnDevice<std::byte> output(Device::kCuda, memory(3 * kHeadDim));
+    const auto run = [&](bool synchronizes) {
+      const auto next = [&] {
+        if (synchronizes) {
+          MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+        }
+      };
+      MOQ_CUDA_CHECK(cudaMemset(input.data(), 0xFF, kTokens * hidden * 2));  // NaN
+      MOQ_CUDA_CHECK(cudaMemset(attended.data(), 0xFF, kTokens * width * 2));
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      DeviceLinearArgs writes = before.projection();
+      writes.output = input.data();
+      writes.output_stride = hidden;
+      cuda::linear(writes, nullptr);
+      next();
+      DeviceLinearArgs projection = problem.projection();
+      projection.input = input.data();
+      DeviceAttentionArgs attention = problem.attention();
+      attention.output = attended.data();
+      attention.output_stride = width;
+      cuda::qkv_attention(projection, attention, nullptr);
+      next();
+      DeviceLinearArgs reads = behind.projection();
+      reads.input = attended.data();
+      reads.output = output.data();
+      reads.output_stride = 3 * kHeadDim;
+      cuda::linear(reads, nullptr);
+      MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      return output.read();
+    };
+    const std::vector<std::byte> expected = run(true);
+    for (const float value : from_bytes(expected, DType::kFloat16)) {
+      ASSERT_TRUE(std::isfinite(value));
+    }
+    for (int i = 0; i < 5; ++i) {
+      EXPECT_EQ(run(false), expected) << "hidden " << hidden;
+    }
+  }
+}
+
+using HeadsAndHidden = std::pair<std::int64_t, std::int64_t>;
+
+class QkvAttentionCudaWidths
+    : public ::testing::TestWithParam<std::tuple<HeadsAndHidden, WeightFormat>> {
+  void SetUp() override { MOQ_SKIP_WITHOUT_QKV_ATTENTION(); }
+};
+
+TEST_P(QkvAttentionCudaWidths, AreRight) {
+  const auto& [size, format] = GetParam();
+  for (const std::vector<std::int32_t>& lengths : {std::vector<std::int32_t>{100, 128}, {50}}) {
+    expect_exact(
+        {.num_heads = size.first, .hidden = size.second, .format = format, .lengths = lengths});
+  }
+}
+
+// Columns that are no multiple of a step (64), fewer than a ring has, an odd number of steps for
+// two warpgroups; more clusters than run at once.
+INSTANTIATE_TEST_SUITE_P(
+    Sizes, QkvAttentionCudaWidths,
+    ::testing::Combine(::testing::Values(HeadsAndHidden{1, 8}, HeadsAndHidden{1, 40},
+                                         HeadsAndHidden{2, 72}, HeadsAndHidden{1, 576},
+                                         HeadsAndHidden{12, 768}, HeadsAndHidden{16, 1024},
+                                         HeadsAndHidden{3, 1088}, HeadsAndHidden{70, 64},
+                                         HeadsAndHidden{40, 200}),
+                       ::testing::Values(WeightFormat::kInt8, WeightFormat::kFloat16)));
 
 TEST_F(QkvAttentionCudaTest, HalvesColumnsWhereThereIsRoom) {
   const auto halves = [](const QkvSetup& setup) {
     const QkvAttentionProblem problem(setup);
     return cuda::qkv_attention_halves(problem.projection(), problem.attention());
   };
-  EXPECT_TRUE(halves({.num_heads = 16, .hidden = 1024}));
-  EXPECT_FALSE(halves({.num_heads = 16, .hidden = 1024, .lengths = {64}}));
-  EXPECT_FALSE(halves({.num_heads = 16, .hidden = 1024, .lengths = {128, 1, 1}}));
-  EXPECT_FALSE(halves({.num_heads = 12, .hidden = 768}));
+  // A multiprocessor has one block; some of a GPU's groups of them hold a cluster of six less.
+  const std::int64_t room = cuda::device_limits().multiprocessors / 6;
+  EXPECT_TRUE(halves({.num_heads = room / 2, .hidden = 1024}));
+  EXPECT_FALSE(halves({.num_heads = room + 1, .hidden = 1024}));
+  EXPECT_FALSE(halves({.num_heads = 2, .hidden = 1024, .lengths = {64}}));
+  EXPECT_FALSE(halves({.num_heads = 2, .hidden = 768}));
 }
 
 TEST_F(QkvAttentionCudaTest, IsPreferredWhereAllHeadsRunAtOnce) {
-  const auto prefers = [](const QkvSetup& setup, const auto& change) {
+  const auto prefers = [](const QkvSetup& setup) {
     const QkvAttentionProblem problem(setup);
-    DeviceLinearArgs projection = problem.projection();
-    DeviceAttentionArgs attention = problem.attention();
-    change(projection, attention);
-    return cuda::prefers_qkv_attention(projection, attention);
+    return cuda::prefers_qkv_attention(problem.projection(), problem.attention());
   };
-  const auto nothing = [](DeviceLinearArgs&, DeviceAttentionArgs&) {};
-  EXPECT_TRUE(prefers({.num_heads = 16}, nothing));
-  EXPECT_FALSE(prefers({.num_heads = 16, .lengths = {8}}, nothing));
-  EXPECT_FALSE(prefers({.num_heads = 2, .lengths = {129}}, nothing));
-  EXPECT_FALSE(prefers({.num_heads = 16, .lengths = std::vector<std::int32_t>(32, 128)}, nothing));
-  const auto with = [&](const auto& change) { return prefers({}, change); };
-  EXPECT_FALSE(with([](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.num_kv_heads = 1; }));
-  EXPECT_FALSE(with([](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.head_dim = 96; }));
-  EXPECT_FALSE(
-      with([](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.activation = Activation::kGelu; }));
-  EXPECT_FALSE(
-      with([](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.qkv.rotary.rotary_dim = 64; }));
-  EXPECT_FALSE(
-      with([](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.norm.kind = NormKind::kLayerNorm; }));
+  const std::int64_t room = 2 * cuda::device_limits().multiprocessors / 6;
+  EXPECT_TRUE(prefers({}));
+  EXPECT_TRUE(prefers({.num_heads = room * 3 / 4}));
+  EXPECT_FALSE(prefers({.num_heads = room + 1}));
+  EXPECT_TRUE(prefers({.num_heads = 2, .lengths = {9}}));
+  EXPECT_FALSE(prefers({.num_heads = 2, .lengths = {8}}));
+  EXPECT_FALSE(prefers({.num_heads = 2, .lengths = {129}}));
 }
+
+using Change = void (*)(DeviceLinearArgs&, DeviceAttentionArgs&);
+
+/// What the kernel does not compute, and what its error says.
+struct Unsuited {
+  const char* message;
+  Change change;
+};
+
+class QkvAttentionCudaUnsuited : public ::testing::TestWithParam<Unsuited> {
+  void SetUp() override { MOQ_SKIP_WITHOUT_QKV_ATTENTION(); }
+};
+
+TEST_P(QkvAttentionCudaUnsuited, IsNeitherPreferredNorComputed) {
+  const QkvAttentionProblem problem({});
+  DeviceLinearArgs projection = problem.projection();
+  DeviceAttentionArgs attention = problem.attention();
+  GetParam().change(projection, attention);
+  EXPECT_FALSE(cuda::prefers_qkv_attention(projection, attention));
+  const std::string error = error_of([&] { cuda::qkv_attention(projection, attention, nullptr); });
+  EXPECT_NE(error.find(GetParam().message), std::string::npos) << error;
+}
+
+constexpr const char* kHeads = "got 3 heads of ";
+constexpr const char* kBetween = "must be the projection's results as they are";
+constexpr const char* kWeights = "needs compute capability 9.0, 16-bit activations";
+std::byte* shifted(const void* pointer) {
+  return static_cast<std::byte*>(const_cast<void*>(pointer)) + 8;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, QkvAttentionCudaUnsuited,
+    ::testing::Values(
+        Unsuited{kHeads, [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.num_kv_heads = 1; }},
+        Unsuited{kHeads, [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.head_dim = 96; }},
+        Unsuited{kHeads, [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.max_tokens = 129; }},
+        Unsuited{kHeads, [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.weight.shape.n -= 64; }},
+        Unsuited{kBetween, [](DeviceLinearArgs& p,
+                              DeviceAttentionArgs&) { p.activation = Activation::kGelu; }},
+        Unsuited{kBetween, [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.residual = p.input; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs&) {
+                   p.row_scales = static_cast<const float*>(p.input);
+                 }},
+        Unsuited{kBetween, [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.gated = true; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.float32_output = true; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.qkv.rotary.rotary_dim = 64; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs& a) { p.qkv.pages.keys = a.output; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.pages.keys = a.output; }},
+        Unsuited{kBetween,
+                 [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.dtype = DType::kBFloat16; }},
+        Unsuited{kWeights, [](DeviceLinearArgs& p,
+                              DeviceAttentionArgs&) { p.norm.kind = NormKind::kLayerNorm; }},
+        Unsuited{kWeights,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.weight.shape.group_size = 96; }},
+        Unsuited{kWeights, [](DeviceLinearArgs& p,
+                              DeviceAttentionArgs& a) { p.dtype = a.dtype = DType::kFloat32; }},
+        Unsuited{kWeights,
+                 [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.input = shifted(p.input); }},
+        Unsuited{kWeights, [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.input_stride += 1; }},
+        Unsuited{"output_stride must be a multiple of 8",
+                 [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.output_stride += 1; }},
+        Unsuited{"the output aligned to 16 bytes",
+                 [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.output = shifted(a.output); }}));
 
 TEST_F(QkvAttentionCudaTest, WrongArgumentsAreRefused) {
   const QkvAttentionProblem problem({});
-  const auto error = [&](const auto& change) {
+  const auto expect_error = [&](const char* message, Change change) {
     DeviceLinearArgs projection = problem.projection();
     DeviceAttentionArgs attention = problem.attention();
     change(projection, attention);
-    return error_of([&] { cuda::qkv_attention(projection, attention, nullptr); });
+    const std::string error =
+        error_of([&] { cuda::qkv_attention(projection, attention, nullptr); });
+    EXPECT_NE(error.find(message), std::string::npos) << error;
   };
-  EXPECT_NE(error([](DeviceLinearArgs&, DeviceAttentionArgs& a) {
-              a.output = nullptr;
-            }).find("attention.output must not be null"),
-            std::string::npos);
-  EXPECT_NE(error([](DeviceLinearArgs& p, DeviceAttentionArgs&) {
-              p.input = nullptr;
-            }).find("projection.input must not be null"),
-            std::string::npos);
-  EXPECT_NE(error([](DeviceLinearArgs&, DeviceAttentionArgs& a) {
-              a.scale = 0.0F;
-            }).find("attention.scale must be > 0, got 0"),
-            std::string::npos);
-  EXPECT_NE(error([](DeviceLinearArgs&, DeviceAttentionArgs& a) {
-              a.num_kv_heads = 1;
-            }).find("got 3 heads of 64 dimensions, 1 of keys"),
-            std::string::npos);
+  expect_error("attention.output must not be null",
+               [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.output = nullptr; });
+  expect_error("attention.sequences must not be null",
+               [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.sequences = nullptr; });
+  expect_error("projection.input must not be null",
+               [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.input = nullptr; });
+  expect_error(
+      "a packed weight must be aligned to 128 bytes",
+      [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.weight.data = shifted(p.weight.data); });
+  expect_error("attention.scale must be > 0, got 0",
+               [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.scale = 0.0F; });
+  expect_error("projection.input_stride must be >= k, got 184 and 192",
+               [](DeviceLinearArgs& p, DeviceAttentionArgs&) { p.input_stride = 184; });
+  expect_error("attention.output_stride must be a multiple of 8 and >= 192",
+               [](DeviceLinearArgs&, DeviceAttentionArgs& a) { a.output_stride = 184; });
 }
 
 }  // namespace
