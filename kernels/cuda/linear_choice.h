@@ -19,9 +19,10 @@ constexpr std::int64_t kWideTokens = 4;  // fewer stream, which takes longer but
 constexpr std::int64_t kTileTokens = 32;
 constexpr std::int64_t kTileWeights = 100'000'000;
 
-/// Products of so many tokens at most bring the next weight to the L2 cache, if it has so many bytes
-/// at most. (Between the kernels of BERT, 64 and 128 tokens gain 1 to 3 % with INT8 weights, and lose
-/// nothing with FP16; with 1024 and more, what is read early pushes out as much as it helps.)
+/// Products of so many tokens at most bring the next weight to the L2 cache, if it has so many
+/// bytes at most. (Between the kernels of BERT, 64 and 128 tokens gain 1 to 3 % with INT8 weights,
+/// and lose nothing with FP16; with 1024 and more, what is read early pushes out as much as it
+/// helps.)
 constexpr std::int64_t kPrefetchTokens = 256;
 constexpr std::int64_t kPrefetchBytes = 8 << 20;
 

@@ -88,8 +88,8 @@ struct NextWeight {
 /// Of a kernel with so many blocks.
 inline NextWeight next_weight_of(const DeviceLinearArgs& args, std::int64_t blocks) {
   constexpr std::int64_t kLine = 128;
-  const bool brings = args.next_weight != nullptr && args.m <= kPrefetchTokens &&
-                      args.next_bytes <= kPrefetchBytes;
+  const bool brings =
+      args.next_weight != nullptr && args.m <= kPrefetchTokens && args.next_bytes <= kPrefetchBytes;
   return {args.next_weight, args.next_bytes,
           brings ? pad_to((args.next_bytes + blocks - 1) / blocks, kLine) : 0};
 }
