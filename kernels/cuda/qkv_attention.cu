@@ -1,5 +1,6 @@
 // The projection to q, k and v and attention over them in one kernel, for short sequences (compute
-// capability 9.0, sm_90a).
+// capability 9.0, sm_90a): the projection is in qkv_attention_tile.h, attention in
+// qkv_attention_keys.h, here is what surrounds them.
 //
 // A cluster of thread blocks computes a head of a sequence. Each block multiplies 64 rows of the
 // weight (the head's of q, k or v) by 64 tokens, as wgmma_linear does. Those with keys and values
@@ -13,315 +14,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numbers>
 
 #include "kernels/common/check.h"
-#include "kernels/cuda/attention_products.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_kernels.h"
-#include "kernels/cuda/linear_wgmma_sums.h"
-#include "kernels/cuda/linear_wgmma_tile.h"
-#include "kernels/cuda/vectors.h"
+#include "kernels/cuda/qkv_attention_keys.h"
+#include "kernels/cuda/qkv_attention_tile.h"
 
 namespace moq::kernels::cuda {
 namespace {
-
-constexpr int kHeadDim = 64;  // a tile's rows
-constexpr int kHeadTokens = 64;
-constexpr int kMostTokenTiles = 2;  // of a sequence
-constexpr int kKinds = 3;           // q, k, v
-constexpr int kTokenRowBytes = kQueryRowBytes<kHeadDim>;
-static_assert(kTokenRowBytes == TileLayout<false, kHeadDim>::kRowBytes);
-constexpr int kTileBytes = kHeadTokens * kTokenRowBytes;  // q, k or v of a tile's tokens
-
-/// A tile of wgmma_linear, with room for the keys and values of a sequence.
-template <bool kBFloat16, int kElementBytes, int kWarpgroups_>
-struct HeadTile
-    : WgmmaTileOf<kBFloat16, kElementBytes, false, WgmmaArrangement<1, kHeadTokens, false>> {
-  using Base =
-      WgmmaTileOf<kBFloat16, kElementBytes, false, WgmmaArrangement<1, kHeadTokens, false>>;
-  static constexpr int kWarpgroups = kWarpgroups_;
-  static constexpr int kInterleave = kWarpgroups;
-  static constexpr int kConsumerThreads = kWarpgroups * kWarpgroup;
-  static constexpr int kThreads = kConsumerThreads + kWarpSize;
-  static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kKeyBytes = kMostTokenTiles * 2 * kTileBytes;
-  // Half of a multiprocessor: beside one block there is room for one of the next kernel.
-  static constexpr int kRoom = kSharedBytes / 2 - kReservedBytes - kKeyBytes - Base::kBarrierBytes;
-  static constexpr int kStages =
-      std::min(kRoom / Base::kStageBytes, kMaxStages) / kInterleave * kInterleave;
-  static constexpr int kKeysOffset = kStages * Base::kStageBytes;
-  static constexpr int kBarriersOffset = kKeysOffset + kKeyBytes;
-  static constexpr int kBlockShared = kBarriersOffset + Base::kBarrierBytes;
-  static_assert(kStages >= 3 && kTileBytes <= Base::kStageBytes);
-
-  /// What the second warpgroup hands to the first, four numbers a thread and row, lies in stages
-  /// that only the second reads: every second one, from the second on.
-  static constexpr int kHandedRowBytes = kWarpgroup * 16;
-  static constexpr int kHandedRowsOfStage = Base::kStageBytes / kHandedRowBytes;
-  static constexpr int kHandedRows = kHeadTokens / 2 / 4 + 1;
-  static_assert(kWarpgroups == 1 || kStages / 2 * kHandedRowsOfStage >= kHandedRows);
-};
-
-/// What the kernel gets besides tensor maps and the weight's layout. Plain data.
-struct HeadArgs {
-  const void* weight;
-  const void* bias;
-  const DeviceSequence* sequences;
-  const float* alibi_slopes;
-  void* output;
-  std::int64_t output_stride;
-  NextWeight next;
-  int num_heads;
-  int steps;        ///< of kStepCols columns
-  int token_tiles;  ///< of the longest sequence
-  int token_bytes;  ///< of a step
-  float scale;
-  bool causal;
-  bool weight_is_ready;
-  bool past_is_ready;
-};
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// Numbers of barriers: of each warpgroup, and of both.
-constexpr int kFirstBarrier = 1;
-constexpr int kSecondBarrier = 2;
-constexpr int kAllBarrier = 3;
-
-/// Four numbers of this thread of a warpgroup, in row i of what the second hands to the first.
-template <typename T>
-__device__ __forceinline__ float4* handed(std::uint8_t* ring, int i) {
-  const int stage = 1 + i / T::kHandedRowsOfStage * 2;
-  return reinterpret_cast<float4*>(ring + stage * T::kStageBytes +
-                                   i % T::kHandedRowsOfStage * T::kHandedRowBytes) +
-         threadIdx.x % kWarpgroup;
-}
-
-/// Fetches the steps of the warpgroups in turn: those of a later one are behind all of an earlier.
-template <typename T>
-__device__ __forceinline__ void fetch(const WgmmaProducer<T>& producer, const WgmmaPlace& place,
-                                      const HeadArgs& args) {
-  constexpr int kTurns = T::kWarpgroups;
-  const int steps = args.steps;
-  const int rounds = (steps + kTurns - 1) / kTurns;  // of the last one, which has the most
-  const auto step_of = [&](int i) {
-    const int group = i % kTurns;
-    const int step = steps * group / kTurns + i / kTurns;
-    return step < steps * (group + 1) / kTurns ? step : -1;
-  };
-  prefetch_map(producer.maps.tokens);
-  const int early = args.weight_is_ready ? min(rounds * kTurns, T::kStages) : 0;
-  for (int i = 0; i < early; ++i) {
-    if (step_of(i) >= 0) {
-      producer.fetch_weights(place, step_of(i), i);
-    }
-  }
-  bring(args.next);
-  wait_for_previous_kernels();
-  std::uint32_t stage = 0;
-  std::uint32_t parity = 0;
-  for (int i = 0; i < rounds * kTurns; ++i) {
-    if (const int step = step_of(i); step >= 0) {
-      if (i >= early) {
-        wait_barrier(producer.ring.empty(stage), parity ^ 1);
-        producer.fetch_weights(place, step, stage);
-      }
-      producer.fetch_tokens(place, step, stage);
-    }
-    if (++stage == T::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-}
-
-/// Multiplies the columns of this warpgroup, and adds what the second has to the first's sums.
-template <typename T>
-__device__ __forceinline__ void multiply(std::uint8_t* shared, const WgmmaRing<T>& ring, int group,
-                                         int steps, const std::uint32_t (&zero)[2],
-                                         WgmmaSums<T>& sums) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize % 4;
-  const int own_steps = steps * (group + 1) / T::kWarpgroups - steps * group / T::kWarpgroups;
-  if (own_steps > 0) {
-    WgmmaSlot<T> slot{.stage = static_cast<std::uint32_t>(group)};
-    sums.multiply(ring, slot, own_steps, warp, zero);
-  } else {
-#pragma unroll
-    for (float& sum : sums.sums) {
-      sum = 0.0F;
-    }
-  }
-  // The stages have been read. (By a number known only at run time, all 16 barriers would be
-  // taken.)
-  group == 0 ? meet<kWarpgroup>(kFirstBarrier) : meet<kWarpgroup>(kSecondBarrier);
-  if constexpr (T::kWarpgroups == 2) {
-    constexpr int kQuads = kHeadTokens / 2 / 4;
-    if (group == 1) {
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        *handed<T>(shared, i) = float4{sums.sums[4 * i], sums.sums[4 * i + 1], sums.sums[4 * i + 2],
-                                       sums.sums[4 * i + 3]};
-      }
-    }
-    meet<T::kConsumerThreads>(kAllBarrier);
-    if (group == 0) {
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) {
-        const float4 other = *handed<T>(shared, i);
-        sums.sums[4 * i] += other.x;
-        sums.sums[4 * i + 1] += other.y;
-        sums.sums[4 * i + 2] += other.z;
-        sums.sums[4 * i + 3] += other.w;
-      }
-    }
-  }
-}
-
-/// Sums of 64 rows and tokens, scaled and rounded, to shared memory: [token][row].
-template <typename T>
-__device__ __forceinline__ void store_tile(std::uint32_t tile, const WgmmaSums<T>& sums,
-                                           const float2& scale, const float2& bias) {
-  using Element = typename ElementOf<T::kBFloat16>::Type;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  // The lane's row of four matrices: 0 and 1 are rows 0 to 7 and 8 to 15 of eight tokens, 2 and 3
-  // of the eight behind.
-  const std::uint32_t own =
-      tile + (lane / 16 * 8 + lane % 8) * kTokenRowBytes + (warp * 2 + lane / 8 % 2) * 16;
-#pragma unroll
-  for (int i = 0; i < kHeadTokens / 16; ++i) {
-    std::uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float factor = w % 2 == 0 ? scale.x : scale.y;
-      const float added = w % 2 == 0 ? bias.x : bias.y;
-      words[w] = rounded_pair<Element>(sums.sums[8 * i + 2 * w] * factor + added,
-                                       sums.sums[8 * i + 2 * w + 1] * factor + added);
-    }
-    store_transposed(own + i * 16 * kTokenRowBytes, words);
-  }
-}
-
-/// A warp's rows, and what their keys have brought so far.
-struct Attended {
-  Softmax<1> softmax;
-  float output[1][kHeadDim / 8][4] = {};
-};
-
-/// The second warpgroup's part, whose keys are others.
-template <typename T>
-__device__ __forceinline__ void hand_over(std::uint8_t* shared, const Attended& own) {
-#pragma unroll
-  for (int n = 0; n < kHeadDim / 8; ++n) {
-    *handed<T>(shared, n) =
-        float4{own.output[0][n][0], own.output[0][n][1], own.output[0][n][2], own.output[0][n][3]};
-  }
-  *handed<T>(shared, kHeadDim / 8) = float4{own.softmax.largest[0][0], own.softmax.largest[0][1],
-                                            own.softmax.sum[0][0], own.softmax.sum[0][1]};
-}
-
-template <typename T>
-__device__ __forceinline__ void take_over(std::uint8_t* shared, float scale, Attended& own) {
-  const float4 state = *handed<T>(shared, kHeadDim / 8);
-  const float largest[2] = {state.x, state.y};
-  const float sum[2] = {state.z, state.w};
-  float keep[2];
-  float add[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float& reference = own.softmax.largest[0][half];
-    const float top = fmaxf(reference, largest[half]);
-    const auto factor = [&](float before) {
-      return before == kMinusInfinity
-                 ? 0.0F
-                 : fast_exp2(reference_of(before, scale) - reference_of(top, scale));
-    };
-    keep[half] = factor(reference);
-    add[half] = factor(largest[half]);
-    own.softmax.sum[0][half] = own.softmax.sum[0][half] * keep[half] + sum[half] * add[half];
-    reference = top;
-  }
-#pragma unroll
-  for (int n = 0; n < kHeadDim / 8; ++n) {
-    const float4 other = *handed<T>(shared, n);
-    own.output[0][n][0] = own.output[0][n][0] * keep[0] + other.x * add[0];
-    own.output[0][n][1] = own.output[0][n][1] * keep[0] + other.y * add[0];
-    own.output[0][n][2] = own.output[0][n][2] * keep[1] + other.z * add[1];
-    own.output[0][n][3] = own.output[0][n][3] * keep[1] + other.w * add[1];
-  }
-}
-
-/// Attention of the 64 queries in `shared` to the keys and values behind `keys`: a tile of them for
-/// each warpgroup, or all for one.
-template <typename T>
-__device__ __forceinline__ void attend_to_keys(const HeadArgs& args, const DeviceSequence& sequence,
-                                               int group, int head, int first_token,
-                                               std::uint8_t* shared, std::uint32_t keys) {
-  using Element = typename ElementOf<T::kBFloat16>::Type;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize % 4;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int num_keys = sequence.num_tokens;
-  const int warp_token = first_token + warp * kRowsOfTile;  // of the sequence
-  std::uint8_t* const rows = shared + warp * kRowsOfTile * kTokenRowBytes;
-  const float slope = args.alibi_slopes == nullptr ? 0.0F : args.alibi_slopes[head] / args.scale;
-  const auto limit_of = [&](int token) {
-    return args.causal ? min(token + 1, num_keys) : num_keys;
-  };
-  const auto sight = [&](int /*r*/, int half) {
-    const int token = warp_token + lane / 4 + 8 * half;
-    return Sight{limit_of(token), token, 0, slope};
-  };
-  // Rows behind the sequence are of the next one. They must not matter to a decision that a warp
-  // makes for all its rows.
-  const int existing = min(kRowsOfTile, num_keys - warp_token);
-  const auto query = [&](int step, std::uint32_t(&a)[1][4]) {
-    query_fragments<false, kHeadDim>(shared_address(rows), existing, step, lane, a[0]);
-  };
-  const int least_limit = limit_of(warp_token);
-  const int warp_end = warp_token < num_keys ? limit_of(warp_token + kRowsOfTile - 1) : 0;
-  const float scale = args.scale * std::numbers::log2e_v<float>;
-  Attended own;
-  const int begin = group * kHeadTokens;
-  for (int first = begin; first < warp_end; first += T::kWarpgroups * kHeadTokens) {
-    attend<T::kBFloat16, false, kHeadDim, kHeadTokens, 1>(
-        keys + first / kHeadTokens * 2 * kTileBytes, query, sight, first, first == begin,
-        first + kHeadTokens > least_limit, args.alibi_slopes != nullptr, scale, lane, own.softmax,
-        own.output);
-  }
-  if constexpr (T::kWarpgroups == 2) {
-    if (num_keys > kHeadTokens) {
-      if (group == 1) {
-        hand_over<T>(shared, own);
-      }
-      meet<T::kConsumerThreads>(kAllBarrier);
-      if (group == 0) {
-        take_over<T>(shared, scale, own);
-      }
-    }
-    if (group == 1) {
-      return;
-    }
-  }
-  __syncwarp();
-  finish_rows<T::kBFloat16, false, kHeadDim>(rows, lane, own.softmax, own.output);
-  __syncwarp();
-  each_piece<kRowsOfTile, kHeadDim / 8, kWarpSize>(lane, [&](int row, int chunk) {
-    const int token = warp_token + row;
-    if (token < num_keys) {
-      Element* const place =
-          static_cast<Element*>(args.output) +
-          (sequence.token_begin + static_cast<std::int64_t>(token)) * args.output_stride +
-          head * kHeadDim + chunk * 8;
-      *reinterpret_cast<uint4*>(place) =
-          *reinterpret_cast<const uint4*>(rows + row * kTokenRowBytes + chunk * 16);
-    }
-  });
-}
-
-#endif
 
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
@@ -359,8 +62,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 
   if (warp == T::kConsumerThreads / kWarpSize) {
     if (tile < tiles && threadIdx.x % kWarpSize == 0) {
-      fetch(WgmmaProducer<T>{ring, maps, layout, args.token_bytes},
-            {row_block, sequence.token_begin + tile * kHeadTokens}, args);
+      fetch_in_turn(WgmmaProducer<T>{ring, maps, layout, args.token_bytes},
+                    {row_block, sequence.token_begin + tile * kHeadTokens}, args);
     } else {
       wait_for_previous_kernels();  // the next kernel relies on this one not to end before them
     }
@@ -389,7 +92,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     bias = {to_float(own[0]), to_float(own[8])};
   }
   WgmmaSums<T> sums;
-  multiply<T>(shared, ring, group, args.steps, grids.zero, sums);
+  multiply_in_turn<T>(shared, ring, group, args.steps, grids.zero, sums);
   if (group == 0) {
     // The first stage has been read, and becomes the block's own q, k or v.
     store_tile<T>(ring.base, sums, {grids.scale[0], grids.scale[1]}, bias);
