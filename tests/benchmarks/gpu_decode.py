@@ -204,10 +204,13 @@ def row(
 
 
 def decode_rows(
-    bench: Bench, batch: int, args: argparse.Namespace, decoders: dict[str, Decoder]
+    bench: Bench,
+    batch: int,
+    args: argparse.Namespace,
+    engines: dict[str, Engine],
+    decoders: dict[str, Decoder],
 ) -> dict[str, list[Row]]:
     """Rows of one batch size, by peer."""
-    engines = {dtype: bench.engine(dtype) for dtype in args.dtypes}
     contestants = {
         dtype: Competitor(bench.engine_seconds(engine, batch), bench.engine_error(engine))
         for dtype, engine in engines.items()
@@ -221,7 +224,6 @@ def decode_rows(
             contestant.times.append(contestant.seconds())
     walls = {dtype: bench.wall_seconds(engine, batch) for dtype, engine in engines.items()}
     notes = {dtype: describe(engine) for dtype, engine in engines.items()}
-    engines.clear()
     peers = list(decoders)
     if args.eager and batch == 1 and (eager := bench.transformers(batch)) is not None:
         eager.times = [eager.seconds() for _ in range(3)]
@@ -285,8 +287,10 @@ def run(name: str, folder: Path, args: argparse.Namespace, facts: dict[str, str]
         prefill = prefill_rows(bench, args.turns, args.dtypes)
     bench.weights = {}
     torch.cuda.empty_cache()
+    engines = {dtype: bench.engine(dtype) for dtype in args.dtypes}
+    gpu.progress(f"{name}: moq's weights loaded")
     for batch in args.batch:
-        for peer, rows in decode_rows(bench, batch, args, decoders).items():
+        for peer, rows in decode_rows(bench, batch, args, engines, decoders).items():
             title = f"{name}, batch {batch}, context {args.context}"
             print_rows(title, peer or "itself", rows, args.json, facts)
         torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ pytestmark = [
 
 # Unequal shares of heads, columns and vocabulary; one head for two ranks is refused elsewhere.
 DECODERS = ["llama", "nine_heads", "gpt2", "bloom", "qwen3", "gpt_neox"]
-ENCODERS = ["bert"]
+ENCODERS = ["bert", "bert_wide_heads"]  # the latter's projection and attention are one kernel
 NAMES = [*DECODERS, *ENCODERS]
 
 
@@ -36,11 +36,14 @@ VARIANTS = [
     {"dtype": "int8", "compute_dtype": "fp32", "activations": "dynamic"},
     {"dtype": "int8", "compute_dtype": "fp32", "activations": "dynamic_asymmetric"},
 ]
+# In 16 bits, and the variant above whose results they approximate.
+HALF = [({"dtype": "fp16"}, VARIANTS[0]), ({"dtype": "int8", "compute_dtype": "fp16"}, VARIANTS[1])]
 
 
 def results_of(directory, num_ranks):
     prompts = models.sequences(3, 20, 41)
-    command = [WORKERS / "gpu_rank.py", directory, json.dumps(prompts), json.dumps(VARIANTS)]
+    variants = json.dumps([*VARIANTS, *(options for options, _ in HALF)])
+    command = [WORKERS / "gpu_rank.py", directory, json.dumps(prompts), variants]
     launcher = torchrun_command(num_ranks, *command)
     if num_ranks == 1:
         launcher = [sys.executable, *map(str, command)]
@@ -62,7 +65,7 @@ def results_of(directory, num_ranks):
 def results(directory):
     """What one rank gets, and two: by model and options."""
     one, two = (results_of(directory, ranks) for ranks in (1, 2))
-    assert len(one) == len(two) == len(NAMES) * len(VARIANTS)
+    assert len(one) == len(two) == len(NAMES) * (len(VARIANTS) + len(HALF))
     return {key: (one[key], two[key]) for key in one}
 
 
@@ -101,3 +104,24 @@ def test_two_gpus_encode_as_one(name, options, results):
     for kind in ("states", "pooled", "logits"):
         found, expected = (torch.tensor(runs[0][kind]) for runs in (two, one))
         assert models.relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize(("options", "exact"), HALF, ids=str)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_two_gpus_encode_in_16_bits_as_exactly_as_one(name, options, exact, results):
+    expected = results[f"{name} {exact}"][0][0]
+    one, two = results[f"{name} {options}"]
+    for runs in (one, two):
+        assert runs[0] == runs[1] == runs[2]
+    for kind in ("states", "pooled", "logits"):
+        found, alone, right = (torch.tensor(r[kind]) for r in (two[0], one[0], expected))
+        error, unavoidable = (models.relative_error(f, right) for f in (found, alone))
+        assert 0 < unavoidable < 2e-2
+        assert error < 2 * unavoidable
+
+
+@pytest.mark.parametrize("options", [options for options, _ in HALF], ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_captured_steps_of_two_gpus_draw_the_same_in_16_bits(name, options, results):
+    for first, again, _ in results[f"{name} {options}"]:
+        assert first == again
