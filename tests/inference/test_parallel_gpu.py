@@ -101,7 +101,8 @@ def test_two_gpus_encode_as_one(name, options, results):
         assert runs[0] == runs[1] == runs[2]  # the last time by a captured step
     # Sums in another order may move an INT8 activation to the next code.
     tolerance = 2e-2 if "activations" in options else 1e-5
-    for kind in ("states", "pooled", "logits"):
+    assert one[0].keys() == two[0].keys()
+    for kind in one[0]:
         found, expected = (torch.tensor(runs[0][kind]) for runs in (two, one))
         assert models.relative_error(found, expected) < tolerance
 
@@ -113,11 +114,11 @@ def test_two_gpus_encode_in_16_bits_as_exactly_as_one(name, options, exact, resu
     one, two = results[f"{name} {options}"]
     for runs in (one, two):
         assert runs[0] == runs[1] == runs[2]
-    for kind in ("states", "pooled", "logits"):
+    for kind in expected:
         found, alone, right = (torch.tensor(r[kind]) for r in (two[0], one[0], expected))
         error, unavoidable = (models.relative_error(f, right) for f in (found, alone))
         assert 0 < unavoidable < 2e-2
-        assert error < 2 * unavoidable
+        assert error < 4 * unavoidable
 
 
 @pytest.mark.parametrize("options", [options for options, _ in HALF], ids=str)

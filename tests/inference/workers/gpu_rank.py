@@ -21,16 +21,16 @@ def drawn_by(engine: Engine, prompts: list[list[int]]) -> list[list[list[int]]]:
 
 
 def encoded_by(engine: Engine, prompts: list[list[int]]) -> list[dict[str, list]]:
-    """Encodings, thrice: the third time the step is a captured graph."""
-    encodings = [engine.encode(prompts) for _ in range(3)]
-    return [
-        {
-            "states": torch.cat(encoding.last_hidden_state).tolist(),
-            "pooled": encoding.pooled.tolist(),
-            "logits": encoding.logits.tolist(),
+    """What the model has of encodings, thrice: the third time the step is a captured graph."""
+    runs = []
+    for encoding in (engine.encode(prompts) for _ in range(3)):
+        results = {
+            "states": torch.cat(encoding.last_hidden_state),
+            "pooled": encoding.pooled,
+            "logits": encoding.logits,
         }
-        for encoding in encodings
-    ]
+        runs.append({kind: found.tolist() for kind, found in results.items() if found is not None})
+    return runs
 
 
 directory, prompts, variants = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
