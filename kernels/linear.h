@@ -170,6 +170,9 @@ struct DeviceLinearArgs {
   /// stream have ended. Only if none of them writes any of these: the weight was packed, and the
   /// stream synchronized, earlier.
   bool weight_is_ready = false;
+  /// The kernel ahead fills some multiprocessors and leaves others empty, as attention over few
+  /// heads does: a large product puts no two blocks on one of them.
+  bool spread = false;
   /// The weight that is multiplied next, if that is known: products of some tokens bring it to the
   /// L2 cache while they run. It must have been written earlier, as with weight_is_ready.
   const void* next_weight = nullptr;  ///< aligned to 16 bytes

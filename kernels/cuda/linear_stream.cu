@@ -345,7 +345,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
     allow_shared_memory(kernel);
   }
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
-  const bool is_alone = args.norm.kind == NormKind::kNone && layout.n * layout.k >= kManyWeights;
+  const bool is_alone = args.spread && layout.n * layout.k >= kManyWeights;
   config.dynamicSmemBytes =
       static_cast<std::size_t>(std::max(plan.shared_bytes, is_alone ? kAloneBytes : 0));
   MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, plan));

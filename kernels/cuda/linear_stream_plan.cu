@@ -15,7 +15,7 @@ constexpr int kMaxSliceBytes = 128 << 10;  // of the input, in a block
 /// Two blocks share a multiprocessor, so that the next kernel's fill their rings while this one's
 /// work, if so much of kSharingBytes is left for the rings. That is worth more than longer ones.
 constexpr int kSharingRingBytes = 64 << 10;
-constexpr int kUsualBytes = 160 << 10;  // else
+constexpr int kUsualBytes = 200 << 10;  // else
 constexpr int kFewestRingBytes = 40 << 10;
 /// Requested by a block before the first of it has come. More would only wait in the memory's
 /// queues, and before what a kernel ahead reads there.

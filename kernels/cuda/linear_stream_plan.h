@@ -21,9 +21,9 @@ constexpr int kSharingBytes = 110 << 10;
 constexpr int kAloneBytes = 111 << 10;
 /// What is worth its price from so many weights on:
 /// - rings of several lengths (StreamPlan::stages);
-/// - kAloneBytes, without a norm. Attention ahead takes some multiprocessors, and on others two
-///   blocks would find room: some would stay empty, also for all kernels behind, which begin where
-///   these end. Smaller products gain more from overlapping with others like them.
+/// - kAloneBytes, behind attention (DeviceLinearArgs::spread). It takes some multiprocessors, and on
+///   others two blocks would find room: some would stay empty, also for all kernels behind, which
+///   begin where these end. Smaller products gain more from overlapping with others like them.
 constexpr std::int64_t kManyWeights = 16'000'000;
 
 /// Plain data, passed to the kernel by value.

@@ -213,26 +213,27 @@ void CudaTransformer::feed_forward(const void* input, const kernels::DeviceNorm&
 }
 
 void CudaTransformer::add_attended(const DeviceLayer& layer, std::int64_t m) {
-  project_and_add("attention output projection", workspace_.attended, layer.attention_out, m);
+  project_and_add("attention output projection", workspace_.attended, layer.attention_out,
+                  {.m = m, .spread = true});
 }
 
 void CudaTransformer::add_inner(const DeviceLayer& layer, std::int64_t m) {
-  project_and_add("down projection", workspace_.inner, layer.down, m);
+  project_and_add("down projection", workspace_.inner, layer.down, {.m = m});
 }
 
 /// x += input · Wᵀ + b, where each rank has the columns of W that belong to its part of the input.
 /// Rank 0 brings x itself and the bias into the sum.
 void CudaTransformer::project_and_add(const char* what, const void* input,
-                                      const DeviceProjection& projection, std::int64_t m) {
+                                      const DeviceProjection& projection,
+                                      kernels::DeviceLinearArgs args) {
   const bool root = communicator_->rank() == 0;
   DeviceProjection own = projection;
   own.bias = root ? projection.bias : nullptr;
-  linear(what, input, {}, own,
-         {.m = m,
-          .residual = root ? workspace_.x : nullptr,
-          .residual_stride = spec_.hidden_size,
-          .output = workspace_.x,
-          .output_stride = spec_.hidden_size});
+  args.residual = root ? workspace_.x : nullptr;
+  args.residual_stride = spec_.hidden_size;
+  args.output = workspace_.x;
+  args.output_stride = spec_.hidden_size;
+  linear(what, input, {}, own, args);
   if (group_) {
     group_->all_reduce_sum(x_);
   }

@@ -117,7 +117,7 @@ class CudaTransformer final : public Transformer {
   void add_attended(const DeviceLayer& layer, std::int64_t m);
   void add_inner(const DeviceLayer& layer, std::int64_t m);
   void project_and_add(const char* what, const void* input, const DeviceProjection& projection,
-                       std::int64_t m);
+                       kernels::DeviceLinearArgs args);
   void linear(const char* what, const void* input, const kernels::DeviceNorm& norm,
               const DeviceProjection& projection, const kernels::DeviceLinearArgs& args);
   void multiply(const char* what, const kernels::DeviceLinearArgs& args);

@@ -29,6 +29,7 @@ struct Call {
   std::int64_t padding = 0;  ///< elements between rows of input, residual and output
   std::int64_t offset = 0;   ///< elements before the input's first row
   bool weight_is_ready = false;
+  bool spread = false;
   NormKind norm = NormKind::kNone;
   bool norm_bias = false;
   bool row_scales = false;
@@ -157,7 +158,8 @@ class LinearCudaProblem {
         .gated = call_.gated,
         .float32_output = call_.float32_output,
         .qkv = call_.qkv,
-        .weight_is_ready = call_.weight_is_ready};
+        .weight_is_ready = call_.weight_is_ready,
+        .spread = call_.spread};
     if (call_.norm != NormKind::kNone) {
       args.norm = {.kind = call_.norm,
                    .weight = norm_weight.data(),

@@ -139,6 +139,13 @@ TEST_F(LinearCudaArgs, ATokenGivesTheSameBitsInEveryPlace) {
   }
 }
 
+TEST_F(LinearCudaArgs, BlocksThatKeepApartGiveTheSameBits) {
+  for (const std::int64_t m : {1, 3}) {
+    const LinearProblem problem = LinearProblem::random(m, 2128, 7536, WeightFormat::kFloat16);
+    EXPECT_EQ(multiply(problem, {.spread = true}).output, multiply(problem, {}).output);
+  }
+}
+
 TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
   for (const auto& [m, n, k] : {std::tuple{1, 25700, 64},
                                 {1, 2128, 7536},
