@@ -140,6 +140,7 @@ class Engine::Call {
 };
 
 Engine Engine::open(const std::filesystem::path& directory, const EngineOptions& options) {
+  const kernels::ThreadScope threads(at::get_num_threads());
   MOQ_CHECK(
       std::filesystem::is_directory(directory), "engine: the model must be a directory, got ",
       directory.string(),

@@ -8,6 +8,7 @@
 #include "inference/engine/aligned_buffer.h"
 #include "kernels/common/check.h"
 #include "kernels/common/half.h"
+#include "kernels/common/parallel.h"
 #include "kernels/fake_quantize.h"
 
 namespace moq::inference {
@@ -17,8 +18,9 @@ using kernels::InputMode;
 using kernels::WeightFormat;
 using Slices = std::vector<RowSlice>;
 
-// Rows read and converted at once; bounds what loading needs beside the packed weights.
-constexpr std::int64_t kRowsAtOnce = 512;
+// Rows that a thread reads and converts at once; bounds what loading needs beside the packed
+// weights.
+constexpr std::int64_t kRowsAtOnce = 64;
 
 WeightFormat integer_format(int num_bits) {
   return num_bits > 4   ? WeightFormat::kInt8
@@ -29,16 +31,19 @@ WeightFormat integer_format(int num_bits) {
 /// Codes and scales of a float matrix's block, quantized to 8 bits per output feature.
 CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
   // Scales belong to whole rows, so whole rows are read even where a part of the columns is kept.
-  const std::vector<float> values = source.read_values(rows, {0, source.cols()});
-  std::vector<std::int8_t> codes(values.size());
+  const auto size = static_cast<std::size_t>(rows.size() * source.cols());
+  std::vector<std::byte> elements(size * size_of(source.dtype()));
+  source.copy_elements(rows, {0, source.cols()}, elements.data());
+  std::vector<std::int8_t> codes(size);
   std::vector<float> stored_scales(static_cast<std::size_t>(rows.size()));
-  const kernels::FakeQuantizeTensor tensor{.input = values.data(),
+  const kernels::FakeQuantizeTensor tensor{.input = elements.data(),
                                            .codes = codes.data(),
                                            .scales = stored_scales.data(),
                                            .rows = rows.size(),
                                            .cols = source.cols(),
                                            .row_stride = source.cols(),
                                            .col_stride = 1,
+                                           .input_dtype = source.dtype(),
                                            .scale_dtype = DType::kFloat32};
   const std::int32_t num_bits = 8;
   kernels::cpu::fake_quantize({.tensors = {&tensor, 1}, .num_bits = &num_bits});
@@ -164,6 +169,61 @@ void choose_input(Linear& linear, const checkpoint::Checkpoint& files, const Sli
   }
 }
 
+/// Rows that one thread reads.
+struct Chunk {
+  const WeightSource* source;
+  Range rows;          ///< of the source
+  std::int64_t place;  ///< of the first of them in the weight
+};
+
+std::vector<Chunk> chunks_of(const Slices& slices) {
+  std::vector<Chunk> chunks;
+  std::int64_t place = 0;
+  for (const RowSlice& slice : slices) {
+    for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += kRowsAtOnce) {
+      const Range rows{begin, std::min(begin + kRowsAtOnce, slice.rows.end)};
+      chunks.push_back({slice.source, rows, place});
+      place += rows.size();
+    }
+  }
+  return chunks;
+}
+
+/// Reads a chunk into a weight of floats.
+void fill_floats(const Chunk& chunk, Range cols, UnpackedWeight& weight) {
+  const WeightSource& source = *chunk.source;
+  const WeightFormat format = weight.shape.format;
+  std::byte* out = weight.rows.data() + chunk.place * weight.shape.k * kernels::bits_of(format) / 8;
+  if (!source.quantized() && format_of(source.dtype()) == format) {
+    source.copy_elements(chunk.rows, cols, out);
+  } else {
+    store(source.read_values(chunk.rows, cols), format, out);
+  }
+}
+
+/// Reads a chunk into a weight of codes, whose numbers of all groups are 0 still.
+void fill_codes(const Chunk& chunk, Range cols, UnpackedWeight& weight) {
+  const WeightSource& source = *chunk.source;
+  const kernels::LinearShape& shape = weight.shape;
+  const std::int64_t per_row = kernels::num_groups(shape);
+  const CodeBlock block = source.quantized() ? source.read_codes(chunk.rows, cols, shape.group_size)
+                                             : quantize_rows(source, chunk.rows, cols);
+  auto* const codes = reinterpret_cast<std::int8_t*>(weight.rows.data());
+  std::copy(block.codes.begin(), block.codes.end(), codes + chunk.place * shape.k);
+  auto scales = weight.scales.begin() + chunk.place * per_row;
+  if (source.quantized()) {
+    std::copy(block.scales.begin(), block.scales.end(), scales);
+  } else {
+    for (const float scale : block.scales) {  // one a row, here of all groups
+      scales = std::fill_n(scales, per_row, scale);
+    }
+  }
+  if (!block.zero_points.empty()) {
+    std::copy(block.zero_points.begin(), block.zero_points.end(),
+              weight.zero_points.begin() + chunk.place * per_row);
+  }
+}
+
 /// Rows of `width` elements in a new order: row order[i] becomes row i.
 template <typename T>
 void reorder_rows(std::vector<T>& rows, std::size_t width, std::span<const std::int64_t> order) {
@@ -231,34 +291,18 @@ Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSl
   const auto element = static_cast<std::size_t>(integers ? 1 : kernels::bits_of(shape.format) / 8);
   const auto row_bytes = static_cast<std::size_t>(shape.k) * element;
   weight.rows.resize(static_cast<std::size_t>(shape.n) * row_bytes);
-  std::vector<float>& scales = weight.scales;
-  std::vector<std::int32_t>& zero_points = weight.zero_points;
+  weight.scales.resize(static_cast<std::size_t>(shape.n * per_row));
+  weight.zero_points.resize(shape.asymmetric ? weight.scales.size() : 0);
+  const std::vector<Chunk> chunks = chunks_of(slices);
+  kernels::parallel_for(
+      static_cast<std::int64_t>(chunks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
+          integers ? fill_codes(chunk, cols, weight) : fill_floats(chunk, cols, weight);
+        }
+      });
   Linear linear;
-  std::byte* out = weight.rows.data();
   for (const RowSlice& slice : slices) {
-    for (std::int64_t begin = slice.rows.begin; begin < slice.rows.end; begin += kRowsAtOnce) {
-      const Range part{begin, std::min(begin + kRowsAtOnce, slice.rows.end)};
-      if (!integers) {
-        store(slice.source->read_values(part, cols), shape.format, out);
-      } else {
-        CodeBlock block = slice.source->quantized()
-                              ? slice.source->read_codes(part, cols, shape.group_size)
-                              : quantize_rows(*slice.source, part, cols);
-        std::copy(block.codes.begin(), block.codes.end(), reinterpret_cast<std::int8_t*>(out));
-        if (!slice.source->quantized() && per_row > 1) {
-          for (const float scale : block.scales) {
-            scales.insert(scales.end(), static_cast<std::size_t>(per_row), scale);
-          }
-        } else {
-          scales.insert(scales.end(), block.scales.begin(), block.scales.end());
-        }
-        if (shape.asymmetric) {
-          block.zero_points.resize(static_cast<std::size_t>(part.size() * per_row), 0);
-          zero_points.insert(zero_points.end(), block.zero_points.begin(), block.zero_points.end());
-        }
-      }
-      out += static_cast<std::size_t>(part.size()) * row_bytes;
-    }
     if (slice.bias != nullptr) {
       const std::vector<float> bias = read_floats(files, *slice.bias, slice.rows);
       linear.bias.insert(linear.bias.end(), bias.begin(), bias.end());
@@ -266,8 +310,8 @@ Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSl
   }
   if (!order.empty()) {
     reorder_rows(weight.rows, row_bytes, order);
-    reorder_rows(scales, static_cast<std::size_t>(per_row), order);
-    reorder_rows(zero_points, static_cast<std::size_t>(per_row), order);
+    reorder_rows(weight.scales, static_cast<std::size_t>(per_row), order);
+    reorder_rows(weight.zero_points, static_cast<std::size_t>(per_row), order);
     reorder_rows(linear.bias, 1, order);
   }
   choose_input(linear, files, slices, shape, options);

@@ -24,6 +24,29 @@ T load(const std::byte* bytes, std::int64_t index) {
   return value;
 }
 
+/// Copies rows × cols of a matrix whose columns lie one behind the other. A tile reads whole cache
+/// lines, and writes them.
+template <typename T>
+void copy_transposed(const std::byte* from, std::int64_t num_rows, Range rows, Range cols,
+                     std::byte* to) {
+  constexpr std::int64_t kTileRows = 64;
+  constexpr std::int64_t kTileCols = 64 / sizeof(T);
+  for (std::int64_t r = rows.begin; r < rows.end; r += kTileRows) {
+    const std::int64_t last_row = std::min(r + kTileRows, rows.end);
+    for (std::int64_t c = cols.begin; c < cols.end; c += kTileCols) {
+      const std::int64_t last_col = std::min(c + kTileCols, cols.end);
+      for (std::int64_t col = c; col < last_col; ++col) {
+        for (std::int64_t row = r; row < last_row; ++row) {
+          const std::int64_t index = (row - rows.begin) * cols.size() + col - cols.begin;
+          std::memcpy(to + index * static_cast<std::int64_t>(sizeof(T)),
+                      from + (col * num_rows + row) * static_cast<std::int64_t>(sizeof(T)),
+                      sizeof(T));
+        }
+      }
+    }
+  }
+}
+
 float load_float(const std::byte* bytes, std::int64_t index, DType dtype) {
   switch (dtype) {
     case DType::kFloat16:
@@ -247,17 +270,26 @@ CodeBlock WeightSource::read_codes(Range rows, Range cols, std::int64_t group_si
   return block;
 }
 
+void WeightSource::copy_elements(Range rows, Range cols, std::byte* out) const {
+  const auto size = static_cast<std::int64_t>(size_of(dtype_));
+  if (layout_ == WeightLayout::kOutIn) {
+    for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+      out = std::copy_n(weight_bytes_ + (row * cols_ + cols.begin) * size, cols.size() * size, out);
+    }
+  } else if (size == 2) {
+    copy_transposed<std::uint16_t>(weight_bytes_, rows_, rows, cols, out);
+  } else {
+    copy_transposed<std::uint32_t>(weight_bytes_, rows_, rows, cols, out);
+  }
+}
+
 std::vector<float> WeightSource::read_values(Range rows, Range cols) const {
   std::vector<float> values(static_cast<std::size_t>(rows.size() * cols.size()));
   if (!quantized()) {
-    const bool out_in = layout_ == WeightLayout::kOutIn;
-    for (std::int64_t r = 0; r < rows.size(); ++r) {
-      for (std::int64_t c = 0; c < cols.size(); ++c) {
-        const std::int64_t row = rows.begin + r;
-        const std::int64_t col = cols.begin + c;
-        values[static_cast<std::size_t>(r * cols.size() + c)] =
-            load_float(weight_bytes_, out_in ? row * cols_ + col : col * rows_ + row, dtype_);
-      }
+    std::vector<std::byte> elements(values.size() * size_of(dtype_));
+    copy_elements(rows, cols, elements.data());
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = load_float(elements.data(), static_cast<std::int64_t>(i), dtype_);
     }
     return values;
   }

@@ -70,6 +70,9 @@ class WeightSource {
   /// @param group_size  divides group_size_of(cols)
   CodeBlock read_codes(Range rows, Range cols, std::int64_t group_size) const;
 
+  /// Elements of rows × cols of a plain weight as they are stored, row-major, to `out`.
+  void copy_elements(Range rows, Range cols, std::byte* out) const;
+
   /// Values of rows × cols, float32, row-major: dequantized where quantized.
   std::vector<float> read_values(Range rows, Range cols) const;
 

@@ -8,13 +8,16 @@
 
 #include "inference/engine/cuda/device_memory.h"
 #include "kernels/common/half.h"
+#include "kernels/common/parallel.h"
 #include "kernels/cuda/cuda_check.h"
 
 namespace moq::inference::cuda {
 namespace {
 
-// Rows of a table converted at once; bounds what loading needs beside the table.
+// Rows of a table converted at once, which bounds what loading needs beside the table, and by a
+// thread.
 constexpr std::int64_t kRowsAtOnce = 4096;
+constexpr std::int64_t kRowsOfThread = 64;
 
 /// float32 numbers in the storage of a dtype.
 std::vector<std::byte> rounded(std::span<const float> values, DType dtype) {
@@ -45,6 +48,18 @@ std::vector<float> read_rows(const Table& table, std::int64_t first, std::int64_
       convert(static_cast<const float*>(table.view.data), [](float value) { return value; });
   }
   return values;
+}
+
+/// The same rows in the storage of a dtype.
+std::vector<std::byte> rounded_rows(const Table& table, std::int64_t first, std::int64_t count,
+                                    DType dtype) {
+  const std::int64_t row_bytes = table.cols * static_cast<std::int64_t>(size_of(dtype));
+  std::vector<std::byte> bytes(static_cast<std::size_t>(count * row_bytes));
+  kernels::parallel_for(count, kRowsOfThread, [&](std::int64_t begin, std::int64_t end) {
+    store(read_rows(table, first + begin, end - begin, table.cols), format_of(dtype),
+          bytes.data() + begin * row_bytes);
+  });
+  return bytes;
 }
 
 }  // namespace
@@ -152,13 +167,18 @@ kernels::DeviceEmbeddingLookup DeviceWeights::table(const Table& table) {
   if (rows == 0) {
     return {};
   }
-  const std::int64_t cols = table.cols;
-  const auto row_bytes = cols * static_cast<std::int64_t>(size_of(dtype_));
+  const std::int64_t row_bytes = table.cols * static_cast<std::int64_t>(size_of(dtype_));
   at::Tensor copy = allocate(rows * row_bytes, "the weights");
   auto* const out = static_cast<char*>(copy.mutable_data_ptr());
-  for (std::int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    const std::int64_t count = std::min(kRowsAtOnce, rows - first);
-    copy_to_device(rounded(read_rows(table, first, count, cols), dtype_), out + first * row_bytes);
+  if (!table.source.has_value() && table.view.dtype == dtype_) {
+    copy_to_device({static_cast<const std::byte*>(table.view.data),
+                    static_cast<std::size_t>(rows * row_bytes)},
+                   out);
+  } else {
+    for (std::int64_t first = 0; first < rows; first += kRowsAtOnce) {
+      const std::int64_t count = std::min(kRowsAtOnce, rows - first);
+      copy_to_device(rounded_rows(table, first, count, dtype_), out + first * row_bytes);
+    }
   }
   return {.data = keep_tensor(std::move(copy)), .dtype = dtype_};
 }

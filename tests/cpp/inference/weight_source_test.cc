@@ -2,11 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "inference/checkpoint/packing.h"
 #include "kernels/common/check.h"
+#include "kernels/common/half.h"
 #include "tests/cpp/inference/crafted_checkpoint.h"
 
 namespace moq::inference {
@@ -165,6 +168,77 @@ TEST(WeightSource, ReadsAPlainWeightInBothLayouts) {
             (std::vector<float>{2 / 8.0F, 4 / 8.0F, 6 / 8.0F}));
   EXPECT_EQ(WeightSource::find(open, "other", WeightLayout::kOutIn), std::nullopt);
 }
+
+/// A matrix [rows, cols] of small whole numbers, which every dtype holds, larger than a tile.
+class PlainMatrix : public testing::TestWithParam<std::tuple<DType, WeightLayout>> {
+ protected:
+  static constexpr std::int64_t kManyRows = 131;
+  static constexpr std::int64_t kManyCols = 77;
+
+  static float number(std::int64_t row, std::int64_t col) {
+    return static_cast<float>((row * 37 + col * 11) % 251 - 125);
+  }
+  static DType dtype() { return std::get<DType>(GetParam()); }
+  static WeightLayout layout() { return std::get<WeightLayout>(GetParam()); }
+
+  template <typename T, typename Convert>
+  void write(const char* name, const Convert& convert) {
+    const bool out_in = layout() == WeightLayout::kOutIn;
+    const std::vector<std::int64_t> shape =
+        out_in ? std::vector{kManyRows, kManyCols} : std::vector{kManyCols, kManyRows};
+    std::vector<T> elements;
+    for (std::int64_t i = 0; i < shape[0]; ++i) {
+      for (std::int64_t j = 0; j < shape[1]; ++j) {
+        elements.push_back(convert(out_in ? number(i, j) : number(j, i)));
+      }
+    }
+    files_.set(std::string(kName) + ".weight", name, shape, elements);
+  }
+  void SetUp() override {
+    switch (dtype()) {
+      case DType::kFloat16:
+        return write<std::uint16_t>("F16", float_to_float16);
+      case DType::kBFloat16:
+        return write<std::uint16_t>("BF16", float_to_bfloat16);
+      default:
+        return write<float>("F32", [](float value) { return value; });
+    }
+  }
+
+  CraftedCheckpoint files_;
+};
+
+TEST_P(PlainMatrix, GivesEveryBlockAsNumbersAndAsStored) {
+  const Checkpoint open = files_.open();
+  const auto source = WeightSource::find(open, kName, layout());
+  ASSERT_TRUE(source.has_value());
+  const std::size_t size = size_of(dtype());
+  for (const Range rows : {Range{0, kManyRows}, Range{63, 65}, Range{1, 130}, Range{5, 5}}) {
+    for (const Range cols : {Range{0, kManyCols}, Range{15, 33}, Range{31, 32}, Range{76, 77}}) {
+      const std::vector<float> values = source->read_values(rows, cols);
+      ASSERT_EQ(static_cast<std::int64_t>(values.size()), rows.size() * cols.size());
+      std::vector<std::byte> stored(values.size() * size);
+      source->copy_elements(rows, cols, stored.data());
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        const std::int64_t row = rows.begin + static_cast<std::int64_t>(i) / cols.size();
+        const std::int64_t col = cols.begin + static_cast<std::int64_t>(i) % cols.size();
+        ASSERT_EQ(values[i], number(row, col)) << row << ", " << col;
+        const bool out_in = layout() == WeightLayout::kOutIn;
+        const std::int64_t index = out_in ? row * kManyCols + col : col * kManyRows + row;
+        ASSERT_EQ(std::memcmp(stored.data() + i * size,
+                              open.bytes(std::string(kName) + ".weight").data() +
+                                  static_cast<std::size_t>(index) * size,
+                              size),
+                  0);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Forms, PlainMatrix,
+    testing::Combine(testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
+                     testing::Values(WeightLayout::kOutIn, WeightLayout::kInOut)));
 
 struct Spoiling {
   const char* name;
