@@ -25,6 +25,7 @@ KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
 CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
+BATCHES = ("--batch", "1", "32")  # of decode, whose peers are compiled for each
 # Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
 SANITIZED = {"memcheck": 7, "racecheck": 37, "initcheck": 11}
 
@@ -83,7 +84,7 @@ def steps() -> list[Step]:
     for shape in ("49152x12288", "17024x4256", "4096x14336"):
         found.append(Step("gemm", shape, benchmark("gpu_gemm", "--shapes", shape)))
     for model in ("gpt2-xl", "17b-x12", "llama-3.1-8b"):
-        found.append(Step("decode", model, benchmark("gpu_decode", "--models", model)))
+        found.append(Step("decode", model, benchmark("gpu_decode", "--models", model, *BATCHES)))
     for model in ("bert-base", "bert-large"):
         found.append(Step("encoder", model, benchmark("gpu_encoder", "--models", model)))
     for script in ("fake_quantize", "learned_scales"):

@@ -246,9 +246,10 @@ def decode_rows(
 
 
 @torch.no_grad()
-def prefill_rows(bench: Bench, turns: int, dtypes: Sequence[str]) -> list[Row]:
+def prefill_rows(
+    bench: Bench, turns: int, engines: dict[str, Engine], decoder: Decoder
+) -> list[Row]:
     """A prompt of 4096 tokens, against the compiled peer in a CUDA graph."""
-    decoder = bench.decoder(PROMPT)
     cache = decoder.make_cache(1)
     (prompt,) = bench.prompts(1, PROMPT)
     tokens = torch.tensor([prompt], device="cuda")
@@ -258,8 +259,7 @@ def prefill_rows(bench: Bench, turns: int, dtypes: Sequence[str]) -> list[Row]:
         lambda: decoder.forward(tokens, positions, cache, from_start=True, compiled=compiled)
     )
     rows = []
-    for dtype in dtypes:
-        engine = bench.engine(dtype)
+    for dtype, engine in engines.items():
         seconds, peer = [], []
         for _ in range(turns + 1):
             engine.generate(prompt, 1, stop_token_ids=[])
@@ -282,20 +282,21 @@ def run(name: str, folder: Path, args: argparse.Namespace, facts: dict[str, str]
             "compiled FP16": bench.decoder(length),
             "compiled INT8": bench.decoder(length).quantize(),
         }
-    prefill = []
-    if name == "17b-x12" and args.prefill:
-        prefill = prefill_rows(bench, args.turns, args.dtypes)
+    reader = bench.decoder(PROMPT) if name == "17b-x12" and args.prefill else None
     bench.weights = {}
     torch.cuda.empty_cache()
     engines = {dtype: bench.engine(dtype) for dtype in args.dtypes}
     gpu.progress(f"{name}: moq's weights loaded")
+    if reader is not None:
+        rows = prefill_rows(bench, args.turns, engines, reader)
+        print_rows(f"{name}, prefill", "compiled FP16", rows, args.json, facts)
+        reader = None
+        gpu.progress(f"{name}: prompts read")
     for batch in args.batch:
         for peer, rows in decode_rows(bench, batch, args, engines, decoders).items():
             title = f"{name}, batch {batch}, context {args.context}"
             print_rows(title, peer or "itself", rows, args.json, facts)
         torch.cuda.empty_cache()
-    if prefill:
-        print_rows(f"{name}, prefill", "compiled FP16", prefill, args.json, facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
