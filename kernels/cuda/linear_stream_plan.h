@@ -21,7 +21,7 @@ constexpr int kSharingBytes = 110 << 10;
 constexpr int kAloneBytes = 111 << 10;
 /// What is worth its price from so many weights on:
 /// - rings of several lengths (StreamPlan::stages);
-/// - kAloneBytes, behind attention (DeviceLinearArgs::spread). It takes some multiprocessors, and on
+/// - kAloneBytes, behind attention (DeviceLinearArgs::spread), which takes some multiprocessors. On
 ///   others two blocks would find room: some would stay empty, also for all kernels behind, which
 ///   begin where these end. Smaller products gain more from overlapping with others like them.
 constexpr std::int64_t kManyWeights = 16'000'000;
