@@ -22,12 +22,13 @@ BUILD = ROOT / "build" / "gpu"
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 LIMIT = 480  # seconds of a part
 KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
-CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*"
+CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*:*DecodeStep*:*StreamPlan*:*StreamSplit*:*WgmmaPlan*"
+OLDER_TESTS = "*LinearCuda*:*AttentionCuda*:*SamplingCuda*"  # whose kernels older GPUs do without
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
 BATCHES = ("--batch", "1", "32")  # of decode, whose peers are compiled for each
 # Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
-SANITIZED = {"memcheck": 7, "racecheck": 37, "initcheck": 11}
+SANITIZED = {"memcheck": 1, "racecheck": 20, "initcheck": 2}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class Step:
     name: str
     command: Sequence[str]
     every: int = 0  # of the kernel tests one in so many, in PROCESSES processes; 0: no such tests
+    tests: str = CUDA_TESTS  # of which kernel tests
     gpus: int = 1  # that it needs
+
+    @property
+    def is_test(self) -> bool:
+        """Whether it runs tests, and none would be a failure."""
+        return self.every > 0 or "pytest" in self.command
 
     @property
     def key(self) -> str:
@@ -64,6 +71,10 @@ def steps() -> list[Step]:
     """Every step in the order in which they run."""
     found = [
         Step("tests", "kernels", [KERNELS], every=1),
+        *(
+            Step("tests", f"kernels_{old}", ["env", f"MOQ_GPU_ARCH={old}", KERNELS], 1, OLDER_TESTS)
+            for old in (80, 86)
+        ),
         Step("tests", "operators", pytest("tests/ops")),
     ]
     for name, folder, of_ranks in (
@@ -71,7 +82,7 @@ def steps() -> list[Step]:
         ("engine", "tests/inference", "tests/inference/test_parallel_gpu.py"),
     ):
         found.append(Step("tests", name, pytest(folder, f"--ignore={of_ranks}")))
-        found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False)))
+        found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False), gpus=2))
     for parallel, modes in (("ddp", ["eager", "compiled"]), ("fsdp", ["eager"])):
         arguments = ["--device", "cuda", "--parallel", parallel, "--modes", *modes]
         command = benchmark("train_step", *arguments, "--roundings", "nearest", launcher=TORCHRUN)
@@ -129,10 +140,10 @@ def counts(output: str) -> Counter[str]:
     return found
 
 
-def kernel_tests(every: int) -> list[str]:
-    """Names of the kernel tests on a GPU, one in so many: others with each commit."""
-    first = int(hashlib.sha256(commit().encode()).hexdigest(), 16) % every
-    arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={CUDA_TESTS}"]
+def kernel_tests(step: Step) -> list[str]:
+    """Names of a step's kernel tests, one in so many: others with each commit."""
+    first = int(hashlib.sha256(commit().encode()).hexdigest(), 16) % step.every
+    arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={step.tests}"]
     listed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     names, suite = [], ""
     for line in listed.splitlines()[1:]:
@@ -140,13 +151,13 @@ def kernel_tests(every: int) -> list[str]:
             names.append(suite + line.split()[0])
         else:
             suite = line.split()[0]
-    return names[first::every]
+    return names[first :: step.every]
 
 
 def in_shards(step: Step, directory: Path) -> list[str]:
     """A command that runs the kernel tests of a step in several processes at once."""
     chosen = directory / "tests.txt"
-    chosen.write_text("--gtest_filter=" + ":".join(kernel_tests(step.every)) + "\n")
+    chosen.write_text("--gtest_filter=" + ":".join(kernel_tests(step)) + "\n")
     command = shlex.join([*step.command, "--gtest_brief=1", f"--gtest_flagfile={chosen}"])
     shards = range(PROCESSES)
     log = shlex.quote(str(directory / "shard"))
@@ -188,13 +199,16 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
                 row = {"part": step.part, "step": step.name} | json.loads(line) | facts
                 file.write(json.dumps(row) + "\n")
         status = process.wait()
+        found = counts("".join(lines))
         outcome = {0: "done", 124: f"out of time after {limit:.0f} s"}
+        if status == 0 and step.is_test and not found["passed"]:
+            status, outcome = 1, {1: "failed: no test ran"}
         summary = {
             "part": step.part,
             "step": step.name,
             "status": outcome.get(status, f"failed with exit status {status}"),
             "seconds": round(time.monotonic() - start, 1),
-            **counts("".join(lines)),
+            **found,
             **facts,
         }
         file.write(json.dumps(summary) + "\n")

@@ -188,11 +188,6 @@ __global__ void __launch_bounds__(kThreads, Shape<kInt8, kDim, kRowTiles>::kBloc
 
 // --------------------------------------------------------------------------------------- launchers
 
-bool fits_in_shared(std::int64_t bytes) {
-  constexpr std::int64_t kReserved = 1 << 10;  // of each block, by the system
-  return bytes + kReserved <= device_limits().shared_bytes_per_multiprocessor;
-}
-
 template <bool kBFloat16, bool kInt8, int kDim, int kRowTiles>
 void launch_flash(const DeviceAttentionArgs& args, cudaStream_t stream) {
   using Sizes = Shape<kInt8, kDim, kRowTiles>;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -12,6 +13,8 @@
 
 namespace moq::kernels::cuda {
 namespace {
+
+constexpr std::int64_t kReservedBytes = 1 << 10;  // of each block's shared memory, by the system
 
 /// Tells whether any kernel of this build loads on a device.
 __global__ void probe_kernel() {}
@@ -32,6 +35,12 @@ auto remembered(const Key& key, const Make& make) {
   return found != known.end() ? found->second : known.emplace(key, make()).first->second;
 }
 
+/// What MOQ_GPU_ARCH says, or a number above all architectures.
+int forced_architecture() {
+  const char* forced = std::getenv("MOQ_GPU_ARCH");
+  return forced == nullptr ? std::numeric_limits<int>::max() : std::atoi(forced);
+}
+
 }  // namespace
 
 DeviceLimits device_limits() {
@@ -43,8 +52,16 @@ DeviceLimits device_limits() {
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     MOQ_CUDA_CHECK(
         cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    const int forced = forced_architecture();
+    if (forced == 86 || forced == 89) {
+      shared_bytes = std::min(shared_bytes, static_cast<int>(kLeastSharedBytes + kReservedBytes));
+    }
     return DeviceLimits{multiprocessors, shared_bytes};
   });
+}
+
+bool fits_in_shared(std::int64_t bytes) {
+  return bytes + kReservedBytes <= device_limits().shared_bytes_per_multiprocessor;
 }
 
 void check_device() {
@@ -67,9 +84,7 @@ int architecture_of(const void* kernel) {
   return remembered(std::pair(current_device(), kernel), [&] {
     cudaFuncAttributes attributes{};
     MOQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    const char* forced = std::getenv("MOQ_GPU_ARCH");
-    const int loaded = attributes.ptxVersion;
-    return forced == nullptr ? loaded : std::min(loaded, std::atoi(forced));
+    return std::min(attributes.ptxVersion, forced_architecture());
   });
 }
 

@@ -14,12 +14,19 @@ struct DeviceLimits {
 
 DeviceLimits device_limits();
 
+/// Whether a thread block may have so much shared memory.
+bool fits_in_shared(std::int64_t bytes);
+
+/// What a block may have on every GPU that moq runs on: 8.6 and 8.9 have least.
+constexpr std::int64_t kLeastSharedBytes = 99 << 10;
+
 /// @throws moq::Error, with the remedy, if moq was not built for the current device.
 void check_device();
 
 /// The architecture (80, 90, …) that the code of a kernel was written for as it is loaded on the
 /// current device: that of its PTX where the driver compiled it. The environment variable
-/// MOQ_GPU_ARCH lowers it, so that a newer GPU can take an older one's path.
+/// MOQ_GPU_ARCH lowers it, so that a newer GPU can take an older one's path, with the shared memory
+/// of that if it is 86 or 89.
 int architecture_of(const void* kernel);
 
 template <typename... Arguments>

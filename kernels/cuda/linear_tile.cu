@@ -37,11 +37,12 @@ struct Arrangement {
   static constexpr int kColWarps = kColWarps_;
   static constexpr int kRowBlocks = kRowBlocks_;
   static constexpr int kTokenTiles = kTokenTiles_;
-  static constexpr int kShared = kShared_;  // bytes that the ring may take
+  static constexpr int kShared = kShared_;  // bytes that the ring may take where a block has them
   static constexpr int kThreads = kRowWarps * kTokenWarps * kColWarps * kWarpSize;
 };
 
-template <bool kBFloat16_, int kElementBytes_, bool kGroups_, typename A>
+/// kRingBytes: the most that the ring may take.
+template <bool kBFloat16_, int kElementBytes_, bool kGroups_, typename A, int kRingBytes>
 struct Tile : A {
   static constexpr bool kBFloat16 = kBFloat16_;
   static constexpr int kElementBytes = kElementBytes_;
@@ -56,7 +57,7 @@ struct Tile : A {
   static constexpr int kStepBlocks = 4;
   static constexpr int kWeightBytes = kAllRowBlocks * kStepBlocks * kBlockBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kStepCols * 2;
-  static constexpr int kStages = std::clamp(A::kShared / kStageBytes, 2, kMaxStages);
+  static constexpr int kStages = std::clamp(kRingBytes / kStageBytes, 2, kMaxStages);
   static constexpr int kResultStride = kRows + 4;  // floats, of a token in shared memory
   static constexpr int kSharedBytes = std::max(kStages * kStageBytes, kTokens* kResultStride * 4);
   static_assert(kStepBlocks % A::kColWarps == 0);
@@ -363,7 +364,15 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
     ++choice;
   }
   const auto with = [&]<typename A>(A) {
-    launch<Tile<kBFloat16, kElementBytes, kGroups, A>>(args, layout, choice->blocks, stream);
+    using Usual = Tile<kBFloat16, kElementBytes, kGroups, A, A::kShared>;
+    if constexpr (Usual::kSharedBytes > kLeastSharedBytes) {
+      if (!fits_in_shared(Usual::kSharedBytes)) {
+        using Small = Tile<kBFloat16, kElementBytes, kGroups, A, kLeastSharedBytes>;
+        static_assert(Small::kSharedBytes <= kLeastSharedBytes);
+        return launch<Small>(args, layout, choice->blocks, stream);
+      }
+    }
+    launch<Usual>(args, layout, choice->blocks, stream);
   };
   switch (choice->size) {
     case TileSize::k64x32:

@@ -271,6 +271,18 @@ def test_opcheck_of_pages(sample, gpu):
     check_registration(PAGED[sample], gpu)
 
 
+def test_every_operator_has_a_sample():
+    registered = {
+        name.partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("moq::")
+    }
+    # Measurements: their results are no tensors, and nothing compiles them.
+    registered -= {"moq::read_bandwidth", "moq::read_once"}
+    sampled = {sample()[0]._qualified_op_name for sample in (SAMPLES | INFERENCE | PAGED).values()}
+    assert sampled == registered
+
+
 def test_fake_quantize_compiles_without_a_graph_break():
     weight = random_weight(8, 16)
     compiled = torch.compile(
