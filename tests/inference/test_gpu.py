@@ -144,6 +144,13 @@ def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
     assert len(engine.generate(many, 20, max_batch=64)) == 64
 
 
+def test_a_model_that_does_not_fit_is_refused_with_its_size(smollm2, gpu):
+    with little_memory():
+        with pytest.raises(_C.Error, match="the weights must fit .* the model takes .* were free"):
+            Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp32")
+    assert Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8").generate([1, 2, 3], 2)
+
+
 def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(smollm2, gpu):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     engine.generate(sequences(4000), 2)

@@ -2,6 +2,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/cuda/transformer.h"
+#include "inference/engine/weight_source.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
 
@@ -47,12 +49,38 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
-std::int64_t stored_bytes(const checkpoint::Checkpoint& files) {
+/// Bytes of a checkpoint's tensors: as they are stored, or with its floats as INT8.
+std::int64_t bytes_of(const checkpoint::Checkpoint& files, bool as_int8) {
   std::int64_t bytes = 0;
   for (const std::string& name : files.names()) {
-    bytes += static_cast<std::int64_t>(files.bytes(name).size());
+    const auto stored = static_cast<std::int64_t>(files.bytes(name).size());
+    const std::optional<DType> dtype = float_dtype(files.at(name).dtype);
+    bytes +=
+        as_int8 && dtype.has_value() ? stored / static_cast<std::int64_t>(size_of(*dtype)) : stored;
   }
   return bytes;
+}
+
+/// What would fit of a model that does not, as the end of a message.
+std::string describe_what_fits(const checkpoint::Checkpoint& files, WeightDtype dtype,
+                               std::int64_t free) {
+  constexpr std::int64_t kMostGpus = 64;
+  const std::int64_t stored_bytes = bytes_of(files, /*as_int8=*/false);
+  const std::int64_t int8_bytes = bytes_of(files, /*as_int8=*/true);
+  const bool is_int8 = dtype == WeightDtype::kInt8;
+  std::string words;
+  if (!is_int8 && int8_bytes < std::min(free, stored_bytes * 3 / 4)) {
+    words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(int8_bytes);
+  }
+  const std::int64_t bytes = is_int8 ? int8_bytes : stored_bytes;
+  const std::int64_t gpus = free > 0 ? bytes / free + 1 : kMostGpus + 1;
+  if (gpus > 1 && gpus <= kMostGpus) {
+    words += "; " + std::to_string(gpus) +
+             " GPUs with as much free would hold it (torchrun "
+             "--nproc-per-node " +
+             std::to_string(gpus) + ")";
+  }
+  return words;
 }
 
 at::Device check_device(at::Device device) {
@@ -99,9 +127,10 @@ std::unique_ptr<Transformer> open_cuda_transformer(
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
         cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
-    moq::detail::fail(error.what(), ": the model takes ", cuda::in_units(stored_bytes(*files)),
-                      " as it is stored, for ", ranks, " GPUs together, and ", cuda::in_units(free),
-                      " of this one were free at first");
+    moq::detail::fail(
+        error.what(), ": the model takes ", cuda::in_units(bytes_of(*files, /*as_int8=*/false)),
+        " as it is stored, for ", ranks, " GPUs together, and ", cuda::in_units(free),
+        " of this one were free at first", describe_what_fits(*files, load.dtype, free));
   }
 }
 
