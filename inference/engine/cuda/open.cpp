@@ -75,10 +75,9 @@ std::string describe_what_fits(const checkpoint::Checkpoint& files, WeightDtype 
   const std::int64_t bytes = is_int8 ? int8_bytes : stored_bytes;
   const std::int64_t gpus = free > 0 ? bytes / free + 1 : kMostGpus + 1;
   if (gpus > 1 && gpus <= kMostGpus) {
-    words += "; " + std::to_string(gpus) +
-             " GPUs with as much free would hold it (torchrun "
-             "--nproc-per-node " +
-             std::to_string(gpus) + ")";
+    const std::string count = std::to_string(gpus);
+    words +=
+        "; " + count + " GPUs with as much free would (torchrun --nproc-per-node " + count + ")";
   }
   return words;
 }
