@@ -258,7 +258,7 @@ void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
     return wgmma_linear(args, layout, choose_wgmma(args, layout), stream);
   }
   if (can_tile(args, layout) && args.norm.kind == NormKind::kNone) {
-    return tile_linear(args, layout, stream);
+    return tile_linear(args, layout, choose_tile(args, layout), stream);
   }
   switch (args.weight.shape.format) {
     case WeightFormat::kFloat32:

@@ -19,6 +19,10 @@ void stream_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUs
 
 /// Whether tile_linear multiplies these, any number of tokens, on the current device.
 bool can_tile(const DeviceLinearArgs& args, const DeviceLayout& layout);
-void tile_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, CUstream_st* stream);
+TileChoice choose_tile(const DeviceLinearArgs& args, const DeviceLayout& layout);
+/// `choice` tells the tile and how far its columns are split; which inputs it is meant for does not
+/// matter.
+void tile_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, const TileChoice& choice,
+                 CUstream_st* stream);
 
 }  // namespace moq::kernels::cuda

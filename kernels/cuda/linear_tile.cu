@@ -358,23 +358,20 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, int blocks
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  const TileChoice* choice = kTileChoices;
-  while (args.m > choice->most_tokens || layout.n * layout.k > choice->most_weights) {
-    ++choice;
-  }
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const TileChoice& choice,
+            cudaStream_t stream) {
   const auto with = [&]<typename A>(A) {
     using Usual = Tile<kBFloat16, kElementBytes, kGroups, A, A::kShared>;
     if constexpr (Usual::kSharedBytes > kLeastSharedBytes) {
       if (!fits_in_shared(Usual::kSharedBytes)) {
         using Small = Tile<kBFloat16, kElementBytes, kGroups, A, kLeastSharedBytes>;
         static_assert(Small::kSharedBytes <= kLeastSharedBytes);
-        return launch<Small>(args, layout, choice->blocks, stream);
+        return launch<Small>(args, layout, choice.blocks, stream);
       }
     }
-    launch<Usual>(args, layout, choice->blocks, stream);
+    launch<Usual>(args, layout, choice.blocks, stream);
   };
-  switch (choice->size) {
+  switch (choice.size) {
     case TileSize::k64x32:
       return with(Arrangement<2, 1, 4, 2, 4, 72 << 10>());
     case TileSize::k64x64:
@@ -389,12 +386,13 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 }
 
 template <bool kBFloat16>
-void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
+void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const TileChoice& choice,
+            cudaStream_t stream) {
   if (layout.element_bytes == 2) {
-    return launch<kBFloat16, 2, false>(args, layout, stream);
+    return launch<kBFloat16, 2, false>(args, layout, choice, stream);
   }
-  layout.groups == 1 ? launch<kBFloat16, 1, false>(args, layout, stream)
-                     : launch<kBFloat16, 1, true>(args, layout, stream);
+  layout.groups == 1 ? launch<kBFloat16, 1, false>(args, layout, choice, stream)
+                     : launch<kBFloat16, 1, true>(args, layout, choice, stream);
 }
 
 }  // namespace
@@ -404,9 +402,18 @@ bool can_tile(const DeviceLinearArgs& args, const DeviceLayout& layout) {
          reinterpret_cast<std::uintptr_t>(args.input) % 16 == 0;
 }
 
-void tile_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  args.dtype == DType::kBFloat16 ? launch<true>(args, layout, stream)
-                                 : launch<false>(args, layout, stream);
+TileChoice choose_tile(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  const TileChoice* choice = kTileChoices;
+  while (args.m > choice->most_tokens || layout.n * layout.k > choice->most_weights) {
+    ++choice;
+  }
+  return *choice;
+}
+
+void tile_linear(const DeviceLinearArgs& args, const DeviceLayout& layout, const TileChoice& choice,
+                 cudaStream_t stream) {
+  args.dtype == DType::kBFloat16 ? launch<true>(args, layout, choice, stream)
+                                 : launch<false>(args, layout, choice, stream);
 }
 
 }  // namespace moq::kernels::cuda

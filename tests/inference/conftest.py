@@ -6,6 +6,7 @@ from pathlib import Path
 
 import models
 import pytest
+from decoders import WIDE_HEADS, write_decoder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -18,7 +19,10 @@ def model_directory(tmp_path_factory) -> Callable[[str], Path]:
     def directory(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            models.save(name, models.build(name), made[name])
+            if name in WIDE_HEADS:
+                write_decoder(made[name], **WIDE_HEADS[name])
+            else:
+                models.save(name, models.build(name), made[name])
         return made[name]
 
     return directory

@@ -26,6 +26,20 @@ GPT2_LIKE: dict[str, Any] = {
     "has_head": True,
 }
 
+# Decoders of other kinds with heads of 64 columns, which the fast kernels of a GPU need.
+WIDE_HEADS: dict[str, dict[str, Any]] = {
+    "llama_wide_heads": {
+        "hidden_size": 256,
+        "num_heads": 4,
+        "intermediate_size": 1024,
+        "norm": "rms_norm",
+        "positions": "rotary",
+        "gated": True,
+        "activation": "silu",
+    },
+    "bloom_wide_heads": {"positions": "alibi", "embedding_norm": True},
+}
+
 _BIASES = {
     "query": "qkv_bias",
     "key": "qkv_bias",

@@ -1,5 +1,6 @@
 """Small random models of every architecture, and directories of them."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import (
     BloomForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -244,11 +246,16 @@ def open_decoding_by(path: str, monkeypatch: Any, directory: Path, **options: An
         return Engine.from_pretrained(directory, device="cuda", **options)
 
 
-def same_bits(device: str, actual: Tensor, expected: Tensor) -> bool:
+# What the order of sums may change logits by, by kv_cache_dtype: it may move a key or a value that
+# lies between two codes of an INT8 cache to the other one.
+CACHE_TOLERANCES = {None: 5e-6, "int8": 1e-2}
+
+
+def same_bits(device: str, actual: Tensor, expected: Tensor, tolerance: float = 5e-6) -> bool:
     """Equal bits on the CPU. A GPU sums in an order that depends on the number of tokens."""
     if device == "cpu":
         return torch.equal(actual, expected)
-    return relative_error(actual, expected) < 5e-6
+    return relative_error(actual, expected) < tolerance
 
 
 def policy_in(directory: Path) -> Path | None:
@@ -272,10 +279,35 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
+def cached_logits(core: Any, pieces: list[list[int]]) -> Tensor:
+    """Logits of one sequence that comes piece by piece."""
+    cache = core.make_cache(1, sum(map(len, pieces)))
+    slot = cache.allocate()
+    return torch.cat([core.forward([piece], [], cache, [slot]) for piece in pieces])
+
+
+def in_pieces(row: list[int], *sizes: int) -> list[list[int]]:
+    """The row in pieces of these sizes, over and over."""
+    pieces, of_size = [], itertools.cycle(sizes)
+    while row:
+        size = next(of_size)
+        pieces.append(row[:size])
+        row = row[size:]
+    return pieces
+
+
 @torch.no_grad()
 def reference_logits(model: nn.Module, row: list[int]) -> Tensor:
     """transformers' logits of one sequence: [length, vocab_size] or [num_labels]."""
     return model(torch.tensor([row])).logits[0]
+
+
+class Int8Cache(DynamicCache):
+    """A cache of transformers that keeps what an INT8 cache does: one grid a token and head."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rounded = (_quantized_rows(x.flatten(0, -2)).view_as(x) for x in (keys, values))
+        return super().update(*rounded, *args, **kwargs)
 
 
 def greedy(model: PreTrainedModel, row: list[int], tokens: list[int]) -> list[int]:

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import sequences
+from models import cached_logits, open_fp32, same_bits, sequences
 
 from moq import _C
 from moq.inference import Engine
 
 
-def test_calls_from_several_threads_give_what_each_gives_alone(model_directory):
-    core = Engine.from_pretrained(model_directory("llama"), dtype="int8").core
+def test_calls_from_several_threads_give_what_each_gives_alone(model_directory, device):
+    core = Engine.from_pretrained(model_directory("llama"), device=device, dtype="int8").core
     rows = sequences(40, 3, 17, 60)
     alone = [core.generate([row], max_new_tokens=30).rows[0].tokens for row in rows]
     got = {}
@@ -30,8 +30,35 @@ def test_calls_from_several_threads_give_what_each_gives_alone(model_directory):
     assert got == {i: [tokens] * 10 for i, tokens in enumerate(alone)}
 
 
-def test_questions_of_other_threads_wait_for_a_generation_to_end(model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_different_calls_at_once_give_what_each_gives_alone(model_directory, device):
+    core = open_fp32(model_directory("llama"), device).core
+    rows = sequences(40, 3, 17, 60)
+    calls = [
+        lambda: torch.tensor(core.generate(rows, max_new_tokens=20).rows[3].tokens),
+        lambda: torch.tensor(core.generate(rows[:1], max_new_tokens=20).rows[0].tokens),
+        lambda: core.forward(rows[1:3]),
+        lambda: core.encode(rows).last_hidden_state,
+        lambda: cached_logits(core, [rows[3][:50], *([token] for token in rows[3][50:])]),
+    ]
+    alone = [call() for call in calls]
+    got = [[] for _ in calls]
+
+    def work(i):
+        for _ in range(6):
+            got[i].append(calls[i]())
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(results) for results in got] == [6] * len(calls)
+    for results, expected in zip(got, alone, strict=True):
+        assert all(same_bits(device, result, expected) for result in results)
+
+
+def test_questions_of_other_threads_wait_for_a_generation_to_end(model_directory, device):
+    core = Engine.from_pretrained(model_directory("llama"), device=device).core
     answers = []
 
     def ask():
@@ -62,8 +89,8 @@ def test_questions_of_other_threads_wait_for_a_generation_to_end(model_directory
         lambda core: core.memory_report(),
     ],
 )
-def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory, device):
+    core = Engine.from_pretrained(model_directory("llama"), device=device).core
 
     def on_token(row, token):
         call(core)
@@ -74,8 +101,8 @@ def test_a_callback_that_calls_its_own_engine_is_told_so(call, model_directory):
     assert len(core.generate([[3, 4]], max_new_tokens=4).rows[0].tokens) == 4
 
 
-def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_directory):
-    core = Engine.from_pretrained(model_directory("llama")).core
+def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_directory, device):
+    core = Engine.from_pretrained(model_directory("llama"), device=device).core
     rows = [[5, 3, *range(40)], [7, 8]]
     expected = core.forward(rows)
 
@@ -86,7 +113,7 @@ def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_direc
             return 5
 
     rows[0][0] = Shrinking()
-    assert torch.equal(core.forward(rows), expected)
+    assert same_bits(device, core.forward(rows), expected)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +128,16 @@ def test_ids_that_change_their_lists_when_read_are_those_of_the_call(model_direc
     ],
     ids=["int64", "int32", "columns", "every second", "offset", "one column"],
 )
-def test_a_tensor_of_ids_is_read_however_it_lies(laid_out, model_directory):
-    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
-    ids = laid_out(torch.tensor([[5, 9, 2], [7, 1, 30]]))
-    types = laid_out(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+def test_a_tensor_of_ids_is_read_however_it_lies(laid_out, model_directory, device):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device).core
+    ids = laid_out(torch.tensor([[5, 9, 2], [7, 1, 30]], device=device))
+    types = laid_out(torch.tensor([[0, 1, 1], [1, 0, 0]], device=device))
     expected = core.encode(ids.tolist(), types.tolist()).last_hidden_state
-    assert torch.equal(core.encode(ids, types).last_hidden_state, expected)
+    assert same_bits(device, core.encode(ids, types).last_hidden_state, expected)
 
 
-def test_a_refused_call_leaves_nothing_to_the_next(model_directory):
-    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
+def test_a_refused_call_leaves_nothing_to_the_next(model_directory, device):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device).core
     expected = core.encode([[5, 9, 2]]).last_hidden_state
     for ids, types, message in (
         ([[7, 1], [30, -1]], [], r"a token must lie in \[0, \d+\), got -1"),
@@ -122,7 +149,7 @@ def test_a_refused_call_leaves_nothing_to_the_next(model_directory):
     ):
         with pytest.raises(_C.Error, match=message):
             core.encode(ids, types)
-        assert torch.equal(core.encode([[5, 9, 2]]).last_hidden_state, expected)
+        assert same_bits(device, core.encode([[5, 9, 2]]).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("lengths", [(4096, 4096), (4096, 100)])
@@ -137,6 +164,6 @@ def test_means_over_many_tokens_are_as_exact_as_pairwise_sums(lengths, model_dir
     assert (found - expected).abs().max() < 5e-7 * expected.abs().max()
 
 
-def test_a_communicator_outlives_its_engine(model_directory):
-    communicator = Engine.from_pretrained(model_directory("llama")).core.communicator
+def test_a_communicator_outlives_its_engine(model_directory, device):
+    communicator = Engine.from_pretrained(model_directory("llama"), device=device).core.communicator
     assert (communicator.rank, communicator.size) == (0, 1)

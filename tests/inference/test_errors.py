@@ -15,8 +15,8 @@ from moq.inference import Engine
 
 
 @pytest.fixture(scope="module")
-def engine(model_directory) -> Engine:
-    return Engine.from_pretrained(model_directory("llama"))
+def engine(model_directory, device) -> Engine:
+    return Engine.from_pretrained(model_directory("llama"), device=device)
 
 
 @pytest.fixture
@@ -165,13 +165,13 @@ def test_other_quantization_methods_are_refused(copy):
         Engine.from_pretrained(copy)
 
 
-def test_not_finite_weight_is_refused_at_load_time_quantization(copy):
+def test_not_finite_weight_is_refused_at_load_time_quantization(copy, device):
     def spoil(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
 
     change_tensors(copy, spoil)
     with pytest.raises(_C.Error, match="model.layers.0.mlp.up_proj"):
-        Engine.from_pretrained(copy, dtype="int8")
+        Engine.from_pretrained(copy, device=device, dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -239,24 +239,24 @@ def test_stop_string_without_a_tokenizer(engine):
         engine.generate([3, 4], stop="x")
 
 
-def test_generate_needs_a_decoder(model_directory):
+def test_generate_needs_a_decoder(model_directory, device):
     with pytest.raises(_C.Error, match="must be causal.*got BertForSequenceClassification"):
-        Engine.from_pretrained(model_directory("bert")).generate([3, 4])
+        Engine.from_pretrained(model_directory("bert"), device=device).generate([3, 4])
 
 
-def test_forward_needs_a_head(model_directory):
+def test_forward_needs_a_head(model_directory, device):
     with pytest.raises(_C.Error, match="forward needs a model with a language-model head"):
-        Engine.from_pretrained(model_directory("bert")).forward([[3, 4]])
+        Engine.from_pretrained(model_directory("bert"), device=device).forward([[3, 4]])
 
 
-def test_sequence_longer_than_the_model(model_directory):
-    engine = Engine.from_pretrained(model_directory("bert"))
+def test_sequence_longer_than_the_model(model_directory, device):
+    engine = Engine.from_pretrained(model_directory("bert"), device=device)
     with pytest.raises(_C.Error, match="a sequence must have at most 96 tokens, got 97"):
         engine.encode(sequences(97))
 
 
-def test_token_type_outside_its_table(model_directory):
-    engine = Engine.from_pretrained(model_directory("bert_masked_lm"))
+def test_token_type_outside_its_table(model_directory, device):
+    engine = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device)
     with pytest.raises(_C.Error, match=r"a token type must lie in \[0, 2\), got 2"):
         engine.forward(torch.tensor([[3, 4]]), token_type_ids=torch.tensor([[0, 2]]))
 
@@ -282,8 +282,8 @@ def test_cache_refuses_tokens_beyond_its_capacity(engine):
 
 
 @pytest.mark.parametrize("other", ["gpt2", "llama_biases_tied", "qwen3", "mistral"])
-def test_a_cache_of_another_model_is_refused(other, engine, model_directory):
-    core = Engine.from_pretrained(model_directory(other)).core
+def test_a_cache_of_another_model_is_refused(other, engine, model_directory, device):
+    core = Engine.from_pretrained(model_directory(other), device=device).core
     cache = core.make_cache(1, 8)
     slot = cache.allocate()
     if other == "llama_biases_tied":  # the same sizes
@@ -294,7 +294,7 @@ def test_a_cache_of_another_model_is_refused(other, engine, model_directory):
     assert cache.length(slot) == 0
 
 
-def test_a_cache_of_fewer_layers_is_refused(engine, tmp_path):
+def test_a_cache_of_fewer_layers_is_refused(engine, tmp_path, device):
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=97,
@@ -305,7 +305,7 @@ def test_a_cache_of_fewer_layers_is_refused(engine, tmp_path):
             intermediate_size=8,
         )
     ).save_pretrained(tmp_path)
-    cache = Engine.from_pretrained(tmp_path).core.make_cache(1, 8)
+    cache = Engine.from_pretrained(tmp_path, device=device).core.make_cache(1, 8)
     with pytest.raises(_C.Error, match="for 2 layers, 2 KV heads and head_dim 6, got one for 1, 2"):
         engine.core.forward([[3, 4]], [], cache, [cache.allocate()])
 
@@ -321,8 +321,8 @@ def test_two_sequences_in_one_slot_are_refused(engine):
 @pytest.mark.parametrize("ids", [[], torch.zeros(0, 5, dtype=torch.long)], ids=["list", "tensor"])
 @pytest.mark.parametrize("name", ["llama", "bert_masked_lm"])
 @pytest.mark.parametrize("call", ["forward", "encode"])
-def test_an_empty_batch(call, name, ids, model_directory):
-    engine = Engine.from_pretrained(model_directory(name))
+def test_an_empty_batch(call, name, ids, model_directory, device):
+    engine = Engine.from_pretrained(model_directory(name), device=device)
     with pytest.raises(ValueError, match="must be those of at least one sequence, got none"):
         getattr(engine, call)(ids)
 
@@ -348,17 +348,17 @@ def test_ids_of_another_type_or_shape(call, ids, error, message, engine):
 
 @pytest.mark.parametrize("types", [[[0, 0]], [[0, 0], [0], [0]]])
 @pytest.mark.parametrize("call", ["forward", "encode"])
-def test_token_types_of_another_number_of_sequences(types, call, model_directory):
-    core = Engine.from_pretrained(model_directory("bert_masked_lm")).core
+def test_token_types_of_another_number_of_sequences(types, call, model_directory, device):
+    core = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device).core
     message = f"must be empty or one list per sequence, got {len(types)} for 2"
     with pytest.raises(_C.Error, match=message):
         getattr(core, call)([[3, 4], [5]], types)
 
 
-def test_sliding_window_limits_the_length(tmp_path):
+def test_sliding_window_limits_the_length(tmp_path, device):
     model = models.build("mistral")
     model.config.sliding_window = 40
     model.save_pretrained(tmp_path)
-    engine = Engine.from_pretrained(tmp_path)
+    engine = Engine.from_pretrained(tmp_path, device=device)
     with pytest.raises(_C.Error, match="must fit into the model's 40 positions"):
         engine.generate([3] * 38, 8)

@@ -1,14 +1,24 @@
 """FP16 and BF16 on a GPU: the errors of logits against those of transformers in the same dtype."""
 
 import copy
-import itertools
 from pathlib import Path
 
 import models
 import pytest
 import rounded_models
 import torch
-from models import DECODE_STEPS, DECODERS, open_decoding_by, reference_logits, sequences
+from decoders import WIDE_HEADS
+from models import (
+    DECODE_STEPS,
+    DECODERS,
+    cached_logits,
+    in_pieces,
+    open_decoding_by,
+    open_fp32,
+    reference_logits,
+    relative_error,
+    sequences,
+)
 
 from moq.inference import Engine
 
@@ -66,6 +76,15 @@ def check_against_naive(actual, naive, exact):
     return decided.double().mean().item()
 
 
+def whole_and_in_steps(engine):
+    """Logits of ROWS at once, and of the last row token by token; each with its rows of naive."""
+    whole, steps = (
+        torch.cat(engine.forward(ROWS)),
+        cached_logits(engine.core, in_pieces(ROWS[-1], 1)),
+    )
+    return [(whole, slice(None)), (steps, slice(-len(steps), None))]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu):
@@ -80,23 +99,6 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     decided = check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
     print(f"{name} {dtype}: decided positions {decided:.3f}")
     assert decided >= FEWEST_DECIDED[dtype]
-
-
-def cached_logits(engine, pieces):
-    """Logits of one sequence that comes piece by piece."""
-    cache = engine.core.make_cache(1, sum(map(len, pieces)))
-    slot = cache.allocate()
-    return torch.cat([engine.core.forward([piece], [], cache, [slot]) for piece in pieces])
-
-
-def in_pieces(row, *sizes):
-    """The row in pieces of these sizes, over and over."""
-    pieces, sizes = [], itertools.cycle(sizes)
-    while row:
-        size = next(sizes)
-        pieces.append(row[:size])
-        row = row[size:]
-    return pieces
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
@@ -117,7 +119,7 @@ def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu):
     exact = logits_of(with_parameters_in(torch.float64, half), [ROWS[-1]], "cpu")
     for sizes in ([1], [7, 1, 8, 2, 17]):
         decided = check_against_naive(
-            cached_logits(engine, in_pieces(ROWS[-1], *sizes)), naive, exact
+            cached_logits(engine.core, in_pieces(ROWS[-1], *sizes)), naive, exact
         )
         print(f"{name} {weights} {sizes}: decided positions {decided:.3f}")
         assert decided >= FEWEST_DECIDED[weights]
@@ -139,7 +141,7 @@ def test_either_way_of_a_decode_step_errs_and_decides_as_its_dtype(
     naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), [row]))
     exact = logits_of(with_parameters_in(torch.float64, model), [row], "cpu")
     for sizes in ([1], [40, 1, 1, 1]):
-        check_against_naive(cached_logits(engine, in_pieces(row, *sizes)), naive, exact)
+        check_against_naive(cached_logits(engine.core, in_pieces(row, *sizes)), naive, exact)
     naive_error = max((values - exact).abs().max().item() for values in naive)
     exact = exact[len(prompt) - 1 :]
     lost = exact.amax(dim=-1) - exact.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
@@ -210,10 +212,78 @@ def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu)
     engine = Engine.from_pretrained(tmp_path / "out", device=gpu, compute_dtype=dtype)
     naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), ROWS))
     exact = torch.cat([reference_logits(model, row) for row in ROWS])
-    for logits in (torch.cat(engine.forward(ROWS)), cached_logits(engine, in_pieces(ROWS[-1], 1))):
-        rows = slice(len(exact) - len(logits), None)
+    for logits, rows in whole_and_in_steps(engine):
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows].double())
         print(f"{name} {dtype} {kind}: decided positions {decided:.3f}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama_even", "gpt2"])
+@pytest.mark.parametrize("grid", rounded_models.GRIDS)
+def test_exported_grids_err_as_their_dtype(grid, name, dtype, tmp_path, gpu):
+    model = rounded_models.export(models.build(name), tmp_path / "out", grid)
+    engine = Engine.from_pretrained(tmp_path / "out", device=gpu, compute_dtype=dtype)
+    naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), ROWS))
+    exact = logits_of(with_parameters_in(torch.float64, model), ROWS, "cpu")
+    for logits, rows in whole_and_in_steps(engine):
+        decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows])
+        print(f"{name} {dtype} {grid}: decided positions {decided:.3f}")
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("fp32", "fp16"), ("fp16", "fp16"), ("bf16", "bf16")]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_int8_weights_are_computed_in_the_dtype_of_the_directory(
+    name, stored, computed, tmp_path, gpu
+):
+    half = with_parameters_in(DTYPES.get(stored, torch.float32), models.build(name))
+    models.save(name, half, tmp_path)
+    engine = Engine.from_pretrained(tmp_path, device=gpu, dtype="int8")
+    assert engine.core.compute_dtype == str(DTYPES[computed]).removeprefix("torch.")
+    model = models.simulate_int8(with_parameters_in(torch.float32, half))
+    naive = list(naive_logits(with_parameters_in(DTYPES[computed], model), ROWS))
+    exact = logits_of(with_parameters_in(torch.float64, model), ROWS, "cpu")
+    for logits, rows in whole_and_in_steps(engine):
+        decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows])
+        print(f"{name} {stored}: decided positions {decided:.3f}")
+
+
+@pytest.mark.parametrize("sizes", [[1], [7, 1, 8, 2, 17]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "bloom", *WIDE_HEADS])
+def test_an_int8_cache_adds_no_more_error_than_in_float32(name, dtype, sizes, model_directory, gpu):
+    """Errors of the dtype and of the cache add up at most; another draw of either is up to twice.
+
+    A 16-bit error also moves keys and values across the edges of codes, but these then err by less
+    than a step of the grid, as the others do.
+    """
+    directory = model_directory(name)
+    pieces = in_pieces(ROWS[-1], *sizes)
+
+    def logits_with(**options):
+        return cached_logits(open_fp32(directory, gpu, **options).core, pieces)
+
+    exact, cache_in_fp32 = (logits_with(kv_cache_dtype=kind) for kind in (None, "int8"))
+    plain, rounded = (
+        Engine.from_pretrained(
+            directory,
+            device=gpu,
+            dtype=dtype,
+            kv_cache_dtype=kind,
+            policy=models.policy_in(directory),
+        )
+        for kind in (None, "int8")
+    )
+    assert plain.core.kv_cache_dtype == str(DTYPES[dtype]).removeprefix("torch.")
+    assert rounded.core.kv_cache_dtype == "int8"
+    without, found = (cached_logits(engine.core, pieces) for engine in (plain, rounded))
+    error, of_dtype, of_cache = (
+        relative_error(logits, exact) for logits in (found, without, cache_in_fp32)
+    )
+    print(f"{name} {dtype} {sizes}: {error:.2e}, dtype {of_dtype:.2e}, cache {of_cache:.2e}")
+    assert relative_error(found, without) > 1e-5
+    assert error <= 2 * (of_dtype + of_cache)
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
@@ -229,7 +299,7 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
     )
     exact = logits_of(with_parameters_in(torch.float64, half), [row], "cpu")
     pieces = [row[:190], *in_pieces(row[190:], 1, 1, 1, 5)]
-    for logits in (engine.forward([row])[0], cached_logits(engine, pieces)):
+    for logits in (engine.forward([row])[0], cached_logits(engine.core, pieces)):
         decided = check_against_naive(logits, naive, exact)
         print(f"{weights}: decided positions {decided:.3f}")
         assert decided >= FEWEST_DECIDED[weights]

@@ -31,6 +31,19 @@ def test_decoder_equals_the_model_with_simulated_weights(name, head, model_direc
     assert engine.core.head_format == ("int8" if head else "float32")
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_16_bit_directory_is_quantized_as_its_values_in_float32(name, stored, tmp_path, device):
+    half = models.build(name).to(stored)
+    models.save(name, half, tmp_path)
+    simulated = models.build(name)
+    simulated.load_state_dict(half.state_dict())
+    simulate_int8(simulated)
+    (row,) = sequences(33)
+    logits = open_fp32(tmp_path, device, dtype="int8").forward([row])[0]
+    assert relative_error(logits, reference_logits(simulated, row)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
 def test_encoder_equals_the_model_with_simulated_weights(name, model_directory, device):
     (row,) = sequences(33)

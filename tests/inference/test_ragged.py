@@ -2,11 +2,28 @@
 
 import pytest
 import torch
-from models import open_fp32, same_bits, sequences
+from models import (
+    CACHE_TOLERANCES,
+    cached_logits,
+    open_fp32,
+    relative_error,
+    same_bits,
+    sequences,
+)
 
 from moq import _C
 
 ROWS = sequences(1, 7, 30, 16)
+
+with_every_cache = pytest.mark.parametrize(
+    ("device", "kv_cache_dtype"),
+    [
+        ("cpu", None),
+        pytest.param("cuda", None, marks=pytest.mark.gpu),
+        pytest.param("cuda", "int8", marks=pytest.mark.gpu),
+    ],
+    indirect=["device"],
+)
 
 
 def padded(rows, side):
@@ -70,17 +87,13 @@ def test_generated_rows_do_not_depend_on_the_batch(max_batch, model_directory, d
 def test_several_appended_tokens_equal_the_whole_sequence(model_directory, device):
     core = open_fp32(model_directory("llama"), device).core
     (row,) = sequences(23)
-    cache = core.make_cache(1, 32)
-    slot = cache.allocate()
-    pieces = [row[:5], row[5:6], row[6:20], row[20:]]
-    logits = torch.cat([core.forward([piece], [], cache, [slot]) for piece in pieces])
-    whole = core.forward([row])
-    assert cache.length(slot) == 23
-    assert ((logits - whole).abs().max() / whole.abs().max()).item() < 5e-6
+    logits = cached_logits(core, [row[:5], row[5:6], row[6:20], row[20:]])
+    assert relative_error(logits, core.forward([row])) < 5e-6
 
 
-def test_forked_sequence_continues_as_its_parent_would(model_directory, device):
-    core = open_fp32(model_directory("gpt2"), device).core
+@with_every_cache
+def test_forked_sequence_continues_as_its_parent_would(kv_cache_dtype, model_directory, device):
+    core = open_fp32(model_directory("gpt2"), device, kv_cache_dtype=kv_cache_dtype).core
     (row,) = sequences(12)
     cache = core.make_cache(2, 32)
     parent = cache.allocate()
@@ -89,11 +102,12 @@ def test_forked_sequence_continues_as_its_parent_would(model_directory, device):
     continued = core.forward([[5, 6], [7, 8]], [], cache, [parent, child])
     cache.truncate(parent, 12)
     again = core.forward([[7, 8]], [], cache, [parent])
-    assert same_bits(device, continued[2:], again)
+    assert same_bits(device, continued[2:], again, CACHE_TOLERANCES[kv_cache_dtype])
 
 
-def test_reordered_rows_continue_their_sources(model_directory, device):
-    core = open_fp32(model_directory("llama"), device).core
+@with_every_cache
+def test_reordered_rows_continue_their_sources(kv_cache_dtype, model_directory, device):
+    core = open_fp32(model_directory("llama"), device, kv_cache_dtype=kv_cache_dtype).core
     rows = sequences(9, 14, 5)
     cache = core.make_cache(3, 32)
     slots = [cache.allocate() for _ in rows]
@@ -102,14 +116,22 @@ def test_reordered_rows_continue_their_sources(model_directory, device):
     assert [cache.length(slot) for slot in slots] == [14, 14, 9]
     logits = core.forward([[3], [4], [5]], [], cache, slots)
     for i, (source, token) in enumerate([(1, 3), (1, 4), (0, 5)]):
-        alone = core.forward([[*rows[source], token]])[-1]
-        assert ((logits[i] - alone).abs().max() / alone.abs().max()).item() < 5e-6
+        alone = cached_logits(core, [[*rows[source], token]])[-1]
+        assert relative_error(logits[i], alone) < CACHE_TOLERANCES[kv_cache_dtype]
 
 
-def test_freed_slots_are_used_again(model_directory, device):
-    cache = open_fp32(model_directory("llama"), device).core.make_cache(2, 8)
-    first = cache.allocate()
-    cache.allocate()
-    cache.free(first)
-    assert cache.allocate() == first
+@with_every_cache
+def test_freed_slots_are_used_again(kv_cache_dtype, model_directory, device):
+    core = open_fp32(model_directory("llama"), device, kv_cache_dtype=kv_cache_dtype).core
+    cache = core.make_cache(2, 96)
+    slots = [cache.allocate(), cache.allocate()]
+    before, beside, after = sequences(90, 70, 75)  # more than a page
+    core.forward([before, beside], [], cache, slots)
+    cache.free(slots[0])
+    assert cache.allocate() == slots[0]
     assert cache.num_free_slots == 0
+    core.forward([after], [], cache, slots[:1])
+    logits = core.forward([[5], [6]], [], cache, slots)
+    for found, whole in zip(logits, ([*after, 5], [*beside, 6]), strict=True):
+        alone = cached_logits(core, [whole])[-1]
+        assert relative_error(found, alone) < CACHE_TOLERANCES[kv_cache_dtype]

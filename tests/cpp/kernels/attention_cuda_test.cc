@@ -76,6 +76,43 @@ INSTANTIATE_TEST_SUITE_P(Heads, AttentionCuda,
                                                               HeadCounts{35, 1}),
                                             kDTypes, kStorages));
 
+// -------------------------------------------------------------------------- less than 128 rows
+
+/// Too few rows for the kernel of compute capability 9.0, too many to split their keys.
+const std::vector<SequenceLengths> kShort = {{17, 0},  {100, 0}, {1, 0},  {33, 70},
+                                             {64, 64}, {0, 5},   {65, 3}, {99, 130}};
+
+class AttentionCudaShort : public AttentionCuda {};
+
+TEST_P(AttentionCudaShort, SeesThePast) {
+  expect_exact(kShort, /*causal=*/true, /*alibi=*/false);
+}
+
+TEST_P(AttentionCudaShort, SeesBothDirectionsByDistance) {
+  expect_exact(kShort, /*causal=*/false, /*alibi=*/true);
+}
+
+/// Blocks that fill the GPU three times: up to 128 dimensions, a warp takes two tiles of rows.
+TEST_P(AttentionCudaShort, TakesManySequences) {
+  std::vector<SequenceLengths> lengths;
+  for (std::int32_t i = 0; i < 450 / std::get<HeadCounts>(GetParam()).num_kv_heads; ++i) {
+    lengths.push_back({17 + i * 37 % 84, i * 11 % 70});
+  }
+  expect_exact(lengths, /*causal=*/true, /*alibi=*/false);
+}
+
+const auto kHalves = ::testing::Values(DType::kFloat16, DType::kBFloat16);
+const auto kOfSixteenBits = ::testing::Values(KeyStorage::kPacked, KeyStorage::kPages);
+
+INSTANTIATE_TEST_SUITE_P(Dims, AttentionCudaShort,
+                         ::testing::Combine(::testing::Values(72, 80, 96, 128, 152),
+                                            ::testing::Values(HeadCounts{1, 1}), kHalves,
+                                            kOfSixteenBits));
+INSTANTIATE_TEST_SUITE_P(Heads, AttentionCudaShort,
+                         ::testing::Combine(::testing::Values(80, 96, 128),
+                                            ::testing::Values(HeadCounts{7, 7}), kHalves,
+                                            kOfSixteenBits));
+
 // ----------------------------------------------------------------------------------------- rest
 
 class AttentionCudaTest : public ::testing::Test {

@@ -148,6 +148,8 @@ TEST_F(LinearCudaArgs, BlocksThatKeepApartGiveTheSameBits) {
 
 TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
   for (const auto& [m, n, k] : {std::tuple{1, 25700, 64},
+                                {1, 50257, 64},
+                                {9, 50257, 64},
                                 {1, 2128, 7536},
                                 {3, 10570, 864},
                                 {9, 5300, 1700},

@@ -185,6 +185,38 @@ INSTANTIATE_TEST_SUITE_P(Every, LinearCudaTurns,
                          ::testing::Combine(::testing::Values<std::int64_t>(1, 3, 8, 12, 16),
                                             ::testing::Values<std::int64_t>(96, 6160, 8200)));
 
+/// Projections of 25 heads of 64: tiles of 128 rows reach from q into k, and from k into v.
+class LinearCudaHeads
+    : public ::testing::TestWithParam<std::tuple<std::tuple<std::int64_t, std::int64_t>, DType>> {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_P(LinearCudaHeads, ProjectTwentyFive) {
+  const auto& [shape, dtype] = GetParam();
+  const auto& [m, k] = shape;
+  const NormKind norm = cuda::linear_takes_norm(m) ? NormKind::kLayerNorm : NormKind::kNone;
+  for (const auto& [rotary_dim, num_kv_heads] : {std::pair{0, 25}, {64, 25}, {32, 5}}) {
+    const LinearProblem problem = LinearProblem::random(m, (25 + 2 * num_kv_heads) * 64, k);
+    for (const bool cached : {false, true}) {
+      expect_close(multiply(problem, {.dtype = dtype,
+                                      .norm = norm,
+                                      .norm_bias = norm == NormKind::kLayerNorm,
+                                      .qkv = {.head_dim = 64,
+                                              .num_heads = 25,
+                                              .num_kv_heads = num_kv_heads,
+                                              .rotary = {.rotary_dim = rotary_dim}},
+                                      .cached = cached}));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Every, LinearCudaHeads,
+    ::testing::Combine(::testing::Values(std::tuple{1, 1600}, std::tuple{3, 1600},
+                                         std::tuple{9, 200}, std::tuple{33, 136}),
+                       ::testing::Values(DType::kFloat16, DType::kBFloat16)));
+
 TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
   MOQ_SKIP_WITHOUT_GPU();
   for (const std::int64_t k : {320, 4256, 6160}) {

@@ -6,31 +6,56 @@ as JSON. The engine of the last model is alive when the process ends.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from models import cached_logits, in_pieces
+from torch.profiler import ProfilerActivity, profile
 
 from moq.inference import Engine
 
 
-def drawn_by(engine: Engine, prompts: list[list[int]]) -> list[list[list[int]]]:
-    """Greedy tokens twice, the second time every step is a captured graph, and sampled ones."""
-    rows = [[g.token_ids for g in engine.generate(prompts, 20)] for _ in range(2)]
-    sampled = engine.generate(prompts, 20, temperature=1.0, seed=5)
-    return [*rows, [g.token_ids for g in sampled]]
+def counting_graphs(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and how many captured graphs this rank launched meanwhile."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        result = call()
+    return result, sum(event.name == "cudaGraphLaunch" for event in profiler.events())
 
 
-def encoded_by(engine: Engine, prompts: list[list[int]]) -> list[dict[str, list]]:
+def run_decoder(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
+    """Greedy tokens twice, the second time every step is a captured graph; sampled ones; logits."""
+
+    def drawn(**options: Any) -> list[list[int]]:
+        return [g.token_ids for g in engine.generate(prompts, 20, **options)]
+
+    first, (again, graphs) = drawn(), counting_graphs(drawn)
+    for _ in range(2):  # then a forward pass is a captured graph, too
+        engine.forward(prompts)
+    logits, forward_graphs = counting_graphs(lambda: torch.cat(engine.forward(prompts)))
+    pieces = [prompts[-1][:30], *in_pieces(prompts[-1][30:], 1)]
+    return {
+        "tokens": [first, again, drawn(temperature=1.0, seed=5)],
+        "logits": logits.tolist(),
+        "logits of steps": cached_logits(engine.core, pieces).tolist(),
+        "graphs": [graphs, forward_graphs],
+    }
+
+
+def run_encoder(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     """What the model has of encodings, thrice: the third time the step is a captured graph."""
+    encodings = [engine.encode(prompts) for _ in range(2)]
+    third, graphs = counting_graphs(lambda: engine.encode(prompts))
     runs = []
-    for encoding in (engine.encode(prompts) for _ in range(3)):
+    for encoding in (*encodings, third):
         results = {
             "states": torch.cat(encoding.last_hidden_state),
             "pooled": encoding.pooled,
             "logits": encoding.logits,
         }
         runs.append({kind: found.tolist() for kind, found in results.items() if found is not None})
-    return runs
+    return {"runs": runs, "graphs": [graphs]}
 
 
 directory, prompts, variants = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -41,7 +66,7 @@ for path in sorted(directory.iterdir()):
         engine = Engine.from_pretrained(
             path, device="cuda", policy=policy if policy.exists() else None, **options
         )
-        run = drawn_by if engine.core.causal else encoded_by
+        run = run_decoder if engine.core.causal else run_encoder
         results[f"{path.name} {options}"] = run(engine, prompts)
 if engine.core.rank == 0:
     print(json.dumps({"tp_size": engine.core.tp_size, "results": results}))
