@@ -144,7 +144,8 @@ class Engine:
     def memory_report(self) -> dict[str, int]:
         """Bytes that the engine holds on its device: weights, kv_cache, workspace and their total.
 
-        kv_cache is the one that generate keeps for its next call; 0 before the first.
+        kv_cache is the one that generate keeps for its next call; 0 before the first. What the
+        GPU's driver keeps (its context, code, captured graphs) is not among them.
         """
         report = self._core.memory_report()
         return report | {"total": sum(report.values())}

@@ -348,8 +348,7 @@ void launch_split(const DeviceAttentionArgs& args, cudaStream_t stream) {
   configure(split);
   config.gridDim = dim3(static_cast<unsigned>(works * split));
   config.numAttrs = !clusters ? 0 : kernels_may_overlap() ? 2 : 1;
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, static_cast<int>(row_tiles), split,
-                                    inbox_quads(args, split)));
+  launch_kernel(config, kernel, args, static_cast<int>(row_tiles), split, inbox_quads(args, split));
 }
 
 template <bool kBFloat16, bool kInt8>

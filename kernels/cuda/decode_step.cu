@@ -14,6 +14,7 @@
 #include "kernels/cuda/decode_step_layer.h"
 #include "kernels/cuda/decode_step_plan.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/decode_step.h"
 
 namespace moq::kernels::cuda {
@@ -271,21 +272,21 @@ void prepare_decode_step(const DecodeStepShape& shape, std::span<const DecodeSte
           static_cast<const char*>(weight->data) + layout.scales_offset);
       const int count = static_cast<int>(layout.n);
       if (shape.dtype == DType::kFloat16) {
-        pack_rows<<<blocks(count), kBlock, 0, stream>>>(scales, static_cast<const Float16*>(bias),
-                                                        count, rows);
+        launch_in_order(pack_rows<Float16>, blocks(count), kBlock, stream, scales,
+                        static_cast<const Float16*>(bias), count, rows);
       } else {
-        pack_rows<<<blocks(count), kBlock, 0, stream>>>(scales, static_cast<const BFloat16*>(bias),
-                                                        count, rows);
+        launch_in_order(pack_rows<BFloat16>, blocks(count), kBlock, stream, scales,
+                        static_cast<const BFloat16*>(bias), count, rows);
       }
       rows += count;
     }
     for (const DeviceNorm* norm : {&layer.attention_norm, &layer.ffn_norm}) {
       MOQ_CHECK(norm->weight != nullptr, "decode_step: norms must have weights, got null in layer ",
                 index);
-      pack_norm<<<blocks(hidden), kBlock, 0, stream>>>(norm->weight, norm->bias, hidden, norms);
+      launch_in_order(pack_norm, blocks(hidden), kBlock, stream, norm->weight, norm->bias, hidden,
+                      norms);
       norms += 2 * hidden;
     }
-    MOQ_CUDA_CHECK(cudaGetLastError());
   }
   const Units units = units_of(shape.num_heads, grid);
   MOQ_CUDA_CHECK(cudaMemcpyAsync(base + places.units, units.data(),
@@ -341,7 +342,7 @@ void decode_step(const DecodeStepArgs& args, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, ready_kernel<kRounds, Element>(), parameters));
+    launch_kernel(config, ready_kernel<kRounds, Element>(), parameters);
   });
 }
 

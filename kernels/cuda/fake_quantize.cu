@@ -17,6 +17,7 @@
 #include "kernels/cuda/fake_quantize_table.h"
 #include "kernels/cuda/fake_quantize_tiles.h"
 #include "kernels/cuda/fake_quantize_vectors.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/fake_quantize.h"
 #include "kernels/quant_grid.h"
 
@@ -306,8 +307,7 @@ void fake_quantize(const FakeQuantizeArgs& args, CUstream_st* stream) {
       launch(fake_quantize_kernel<false>, table, step, sm_count, stream);
     }
     if (std::ranges::any_of(tensors, is_empty)) {
-      empty_parameters_kernel<<<1, kThreads, 0, stream>>>(table, step);
-      MOQ_CUDA_CHECK(cudaGetLastError());
+      launch_in_order(empty_parameters_kernel, 1, kThreads, stream, table, step);
     }
   });
 }

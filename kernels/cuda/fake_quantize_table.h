@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "kernels/common/fake_quantize_layout.h"
-#include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/fake_quantize_tiles.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/fake_quantize.h"
 
 /// What the launches of fake_quantize have in common: many matrices by value, dealt to thread
@@ -74,8 +74,7 @@ void launch(Kernel kernel, const Table& table, const Step& step, int multiproces
     return;
   }
   const LaunchConfig config = fake_quantize_launch(tiles, multiprocessors);
-  kernel<<<config.blocks, config.threads, 0, stream>>>(table, step, arguments...);
-  MOQ_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(kernel, config.blocks, config.threads, stream, table, step, arguments...);
 }
 
 bool is_collected_here(const FakeQuantizeTensor& matrix) {

@@ -1,7 +1,7 @@
 // Lays a weight out as kernels/cuda/linear_layout.h says.
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_layout.h"
 #include "kernels/linear.h"
 
@@ -105,20 +105,18 @@ void pack_linear(const PackLinearArgs& args, cudaStream_t stream) {
   const unsigned blocks = blocks_for(layout.scales_offset / layout.element_bytes);
   switch (layout.element_bytes) {
     case 1:
-      pack_elements<std::uint8_t>
-          <<<blocks, kThreads, 0, stream>>>(args, layout, kZeroCode, kZeroCode);
+      launch_in_order(pack_elements<std::uint8_t>, blocks, kThreads, stream, args, layout,
+                      kZeroCode, kZeroCode);
       break;
     case 2:
-      pack_elements<std::uint16_t><<<blocks, kThreads, 0, stream>>>(args, layout, 0, 0);
+      launch_in_order(pack_elements<std::uint16_t>, blocks, kThreads, stream, args, layout, 0, 0);
       break;
     default:
-      pack_elements<std::uint32_t><<<blocks, kThreads, 0, stream>>>(args, layout, 0, 0);
+      launch_in_order(pack_elements<std::uint32_t>, blocks, kThreads, stream, args, layout, 0, 0);
   }
-  MOQ_CUDA_CHECK(cudaGetLastError());
   if (integer) {
-    pack_grids<<<blocks_for(layout.row_blocks * layout.groups * kBlockRows), kThreads, 0, stream>>>(
-        args, layout);
-    MOQ_CUDA_CHECK(cudaGetLastError());
+    launch_in_order(pack_grids, blocks_for(layout.row_blocks * layout.groups * kBlockRows),
+                    kThreads, stream, args, layout);
   }
 }
 

@@ -348,7 +348,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   const bool is_alone = args.spread && layout.n * layout.k >= kManyWeights;
   config.dynamicSmemBytes =
       static_cast<std::size_t>(std::max(plan.shared_bytes, is_alone ? kAloneBytes : 0));
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, plan));
+  launch_kernel(config, kernel, args, layout, plan);
 }
 
 template <bool kBFloat16>

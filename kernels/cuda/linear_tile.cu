@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/linear_epilogue.h"
 #include "kernels/cuda/linear_fragments.h"
 #include "kernels/cuda/linear_kernels.h"
@@ -354,7 +355,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, int blocks
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = is_hopper ? 2 : 0;
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, layout, static_cast<int>(steps)));
+  launch_kernel(config, kernel, args, layout, static_cast<int>(steps));
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>

@@ -217,7 +217,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
   walk.next = next_weight_of(args, config.gridDim.x);
   const WgmmaMaps maps = wgmma_maps(
       args, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = T::kGridGroups});
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, maps, args, layout, walk));
+  launch_kernel(config, kernel, maps, args, layout, walk);
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGroups>

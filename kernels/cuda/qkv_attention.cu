@@ -213,7 +213,7 @@ void launch(const DeviceLinearArgs& projection, const DeviceLayout& layout,
   cluster.config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const WgmmaMaps maps = wgmma_maps(
       projection, layout, {.tokens = box_tokens, .row_blocks = T::kRowBlocks, .groups = 1});
-  MOQ_CUDA_CHECK(cudaLaunchKernelEx(&cluster.config, cluster.kernel(), maps, args, layout));
+  launch_kernel(cluster.config, cluster.kernel(), maps, args, layout);
 }
 
 /// use<T>() for the kernel of such weights and activations.

@@ -4,7 +4,7 @@
 
 #include "kernels/common/quantize_check.h"
 #include "kernels/common/visit.h"
-#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/quantize.h"
 
 namespace moq::kernels::cuda {
@@ -110,7 +110,7 @@ template <typename Code>
 void launch_dequantize(const DequantizeArgs& args, unsigned blocks, cudaStream_t stream) {
   visit_float(args.scale_dtype, [&]<typename Scale>(Scale) {
     visit_float(args.output_dtype, [&]<typename Output>(Output) {
-      dequantize_kernel<Code, Scale, Output><<<blocks, kThreads, 0, stream>>>(args);
+      launch_in_order(dequantize_kernel<Code, Scale, Output>, blocks, kThreads, stream, args);
     });
   });
 }
@@ -123,9 +123,9 @@ void quantize_activation(const QuantizeActivationArgs& args, CUstream_st* stream
     return;
   }
   visit_float(args.input_dtype, [&]<typename Element>(Element) {
-    quantize_activation_kernel<Element><<<blocks_for(args.rows), kThreads, 0, stream>>>(args);
+    launch_in_order(quantize_activation_kernel<Element>, blocks_for(args.rows), kThreads, stream,
+                    args);
   });
-  MOQ_CUDA_CHECK(cudaGetLastError());
 }
 
 void dequantize(const DequantizeArgs& args, CUstream_st* stream) {
@@ -140,7 +140,6 @@ void dequantize(const DequantizeArgs& args, CUstream_st* stream) {
   } else {
     launch_dequantize<std::int16_t>(args, blocks, stream);
   }
-  MOQ_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace moq::kernels::cuda

@@ -294,7 +294,7 @@ void launch_blocks(void (*kernel)(DeviceSamplingArgs), const DeviceSamplingArgs&
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = kernels_may_overlap() ? 2 : 1;
-    MOQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+    launch_kernel(config, kernel, args);
   }
 }
 

@@ -301,6 +301,7 @@ print(json.dumps({
     "kernels": sorted({name for _, _, name in kernels}),
     "early": early / len(kernels),
     "graphs": sum(event.name == "cudaGraphLaunch" for event in events),
+    "waits": sum("Synchronize" in e.name or e.name == "cudaMemcpy" for e in events),
 }))
 """
 
@@ -351,6 +352,13 @@ def test_steps_without_graphs_give_the_same_tokens(smollm2, gpu):
     captured, single = (switched(smollm2[0], "fp16", **e) for e in ({}, {"MOQ_GPU_GRAPHS": "0"}))
     assert captured["graphs"] >= 29 and single["graphs"] == 0
     assert captured["tokens"] == single["tokens"]
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_the_host_waits_once_a_step_for_its_token(graphs, smollm2, gpu):
+    run = switched(smollm2[0], "int8", MOQ_GPU_GRAPHS=graphs)
+    # One step a token. The profiler itself waits when it begins and ends.
+    assert 30 <= run["waits"] <= 32
 
 
 # ---- the kernels of a step

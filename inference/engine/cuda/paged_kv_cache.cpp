@@ -71,7 +71,7 @@ std::int64_t PagedKvCache::page_scale_bytes() const {
 }
 
 std::int64_t PagedKvCache::bytes() const {
-  return data_.numel() + scales_.numel();
+  return data_.numel() + scales_.numel() + static_cast<std::int64_t>(device_table_.nbytes());
 }
 
 std::int32_t PagedKvCache::take_page() {
