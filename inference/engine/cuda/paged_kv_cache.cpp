@@ -126,13 +126,16 @@ void PagedKvCache::make_room(std::int64_t slot, std::int64_t num_tokens,
   }
 }
 
-void PagedKvCache::sync_page_table() {
+at::Tensor PagedKvCache::sync_page_table(CUstream_st* stream) {
   if (table_changed_) {
     std::copy(table_.begin(), table_.end(), pinned_table_.mutable_data_ptr<std::int32_t>());
-    // (torch's own copy keeps the pinned memory until it is done, even if this cache ends first.)
-    device_table_.copy_(pinned_table_, /*non_blocking=*/true);
+    // (Not by torch's copy: pinned memory that it has read is given back with an event on the
+    // stream, which another thread may be capturing when this cache ends.)
+    MOQ_CUDA_CHECK(cudaMemcpyAsync(device_table_.mutable_data_ptr(), pinned_table_.const_data_ptr(),
+                                   pinned_table_.nbytes(), cudaMemcpyHostToDevice, stream));
     table_changed_ = false;
   }
+  return pinned_table_;
 }
 
 kernels::DevicePages PagedKvCache::pages(std::int64_t layer) const {

@@ -36,9 +36,10 @@ class PagedKvCache final : public KvCache {
   /// @param rows  receives the row in the cache of each of these tokens (DevicePages)
   void make_room(std::int64_t slot, std::int64_t num_tokens, std::span<std::int32_t> rows,
                  CUstream_st* stream);
-  /// Brings the device's page table up to date with what make_room has changed, on the current
-  /// stream, which has done what it was given before the last call.
-  void sync_page_table();
+  /// Brings the device's page table up to date with what make_room has changed, on a stream which
+  /// has done what it was given before the last call. Returns the memory that the stream reads
+  /// meanwhile.
+  at::Tensor sync_page_table(CUstream_st* stream);
 
   kernels::DevicePages pages(std::int64_t layer) const;
   /// Elements from a layer's keys, or values, to those of the next one.

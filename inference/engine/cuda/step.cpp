@@ -62,7 +62,7 @@ CudaTransformer::Step CudaTransformer::begin_step(const TokenBatch& batch, Paged
                                                     static_cast<std::size_t>(sequence.num_tokens)),
                        stream_);
     }
-    cache->sync_page_table();
+    last_table_ = cache->sync_page_table(stream_);
   }
   last_inputs_ = inputs;
   return step;
