@@ -3,7 +3,7 @@
 #
 #   tests/gpu.sh                         every part that is not done yet, tests first
 #   tests/gpu.sh --build                 build the extension and the C++ tests with CUDA into build/gpu
-#   tests/gpu.sh --part tests            kernels (C++; those of older GPUs too), operators, training and engine on the GPU
+#   tests/gpu.sh --part tests            kernels (C++; older GPUs' too, and what others are told), operators, training and engine
 #   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs, and training steps
 #   tests/gpu.sh --part sanitizer        C++ tests under compute-sanitizer, memcheck over all, racecheck over one in 20,
 #                                        initcheck over one in 2, others with each commit

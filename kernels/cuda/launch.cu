@@ -22,7 +22,7 @@ void drop(std::string_view part, std::string& name) {
 }
 
 /// A kernel's name with its template arguments, without namespaces and parameters.
-std::string name_of(const void* kernel) {
+const std::string& name_of(const void* kernel) {
   return remembered(kernel, [&]() -> std::string {
     const char* mangled = nullptr;
     if (cudaFuncGetName(&mangled, kernel) != cudaSuccess) {
@@ -93,14 +93,15 @@ void fail_launch(cudaError_t status, const void* kernel, const cudaLaunchConfig_
   (void)cudaGetLastError();  // an error of the launch alone shall not show in the next call
   int device = -1;
   (void)cudaGetDevice(&device);
-  const bool is_of_another = is_met_while_running(status) && !launches_block();
+  const bool may_be_of_another = is_met_while_running(status) && !launches_block();
   detail::fail("CUDA: kernel ", name_of(kernel), " must run as ", in_words(config.gridDim),
                " thread blocks of ", in_words(config.blockDim), " threads and ",
-               config.dynamicSmemBytes, " bytes of shared memory on GPU ", device, ", got \"",
-               cudaGetErrorString(status), '"',
-               is_of_another ? ", which a kernel before it may have met: CUDA_LAUNCH_BLOCKING=1 "
-                               "tells which"
-                             : "");
+               config.dynamicSmemBytes, " bytes of dynamic shared memory on GPU ", device,
+               ", got \"", cudaGetErrorString(status), '"',
+               may_be_of_another
+                   ? ", which a kernel before it may have met: CUDA_LAUNCH_BLOCKING=1 "
+                     "tells which"
+                   : "");
 }
 
 }  // namespace moq::kernels::cuda

@@ -358,7 +358,7 @@ def test_steps_without_graphs_give_the_same_tokens(smollm2, gpu):
 def test_the_host_waits_once_a_step_for_its_token(graphs, smollm2, gpu):
     run = switched(smollm2[0], "int8", MOQ_GPU_GRAPHS=graphs)
     # One step a token. The profiler itself waits when it begins and ends.
-    assert 30 <= run["waits"] <= 32
+    assert 30 <= run["waits"] <= 34
 
 
 # ---- the kernels of a step

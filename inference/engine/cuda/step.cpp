@@ -41,8 +41,10 @@ const std::shared_ptr<StepInputs>& CudaTransformer::eager_inputs(const TokenBatc
 /// Writes a checked batch to `inputs`, which may be sent when the rest of them is written too.
 CudaTransformer::Step CudaTransformer::begin_step(const TokenBatch& batch, PagedKvCache* cache,
                                                   const std::shared_ptr<StepInputs>& inputs) {
-  // What was sent last may still be on its way.
-  synchronize("a forward pass", num_tokens_);
+  if (in_flight_) {
+    synchronize("a forward pass", num_tokens_);
+  }
+  in_flight_ = true;
   Step step{.inputs = *inputs,
             .num_tokens = batch.num_tokens(),
             .num_decoding = inputs->write(batch),

@@ -223,6 +223,7 @@ void CudaTransformer::synchronize(const char* what, std::int64_t num_tokens) {
                       "\" from one of its kernels: MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells ",
                       "which. The engine is unusable now");
   }
+  in_flight_ = false;
 }
 
 }  // namespace moq::inference::cuda

@@ -191,7 +191,8 @@ class CudaTransformer final : public Transformer {
   std::shared_ptr<StepInputs> eager_inputs_;
   /// Of the last step, kept until the stream is known to have read them.
   std::shared_ptr<const StepInputs> last_inputs_;
-  at::Tensor last_table_;  ///< likewise, of a cache
+  at::Tensor last_table_;   ///< likewise, of a cache
+  bool in_flight_ = false;  ///< whether the stream may still read them
 
   std::unique_ptr<PagedKvCache> generation_cache_;
   at::Tensor

@@ -1,5 +1,5 @@
 // check_device of a build for GPUs that this one is not: device.cu is compiled for them alone
-// (CMakeLists.txt).
+// (CMakeLists.txt, where all files *_test.cc make up another program).
 #include <gtest/gtest.h>
 
 #include <string>
