@@ -52,6 +52,7 @@ SAY_KERNELS = $(BIN)/python -c "from moq._C import build_info; cuda = build_info
 
 # The editable install runs setup.py -> CMake. Sources are rebuilt by ninja, which knows what changed.
 $(VENV)/editable: $(INSTALLED) setup.py pyproject.toml
+	@echo "moq: building the extension, some minutes (CUDA kernels too where there is nvcc, unless MOQ_CUDA=off)"
 	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(SAY_KERNELS)
 	touch $@

@@ -130,6 +130,14 @@ class Engine:
         release_before_the_group(core)
         return cls(core, directory, load_tokenizer(directory))
 
+    def __repr__(self) -> str:
+        """Directory, architecture, what weights and activations are kept in, and where."""
+        core = self._core
+        return (
+            f"Engine({str(self.directory)!r}, {core.architecture}, {core.weight_format} weights, "
+            f"{core.compute_dtype} activations, {core.device})"
+        )
+
     @property
     def labels(self) -> dict[int, str]:
         """Names of a classifier's labels, as config.json gives them."""
@@ -263,7 +271,17 @@ class Engine:
 
         Leaving the iterator early ends the generation. Where several ranks share the model it runs
         to its end first, because the others can't know where this one was left.
+
+        Raises:
+            ValueError: for several prompts, whose pieces generate tells apart (on_text).
         """
+        with self._core.outside_captures():
+            ids, single = self._token_ids(prompt)
+        if not single:
+            raise ValueError(
+                f"stream takes one prompt, got {len(ids)}: generate(prompts, on_text=…) tells the "
+                "pieces of several apart"
+            )
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         left = Event()
 
@@ -274,7 +292,7 @@ class Engine:
 
         def work() -> None:
             try:
-                self.generate(prompt, **options, on_text=on_text)
+                self.generate(ids[0], **options, on_text=on_text)
                 pieces.put(None)
             except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
                 pieces.put(error)
@@ -405,7 +423,7 @@ def _check_arguments(
     except RuntimeError:  # no device of torch
         kind = ""
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be None, 'cpu' or 'cuda', got {str(device)!r}")
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', got {str(device)!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
             f"dtype must be None or one of {', '.join(DTYPES)}, got {dtype!r}{_short(dtype)}"

@@ -20,15 +20,20 @@
 # --step NAME one; --results FILE writes elsewhere).
 #
 # A build made elsewhere (the same Python and torch) serves as well: put it in build/gpu, with the commit's name in
-# build/gpu/commit. PYTHON names the interpreter, MOQ_CUDA_ARCHITECTURES the GPUs.
+# build/gpu/commit. PYTHON names the interpreter (.venv's, where there is one: `make build` makes it),
+# MOQ_CUDA_ARCHITECTURES the GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+# By its whole name; cmake and ninja are looked for beside it first.
+BIN=$(cd "$(dirname "$(command -v "$PYTHON")")" && pwd)
+PYTHON=$BIN/$(basename "$PYTHON")
+export PATH="$BIN:$PATH"
 BUILD=build/gpu
 export PYTHONPATH="$PWD/$BUILD/python${PYTHONPATH:+:$PYTHONPATH}"
 
 build() {
-  cmake -S . -B $BUILD -G Ninja -DPython3_EXECUTABLE="$(command -v "$PYTHON")" -DMOQ_CUDA=on \
+  cmake -S . -B $BUILD -G Ninja -DPython3_EXECUTABLE="$PYTHON" -DMOQ_CUDA=on \
     -DMOQ_CUDA_ARCHITECTURES="${MOQ_CUDA_ARCHITECTURES:-80;90a}" -DMOQ_BUILD_TESTS=ON \
     -DMOQ_OUTPUT_DIRECTORY="$PWD/$BUILD/python/moq"
   cmake --build $BUILD --target _C cpp_tests 2>&1 | tee $BUILD/build.log
@@ -53,7 +58,7 @@ package() {
 
 case ${1:-} in
   --build) build ;;
-  -h | --help) sed -n '2,23p' "$0" | cut -c3- ;;
+  -h | --help) sed -n '2,24p' "$0" | cut -c3- ;;
   # -P keeps the checkout, which has no build for this interpreter, from being imported instead.
   *) package && exec "$PYTHON" -P tests/gpu_parts.py "$@" ;;
 esac

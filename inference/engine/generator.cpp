@@ -44,10 +44,12 @@ void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& opti
     const auto length = static_cast<std::int64_t>(prompts[i].size());
     MOQ_CHECK(length >= 1, "generate: a prompt must have at least one token, got none in prompt ",
               i);
-    MOQ_CHECK(options.max_new_tokens <= spec.max_positions - length, "generate: prompt ", i, " of ",
-              length, " tokens must fit into the model's ", spec.max_positions,
+    const std::int64_t room = spec.max_positions - length;
+    MOQ_CHECK(options.max_new_tokens <= room, "generate: prompt ", i, " of ", length,
+              " tokens must fit into the model's ", spec.max_positions,
               " positions with max_new_tokens behind it, got ", options.max_new_tokens,
-              ": shorten the prompt or lower max_new_tokens");
+              room >= 1 ? ": at most " + std::to_string(room) + " would fit"
+                        : std::string(": shorten the prompt"));
     for (const std::int64_t token : prompts[i]) {
       MOQ_CHECK(token >= 0 && token < spec.vocab_size, "generate: a token must lie in [0, ",
                 spec.vocab_size, "), got ", token, " in prompt ", i);

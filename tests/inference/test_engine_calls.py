@@ -167,3 +167,11 @@ def test_means_over_many_tokens_are_as_exact_as_pairwise_sums(lengths, model_dir
 def test_a_communicator_outlives_its_engine(model_directory, device):
     communicator = Engine.from_pretrained(model_directory("llama"), device=device).core.communicator
     assert (communicator.rank, communicator.size) == (0, 1)
+
+
+def test_an_engine_is_shown_with_what_it_holds(model_directory, device):
+    directory = model_directory("llama")
+    shown = repr(Engine.from_pretrained(directory, device=device, dtype="int8"))
+    computed = "float16" if device == "cuda" else "float32"
+    assert shown.startswith(f"Engine('{directory}', LlamaForCausalLM, int8")
+    assert f"{computed} activations, {device}" in shown

@@ -40,8 +40,8 @@ def change_tensors(directory, change):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "meta"}, "device must be None, 'cpu' or 'cuda', got 'meta'"),
-        ({"device": "gpu"}, "device must be None, 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": "meta"}, "device must be None, 'cpu', 'cuda' or 'cuda:N', got 'meta'"),
+        ({"device": "gpu"}, "device must be None, 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
         ({"compute_dtype": "int8"}, "compute_dtype must be None or 'fp32' on the CPU"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be None, or 'int8' on a GPU"),
         ({"device": "cuda", "kv_cache_dtype": "fp8"}, "or 'int8' on a GPU, got 'fp8' on cuda"),
@@ -178,7 +178,12 @@ def test_not_finite_weight_is_refused_at_load_time_quantization(copy, device):
     ("prompt", "options", "message"),
     [
         ([], {}, "a prompt must have at least one token, got none in prompt 0"),
-        ([5] * 90, {"max_new_tokens": 7}, "90 tokens must fit .* 96 positions .*, got 7"),
+        (
+            [5] * 90,
+            {"max_new_tokens": 7},
+            "must fit .* 96 positions .*, got 7: at most 6 would fit",
+        ),
+        ([5] * 96, {"max_new_tokens": 1}, "96 positions .*, got 1: shorten the prompt"),
         ([5] * 90, {"max_new_tokens": 2**63 - 1}, "must fit into the model's 96 positions"),
         ([5, 97], {}, r"a token must lie in \[0, 97\), got 97 in prompt 0"),
         ([5, -1], {}, r"a token must lie in \[0, 97\), got -1"),

@@ -144,3 +144,5 @@ def test_leaving_a_stream_ends_its_generation(text_engine):
 def test_error_in_a_stream_reaches_the_caller(text_engine):
     with pytest.raises(_C.Error, match="max_new_tokens must be >= 1, got 0"):
         list(text_engine.stream("Once upon", max_new_tokens=0))
+    with pytest.raises(ValueError, match="stream takes one prompt, got 2: generate"):
+        list(text_engine.stream(["Once upon", "a time"]))
