@@ -108,7 +108,7 @@ class Engine:
 
         Raises:
             ValueError: for an unsuitable argument.
-            moq._C.Error: for an unsuitable directory; the message names file and key.
+            moq.Error: for an unsuitable directory; the message names file and key.
         """
         _check_arguments(device, dtype, compute_dtype, activations, quantize_head, kv_cache_dtype)
         recover(directory)
@@ -209,7 +209,7 @@ class Engine:
         Raises:
             TypeError: for prompts that are neither text nor token ids.
             ValueError: for text without a tokenizer, or stop strings without one.
-            moq._C.Error: before anything is computed, for an empty or too long prompt, a token
+            moq.Error: before anything is computed, for an empty or too long prompt, a token
                 outside the vocabulary or an option out of range.
         """
         with self._core.outside_captures():

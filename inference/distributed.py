@@ -47,7 +47,7 @@ def connect(
 
     Raises:
         ValueError: if tp_size is neither 1 nor the number of ranks.
-        moq._C.Error: if the transport or the GPU asked for can't be had, or a rank failed on the
+        moq.Error: if the transport or the GPU asked for can't be had, or a rank failed on the
             way.
     """
     launched = all(variable in os.environ for variable in _LAUNCHER_VARIABLES)
@@ -97,7 +97,7 @@ def _check_gpu(device: torch.device) -> None:
     """What the engine would check later: NCCL's own message says less.
 
     Raises:
-        moq._C.Error: if the GPU does not exist.
+        moq.Error: if the GPU does not exist.
     """
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:

@@ -28,6 +28,10 @@ except ImportError as error:
 
 __version__ = "0.1.0"
 
+from moq._C import Error  # noqa: E402
+
+Error.__module__ = __name__  # where users find it, as tracebacks say
+
 from moq.config import (  # noqa: E402
     MoQConfig,
     ObserverConfig,
@@ -45,6 +49,7 @@ if _TYPE_CHECKING:
 
 __all__ = [
     "AdamW",
+    "Error",
     "MoQConfig",
     "MoQOptimizer",
     "ObserverConfig",

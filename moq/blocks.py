@@ -109,7 +109,7 @@ def make_schedule(blocks: Blocks, config: MoQConfig, total_steps: int) -> Schedu
     """Makes the schedule of a training.
 
     Raises:
-        moq._C.Error: if it cannot finish, with the smallest change that lets it.
+        moq.Error: if it cannot finish, with the smallest change that lets it.
     """
     section = config.schedule
     return Schedule(
@@ -134,7 +134,7 @@ def retarget(schedule: Schedule, target_bits: Mapping[str, int]) -> Schedule:
     A table ends where it reaches the new width.
 
     Raises:
-        moq._C.Error: as make_schedule.
+        moq.Error: as make_schedule.
     """
     state = schedule.state_dict()
     for block in state["blocks"]:

@@ -70,7 +70,7 @@ def export_checkpoint(
         The directory.
 
     Raises:
-        moq._C.Error: naming the parameter, if a weight is NaN or infinite, or if a simulated weight
+        moq.Error: naming the parameter, if a weight is NaN or infinite, or if a simulated weight
             is not what the stored codes give.
         ValueError: naming the parameter, if it is not the model's, is given twice, or differs in
             dtype from the others; or if `directory` holds files that are not a checkpoint's.

@@ -172,7 +172,7 @@ def refuse_nonfinite(name: str, value: torch.Tensor) -> None:
     """Refuses a tensor that no training could go on from.
 
     Raises:
-        moq._C.Error: naming it.
+        moq.Error: naming it.
     """
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise _C.Error(f"{name}: expected finite values, got a NaN or an infinity")

@@ -35,7 +35,7 @@ def describe_checkpoint(directory: str | Path) -> dict[str, Any]:
     Raises:
         moq.manifest.FormatError: if the directory is no checkpoint, or moq.json or config.json is
             not what the format says.
-        moq._C.Error: if a safetensors file is not.
+        moq.Error: if a safetensors file is not.
     """
     recover(directory)
     path = Path(directory)

@@ -135,7 +135,7 @@ def replay_probe(
 
     Raises:
         EngineLacksModel: if the engine has no such architecture, or not with these settings.
-        moq._C.Error: if the checkpoint cannot be read.
+        moq.Error: if the checkpoint cannot be read.
     """
     engines = importlib.import_module("moq.inference").Engine
     try:

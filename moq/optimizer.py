@@ -82,7 +82,7 @@ class MoQOptimizer(WritableOptimizer):
         ValueError: for a configuration that names what does not exist, weights that have no grid
             (NaN, infinity, other dtypes) or another MoQOptimizer already, or an optimizer that
             cannot be wrapped or holds no parameter of `model`.
-        moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+        moq.Error: if the schedule cannot finish, with the smallest change that lets it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))

@@ -123,7 +123,7 @@ def rules_outlook(config: MoQConfig, total_steps: int) -> list[BlockOutlook]:
 
     Raises:
         ValueError: if every layer is excluded.
-        moq._C.Error: as model_outlook.
+        moq.Error: as model_outlook.
     """
     spec = config.spec()
     paces = {}
@@ -149,7 +149,7 @@ def model_outlook(
 
     Raises:
         ValueError: if a rule does not fit the model, or nothing is quantized.
-        moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+        moq.Error: if the schedule cannot finish, with the smallest change that lets it.
     """
     return outlook_of(_schedule_of(config, total_steps, model))
 
@@ -170,7 +170,7 @@ def run_outlook(
 
     Raises:
         ValueError: as model_outlook, or if nothing was measured, or nothing of these blocks.
-        moq._C.Error: as model_outlook, or if the schedule follows no sensitivities.
+        moq.Error: as model_outlook, or if the schedule follows no sensitivities.
         FormatError: if the directory holds no run.
     """
     from moq.saved_run import read_history
@@ -234,7 +234,7 @@ def schedule_of_run(
 
     Raises:
         FormatError: if the directory holds no run.
-        moq._C.Error: as model_outlook.
+        moq.Error: as model_outlook.
     """
     from moq.saved_run import read_history
 

@@ -107,7 +107,7 @@ class PlannedOptimizer(OptimizerWrapper):
                 not follow sensitivities (schedule.table, sensitivity.rule ``none``); if `max_cost`
                 has no room for the smallest measurement, naming what would; as measure.
             RuntimeError: inside `full_precision`.
-            TypeError, NotImplementedError, moq._C.Error: as moq.sensitivity.measure.
+            TypeError, NotImplementedError, moq.Error: as moq.sensitivity.measure.
         """
         self._require_simulated("probe")
         require_plannable(self.config, self._masters, "MoQOptimizer.probe")
@@ -129,7 +129,7 @@ class PlannedOptimizer(OptimizerWrapper):
             **options: Likewise, for all measurements.
 
         Raises:
-            ValueError, RuntimeError, TypeError, NotImplementedError, moq._C.Error: as `probe`, of
+            ValueError, RuntimeError, TypeError, NotImplementedError, moq.Error: as `probe`, of
                 the first measurement.
         """
         self._require_simulated("probe_regularly")
@@ -197,7 +197,7 @@ class PlannedOptimizer(OptimizerWrapper):
                 infeasible (naming the smallest feasible one), if ranks differ in what they ask for,
                 or if widths have fallen already that the new plan would have kept; then nothing has
                 changed.
-            moq._C.Error: if the schedule cannot finish, with the smallest change that lets it.
+            moq.Error: if the schedule cannot finish, with the smallest change that lets it.
             RuntimeError: inside `full_precision`.
         """
         where = "MoQOptimizer.choose_target_bits"

@@ -65,7 +65,7 @@ def report(directory: str | os.PathLike[str], scalars: str | os.PathLike[str] | 
 
     Raises:
         FormatError: naming file and key, if the directory holds no run or a file is damaged.
-        moq._C.Error: if a safetensors file is damaged.
+        moq.Error: if a safetensors file is damaged.
     """
     record = read_record(directory, scalars)
     saved = load_run(directory)

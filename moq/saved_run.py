@@ -95,7 +95,7 @@ def save_run(
     Raises:
         ValueError: if the model has no Hugging Face config, so that nobody could rebuild it; or if
             `directory` holds a file that is not a run's.
-        moq._C.Error: naming the parameter, if a weight or master is NaN or infinite; an older run
+        moq.Error: naming the parameter, if a weight or master is NaN or infinite; an older run
             stays.
     """
     if not isinstance(model, transformers.PreTrainedModel):
@@ -179,7 +179,7 @@ def load_run(directory: str | os.PathLike[str]) -> SavedRun:
 
     Raises:
         FormatError: naming file and key, if the directory holds no run of a known version.
-        moq._C.Error: if a safetensors file is not one.
+        moq.Error: if a safetensors file is not one.
     """
     recover(directory)
     path = Path(directory)

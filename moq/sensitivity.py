@@ -144,7 +144,7 @@ def measure(
         TypeError: if `batches` is one mapping, if loss_fn returns something else than `form` needs,
             or parameters are sharded and `form` needs whole ones.
         NotImplementedError: naming an operation that cannot be differentiated twice.
-        moq._C.Error: if a product is not finite, an option is out of range or finite differences
+        moq.Error: if a product is not finite, an option is out of range or finite differences
             of two step sizes differ by more than 10 %.
         RuntimeError: if another rank failed.
 

@@ -141,7 +141,7 @@ def spectral_density(
             points is out of range.
         FormatError: if `run` holds no run; before anything is measured.
         TypeError, NotImplementedError, RuntimeError: as moq.sensitivity.measure.
-        moq._C.Error: if steps or probes is out of range or a product is not finite.
+        moq.Error: if steps or probes is out of range or a product is not finite.
 
     Example:
         >>> found = moq.spectral_density(loss_fn, batches, model, blocks=["model.layers.0"])

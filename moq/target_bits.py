@@ -397,7 +397,7 @@ def choose(
     Raises:
         ValueError: if a trace or an error is not finite, naming the block; or if the budget is
             infeasible, naming the smallest feasible one.
-        moq._C.Error: as moq._C.ParetoFront, if there are too many choices to compare.
+        moq.Error: as moq._C.ParetoFront, if there are too many choices to compare.
     """
     for block in blocks:
         for what, value in [("trace", block.trace or 0.0)] + [

@@ -100,7 +100,7 @@ class WritableOptimizer(PlannedOptimizer):
         Raises:
             RuntimeError: as `quantized_parameters`; if parameters are sharded, no longer those of
                 the model, or different on other ranks; or if rank 0 failed.
-            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
+            moq.Error: naming the parameter, if a weight or master is NaN or infinite.
             ValueError: if the model is not a transformers model, whose config can rebuild it, or if
                 the directory holds something else already.
         """
@@ -120,7 +120,7 @@ class WritableOptimizer(PlannedOptimizer):
 
         Raises:
             RuntimeError: as `save`.
-            moq._C.Error: naming the parameter, if a weight or master is NaN or infinite.
+            moq.Error: naming the parameter, if a weight or master is NaN or infinite.
             ValueError: if the directory holds something else already.
 
         Warns:

@@ -36,7 +36,7 @@ void bind_checkpoint(py::module_& m) {
       .def(
           "info", [](const Checkpoint& self, const std::string& name) { return self.at(name); },
           py::arg("name"),
-          "dtype, shape and size of a tensor. Raises moq._C.Error if it is missing.")
+          "dtype, shape and size of a tensor. Raises moq.Error if it is missing.")
       .def(
           "read",
           [](const Checkpoint& self, const std::string& name) {

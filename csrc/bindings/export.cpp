@@ -40,7 +40,7 @@ void bind_export(py::module_& m) {
       py::arg("scale_dtype"), py::arg("scale_rule") = "absmax", py::arg("absmax") = py::none(),
       "Codes int8 [out, in], scales [out, groups], zero points int8 [out, groups] (None: "
       "symmetric) "
-      "and relative quantization error of a trained weight. Raises moq._C.Error naming the "
+      "and relative quantization error of a trained weight. Raises moq.Error naming the "
       "parameter unless the stored numbers are the simulated ones bit for bit.");
   m.def("pack_codes", &exporter::pack_codes, py::arg("codes"), py::arg("num_bits"),
         py::call_guard<py::gil_scoped_release>(),

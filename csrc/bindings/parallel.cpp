@@ -28,7 +28,7 @@ void bind_parallel(py::module_& m) {
       m, "Communicator",
       "The ranks that share one model. Every rank makes the same calls in the same order; all "
       "ranks get the same "
-      "bits. Raises moq._C.Error naming the rank when one ends, fails or stays away.")
+      "bits. Raises moq.Error naming the rank when one ends, fails or stays away.")
       .def_property_readonly("rank", &Communicator::rank, "This rank, in [0, size).")
       .def_property_readonly("size", &Communicator::size, "The number of ranks.")
       .def_property_readonly("transport", &Communicator::transport,

@@ -84,7 +84,7 @@ void bind_target_bits(py::module_& m) {
       "(csrc/schedule/target_bits.h).")
       .def(py::init(&front_of), py::arg("names"), py::arg("options"),
            py::call_guard<py::gil_scoped_release>(),
-           "Options are [[(cost, loss), ...], ...], costs integers. Raises moq._C.Error naming the "
+           "Options are [[(cost, loss), ...], ...], costs integers. Raises moq.Error naming the "
            "block whose options have no meaning.")
       .def_property_readonly(
           "points",
@@ -99,7 +99,7 @@ void bind_target_bits(py::module_& m) {
       .def("choice", &ParetoFront::choice, py::arg("point"),
            "The index of each block's option behind point number `point`.")
       .def("within", &ParetoFront::within, py::arg("budget"),
-           "Number of the point of least loss whose cost is at most `budget`; moq._C.Error names "
+           "Number of the point of least loss whose cost is at most `budget`; moq.Error names "
            "the smallest feasible one.");
 }
 
@@ -149,7 +149,7 @@ void bind_schedule(py::module_& m) {
            }),
            py::arg("blocks"), py::arg("total_steps"), py::kw_only(),
            py::arg("on_unfinished") = "error", py::arg("stretch_rule") = "none",
-           "Raises moq._C.Error if a value is out of range, or if a block might not reach its "
+           "Raises moq.Error if a value is out of range, or if a block might not reach its "
            "target by total_steps and on_unfinished is 'error'.")
       .def("bits_at", &Schedule::bits_at, py::arg("block"), py::arg("step"),
            "Width of block number `block` after `step` completed optimizer steps.")
@@ -192,7 +192,7 @@ void bind_schedule(py::module_& m) {
            "A plain dict (numbers, strings, lists) from which from_state_dict makes an equal "
            "schedule.")
       .def_static("from_state_dict", &from_state_dict, py::arg("state"),
-                  "Raises moq._C.Error naming the key that is missing or out of range.")
+                  "Raises moq.Error naming the key that is missing or out of range.")
       .def(
           "__str__",
           [](const py::object& self) {

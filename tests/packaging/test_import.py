@@ -46,3 +46,8 @@ def test_what_is_loaded_at_its_first_use_is_listed_and_the_command_says_its_vers
     assert listed.stdout.strip() == "set()", listed.stderr
     version = run_python("-m", "moq", "--version")
     assert version.stdout.startswith("moq 0."), version.stderr
+
+
+def test_errors_of_the_extension_are_public() -> None:
+    result = run_python("-c", "from moq.inference import Engine; Engine.from_pretrained('nowhere')")
+    assert "\nmoq.Error: " in result.stderr, result.stderr

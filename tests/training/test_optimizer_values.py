@@ -313,7 +313,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(decoder, value):
 
 
 def test_a_schedule_that_cannot_finish_is_refused_before_training(decoder):
-    with pytest.raises(moq._C.Error, match="layers"):
+    with pytest.raises(moq.Error, match="layers"):
         wrap(decoder(), {"schedule": {"period": 5}, "sensitivity": {"rule": "none"}})
 
 
@@ -333,7 +333,7 @@ LATE = {
 )
 def test_a_late_schedule_is_trained_to_its_end_under_each_policy(decoder, tmp_path, policy, widths):
     section = {"period": 3, "growth": 1.0}
-    with pytest.raises(moq._C.Error, match="'layers.0', arrives at step 15"):
+    with pytest.raises(moq.Error, match="'layers.0', arrives at step 15"):
         wrap(decoder(), LATE | {"schedule": section}, total_steps=10)
     model = decoder()
     config = LATE | {"schedule": section | {"on_unfinished": policy}}

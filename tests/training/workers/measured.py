@@ -143,7 +143,7 @@ def check_a_sharded_model_in_half_precision_is_refused() -> None:
         optimizer.probe(
             lambda tokens: loss_of(model, tokens), [batch(50)], progress=False, max_cost=None
         )
-    except moq._C.Error as error:
+    except moq.Error as error:
         assert "two step sizes must agree within 10 %" in str(error)
         assert "without a half-precision param_dtype" in str(error)
     else:
