@@ -35,8 +35,7 @@ void bind_checkpoint(py::module_& m) {
            [](const Checkpoint& self, const std::string& name) { return self.contains(name); })
       .def(
           "info", [](const Checkpoint& self, const std::string& name) { return self.at(name); },
-          py::arg("name"),
-          "dtype, shape and size of a tensor. Raises moq.Error if it is missing.")
+          py::arg("name"), "dtype, shape and size of a tensor. Raises moq.Error if it is missing.")
       .def(
           "read",
           [](const Checkpoint& self, const std::string& name) {
