@@ -13,6 +13,7 @@
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
+#include "tests/cpp/kernels/linear_tiled_axes.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -41,15 +42,7 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
   }
 }
 
-struct Shape {
-  std::int64_t m;
-  std::int64_t n;
-  std::int64_t k;
-  std::int64_t group_size = 0;
-};
-
-class LinearTileCuda
-    : public ::testing::TestWithParam<std::tuple<Shape, WeightFormat, DType, bool>> {
+class LinearTileCuda : public ::testing::TestWithParam<TiledCase> {
   void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
 };
 
@@ -62,29 +55,15 @@ TEST_P(LinearTileCuda, IsTheDefinitionInEveryTile) {
 
 /// Tokens and rows around those of tiles, and columns that are split in 1 to 8.
 const auto kShapes =
-    ::testing::Values(Shape{1, 129, 72}, Shape{31, 65, 40}, Shape{32, 64, 128}, Shape{33, 201, 776},
-                      Shape{64, 127, 264}, Shape{65, 37, 2056}, Shape{127, 63, 8},
-                      Shape{128, 1, 1160}, Shape{129, 133, 520}, Shape{130, 257, 136});
-const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16);
+    ::testing::Values(TiledShape{1, 129, 72}, TiledShape{31, 65, 40}, TiledShape{32, 64, 128},
+                      TiledShape{33, 201, 776}, TiledShape{64, 127, 264}, TiledShape{65, 37, 2056},
+                      TiledShape{127, 63, 8}, TiledShape{128, 1, 1160}, TiledShape{129, 133, 520},
+                      TiledShape{130, 257, 136});
 
-INSTANTIATE_TEST_SUITE_P(Rows, LinearTileCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kInt8),
-                                            kDTypes, ::testing::Bool()));
-INSTANTIATE_TEST_SUITE_P(
-    Groups, LinearTileCuda,
-    ::testing::Combine(::testing::Values(Shape{1, 33, 96, 32}, Shape{33, 65, 2080, 32},
-                                         Shape{65, 129, 576, 64}, Shape{64, 31, 1248, 96},
-                                         Shape{130, 77, 640, 128}),
-                       ::testing::Values(WeightFormat::kInt8, WeightFormat::kInt4), kDTypes,
-                       ::testing::Bool()));
-INSTANTIATE_TEST_SUITE_P(Float16, LinearTileCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kFloat16),
-                                            ::testing::Values(DType::kFloat16),
-                                            ::testing::Values(false)));
-INSTANTIATE_TEST_SUITE_P(BFloat16, LinearTileCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kBFloat16),
-                                            ::testing::Values(DType::kBFloat16),
-                                            ::testing::Values(false)));
+const auto kGrouped = ::testing::Values(TiledShape{1, 33, 96, 32}, TiledShape{33, 65, 2080, 32},
+                                        TiledShape{65, 129, 576, 64}, TiledShape{64, 31, 1248, 96},
+                                        TiledShape{130, 77, 640, 128});
+MOQ_INSTANTIATE_TILED(LinearTileCuda, kShapes, kGrouped);
 
 class LinearTileCudaRegions : public ::testing::TestWithParam<std::tuple<DType, std::int64_t>> {
  protected:
@@ -144,7 +123,7 @@ TEST_P(LinearTileCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearTileCudaRegions,
-                         ::testing::Combine(kDTypes, ::testing::Values<std::int64_t>(0, 32)));
+                         ::testing::Combine(kHalfDTypes, ::testing::Values<std::int64_t>(0, 32)));
 
 }  // namespace
 }  // namespace moq::kernels::testing

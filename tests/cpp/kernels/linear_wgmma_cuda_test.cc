@@ -14,6 +14,7 @@
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
+#include "tests/cpp/kernels/linear_tiled_axes.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -54,15 +55,7 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
   }
 }
 
-struct Shape {
-  std::int64_t m;
-  std::int64_t n;
-  std::int64_t k;
-  std::int64_t group_size = 0;
-};
-
-class LinearWgmmaCuda
-    : public ::testing::TestWithParam<std::tuple<Shape, WeightFormat, DType, bool>> {
+class LinearWgmmaCuda : public ::testing::TestWithParam<TiledCase> {
   void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
 };
 
@@ -73,31 +66,18 @@ TEST_P(LinearWgmmaCuda, IsTheDefinitionInEveryTile) {
       {.dtype = dtype, .padding = shape.k % 8 == 0 ? 8 : 16 - shape.k % 8});
 }
 
-const auto kShapes = ::testing::Values(Shape{65, 24, 40}, Shape{127, 200, 72}, Shape{128, 264, 520},
-                                       Shape{129, 136, 776}, Shape{255, 88, 200},
-                                       Shape{300, 77, 91}, Shape{13, 150, 968});
-const auto kDTypes = ::testing::Values(DType::kFloat16, DType::kBFloat16);
+const auto kShapes =
+    ::testing::Values(TiledShape{65, 24, 40}, TiledShape{127, 200, 72}, TiledShape{128, 264, 520},
+                      TiledShape{129, 136, 776}, TiledShape{255, 88, 200}, TiledShape{300, 77, 91},
+                      TiledShape{13, 150, 968});
 
-INSTANTIATE_TEST_SUITE_P(Rows, LinearWgmmaCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kInt8),
-                                            kDTypes, ::testing::Bool()));
-INSTANTIATE_TEST_SUITE_P(
-    Groups, LinearWgmmaCuda,
-    ::testing::Combine(::testing::Values(Shape{65, 24, 96, 32}, Shape{130, 200, 576, 64},
-                                         Shape{257, 136, 640, 128}, Shape{128, 88, 480, 96}),
-                       ::testing::Values(WeightFormat::kInt8, WeightFormat::kInt4), kDTypes,
-                       ::testing::Bool()));
-INSTANTIATE_TEST_SUITE_P(Float16, LinearWgmmaCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kFloat16),
-                                            ::testing::Values(DType::kFloat16),
-                                            ::testing::Values(false)));
-INSTANTIATE_TEST_SUITE_P(BFloat16, LinearWgmmaCuda,
-                         ::testing::Combine(kShapes, ::testing::Values(WeightFormat::kBFloat16),
-                                            ::testing::Values(DType::kBFloat16),
-                                            ::testing::Values(false)));
+const auto kGrouped =
+    ::testing::Values(TiledShape{65, 24, 96, 32}, TiledShape{130, 200, 576, 64},
+                      TiledShape{257, 136, 640, 128}, TiledShape{128, 88, 480, 96});
+MOQ_INSTANTIATE_TILED(LinearWgmmaCuda, kShapes, kGrouped);
 // More tiles than a GPU has multiprocessors: blocks take several.
 INSTANTIATE_TEST_SUITE_P(Huge, LinearWgmmaCuda,
-                         ::testing::Combine(::testing::Values(Shape{1000, 4600, 16}),
+                         ::testing::Combine(::testing::Values(TiledShape{1000, 4600, 16}),
                                             ::testing::Values(WeightFormat::kInt8),
                                             ::testing::Values(DType::kFloat16),
                                             ::testing::Values(false)));
@@ -167,7 +147,7 @@ TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
-                         ::testing::Combine(kDTypes, ::testing::Values<std::int64_t>(0, 32)));
+                         ::testing::Combine(kHalfDTypes, ::testing::Values<std::int64_t>(0, 32)));
 
 // ---- two launches for a weight
 
