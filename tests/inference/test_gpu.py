@@ -2,9 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 
 import models
 import pytest
@@ -21,6 +18,7 @@ from models import (
     relative_error,
     sequences,
 )
+from scripts import run_script
 from torch.profiler import ProfilerActivity, profile
 
 from moq import _C
@@ -236,19 +234,6 @@ def test_bad_requests_leave_the_engine_usable(pair):
     with pytest.raises(_C.Error, match="must fit into the model's 96 positions"):
         engine.generate(sequences(90), 7)
     assert engine.generate(sequences(6), 5) == expected
-
-
-def run_script(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ
-        | environment
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 BREAK_THE_GPU = """

@@ -1,8 +1,6 @@
 """What is told of errors that a kernel meets on the GPU: each test loses a process of its own."""
 
-import os
-import subprocess
-import sys
+from scripts import run_script
 
 # Rows of a cache that lie far behind its pages: the kernel writes where nothing is.
 WRITE_ASTRAY = """
@@ -29,16 +27,7 @@ os._exit(0)
 
 def told(gpu, **environment):
     """What the process printed."""
-    result = subprocess.run(
-        [sys.executable, "-c", WRITE_ASTRAY],
-        env=os.environ
-        | environment
-        | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = run_script(WRITE_ASTRAY, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
