@@ -52,14 +52,18 @@ class Ring {
                                         : blocks_;
   }
 
-  /// One lane calls these three: the last two for every piece, in their order.
+  /// One lane calls this.
   __device__ void init() const {
 #pragma unroll 1
     for (int stage = 0; stage < num_stages(); ++stage) {
       init_barrier(barriers_ + 8 * stage);
     }
   }
+
+  /// Fills all stages, and has what follows them brought to the second-level cache. The warp calls
+  /// this and all that follow, whose operands are the same in all lanes.
   __device__ void fill_early() {
+    __syncwarp();
 #pragma unroll 1
     for (int stage = 0; stage < num_stages(); ++stage) {
       if (stage >= plan_.early && rows_ < last_rows_) {
@@ -67,39 +71,10 @@ class Ring {
       }
       fill(stage);
     }
-    if (plan_.ahead_blocks > 0) {
+    if (plan_.ahead_blocks > 0 && elect_lane()) {
       read_ahead();
     }
-  }
-  __device__ void fill(int stage) {
-    if (rows_ == last_rows_) {
-      return;
-    }
-    const int count = min(piece_, blocks_ - filled_);
-    const std::uint32_t barrier = barriers_ + 8 * stage;
-    const std::uint32_t target = stages_ + stage * stage_bytes_;
-    if constexpr (kGrids) {
-      const int group = group_of(filled_);
-      const int bytes = (group_of(filled_ + count - 1) - group + 1) * kGridBytes;
-      const std::int64_t grid = (rows_ * layout_.groups + group) * kGridBytes;
-      const std::uint32_t grids = target + piece_ * kBlockBytes;
-      expect_bytes(barrier, count * kBlockBytes + bytes * (layout_.asymmetric ? 2 : 1));
-      bulk_copy(grids, weight_ + layout_.scales_offset + grid, bytes, barrier);
-      if (layout_.asymmetric) {
-        bulk_copy(grids + plan_.grid_bytes, weight_ + layout_.zero_points_offset + grid, bytes,
-                  barrier);
-      }
-    } else {
-      expect_bytes(barrier, count * kBlockBytes);
-    }
-    bulk_copy(target, source_, count * kBlockBytes, barrier);
-    source_ += count * kBlockBytes;
-    filled_ += count;
-    if (filled_ == blocks_) {
-      filled_ = 0;
-      ++rows_;
-      source_ += (layout_.col_blocks - blocks_) * kBlockBytes;
-    }
+    __syncwarp();
   }
 
   /// Address of the next piece, when it has come.
@@ -108,11 +83,9 @@ class Ring {
     return stages_ + stage_ * stage_bytes_;
   }
   /// The warp has read it: another may take its place.
-  __device__ void release(int lane) {
+  __device__ void release() {
     __syncwarp();
-    if (lane == 0) {
-      fill(stage_);
-    }
+    fill(stage_);
     if (++stage_ == num_stages()) {
       stage_ = 0;
       parity_ ^= 1U;
@@ -141,6 +114,44 @@ class Ring {
  private:
   __device__ int num_stages() const {
     return kUneven ? num_stages_ : plan_.stages[1];
+  }
+
+  __device__ void fill(int stage) {
+    if (rows_ == last_rows_) {
+      return;
+    }
+    const int count = min(piece_, blocks_ - filled_);
+    if (elect_lane()) {
+      request(stage, count);
+    }
+    source_ += count * kBlockBytes;
+    filled_ += count;
+    if (filled_ == blocks_) {
+      filled_ = 0;
+      ++rows_;
+      source_ += (layout_.col_blocks - blocks_) * kBlockBytes;
+    }
+  }
+
+  /// Has the next `count` blocks copied to a stage.
+  __device__ void request(int stage, int count) const {
+    const std::uint32_t barrier = barriers_ + 8 * stage;
+    const std::uint32_t target = stages_ + stage * stage_bytes_;
+    if constexpr (kGrids) {
+      const int group = group_of(filled_);
+      const int bytes = (group_of(filled_ + count - 1) - group + 1) * kGridBytes;
+      const std::int64_t grid = (rows_ * layout_.groups + group) * kGridBytes;
+      const std::uint32_t grids = target + piece_ * kBlockBytes;
+      expect_bytes(barrier, count * kBlockBytes + bytes * (layout_.asymmetric ? 2 : 1));
+      bulk_copy(grids, weight_ + layout_.scales_offset + grid, bytes, barrier);
+      if (layout_.asymmetric) {
+        bulk_copy(grids + plan_.grid_bytes, weight_ + layout_.zero_points_offset + grid, bytes,
+                  barrier);
+      }
+    } else {
+      expect_bytes(barrier, count * kBlockBytes);
+    }
+    bulk_copy(target, source_, count * kBlockBytes, barrier);
   }
 
   /// Brings the blocks behind those that have been requested to the second-level cache.

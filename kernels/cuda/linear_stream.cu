@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   touch(layout);
   touch(plan);
   const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarpSize;
+  const int warp = __shfl_sync(0xffffffffU, thread / kWarpSize, 0);  // (known to be the warp's own)
   const int lane = thread % kWarpSize;
   const int g = lane / 4;
   const int t = lane % 4;
@@ -169,10 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                      sum_row % kBlockRows);
   compute_now(own_sums);
   compute_now(all_sums);
-  if (lane == 0) {
-    ring.fill_early();
-  }
-  __syncwarp();
+  ring.fill_early();
 
   // What a turn computes alike each time stands in front of the loop: in front of the wait.
 #pragma unroll 1
@@ -241,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 2)
               }
             }
           }
-          ring.release(lane);
+          ring.release();
         }
         if (blocks > 0) {
           add_scaled();

@@ -219,6 +219,16 @@ __device__ inline void wait_barrier(std::uint32_t barrier, std::uint32_t parity)
   }
 }
 
+/// True for one lane of a whole warp. The compiler knows that it is alone, and issues a copy whose
+/// operands are the warp's at once; behind `lane == 0` it makes a loop over the lanes that may be
+/// there.
+__device__ __forceinline__ bool elect_lane() {
+  std::uint32_t chosen;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
+               : "=r"(chosen));
+  return chosen != 0;
+}
+
 /// This thread block's place in its cluster.
 __device__ inline std::uint32_t cluster_rank() {
   std::uint32_t rank;
