@@ -12,8 +12,6 @@
 namespace moq::kernels::cuda {
 namespace {
 
-constexpr std::int64_t kReservedBytes = 1 << 10;  // of each block's shared memory, by the system
-
 /// Tells whether any kernel of this build loads on a device.
 __global__ void probe_kernel() {}
 

@@ -14,6 +14,11 @@ struct DeviceLimits {
 
 DeviceLimits device_limits();
 
+/// Shared memory of a multiprocessor of compute capability 9.0, and what the system takes of it for
+/// each block.
+constexpr int kHopperSharedBytes = 228 << 10;
+constexpr int kReservedBytes = 1 << 10;
+
 /// Whether a thread block may have so much shared memory.
 bool fits_in_shared(std::int64_t bytes);
 

@@ -81,10 +81,9 @@ __device__ inline NormStatistics statistics_of(const DeviceNorm& norm, const Mom
 template <int kWarps>
 struct NormShared {
   /// Of each warp's columns: their sum, the sum of their squared differences from their mean, that
-  /// mean, and their number.
-  float4 parts[kNormTokens][kWarps];
-  alignas(8) Moments moments[kNormTokens];         ///< of the block's columns
-  NormStatistics statistics[kWarps][kNormTokens];  ///< of whole rows, for each warp to read
+  /// mean, and their number. (One more, so that lanes that read those of all rows meet all banks.)
+  float4 parts[kNormTokens][kWarps + 1];
+  alignas(8) Moments moments[kNormTokens];  ///< of the block's columns
 };
 
 /// Adds numbers to a sum, and their squares to another.
@@ -125,14 +124,27 @@ __device__ inline float4 warp_part(bool centres, float pivot, float sum, float s
   return {fmaf(pivot, cols, sum), fmaf(-sum, mean, squares), pivot + mean, cols};
 }
 
+/// Their sum, in the order of the halves of halves.
+template <int kCount>
+__device__ float sum_of(float (&values)[kCount]) {
+#pragma unroll
+  for (int width = kCount / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      values[i] += values[i + width];
+    }
+  }
+  return values[0];
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-/// Statistics of whole rows from those of the columns of each block of a cluster, cols_of(rank) of
-/// them, for one warp. All blocks wait_for_cluster() before they end.
+/// Moments of whole rows from those of the columns of each block of a cluster, cols_of(rank) of
+/// them: lane i of a warp gets those of row i < m. All blocks wait_for_cluster() before they end.
 template <typename ColsOf>
-__device__ void merge_moments(const DeviceNorm& norm, int m, int split, float inverse_k,
-                              const ColsOf& cols_of, const Moments* moments,
-                              NormStatistics* statistics) {
+__device__ Moments merge_moments(int m, int split, float inverse_k, const ColsOf& cols_of,
+                                 const Moments* moments) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  Moments own{0.0F, 0.0F};
   synchronize_cluster();
   for (int token = 0; token < m; ++token) {
     Moments theirs{0.0F, 0.0F};
@@ -145,52 +157,47 @@ __device__ void merge_moments(const DeviceNorm& norm, int m, int split, float in
     const float mean = warp_sum(count * theirs.mean) * inverse_k;
     const float difference = theirs.mean - mean;
     const float squares = warp_sum(theirs.squares + count * (difference * difference));
-    if (lane == 0) {
-      statistics[token] = {mean, rsqrtf(fmaf(squares, inverse_k, norm.epsilon))};
+    if (lane == token) {
+      own = {mean, squares};
     }
   }
   arrive_at_cluster();  // has read what others keep for it until then
+  return own;
 }
 #endif
 
-/// Statistics of m rows for this warp to read, from the parts that all warps have told. The block
-/// has cols_of(its rank) columns.
+/// Lane i of a warp gets the statistics of row i < m, from the parts that all warps have told. The
+/// block has cols_of(its rank) columns.
 template <int kWarps, typename ColsOf>
-__device__ void merge_parts(const DeviceNorm& norm, int m, int split, int rank, float inverse_k,
-                            const ColsOf& cols_of, NormShared<kWarps>& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+__device__ NormStatistics merge_parts(const DeviceNorm& norm, int m, int split, int rank,
+                                      float inverse_k, const ColsOf& cols_of,
+                                      NormShared<kWarps>& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto sum_of_parts = [](float value) {
+  float4 parts[kWarps];
+  float terms[kWarps];
 #pragma unroll
-    for (int distance = kWarps / 2; distance > 0; distance /= 2) {
-      value += __shfl_xor_sync(0xffffffffU, value, distance);
-    }
-    return value;
-  };
+  for (int warp = 0; warp < kWarps; ++warp) {
+    parts[warp] = shared.parts[min(lane, m - 1)][warp];
+    terms[warp] = parts[warp].x;
+  }
   const float inverse_cols =
       split == 1 ? inverse_k : 1.0F / static_cast<float>(max(1, cols_of(rank)));
-  NormStatistics* statistics = shared.statistics[warp];
-#pragma unroll 1
-  for (int first = 0; first < m; first += 32 / kWarps) {
-    const int token = first + lane / kWarps;
-    const float4 part = shared.parts[min(token, m - 1)][lane % kWarps];
-    const float mean = sum_of_parts(part.x) * inverse_cols;
-    const float difference = part.z - mean;
-    const float squares = sum_of_parts(fmaf(part.w * difference, difference, part.y));
-    if (lane % kWarps == 0 && token < m) {
-      if (split == 1) {
-        statistics[token] = {mean, rsqrtf(fmaf(squares, inverse_k, norm.epsilon))};
-      } else if (warp == 0) {
-        shared.moments[token] = {mean, squares};
-      }
-    }
+  const float mean = sum_of(terms) * inverse_cols;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const float difference = parts[warp].z - mean;
+    terms[warp] = fmaf(parts[warp].w * difference, difference, parts[warp].y);
   }
+  Moments moments{mean, sum_of(terms)};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (split > 1) {
-    merge_moments(norm, m, split, inverse_k, cols_of, shared.moments, statistics);
+    if (static_cast<int>(threadIdx.x) < m) {
+      shared.moments[lane] = moments;
+    }
+    moments = merge_moments(m, split, inverse_k, cols_of, shared.moments);
   }
 #endif
-  __syncwarp();
+  return {moments.mean, rsqrtf(fmaf(moments.squares, inverse_k, norm.epsilon))};
 }
 
 }  // namespace moq::kernels::cuda

@@ -61,6 +61,15 @@ class Products {
         }
       }
     }
+    // Sums of blocks in turn: whatever the pieces, the same block adds to the same of them.
+    if (kElementBytes == 2 && (end - begin) % 2 != 0) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float even = sums[0][e];
+        sums[0][e] = sums[1][e];
+        sums[1][e] = even;
+      }
+    }
   }
 
  private:

@@ -60,13 +60,23 @@ class Ring {
     }
   }
 
-  /// Fills all stages, and has what follows them brought to the second-level cache. The warp calls
-  /// this and all that follow, whose operands are the same in all lanes.
+  /// Requests the first stages: the barriers have been made. The warp calls this and all that
+  /// follow, whose operands are the same in all lanes.
+  __device__ void begin() {
+    __syncwarp();
+#pragma unroll 1
+    for (int stage = 0; stage < min(plan_.early, num_stages()); ++stage) {
+      fill(stage);
+    }
+  }
+
+  /// Fills the other stages, each when an earlier one has come, and has what follows them brought
+  /// to the second-level cache.
   __device__ void fill_early() {
     __syncwarp();
 #pragma unroll 1
-    for (int stage = 0; stage < num_stages(); ++stage) {
-      if (stage >= plan_.early && rows_ < last_rows_) {
+    for (int stage = plan_.early; stage < num_stages(); ++stage) {
+      if (rows_ < last_rows_) {
         wait_barrier(barriers_ + 8 * (stage - plan_.early), 0);
       }
       fill(stage);

@@ -95,25 +95,28 @@ class InputStage {
       }
     }
     __syncthreads();
-    merge_parts(args_.norm, m, split, rank, inverse_k_, cols_of, shared);
-    const NormStatistics* statistics = shared.statistics[warp];
-    for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
-      if (chunk >= kThreads) {
-        load_norm(chunk);  // (the first one's has been)
+    const NormStatistics own = merge_parts(args_.norm, m, split, rank, inverse_k_, cols_of, shared);
+    for (int first = thread() - lane(); first < chunks_; first += kThreads) {
+      const bool exists = first + lane() < chunks_;
+      if (first >= kThreads && exists) {
+        load_norm(first + lane());  // (the first one's has been)
       }
-      std::uint32_t place = staged_ + (chunk - thread()) * static_cast<int>(sizeof(Chunk));
+      std::uint32_t place =
+          staged_ + (first - (thread() - lane())) * static_cast<int>(sizeof(Chunk));
 #pragma unroll 2
       for (int token = 0; token < m; ++token) {
-        const NormStatistics row = statistics[token];
-        Chunk chunk_of_token = load_chunk(place);
-        float x[kChunk];
-        numbers_of(chunk_of_token, x);
+        const float mean = __shfl_sync(0xffffffffU, own.mean, token);
+        const float inverse = __shfl_sync(0xffffffffU, own.inverse, token);
+        if (exists) {
+          Chunk chunk = load_chunk(place);
+          float x[kChunk];
+          numbers_of(chunk, x);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          const float centred = (x[i] - row.mean) * row.inverse;
-          round_to_element(fmaf(centred, scale_[i], shift_[i]), chunk_of_token.element[i]);
+          for (int i = 0; i < kChunk; ++i) {
+            round_to_element(fmaf((x[i] - mean) * inverse, scale_[i], shift_[i]), chunk.element[i]);
+          }
+          store_chunk(place, chunk);
         }
-        store_chunk(place, chunk_of_token);
         place += token_bytes_;
       }
     }

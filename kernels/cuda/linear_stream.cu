@@ -36,7 +36,22 @@ namespace {
 
 constexpr int kWarps = kStreamWarps;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kOtherBytes = 4 << 10;  // of shared memory: what the kernel declares, and CUDA's own
+constexpr int kSharedAlignment = 128;
+
+/// What a block has in shared memory beside its rings, sums and input.
+struct StreamShared {
+  std::uint64_t barriers[kWarps][kMaxStages];
+  std::uint64_t received[kSlots];
+  std::uint64_t taken[kSlots];
+  NormShared<kWarps> norm;
+  uint4 zeros;
+};
+constexpr int kOtherBytes =  // and CUDA's own
+    static_cast<int>(pad_to(sizeof(StreamShared), kSharedAlignment)) + kReservedBytes;
+static_assert(2 * (kSharingBytes + kOtherBytes) <= kHopperSharedBytes);
+static_assert(kSharingBytes + kAloneBytes + 2 * kOtherBytes <= kHopperSharedBytes);
+static_assert(2 * (kAloneBytes + kOtherBytes) > kHopperSharedBytes);
+static_assert(kMaxSharedBytes + kOtherBytes <= kHopperSharedBytes);
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
 /// several scales, each of whole blocks, or zero points; kUneven: plan.stages differ.
@@ -48,12 +63,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Element = typename ElementOf<kBFloat16>::Type;
   constexpr int kBlockCols = kBlockBytes / kBlockRows / kElementBytes;
-  extern __shared__ __align__(128) std::uint8_t shared[];
-  __shared__ std::uint64_t barriers[kWarps][kMaxStages];
-  __shared__ std::uint64_t received[kSlots];
-  __shared__ std::uint64_t taken[kSlots];
-  __shared__ NormShared<kWarps> norm_shared;
-  __shared__ uint4 zeros;
+  extern __shared__ __align__(kSharedAlignment) std::uint8_t shared[];
+  __shared__ StreamShared declared;
+  auto& [barriers, received, taken, norm_shared, zeros] = declared;
   allow_next_kernel();
   touch(args);
   touch(layout);
@@ -115,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!args.weight_is_ready) {
     wait_for_previous_kernels();
   }
+  ring.begin();
 
   // ---- what does not depend on kernels ahead. A thread finishes a result of a turn, an even one
   // its neighbour's too.
@@ -336,7 +349,9 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const std::int64_t clusters =
       split == 1 ? device_limits().multiprocessors : required_clusters(kernel, config);
-  const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters);
+  const bool shares = args.in_chain || args.norm.kind != NormKind::kNone ||
+                      layout.n * layout.k * layout.element_bytes < kManyBytes;
+  const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters, shares);
   if (plan.stages[0] != plan.stages[1]) {
     kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, true>;
     allow_shared_memory(kernel);

@@ -9,8 +9,9 @@ namespace moq::kernels::cuda {
 namespace {
 
 constexpr int kThreads = kStreamWarps * 32;
-constexpr int kMaxTurnRows = 4;
+constexpr int kMaxTurnRows = 8;
 constexpr int kMaxPieceBlocks = 16;        // of a stage
+constexpr int kFewestPieceBlocks = 4;      // if a ring of such pieces finds room
 constexpr int kMaxSliceBytes = 128 << 10;  // of the input, in a block
 /// Two blocks share a multiprocessor, so that the next kernel's fill their rings while this one's
 /// work, if so much of kSharingBytes is left for the rings. That is worth more than longer ones.
@@ -20,9 +21,11 @@ constexpr int kFewestRingBytes = 40 << 10;
 /// Requested by a block before the first of it has come. More would only wait in the memory's
 /// queues, and before what a kernel ahead reads there.
 constexpr int kEarlyBytes = 32 << 10;
+/// About as much, of a block that shares its multiprocessor with none.
+constexpr int kEarlyAloneBytes = 64 << 10;
 /// Of a block that may begin early, what comes to the second-level cache behind its rings' first
 /// stages: these are filled again at once when the input has come.
-constexpr int kAheadBytes = 32 << 10;
+constexpr int kAheadBytes = 48 << 10;
 /// One in so many clusters, at most, has longer rings than the others.
 constexpr int kLongerRings = 8;
 
@@ -30,13 +33,6 @@ constexpr int kLongerRings = 8;
 int staged_stride(const DeviceLayout& layout, int split) {
   const std::int64_t cols = pad_to(layout.col_blocks, split) / split * layout.block_cols;
   return static_cast<int>(pad_to(cols, 16)) + 8;
-}
-
-/// Blocks of a stage when `blocks` come in so many pieces: an even number where a part has several,
-/// for they are multiplied two by two.
-int piece_blocks(int blocks, int pieces) {
-  const int exact = std::max(1, (blocks + pieces - 1) / pieces);
-  return pieces == 1 ? exact : exact + exact % 2;
 }
 
 /// Parts of a block of the cluster that have one block of columns more than others, at most.
@@ -74,31 +70,76 @@ int shorter_ring(const DeviceLayout& layout, const StreamPlan& plan, int stages)
   return std::max(std::min(2, stages), std::min(share, stages - 1));
 }
 
-/// The rings beside other_bytes, of clusters with at most `rows` blocks of rows: as few pieces as
-/// leave some stages, or hold all.
-void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, StreamPlan& plan) {
+constexpr int whole_pair(int blocks) {
+  return blocks + blocks % 2;
+}
+
+/// How much the rings of a block of the cluster hold, in blocks: the last piece of a row may be
+/// shorter, and there are no more rows than `rows`. Blocks are multiplied two by two, so that
+/// pieces of odd numbers of them count for less.
+double held_blocks(const DeviceLayout& layout, int rows, const StreamPlan& plan) {
+  double sum = 0;
+  for (int part = 0; part < kStreamWarps; ++part) {
+    const int cols =
+        part_begin(layout, plan.part_bits, part + 1) - part_begin(layout, plan.part_bits, part);
+    const int piece = plan.piece[cols != plan.part_blocks];
+    const int whole = cols / piece;
+    const int rest = cols % piece;
+    const int pieces = std::max(1, whole + (rest > 0 ? 1 : 0));
+    const int held =
+        plan.stages[1] / pieces * cols + std::min(plan.stages[1] % pieces * piece, cols);
+    const int products = std::max(1, whole * whole_pair(piece) + whole_pair(rest));
+    sum += std::min(held, rows * cols) * static_cast<double>(whole_pair(cols)) / products;
+  }
+  return sum;
+}
+
+/// The rings beside other_bytes, of clusters with at most `rows` blocks of rows, when a part comes
+/// in so many pieces; of several, an even number of blocks if is_even, for they are multiplied two
+/// by two. Returns whether there is room for some stages, or for all.
+bool plan_rings_of(const DeviceLayout& layout, int rows, int other_bytes, bool shares, int pieces,
+                   bool is_even, StreamPlan& plan) {
+  for (int i = 0; i < 2; ++i) {
+    const int exact = std::max(1, (plan.part_blocks + i + pieces - 1) / pieces);
+    plan.piece[i] = is_even && pieces > 1 ? whole_pair(exact) : exact;
+  }
+  plan.grid_bytes = grid_bytes(layout, plan.piece[1]);
+  for (int i = 0; i < 2; ++i) {
+    plan.stage_bytes[i] = plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes;
+  }
   const int longer = longer_parts(layout, plan);
-  const int usual = kSharingBytes - other_bytes >= kSharingRingBytes ? kSharingBytes : kUsualBytes;
-  for (int pieces = 1;; ++pieces) {
-    for (int i = 0; i < 2; ++i) {
-      plan.piece[i] = piece_blocks(plan.part_blocks + i, pieces);
-    }
-    plan.grid_bytes = grid_bytes(layout, plan.piece[1]);
-    for (int i = 0; i < 2; ++i) {
-      plan.stage_bytes[i] = plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes;
-    }
-    const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
-    const int all = rows * pieces;
-    const int most = std::max(usual - other_bytes, kFewestRingBytes) / bytes;
-    const bool holds_all = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes;
-    const int stages = holds_all ? all : std::min({kMaxStages, all, most});
-    plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
-    plan.stages[1] = stages;
-    plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
-    plan.early = std::max(1, kEarlyBytes / bytes);
-    plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
-    if (plan.piece[1] <= 2 || (plan.piece[1] <= kMaxPieceBlocks && stages >= std::min(3, all))) {
-      return;
+  const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
+  const int usual = !shares                                            ? kMaxSharedBytes
+                    : kSharingBytes - other_bytes >= kSharingRingBytes ? kSharingBytes
+                                                                       : kUsualBytes;
+  const int all = rows * pieces;
+  const int most = std::max(usual - other_bytes, kFewestRingBytes) / bytes;
+  const bool holds_all = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes;
+  const int stages = holds_all ? all : std::min({kMaxStages, all, most});
+  plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
+  plan.stages[1] = stages;
+  plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
+  plan.early = std::max(1, shares ? kEarlyBytes / bytes : (kEarlyAloneBytes + bytes / 2) / bytes);
+  plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
+  return plan.piece[1] <= kMaxPieceBlocks && stages >= std::min(3, all);
+}
+
+/// The rings that hold most, in as few pieces as hold so much but for a tenth.
+void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, bool shares,
+                StreamPlan& plan) {
+  StreamPlan tried = plan;
+  bool found = false;
+  double most = 0;
+  for (int pieces = 1; !found || tried.piece[1] > kFewestPieceBlocks; ++pieces) {
+    for (const bool is_even : {true, false}) {
+      const bool suits = plan_rings_of(layout, rows, other_bytes, shares, pieces, is_even, tried) ||
+                         tried.piece[1] <= 2;
+      const double held = held_blocks(layout, rows, tried);
+      if (suits && (!found || held > 1.1 * most)) {
+        found = true;
+        most = held;
+        plan = tried;
+      }
     }
   }
 }
@@ -114,7 +155,7 @@ int stream_split(const DeviceLayout& layout, int m) {
   return split;
 }
 
-StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters) {
+StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters, bool shares) {
   StreamPlan plan{};
   plan.clusters = static_cast<int>(std::min(layout.row_blocks, clusters));
   plan.cluster_rows = static_cast<int>(layout.row_blocks / plan.clusters);
@@ -135,7 +176,7 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters)
   const int other_bytes = plan.turn_rows * kStreamWarps * m * kPartialStride * 4 +
                           (plan.split == 1 ? 0 : kSlots * plan.turn_results * 4) +
                           m * plan.staged_stride * 2;
-  plan_rings(layout, rows, other_bytes, plan);
+  plan_rings(layout, rows, other_bytes, shares, plan);
   plan.shared_bytes = plan.ring_bytes + other_bytes;
   if (plan.shared_bytes > kSharingBytes) {
     plan.ahead_blocks = 0;

@@ -15,16 +15,18 @@ constexpr int kGridBytes = kBlockRows * 4;      // scales, or zero points, of a 
 constexpr int kPartialStride = kBlockRows + 4;  // floats: lanes that write together meet all banks
 constexpr int kMaxSharedBytes = 216 << 10;      // of a thread block
 /// Of a block that leaves room for another kernel's beside it, and of one that leaves room for such
-/// a block, but not for one like itself. (A multiprocessor has 228 KiB, and a block takes 3.25
-/// besides.)
+/// a block, but not for one like itself. (A block takes some more besides: linear_stream.cu.)
 constexpr int kSharingBytes = 110 << 10;
-constexpr int kAloneBytes = 111 << 10;
+constexpr int kAloneBytes = 112 << 10;
 /// What is worth its price from so many weights on:
 /// - rings of several lengths (StreamPlan::stages);
 /// - kAloneBytes, behind attention (DeviceLinearArgs::spread), which takes some multiprocessors. On
 ///   others two blocks would find room: some would stay empty, also for all kernels behind, which
 ///   begin where these end. Smaller products gain more from overlapping with others like them.
 constexpr std::int64_t kManyWeights = 16'000'000;
+/// From so many bytes of weights on, a product that no others of its kind surround takes all shared
+/// memory for its rings: the blocks of the next kernel would find nothing to do early.
+constexpr std::int64_t kManyBytes = 32'000'000;
 
 /// Plain data, passed to the kernel by value.
 struct StreamPlan {
@@ -61,7 +63,9 @@ constexpr int part_begin(const DeviceLayout& layout, int part_bits, int part) {
 int stream_split(const DeviceLayout& layout, int m);
 
 /// For m <= kStreamTokens tokens and stream_split(layout, m) <= kMaxSplit on a GPU that runs so
-/// many clusters at once, one block on a multiprocessor.
-StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters);
+/// many clusters at once, one block on a multiprocessor. shares: another block shall find room
+/// beside, if the input leaves any.
+StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters,
+                       bool shares = true);
 
 }  // namespace moq::kernels::cuda

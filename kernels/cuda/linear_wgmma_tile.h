@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_layout.h"
 #include "kernels/cuda/linear_wgmma_maps.h"
@@ -17,9 +18,7 @@ namespace moq::kernels::cuda {
 constexpr int kHalfCols = 32;  // of half a step: two products
 constexpr int kMaxStages = 8;
 constexpr int kMaxSplit = 8;
-constexpr int kPartTokens = 32;          // of a tile that a warpgroup writes at once
-constexpr int kSharedBytes = 228 << 10;  // of a multiprocessor
-constexpr int kReservedBytes = 1 << 10;  // of them for each block, by the system
+constexpr int kPartTokens = 32;  // of a tile that a warpgroup writes at once
 
 /// A tile of kConsumers * 64 rows, a warpgroup for each 64, by kTokens tokens.
 template <int kConsumers_, int kTokens_, bool kSplits_>
@@ -68,7 +67,7 @@ struct WgmmaTileOf : A {
   static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers) * 8;
   static constexpr int kOwnResults = A::kConsumers * kResultBytes;
   static constexpr int kStages =
-      std::min((kSharedBytes / kBlocks - kReservedBytes - kOwnResults - kBarrierBytes) /
+      std::min((kHopperSharedBytes / kBlocks - kReservedBytes - kOwnResults - kBarrierBytes) /
                    (kStageBytes + kGridsBytes),
                kMaxStages);
   static constexpr int kResultsOffset = kStages * kStageBytes;

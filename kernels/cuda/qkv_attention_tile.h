@@ -6,6 +6,7 @@
 #include "kernels/attention.h"
 #include "kernels/cuda/attention_products.h"
 #include "kernels/cuda/attention_tile.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_wgmma_sums.h"
 #include "kernels/cuda/linear_wgmma_tile.h"
 #include "kernels/cuda/vectors.h"
@@ -35,7 +36,8 @@ struct HeadTile
   static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // of a multiprocessor
   static constexpr int kKeyBytes = kMostTokenTiles * 2 * kTileBytes;
   // Half of a multiprocessor: beside one block there is room for one of the next kernel.
-  static constexpr int kRoom = kSharedBytes / 2 - kReservedBytes - kKeyBytes - Base::kBarrierBytes;
+  static constexpr int kRoom =
+      kHopperSharedBytes / 2 - kReservedBytes - kKeyBytes - Base::kBarrierBytes;
   static constexpr int kStages =
       std::min(kRoom / Base::kStageBytes, kMaxStages) / kInterleave * kInterleave;
   static constexpr int kKeysOffset = kStages * Base::kStageBytes;

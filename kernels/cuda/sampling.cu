@@ -13,6 +13,7 @@
 #include "kernels/common/check.h"
 #include "kernels/common/integer_math.h"
 #include "kernels/common/philox.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/sampling_candidates.h"
 #include "kernels/cuda/sampling_select.h"
@@ -304,10 +305,8 @@ void sample_by(const DeviceSamplingArgs& args, cudaStream_t stream) {
   if (args.all_greedy) {
     return launch_blocks<kBlocks>(greedy_kernel<Blocks>, args, 0, stream);
   }
-  constexpr std::size_t kReservedBytes = 1024;  // of a multiprocessor, for each block
   const auto cache_bytes = static_cast<std::size_t>(divide_up(args.vocab_size, kBlocks) * 4);
-  const auto most = static_cast<std::size_t>(device_limits().shared_bytes_per_multiprocessor);
-  kSlotBytes + cache_bytes + kReservedBytes <= most
+  fits_in_shared(static_cast<std::int64_t>(kSlotBytes + cache_bytes))
       ? launch_blocks<kBlocks>(sample_kernel<Blocks, true>, args, kSlotBytes + cache_bytes, stream)
       : launch_blocks<kBlocks>(sample_kernel<Blocks, false>, args, kSlotBytes, stream);
 }

@@ -294,6 +294,7 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
   args.bias = projection.bias;
   args.dtype = dtype_;
   args.weight_is_ready = true;
+  args.in_chain = true;
   if (projection.next.data != nullptr) {
     args.next_weight = projection.next.data;
     args.next_bytes = static_cast<std::int64_t>(gpu::packed_linear_size(projection.next.shape));

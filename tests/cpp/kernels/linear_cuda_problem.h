@@ -30,6 +30,7 @@ struct Call {
   std::int64_t offset = 0;   ///< elements before the input's first row
   bool weight_is_ready = false;
   bool spread = false;
+  bool in_chain = false;
   NormKind norm = NormKind::kNone;
   bool norm_bias = false;
   bool row_scales = false;
@@ -159,7 +160,8 @@ class LinearCudaProblem {
         .float32_output = call_.float32_output,
         .qkv = call_.qkv,
         .weight_is_ready = call_.weight_is_ready,
-        .spread = call_.spread};
+        .spread = call_.spread,
+        .in_chain = call_.in_chain};
     if (call_.norm != NormKind::kNone) {
       args.norm = {.kind = call_.norm,
                    .weight = norm_weight.data(),

@@ -139,10 +139,15 @@ TEST_F(LinearCudaArgs, ATokenGivesTheSameBitsInEveryPlace) {
   }
 }
 
-TEST_F(LinearCudaArgs, BlocksThatKeepApartGiveTheSameBits) {
+TEST_F(LinearCudaArgs, RoomBesideTheBlocksChangesNoBits) {
   for (const std::int64_t m : {1, 3}) {
     const LinearProblem problem = LinearProblem::random(m, 2128, 7536, WeightFormat::kFloat16);
-    EXPECT_EQ(multiply(problem, {.spread = true}).output, multiply(problem, {}).output);
+    const std::vector<float> alone = multiply(problem, {.weight_is_ready = true}).output;
+    for (const bool spread : {false, true}) {
+      EXPECT_EQ(
+          multiply(problem, {.weight_is_ready = true, .spread = spread, .in_chain = true}).output,
+          alone);
+    }
   }
 }
 

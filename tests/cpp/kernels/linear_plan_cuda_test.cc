@@ -30,8 +30,9 @@ class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::i
                           .group_size = weight.group_size > 0 ? weight.group_size : weight.k,
                           .asymmetric = weight.asymmetric});
   }
-  StreamPlan plan(int m) const {
-    return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout(), m));
+  StreamPlan plan(int m, bool shares = true) const {
+    return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout(), m),
+                       shares);
   }
 };
 
@@ -51,8 +52,8 @@ TEST_P(StreamPlanTest, SharesAllRowsAndResults) {
 
 TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
   const DeviceLayout layout = this->layout();
-  for (int m = 1; m <= kStreamTokens; ++m) {
-    const StreamPlan plan = this->plan(m);
+  for (int i = 0; i < 2 * kStreamTokens; ++i) {
+    const StreamPlan plan = this->plan(1 + i / 2, i % 2 == 0);
     EXPECT_LE(plan.shared_bytes, kMaxSharedBytes);
     EXPECT_GE(plan.stages[0], 1);
     EXPECT_LE(plan.stages[0], plan.stages[1]);
@@ -68,9 +69,9 @@ TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
       }
       EXPECT_LE(bytes, plan.ring_bytes);
     }
-    for (int i = 0; i < 2; ++i) {
-      EXPECT_GE(plan.piece[i], 1);
-      EXPECT_GE(plan.stage_bytes[i], plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes);
+    for (int longer = 0; longer < 2; ++longer) {
+      EXPECT_GE(plan.piece[longer], 1);
+      EXPECT_GE(plan.stage_bytes[longer], plan.piece[longer] * kBlockBytes + 2 * plan.grid_bytes);
     }
     if (layout.groups > 1) {
       const std::int64_t group_blocks = layout.group_size / layout.block_cols;
@@ -114,6 +115,25 @@ TEST(StreamPlan, KeepsMoreUnderWayInTheFewClustersThatHaveMoreRows) {
   EXPECT_EQ(many.stages[0], many.stages[1]);
   const StreamPlan none = plan_of(4224, 17024);
   EXPECT_EQ(none.stages[0], none.stages[1]);
+}
+
+TEST(StreamPlan, LeavesRoomForAnotherBlockOrFillsItWithItsRings) {
+  const DeviceLayout layout =
+      device_layout({.n = 4256, .k = 4256, .format = WeightFormat::kFloat16});
+  const StreamPlan shares = stream_plan(layout, 1, 132, true);
+  EXPECT_LE(shares.shared_bytes, kSharingBytes);
+  const StreamPlan alone = stream_plan(layout, 1, 132, false);
+  EXPECT_GT(alone.ring_bytes, shares.ring_bytes * 3 / 2);
+}
+
+TEST(StreamPlan, ChoosesPiecesThatFillTheRoom) {
+  // Parts of 12 and 13 blocks: four stages of 6 and 7, where three of 6 and 8 found room, as two
+  // rows of them.
+  const StreamPlan plan =
+      stream_plan(device_layout({.n = 6400, .k = 1600, .format = WeightFormat::kFloat16}), 1, 132);
+  EXPECT_EQ(plan.piece[0], 6);
+  EXPECT_EQ(plan.piece[1], 7);
+  EXPECT_EQ(plan.stages[1], 4);
 }
 
 TEST(StreamSplit, IsMoreThanAClusterForInputsThatFitNowhere) {
