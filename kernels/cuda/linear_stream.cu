@@ -36,6 +36,7 @@ namespace {
 
 constexpr int kWarps = kStreamWarps;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kBlockRowBits = 4;
 constexpr int kSharedAlignment = 128;
 
 /// What a block has in shared memory beside its rings, sums and input.
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   // ---- this warp's part of the weight, and the ring that brings it
   const int first_rows = cluster * plan.cluster_rows + min(cluster, plan.row_extra);
   const int last_rows = first_rows + plan.cluster_rows + (cluster < plan.row_extra ? 1 : 0);
-  const int turns = (last_rows - first_rows + plan.turn_rows - 1) / plan.turn_rows;
+  const int turns =
+      (last_rows - first_rows + plan.turn_rows - 1) >> (plan.turn_bits - kBlockRowBits);
   const auto slice_begin = [&](int of_rank) {
     return part_begin(layout, plan.part_bits, of_rank * kWarps);
   };
@@ -96,6 +98,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                     (warp - longer) * plan.stage_bytes[0]);
   Ring<kElementBytes, kGrids, kUneven> ring(args, layout, plan, first_block, blocks, first_rows,
                                             last_rows, stages, barriers[warp]);
+  if (plan.announces && args.weight_is_ready) {
+    ring.announce();
+  }
 
   // ---- the results of a turn: sums of the warps, [block of rows][warp][token][row], and for each
   // block of the cluster some rows of all blocks', [block][token][row]
@@ -107,16 +112,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto expect_results = [&](int slot) {
     expect_bytes(shared_address(&received[slot]), plan.turn_results * 4);
   };
-  if (lane == 0) {
-    ring.init();
-    if (clustered && warp == 0) {
-      for (int slot = 0; slot < kSlots; ++slot) {
-        init_barrier(shared_address(&received[slot]));
-        init_barrier(shared_address(&taken[slot]), plan.split);
-        expect_results(slot);
-      }
+  ring.init(lane);
+  if (clustered) {
+    if (thread < kSlots) {
+      init_barrier(shared_address(&received[thread]));
+      init_barrier(shared_address(&taken[thread]), plan.split);
+      expect_results(thread);
     }
     publish_barriers();
+  } else {
+    publish_own_barriers();
   }
   if (thread == 0) {
     zeros = uint4{0, 0, 0, 0};

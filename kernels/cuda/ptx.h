@@ -187,6 +187,10 @@ __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+/// The same of barriers that no other block of the cluster knows.
+__device__ inline void publish_own_barriers() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 /// Lets the barrier's phase end when that many bytes have come.
 __device__ inline void expect_bytes(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
