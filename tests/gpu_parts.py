@@ -28,9 +28,10 @@ CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*:*DecodeStep*:*StreamPlan*:*StreamSplit*:*Wgmm
 OLDER_TESTS = "*LinearCuda*:*LinearTileCuda*:*AttentionCuda*:*SamplingCuda*"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
-BATCHES = ("--batch", "1", "32")  # of decode, whose peers are compiled for each
+# Rows of decode, whose peers are compiled for each.
+BATCHES = {"gpt2-xl": ("1", "32"), "17b-x12": ("1", "32"), "llama-3.1-8b": ("1",)}
 # Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
-SANITIZED = {"memcheck": 1, "racecheck": 20, "initcheck": 2}
+SANITIZED = {"memcheck": 4, "racecheck": 20, "initcheck": 6}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def steps() -> list[Step]:
         found.append(Step("regions", region, benchmark("gpu_regions", "--regions", region)))
     for shape in ("49152x12288", "17024x4256", "4096x14336"):
         found.append(Step("gemm", shape, benchmark("gpu_gemm", "--shapes", shape)))
-    for model in ("gpt2-xl", "17b-x12", "llama-3.1-8b"):
-        found.append(Step("decode", model, benchmark("gpu_decode", "--models", model, *BATCHES)))
+    for model, batches in BATCHES.items():
+        arguments = ["--models", model, "--batch", *batches]
+        found.append(Step("decode", model, benchmark("gpu_decode", *arguments)))
     for model in ("bert-base", "bert-large"):
         found.append(Step("encoder", model, benchmark("gpu_encoder", "--models", model)))
     for script in ("fake_quantize", "learned_scales"):

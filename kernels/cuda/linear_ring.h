@@ -52,21 +52,15 @@ class Ring {
                                         : blocks_;
   }
 
-  /// Has the first piece brought to the second-level cache, which takes no barriers. The warp calls
-  /// this and what follows but init, with operands that are the same in all lanes.
-  __device__ void announce() const {
-    if (rows_ < last_rows_ && elect_lane()) {
-      prefetch_bytes(source_, min(piece_, blocks_) * kBlockBytes);
-    }
-  }
-
+  /// Makes the barriers, a lane each.
   __device__ void init(int lane) const {
     if (lane < num_stages()) {
       init_barrier(barriers_ + 8 * lane);
     }
   }
 
-  /// Requests the first stages: the barriers have been made.
+  /// Requests the first stages: the barriers have been made. The warp calls this and all that
+  /// follow, whose operands are the same in all lanes.
   __device__ void begin() {
     __syncwarp();
 #pragma unroll 1

@@ -37,6 +37,7 @@ namespace {
 constexpr int kWarps = kStreamWarps;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kBlockRowBits = 4;
+static_assert(1 << kBlockRowBits == kBlockRows);
 constexpr int kSharedAlignment = 128;
 
 /// What a block has in shared memory beside its rings, sums and input.
@@ -98,9 +99,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                     (warp - longer) * plan.stage_bytes[0]);
   Ring<kElementBytes, kGrids, kUneven> ring(args, layout, plan, first_block, blocks, first_rows,
                                             last_rows, stages, barriers[warp]);
-  if (plan.announces && args.weight_is_ready) {
-    ring.announce();
-  }
 
   // ---- the results of a turn: sums of the warps, [block of rows][warp][token][row], and for each
   // block of the cluster some rows of all blocks', [block][token][row]

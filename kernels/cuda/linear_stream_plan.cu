@@ -157,7 +157,6 @@ int stream_split(const DeviceLayout& layout, int m) {
 
 StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters, bool shares) {
   StreamPlan plan{};
-  plan.announces = layout.n * layout.k * layout.element_bytes >= kManyBytes;
   plan.clusters = static_cast<int>(std::min(layout.row_blocks, clusters));
   plan.cluster_rows = static_cast<int>(layout.row_blocks / plan.clusters);
   plan.row_extra = static_cast<int>(layout.row_blocks % plan.clusters);

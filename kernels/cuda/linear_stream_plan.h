@@ -25,9 +25,7 @@ constexpr int kAloneBytes = 112 << 10;
 ///   begin where these end. Smaller products gain more from overlapping with others like them.
 constexpr std::int64_t kManyWeights = 16'000'000;
 /// From so many bytes of weights on, a product that no others of its kind surround takes all shared
-/// memory for its rings: the blocks of the next kernel would find nothing to do early. And blocks
-/// ask for their first pieces before their barriers are made; of smaller weights that only delays
-/// what the kernel ahead reads.
+/// memory for its rings: the blocks of the next kernel would find nothing to do early.
 constexpr std::int64_t kManyBytes = 32'000'000;
 
 /// Plain data, passed to the kernel by value.
@@ -48,7 +46,6 @@ struct StreamPlan {
   int stage_bytes[2];  ///< the same
   int grid_bytes;     ///< of a stage, for scales, behind the blocks; as many follow for zero points
   int ring_bytes;     ///< of all warps
-  bool announces;     ///< Ring::announce()
   int ahead_blocks;   ///< behind a warp's first stages, which come as far as the second-level cache
                       ///< then
   int staged_stride;  ///< elements from one token to the next in shared memory

@@ -183,13 +183,13 @@ __device__ inline void init_barrier(std::uint32_t barrier, std::uint32_t arrival
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 /// Makes initialised barriers known to the copy engine.
-__device__ inline void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-/// The same of barriers that no other block of the cluster knows.
 __device__ inline void publish_own_barriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// And to the other blocks of the cluster.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  publish_own_barriers();
 }
 /// Lets the barrier's phase end when that many bytes have come.
 __device__ inline void expect_bytes(std::uint32_t barrier, std::uint32_t bytes) {

@@ -14,7 +14,7 @@ turn of each counts, because other processes disturb the rest; the medians stand
 of the turns' ratios, because a shared memory has more bandwidth at some times than at others; so
 does what the arithmetic alone would allow, the rate for weights that stay in the caches of a core,
 times the threads. On a GPU it is the median of CUDA graphs (torch's operator excepted, which waits
-for the device) whose calls rotate through copies of the weights that exceed four times the L2
+for the device) whose calls rotate through copies of the weights that exceed sixteen times the L2
 cache.
 """
 
@@ -84,7 +84,7 @@ class Weights:
         shapes = [shape for shape, count in layers.items() for _ in range(count)]
         numel = sum(rows * columns for rows, columns in shapes)
         self.num_bytes = numel * (source.itemsize + target.itemsize)
-        # A call that itself moves four times the cache leaves nothing of it to the next.
+        # A call that itself moves sixteen times the cache leaves nothing of it to the next.
         self.copies = max(gpu.copies_of(self.num_bytes) - 1, 1) if device == "cuda" else 1
         self.out_dtype = target
         generator = torch.Generator(device).manual_seed(0)

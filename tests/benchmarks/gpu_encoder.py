@@ -148,10 +148,15 @@ class Bench:
 
 
 def median_of_turns(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median wall-clock seconds of each call; in every turn each is made once."""
+    """Median wall-clock seconds of each call; in every turn each is made twice, the second counts.
+
+    So none pays for what another left behind: an eager model leaves a GPU that was mostly idle, and
+    its own data in the processor's caches.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 3):
         for name, call in calls.items():
+            call()
             torch.cuda.synchronize()
             start = time.perf_counter()
             call()

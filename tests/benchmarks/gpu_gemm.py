@@ -13,7 +13,7 @@ Four tables:
 
 Activations are FP16 and rounded nowhere else: "exact" weight-only arithmetic, as the engine's
 default. A figure is device time inside a CUDA graph whose calls rotate through copies of the weight
-that exceed four times the L2 cache; the median of --turns counts, and competitors take turns.
+that exceed sixteen times the L2 cache; the median of --turns counts, and competitors take turns.
 """
 
 import argparse

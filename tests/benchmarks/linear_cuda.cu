@@ -22,7 +22,7 @@
 namespace moq::kernels {
 namespace {
 
-constexpr std::int64_t kColdBytes = 256 << 20;  // over four times the L2 cache
+constexpr std::int64_t kColdBytes = 1 << 30;  // over sixteen times the L2 cache
 
 __global__ void __launch_bounds__(512) read_all(const uint4* data, std::int64_t size, uint4* out) {
   constexpr int kUnroll = 8;
