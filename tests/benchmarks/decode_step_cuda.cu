@@ -145,6 +145,7 @@ class Decoder {
     args.output = output;
     args.output_stride = args.qkv.pages.keys == nullptr ? weight.shape.n : hidden_;
     args.weight_is_ready = true;
+    args.in_chain = true;
     cuda::linear(args, stream);
   }
 

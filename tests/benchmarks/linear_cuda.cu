@@ -169,7 +169,8 @@ void time_model(const Model& model, WeightFormat format, double bandwidth) {
                                         .values = pages.as<char>() + kPageTokens * model.kv_heads *
                                                                          model.head_dim * 2},
                               .cache_rows = table.as<std::int32_t>()},
-                      .weight_is_ready = true},
+                      .weight_is_ready = true,
+                      .in_chain = true},
                      stream);
         cuda::linear({.input = projected.as<void>(),
                       .m = m,
@@ -180,7 +181,8 @@ void time_model(const Model& model, WeightFormat format, double bandwidth) {
                       .residual_stride = model.hidden,
                       .output = states.as<void>(),
                       .output_stride = model.hidden,
-                      .weight_is_ready = true},
+                      .weight_is_ready = true,
+                      .in_chain = true},
                      stream);
         cuda::linear({.input = states.as<void>(),
                       .m = m,
@@ -192,7 +194,8 @@ void time_model(const Model& model, WeightFormat format, double bandwidth) {
                       .output_stride = up_rows,
                       .norm = norm,
                       .gated = model.gated,
-                      .weight_is_ready = true},
+                      .weight_is_ready = true,
+                      .in_chain = true},
                      stream);
         cuda::linear({.input = between.as<void>(),
                       .m = m,
@@ -203,7 +206,8 @@ void time_model(const Model& model, WeightFormat format, double bandwidth) {
                       .residual_stride = model.hidden,
                       .output = states.as<void>(),
                       .output_stride = model.hidden,
-                      .weight_is_ready = true},
+                      .weight_is_ready = true,
+                      .in_chain = true},
                      stream);
       }
     });
