@@ -74,73 +74,81 @@ constexpr int whole_pair(int blocks) {
   return blocks + blocks % 2;
 }
 
-/// How much the rings of a block of the cluster hold, in blocks: the last piece of a row may be
-/// shorter, and there are no more rows than `rows`. Blocks are multiplied two by two, so that
-/// pieces of odd numbers of them count for less.
-double held_blocks(const DeviceLayout& layout, int rows, const StreamPlan& plan) {
+/// What the rings of a block of the cluster are planned for.
+struct RingNeeds {
+  int rows;         ///< blocks of rows of a cluster, at most
+  int longer;       ///< parts that have one block of columns more
+  int other_bytes;  ///< of shared memory
+  bool shares;      ///< its multiprocessor with another block
+};
+
+/// How much the rings hold, in blocks: the last piece of a row may be shorter. Blocks are
+/// multiplied two by two, so that pieces of odd numbers of them count for less.
+double held_blocks(const RingNeeds& needs, const StreamPlan& plan) {
   double sum = 0;
-  for (int part = 0; part < kStreamWarps; ++part) {
-    const int cols =
-        part_begin(layout, plan.part_bits, part + 1) - part_begin(layout, plan.part_bits, part);
-    const int piece = plan.piece[cols != plan.part_blocks];
+  for (int i = 0; i < 2; ++i) {
+    const int cols = plan.part_blocks + i;
+    const int piece = plan.piece[i];
     const int whole = cols / piece;
     const int rest = cols % piece;
     const int pieces = std::max(1, whole + (rest > 0 ? 1 : 0));
     const int held =
         plan.stages[1] / pieces * cols + std::min(plan.stages[1] % pieces * piece, cols);
     const int products = std::max(1, whole * whole_pair(piece) + whole_pair(rest));
-    sum += std::min(held, rows * cols) * static_cast<double>(whole_pair(cols)) / products;
+    const int parts = i == 0 ? kStreamWarps - needs.longer : needs.longer;
+    sum += parts * std::min(held, needs.rows * cols) * static_cast<double>(whole_pair(cols)) /
+           products;
   }
   return sum;
 }
 
-/// The rings beside other_bytes, of clusters with at most `rows` blocks of rows, when a part comes
-/// in so many pieces; of several, an even number of blocks if is_even, for they are multiplied two
-/// by two. Returns whether there is room for some stages, or for all.
-bool plan_rings_of(const DeviceLayout& layout, int rows, int other_bytes, bool shares, int pieces,
-                   bool is_even, StreamPlan& plan) {
-  for (int i = 0; i < 2; ++i) {
-    const int exact = std::max(1, (plan.part_blocks + i + pieces - 1) / pieces);
-    plan.piece[i] = is_even && pieces > 1 ? whole_pair(exact) : exact;
-  }
+/// Rings of plan.piece, where a part comes in so many pieces. Returns whether there is room for
+/// some stages, or for all.
+bool plan_stages(const DeviceLayout& layout, const RingNeeds& needs, int pieces, StreamPlan& plan) {
   plan.grid_bytes = grid_bytes(layout, plan.piece[1]);
   for (int i = 0; i < 2; ++i) {
     plan.stage_bytes[i] = plan.piece[i] * kBlockBytes + 2 * plan.grid_bytes;
   }
-  const int longer = longer_parts(layout, plan);
-  const int bytes = longer * plan.stage_bytes[1] + (kStreamWarps - longer) * plan.stage_bytes[0];
-  const int usual = !shares                                            ? kMaxSharedBytes
-                    : kSharingBytes - other_bytes >= kSharingRingBytes ? kSharingBytes
-                                                                       : kUsualBytes;
-  const int all = rows * pieces;
-  const int most = std::max(usual - other_bytes, kFewestRingBytes) / bytes;
-  const bool holds_all = all <= kMaxStages && all * bytes + other_bytes <= kSharingBytes;
+  const int bytes =
+      needs.longer * plan.stage_bytes[1] + (kStreamWarps - needs.longer) * plan.stage_bytes[0];
+  const int usual = !needs.shares                                            ? kMaxSharedBytes
+                    : kSharingBytes - needs.other_bytes >= kSharingRingBytes ? kSharingBytes
+                                                                             : kUsualBytes;
+  const int all = needs.rows * pieces;
+  const int most = std::max(usual - needs.other_bytes, kFewestRingBytes) / bytes;
+  const bool holds_all = all <= kMaxStages && all * bytes + needs.other_bytes <= kSharingBytes;
   const int stages = holds_all ? all : std::min({kMaxStages, all, most});
   plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
   plan.stages[1] = stages;
   plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
-  plan.early = std::max(1, shares ? kEarlyBytes / bytes : (kEarlyAloneBytes + bytes / 2) / bytes);
+  plan.early =
+      std::max(1, needs.shares ? kEarlyBytes / bytes : (kEarlyAloneBytes + bytes / 2) / bytes);
   plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
   return plan.piece[1] <= kMaxPieceBlocks && stages >= std::min(3, all);
 }
 
 /// The rings that hold most, in as few pieces as hold so much but for a tenth.
-void plan_rings(const DeviceLayout& layout, int rows, int other_bytes, bool shares,
-                StreamPlan& plan) {
+void plan_rings(const DeviceLayout& layout, const RingNeeds& needs, StreamPlan& plan) {
   StreamPlan tried = plan;
-  bool found = false;
-  double most = 0;
-  for (int pieces = 1; !found || tried.piece[1] > kFewestPieceBlocks; ++pieces) {
-    for (const bool is_even : {true, false}) {
-      const bool suits = plan_rings_of(layout, rows, other_bytes, shares, pieces, is_even, tried) ||
-                         tried.piece[1] <= 2;
-      const double held = held_blocks(layout, rows, tried);
-      if (suits && (!found || held > 1.1 * most)) {
-        found = true;
+  double most = -1;
+  const auto try_pieces = [&](int pieces) {
+    if (plan_stages(layout, needs, pieces, tried) || tried.piece[1] <= 2) {
+      if (const double held = held_blocks(needs, tried); most < 0 || held > 1.1 * most) {
         most = held;
         plan = tried;
       }
     }
+  };
+  const int fewest = std::max(1, (plan.part_blocks + kMaxPieceBlocks) / kMaxPieceBlocks);
+  for (int pieces = fewest; most < 0 || tried.piece[1] > kFewestPieceBlocks; ++pieces) {
+    const int exact[2] = {std::max(1, (plan.part_blocks + pieces - 1) / pieces),
+                          (plan.part_blocks + pieces) / pieces};
+    if (pieces > 1 && (exact[0] % 2 != 0 || exact[1] % 2 != 0)) {
+      std::transform(exact, exact + 2, tried.piece, whole_pair);
+      try_pieces(pieces);
+    }
+    std::copy(exact, exact + 2, tried.piece);
+    try_pieces(pieces);
   }
 }
 
@@ -176,7 +184,12 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters,
   const int other_bytes = plan.turn_rows * kStreamWarps * m * kPartialStride * 4 +
                           (plan.split == 1 ? 0 : kSlots * plan.turn_results * 4) +
                           m * plan.staged_stride * 2;
-  plan_rings(layout, rows, other_bytes, shares, plan);
+  plan_rings(layout,
+             {.rows = rows,
+              .longer = longer_parts(layout, plan),
+              .other_bytes = other_bytes,
+              .shares = shares},
+             plan);
   plan.shared_bytes = plan.ring_bytes + other_bytes;
   if (plan.shared_bytes > kSharingBytes) {
     plan.ahead_blocks = 0;
