@@ -173,8 +173,8 @@ struct DeviceLinearArgs {
   /// The kernel ahead fills some multiprocessors and leaves others empty, as attention over few
   /// heads does: a large product puts no two blocks on one of them.
   bool spread = false;
-  /// Other products with weight_is_ready run ahead of this one and behind it: its blocks leave room
-  /// for theirs, which bring their weights early. Alone, a large product takes the room itself.
+  /// Kernels that begin early, as this one does, run around it: its blocks leave room for theirs.
+  /// Else a large product without a norm takes the room itself.
   bool in_chain = false;
   /// The weight that is multiplied next, if that is known: products of some tokens bring it to the
   /// L2 cache while they run. It must have been written earlier, as with weight_is_ready.

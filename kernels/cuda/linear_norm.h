@@ -32,6 +32,19 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+/// The sum of values, each half of which is added to the other, and so on; they are overwritten.
+template <int kCount>
+__device__ float sum_of(float (&values)[kCount]) {
+#pragma unroll
+  for (int width = kCount / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      values[i] += values[i + width];
+    }
+  }
+  return values[0];
+}
+
 /// A lane's share of the sum of f over `cols` numbers: read(first, x) gives a chunk.
 template <typename Read, typename Function>
 __device__ float lane_sum(int cols, int lane, const Read& read, const Function& f) {
@@ -43,14 +56,7 @@ __device__ float lane_sum(int cols, int lane, const Read& read, const Function& 
     for (int i = 0; i < kChunk; ++i) {
       x[i] = first + i < cols ? f(x[i]) : 0.0F;
     }
-#pragma unroll
-    for (int width = kChunk / 2; width > 0; width /= 2) {
-#pragma unroll
-      for (int i = 0; i < width; ++i) {
-        x[i] += x[i + width];
-      }
-    }
-    sum += x[0];
+    sum += sum_of(x);
   }
   return sum;
 }
@@ -95,16 +101,8 @@ __device__ inline void add_moments(const float (&x)[kChunk], float& sum, float& 
     sums[i] = x[i] + x[i + kChunk / 2];
     products[i] = fmaf(x[i], x[i], x[i + kChunk / 2] * x[i + kChunk / 2]);
   }
-#pragma unroll
-  for (int width = kChunk / 4; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      sums[i] += sums[i + width];
-      products[i] += products[i + width];
-    }
-  }
-  sum += sums[0];
-  squares += products[0];
+  sum += sum_of(sums);
+  squares += sum_of(products);
 }
 
 /// What NormShared tells of a warp's columns, of the lanes' sums of differences from a pivot and of
@@ -122,19 +120,6 @@ __device__ inline float4 warp_part(bool centres, float pivot, float sum, float s
   }
   const float mean = sum * inverse_cols;
   return {fmaf(pivot, cols, sum), fmaf(-sum, mean, squares), pivot + mean, cols};
-}
-
-/// Their sum, in the order of the halves of halves.
-template <int kCount>
-__device__ float sum_of(float (&values)[kCount]) {
-#pragma unroll
-  for (int width = kCount / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      values[i] += values[i + width];
-    }
-  }
-  return values[0];
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

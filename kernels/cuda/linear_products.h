@@ -61,7 +61,8 @@ class Products {
         }
       }
     }
-    // Sums of blocks in turn: whatever the pieces, the same block adds to the same of them.
+    // Blocks of even numbers add up together, and those of odd ones, however long the pieces are.
+    // Callers add both sums: which of them is which does not matter.
     if (kElementBytes == 2 && (end - begin) % 2 != 0) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {

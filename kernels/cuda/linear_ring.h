@@ -59,8 +59,8 @@ class Ring {
     }
   }
 
-  /// Requests the first stages: the barriers have been made. The warp calls this and all that
-  /// follow, whose operands are the same in all lanes.
+  /// Requests the first stages: the barriers have been made and published. The warp calls this and
+  /// what follows together, with the same operands but for grids().
   __device__ void begin() {
     __syncwarp();
 #pragma unroll 1

@@ -9,11 +9,12 @@
 // next rows are multiplied.
 //
 // What matters in a chain of layers is the time from the end of the kernel ahead to this one's end.
-// Where the input is small enough, a block leaves room for another beside it, so that the next
-// kernel's blocks fill their rings, and look up what else does not depend on the input, while this
-// one works. Behind its end lie only the input's way from the second-level cache, the products of
-// what the rings hold, and one exchange of sums. Where a multiprocessor has two blocks of one
-// kernel, another has none, and the next kernels' blocks follow them there: kAloneBytes.
+// In a model, and where the input is small enough, a block leaves room for another beside it, so
+// that the next kernel's blocks fill their rings, and look up what else does not depend on the
+// input, while this one works. Behind its end lie only the input's way from the second-level cache,
+// the products of what the rings hold, and one exchange of sums. Where a multiprocessor has two
+// blocks of one kernel, another has none, and the next kernels' blocks follow them there:
+// kApartBytes.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -51,8 +52,8 @@ struct StreamShared {
 constexpr int kOtherBytes =  // and CUDA's own
     static_cast<int>(pad_to(sizeof(StreamShared), kSharedAlignment)) + kReservedBytes;
 static_assert(2 * (kSharingBytes + kOtherBytes) <= kHopperSharedBytes);
-static_assert(kSharingBytes + kAloneBytes + 2 * kOtherBytes <= kHopperSharedBytes);
-static_assert(2 * (kAloneBytes + kOtherBytes) > kHopperSharedBytes);
+static_assert(kSharingBytes + kApartBytes + 2 * kOtherBytes <= kHopperSharedBytes);
+static_assert(2 * (kApartBytes + kOtherBytes) > kHopperSharedBytes);
 static_assert(kMaxSharedBytes + kOtherBytes <= kHopperSharedBytes);
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
@@ -352,17 +353,16 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
   config.numAttrs = kernels_may_overlap() ? 2 : 1;
   const std::int64_t clusters =
       split == 1 ? device_limits().multiprocessors : required_clusters(kernel, config);
-  const bool shares = args.in_chain || args.norm.kind != NormKind::kNone ||
-                      layout.n * layout.k * layout.element_bytes < kManyBytes;
-  const StreamPlan plan = stream_plan(layout, static_cast<int>(args.m), clusters, shares);
+  const StreamPlan plan =
+      stream_plan(layout, static_cast<int>(args.m), clusters, leaves_room(args, layout));
   if (plan.stages[0] != plan.stages[1]) {
     kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, true>;
     allow_shared_memory(kernel);
   }
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
-  const bool is_alone = args.spread && layout.n * layout.k >= kManyWeights;
+  const bool keeps_apart = args.spread && layout.n * layout.k >= kManyWeights;
   config.dynamicSmemBytes =
-      static_cast<std::size_t>(std::max(plan.shared_bytes, is_alone ? kAloneBytes : 0));
+      static_cast<std::size_t>(std::max(plan.shared_bytes, keeps_apart ? kApartBytes : 0));
   launch_kernel(config, kernel, args, layout, plan);
 }
 

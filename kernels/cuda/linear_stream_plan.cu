@@ -16,13 +16,13 @@ constexpr int kMaxSliceBytes = 128 << 10;  // of the input, in a block
 /// Two blocks share a multiprocessor, so that the next kernel's fill their rings while this one's
 /// work, if so much of kSharingBytes is left for the rings. That is worth more than longer ones.
 constexpr int kSharingRingBytes = 64 << 10;
-constexpr int kUsualBytes = 200 << 10;  // else
+constexpr int kUsualBytes = 200 << 10;  // where the input leaves less
 constexpr int kFewestRingBytes = 40 << 10;
 /// Requested by a block before the first of it has come. More would only wait in the memory's
 /// queues, and before what a kernel ahead reads there.
 constexpr int kEarlyBytes = 32 << 10;
-/// About as much, of a block that shares its multiprocessor with none.
-constexpr int kEarlyAloneBytes = 64 << 10;
+/// The same of a block that leaves no room for another, to the nearest stage.
+constexpr int kEarlyBytesWithoutRoom = 64 << 10;
 /// Of a block that may begin early, what comes to the second-level cache behind its rings' first
 /// stages: these are filled again at once when the input has come.
 constexpr int kAheadBytes = 48 << 10;
@@ -76,15 +76,15 @@ constexpr int whole_pair(int blocks) {
 
 /// What the rings of a block of the cluster are planned for.
 struct RingNeeds {
-  int rows;         ///< blocks of rows of a cluster, at most
-  int longer;       ///< parts that have one block of columns more
-  int other_bytes;  ///< of shared memory
-  bool shares;      ///< its multiprocessor with another block
+  int rows;          ///< blocks of rows of a cluster, at most
+  int longer;        ///< parts that have one block of columns more
+  int other_bytes;   ///< of shared memory
+  bool leaves_room;  ///< for another block, if the input allows it
 };
 
-/// How much the rings hold, in blocks: the last piece of a row may be shorter. Blocks are
-/// multiplied two by two, so that pieces of odd numbers of them count for less.
-double held_blocks(const RingNeeds& needs, const StreamPlan& plan) {
+/// What the rings are worth: the blocks that they hold, the last piece of a row being shorter, and
+/// less for pieces of odd numbers of them, since blocks are multiplied two by two.
+double worth(const RingNeeds& needs, const StreamPlan& plan) {
   double sum = 0;
   for (int i = 0; i < 2; ++i) {
     const int cols = plan.part_blocks + i;
@@ -111,36 +111,38 @@ bool plan_stages(const DeviceLayout& layout, const RingNeeds& needs, int pieces,
   }
   const int bytes =
       needs.longer * plan.stage_bytes[1] + (kStreamWarps - needs.longer) * plan.stage_bytes[0];
-  const int usual = !needs.shares                                            ? kMaxSharedBytes
+  const int usual = !needs.leaves_room                                       ? kMaxSharedBytes
                     : kSharingBytes - needs.other_bytes >= kSharingRingBytes ? kSharingBytes
                                                                              : kUsualBytes;
   const int all = needs.rows * pieces;
-  const int most = std::max(usual - needs.other_bytes, kFewestRingBytes) / bytes;
+  const int room = std::max(usual - needs.other_bytes, kFewestRingBytes) / bytes;
   const bool holds_all = all <= kMaxStages && all * bytes + needs.other_bytes <= kSharingBytes;
-  const int stages = holds_all ? all : std::min({kMaxStages, all, most});
+  const int stages = holds_all ? all : std::min({kMaxStages, all, room});
   plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
   plan.stages[1] = stages;
   plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
-  plan.early =
-      std::max(1, needs.shares ? kEarlyBytes / bytes : (kEarlyAloneBytes + bytes / 2) / bytes);
+  plan.early = std::max(
+      1, needs.leaves_room ? kEarlyBytes / bytes : (kEarlyBytesWithoutRoom + bytes / 2) / bytes);
   plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
   return plan.piece[1] <= kMaxPieceBlocks && stages >= std::min(3, all);
 }
 
-/// The rings that hold most, in as few pieces as hold so much but for a tenth.
+/// The rings that are worth most, in as few pieces as are worth so much but for a tenth.
 void plan_rings(const DeviceLayout& layout, const RingNeeds& needs, StreamPlan& plan) {
   StreamPlan tried = plan;
   double most = -1;
   const auto try_pieces = [&](int pieces) {
     if (plan_stages(layout, needs, pieces, tried) || tried.piece[1] <= 2) {
-      if (const double held = held_blocks(needs, tried); most < 0 || held > 1.1 * most) {
-        most = held;
+      if (const double found = worth(needs, tried); most < 0 || found > 1.1 * most) {
+        most = found;
         plan = tried;
       }
     }
   };
   const int fewest = std::max(1, (plan.part_blocks + kMaxPieceBlocks) / kMaxPieceBlocks);
-  for (int pieces = fewest; most < 0 || tried.piece[1] > kFewestPieceBlocks; ++pieces) {
+  const int all = needs.rows * (kStreamWarps * plan.part_blocks + needs.longer);
+  for (int pieces = fewest; most < 0 || (tried.piece[1] > kFewestPieceBlocks && 1.1 * most < all);
+       ++pieces) {
     const int exact[2] = {std::max(1, (plan.part_blocks + pieces - 1) / pieces),
                           (plan.part_blocks + pieces) / pieces};
     if (pieces > 1 && (exact[0] % 2 != 0 || exact[1] % 2 != 0)) {
@@ -163,7 +165,7 @@ int stream_split(const DeviceLayout& layout, int m) {
   return split;
 }
 
-StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters, bool shares) {
+StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters, bool leaves_room) {
   StreamPlan plan{};
   plan.clusters = static_cast<int>(std::min(layout.row_blocks, clusters));
   plan.cluster_rows = static_cast<int>(layout.row_blocks / plan.clusters);
@@ -188,7 +190,7 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters,
              {.rows = rows,
               .longer = longer_parts(layout, plan),
               .other_bytes = other_bytes,
-              .shares = shares},
+              .leaves_room = leaves_room},
              plan);
   plan.shared_bytes = plan.ring_bytes + other_bytes;
   if (plan.shared_bytes > kSharingBytes) {

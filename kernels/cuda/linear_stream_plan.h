@@ -17,15 +17,16 @@ constexpr int kMaxSharedBytes = 216 << 10;      // of a thread block
 /// Of a block that leaves room for another kernel's beside it, and of one that leaves room for such
 /// a block, but not for one like itself. (A block takes some more besides: linear_stream.cu.)
 constexpr int kSharingBytes = 110 << 10;
-constexpr int kAloneBytes = 112 << 10;
+constexpr int kApartBytes = 112 << 10;
 /// What is worth its price from so many weights on:
 /// - rings of several lengths (StreamPlan::stages);
-/// - kAloneBytes, behind attention (DeviceLinearArgs::spread), which takes some multiprocessors. On
+/// - kApartBytes, behind attention (DeviceLinearArgs::spread), which takes some multiprocessors. On
 ///   others two blocks would find room: some would stay empty, also for all kernels behind, which
 ///   begin where these end. Smaller products gain more from overlapping with others like them.
 constexpr std::int64_t kManyWeights = 16'000'000;
-/// From so many bytes of weights on, a product that no others of its kind surround takes all shared
-/// memory for its rings: the blocks of the next kernel would find nothing to do early.
+/// From so many bytes of weights on, products that are in no chain take all shared memory for their
+/// rings (DeviceLinearArgs::in_chain): the next kernel's blocks would find nothing to do early. Not
+/// those with a norm, which only models have.
 constexpr std::int64_t kManyBytes = 32'000'000;
 
 /// Plain data, passed to the kernel by value.
@@ -63,9 +64,15 @@ constexpr int part_begin(const DeviceLayout& layout, int part_bits, int part) {
 int stream_split(const DeviceLayout& layout, int m);
 
 /// For m <= kStreamTokens tokens and stream_split(layout, m) <= kMaxSplit on a GPU that runs so
-/// many clusters at once, one block on a multiprocessor. shares: another block shall find room
-/// beside, if the input leaves any.
+/// many clusters at once, one block on a multiprocessor. leaves_room: for another block beside, if
+/// the input allows it.
 StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters,
-                       bool shares = true);
+                       bool leaves_room = true);
+
+/// Whether the blocks of a product do.
+inline bool leaves_room(const DeviceLinearArgs& args, const DeviceLayout& layout) {
+  return args.in_chain || args.norm.kind != NormKind::kNone ||
+         layout.n * layout.k * layout.element_bytes < kManyBytes;
+}
 
 }  // namespace moq::kernels::cuda

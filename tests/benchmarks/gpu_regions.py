@@ -11,8 +11,8 @@ The peer is what PyTorch runs without fusion: one kernel for the norm, cuBLAS FP
 elementwise kernel for each of bias, activation, residual, scale and mask; for region 2 copies that
 transpose, batched cuBLAS products and a softmax. With INT8 weights the peer reads FP16 ones all the
 same. Both sides compute the same numbers (the error is how far moq is from the peer, relative to
-the largest number), inside one CUDA graph whose calls rotate through copies that exceed four
-times the L2 cache. Notes:
+the largest number), inside one CUDA graph whose calls rotate through copies that exceed
+sixteen times the L2 cache. Notes:
 
   target    the factor that the source article reports for the region
   weights   moq's time over what reading the weights (or keys and values) takes at the read

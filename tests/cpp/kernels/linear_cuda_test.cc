@@ -113,8 +113,13 @@ class LinearCudaArgs : public ::testing::Test {
 };
 
 TEST_F(LinearCudaArgs, ATokenGivesTheSameBitsAmongUpToEight) {
-  for (const std::int64_t k : {320, 4256}) {
-    const LinearProblem many = LinearProblem::random(8, 75, k);
+  // With 7536 columns of 16 bits the pieces of one token have odd lengths, those of eight even
+  // ones.
+  for (const auto& [k, format] : {std::pair{std::int64_t{320}, WeightFormat::kInt8},
+                                  {4256, WeightFormat::kInt8},
+                                  {4256, WeightFormat::kFloat16},
+                                  {7536, WeightFormat::kFloat16}}) {
+    const LinearProblem many = LinearProblem::random(8, 75, k, format, k);
     LinearProblem one = many;
     one.m = 1;
     const std::vector<float> all = multiply(many, {}).output;

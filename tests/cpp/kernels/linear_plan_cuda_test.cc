@@ -20,7 +20,8 @@ struct Weight {
   bool asymmetric = false;
 };
 
-class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::int64_t>> {
+/// A weight, how many blocks run at once, and whether each leaves room for another.
+class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::int64_t, bool>> {
  protected:
   DeviceLayout layout() const {
     const Weight& weight = std::get<Weight>(GetParam());
@@ -30,9 +31,9 @@ class StreamPlanTest : public ::testing::TestWithParam<std::tuple<Weight, std::i
                           .group_size = weight.group_size > 0 ? weight.group_size : weight.k,
                           .asymmetric = weight.asymmetric});
   }
-  StreamPlan plan(int m, bool shares = true) const {
+  StreamPlan plan(int m) const {
     return stream_plan(layout(), m, std::get<std::int64_t>(GetParam()) / stream_split(layout(), m),
-                       shares);
+                       std::get<bool>(GetParam()));
   }
 };
 
@@ -52,8 +53,8 @@ TEST_P(StreamPlanTest, SharesAllRowsAndResults) {
 
 TEST_P(StreamPlanTest, KeepsRingsWithinSharedMemory) {
   const DeviceLayout layout = this->layout();
-  for (int i = 0; i < 2 * kStreamTokens; ++i) {
-    const StreamPlan plan = this->plan(1 + i / 2, i % 2 == 0);
+  for (int m = 1; m <= kStreamTokens; ++m) {
+    const StreamPlan plan = this->plan(m);
     EXPECT_LE(plan.shared_bytes, kMaxSharedBytes);
     EXPECT_GE(plan.stages[0], 1);
     EXPECT_LE(plan.stages[0], plan.stages[1]);
@@ -103,7 +104,7 @@ INSTANTIATE_TEST_SUITE_P(
                                          Weight{4096, 4096, WeightFormat::kInt4, 128, true},
                                          Weight{4096, 14336, WeightFormat::kInt8, 0, true},
                                          Weight{8192, 28672, WeightFormat::kInt2, 64, true}),
-                       ::testing::Values<std::int64_t>(8, 78, 132)));
+                       ::testing::Values<std::int64_t>(8, 78, 132), ::testing::Bool()));
 
 TEST(StreamPlan, KeepsMoreUnderWayInTheFewClustersThatHaveMoreRows) {
   const auto plan_of = [](std::int64_t n, std::int64_t k) {
@@ -120,15 +121,26 @@ TEST(StreamPlan, KeepsMoreUnderWayInTheFewClustersThatHaveMoreRows) {
 TEST(StreamPlan, LeavesRoomForAnotherBlockOrFillsItWithItsRings) {
   const DeviceLayout layout =
       device_layout({.n = 4256, .k = 4256, .format = WeightFormat::kFloat16});
-  const StreamPlan shares = stream_plan(layout, 1, 132, true);
-  EXPECT_LE(shares.shared_bytes, kSharingBytes);
-  const StreamPlan alone = stream_plan(layout, 1, 132, false);
-  EXPECT_GT(alone.ring_bytes, shares.ring_bytes * 3 / 2);
+  const StreamPlan beside = stream_plan(layout, 1, 132, true);
+  EXPECT_LE(beside.shared_bytes, kSharingBytes);
+  const StreamPlan whole = stream_plan(layout, 1, 132, false);
+  EXPECT_GT(whole.ring_bytes, beside.ring_bytes * 3 / 2);
+}
+
+TEST(StreamPlan, OnlyLargeProductsWithoutANormOutsideOfChainsLeaveNoRoom) {
+  const auto of = [](std::int64_t n, bool in_chain, NormKind norm) {
+    const DeviceLayout layout =
+        device_layout({.n = n, .k = 4000, .format = WeightFormat::kFloat16});
+    return leaves_room({.norm = {.kind = norm}, .in_chain = in_chain}, layout);
+  };
+  EXPECT_FALSE(of(4000, false, NormKind::kNone));
+  EXPECT_TRUE(of(3999, false, NormKind::kNone));
+  EXPECT_TRUE(of(4000, true, NormKind::kNone));
+  EXPECT_TRUE(of(4000, false, NormKind::kRmsNorm));
 }
 
 TEST(StreamPlan, ChoosesPiecesThatFillTheRoom) {
-  // Parts of 12 and 13 blocks: four stages of 6 and 7, where three of 6 and 8 found room, as two
-  // rows of them.
+  // Parts of 12 and 13 blocks: there is room for four stages of 6 and 7, but for three of 6 and 8.
   const StreamPlan plan =
       stream_plan(device_layout({.n = 6400, .k = 1600, .format = WeightFormat::kFloat16}), 1, 132);
   EXPECT_EQ(plan.piece[0], 6);

@@ -182,7 +182,7 @@ TEST_P(LinearCudaTurns, FinishEveryRow) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearCudaTurns,
-                         ::testing::Combine(::testing::Values<std::int64_t>(1, 3, 8, 12, 16),
+                         ::testing::Combine(::testing::Values<std::int64_t>(1, 2, 3, 8, 12, 16),
                                             ::testing::Values<std::int64_t>(96, 6160, 8200)));
 
 /// Projections of 25 heads of 64: tiles of 128 rows reach from q into k, and from k into v.
