@@ -24,8 +24,17 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+_EXAMPLES = """examples:
+  moq export out/run -o out/model
+  moq export out/run -o out/model --tokenizer out/tokenizer --max-shard-size 500MB
+
+RUN is what optimizer.save("out/run") wrote. moq verify checks the result, moq generate and moq
+encode run it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq export`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("run", help="directory that MoQOptimizer.save wrote")
     parser.add_argument("-o", "--output", required=True, help="checkpoint directory to write")
     parser.add_argument(

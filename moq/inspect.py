@@ -123,8 +123,17 @@ def bit_map(description: dict[str, Any]) -> Table:
     return table
 
 
+_EXAMPLES = """examples:
+  moq inspect out/model
+  moq inspect out/model --json > model.json
+
+A row for each transformer layer, a column for each of its weights with the bits that it was trained
+at; the layer's largest quantization error, and its size."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq inspect`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("directory", help="checkpoint directory that moq export wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

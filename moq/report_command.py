@@ -31,7 +31,6 @@ logged: losses, accuracies, quantization error, flips. A section without data sa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq report`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
         "run", metavar="RUN", help="directory that optimizer.save wrote, finished or not"

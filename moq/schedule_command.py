@@ -26,9 +26,17 @@ from moq.outlook import (
 from moq.schedule import extent_of, plot, print_table
 from moq.target_bits import Objective
 
+_EXAMPLES = """examples:
+  moq schedule moq.json --steps 10000
+  moq schedule moq.json --steps 10000 --model out/bert --plot plan.svg
+  moq schedule ds_config.json --deepspeed --steps 10000
+  moq schedule --run out/run
+  moq schedule --run out/run --budget mean_bits=6 --plot front.svg"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq schedule`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "config",
         nargs="?",

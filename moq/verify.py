@@ -256,8 +256,17 @@ def _probe(directory: Path, policy: Path | None) -> Findings:
     return True, summary, []
 
 
+_EXAMPLES = """examples:
+  moq verify out/model
+  moq verify out/model --json
+
+The exit status is 1 if a check failed. The logit probe is skipped, and that is said, where the
+engine lacks the architecture; --policy tells it how such a model is built."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `moq verify`."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("directory", help="checkpoint directory that moq export wrote")
     parser.add_argument("--policy", type=Path, help="JSON policy of an architecture moq lacks")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

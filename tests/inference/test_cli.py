@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ import pytest
 import torch
 from launch import one_thread_environment
 
+from moq.cli import COMMANDS, build_parser
 from moq.inference import Encoding, Engine, encode
 
 PROMPT = "The capital of France is"
@@ -133,7 +137,6 @@ def test_an_error_is_one_line_and_status_one(tmp_path):
 
 
 def test_every_serving_command_is_one_of_moq_too():
-    from moq.cli import COMMANDS
     from moq.inference.__main__ import _COMMANDS
 
     for name, (module, _) in _COMMANDS.items():
@@ -143,3 +146,15 @@ def test_every_serving_command_is_one_of_moq_too():
 def test_help_teaches_by_example():
     result = run("generate", "--help")
     assert "torchrun --standalone --nproc-per-node 2" in result.stdout
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"doctor"}))
+def test_examples_of_help_are_commands(command):
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        build_parser(command).parse_args([command, "--help"])
+    lines = re.findall(
+        rf"^  (?:moq|python -m moq.inference) ({command} [^<>\n]*)", shown.getvalue(), re.MULTILINE
+    )
+    assert lines
+    for line in lines:
+        assert build_parser(command).parse_args(shlex.split(line)).command == command
