@@ -43,8 +43,8 @@ class InputStage {
   /// Begins to copy the columns as they are: a thread copies chunks thread, thread + threads, … of
   /// all tokens.
   __device__ void copy() const {
-    if (whole_) {
-      if (thread() < chunks_) {
+    if (whole_) [[likely]] {
+      if (thread() < chunks_) [[likely]] {
         copy_chunk(staged_, source_, bytes_);
       }
       for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
@@ -87,7 +87,7 @@ class InputStage {
     const int m = static_cast<int>(args_.m);
     const int warp = thread() / 32;
     const bool centres = args_.norm.kind == NormKind::kLayerNorm;
-#pragma unroll 2
+#pragma unroll 1
     for (int token = 0; token < m; ++token) {
       const float4 part = part_of(token, centres);
       if (lane() == 0) {
@@ -103,7 +103,7 @@ class InputStage {
       }
       std::uint32_t place =
           staged_ + (first - (thread() - lane())) * static_cast<int>(sizeof(Chunk));
-#pragma unroll 2
+#pragma unroll 1
       for (int token = 0; token < m; ++token) {
         const float mean = __shfl_sync(0xffffffffU, own.mean, token);
         const float inverse = __shfl_sync(0xffffffffU, own.inverse, token);
@@ -153,7 +153,9 @@ class InputStage {
 
   /// A chunk of every token.
   __device__ void copy_chunk(std::uint32_t target, const Element* source, int bytes) const {
-    for (int token = 0; token < args_.m; ++token) {
+    const int m = static_cast<int>(args_.m);
+#pragma unroll 1
+    for (int token = 0; token < m; ++token) {
       copy_bytes_async(target, source, bytes);
       target += token_bytes_;
       source += args_.input_stride;

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto* partial = reinterpret_cast<float*>(shared + plan.ring_bytes);
   float* inbox = partial + plan.turn_rows * kWarps * m * kPartialStride;
   auto* staged = reinterpret_cast<Element*>(inbox + (clustered ? kSlots * plan.turn_results : 0));
-  const int share_rows = plan.turn_rows * kBlockRows / plan.split;
+  const int share_rows = 1 << plan.share_bits;
   const int share = m * share_rows;
   const auto expect_results = [&](int slot) {
     expect_bytes(shared_address(&received[slot]), plan.turn_results * 4);
