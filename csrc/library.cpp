@@ -148,12 +148,8 @@ TORCH_LIBRARY(moq, m) {
   // of two ways to read, of which a caller takes the faster.
   m.def("read_bandwidth(Tensor buffer, *, bool prefetch) -> float");
   // The same on a GPU for others to time: reads the buffer once, whatever kernels ahead still do,
-  // and adds the exclusive or of its 8-byte words to exclusive_or [1], int64. after_row: a row that
-  // kernels ahead may write; each thread block adds it up before it looks at the buffer's words, as
-  // a product of normalised rows must, and adds its sum for each 16 bytes of the buffer.
-  m.def(
-      "read_once(Tensor buffer, Tensor(a!) exclusive_or, *, bool prefetch, Tensor? after_row=None) "
-      "-> ()");
+  // and adds the exclusive or of its 8-byte words to exclusive_or [1], int64.
+  m.def("read_once(Tensor buffer, Tensor(a!) exclusive_or, *, bool prefetch) -> ()");
   // One token per row of logits [batch, vocabulary], drawn from stream `row` of the seed; history
   // [batch, length] is what the repetition penalty counts. temperature 0: greedy. With
   // probabilities, on the CPU, also the distribution that was drawn from, else [0]. A row with a

@@ -33,7 +33,7 @@ PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
 # Rows of decode, whose peers are compiled for each.
 BATCHES = {"gpt2-xl": ("1", "32"), "17b-x12": ("1", "32"), "llama-3.1-8b": ("1",)}
 # Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
-SANITIZED = {"memcheck": 4, "racecheck": 20, "initcheck": 6}
+SANITIZED = {"memcheck": 1, "racecheck": 10, "initcheck": 2}
 
 
 @dataclass(frozen=True)

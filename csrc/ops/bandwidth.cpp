@@ -39,24 +39,18 @@ double read_bandwidth_cuda(const Tensor& buffer, bool prefetch) {
   at::cuda::CUDAEvent begin(cudaEventDefault);
   at::cuda::CUDAEvent end(cudaEventDefault);
   begin.record(stream);
-  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch, nullptr, 0,
+  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch,
                       static_cast<std::uint64_t*>(found.mutable_data_ptr()), stream.stream());
   end.record(stream);
   end.synchronize();
   return static_cast<double>(buffer.nbytes()) / (begin.elapsed_time(end) * 1e-3);
 }
 
-void read_once_cuda(const Tensor& buffer, const Tensor& exclusive_or, bool prefetch,
-                    const std::optional<Tensor>& after_row) {
+void read_once_cuda(const Tensor& buffer, const Tensor& exclusive_or, bool prefetch) {
   check_contiguous(kOnce, "buffer", buffer);
-  if (after_row.has_value()) {
-    check_contiguous(kOnce, "after_row", *after_row);
-    check_device(kOnce, "after_row", *after_row, buffer.device());
-  }
   check_tensor(kOnce, "exclusive_or", exclusive_or, at::kLong, buffer.device(), {1});
   const c10::cuda::CUDAGuard guard(buffer.device());
-  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch, data_or_null(after_row),
-                      after_row.has_value() ? after_row->nbytes() : 0,
+  kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch,
                       static_cast<std::uint64_t*>(exclusive_or.mutable_data_ptr()),
                       c10::cuda::getCurrentCUDAStream().stream());
 }

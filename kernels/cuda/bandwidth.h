@@ -13,14 +13,10 @@ namespace moq::kernels::cuda {
 /// here are, and reads while kernels ahead end, which must not write the buffer. The memory is the
 /// device's, and so is that of `exclusive_or`, to which the exclusive or of all 8-byte words is
 /// added: proof that every one of them was read.
-/// @param bulk       by bulk copies to shared memory (compute capability 9.0; before it: as
-///                   without)
-/// @param row_bytes  if not 0: each block waits for the kernels ahead and adds up the row, which
-///                   they may write, before it looks at what it has read, as a product that
-///                   normalises its input must; the row's sum is added for each 16 bytes.
-/// @throws moq::Error if bytes is zero, if it or row_bytes is not a multiple of 16, if buffer or
-///         row are not aligned to 16 bytes, or if the launch fails.
-void read(const void* buffer, std::size_t bytes, bool bulk, const void* row, std::size_t row_bytes,
-          std::uint64_t* exclusive_or, CUstream_st* stream);
+/// @param bulk  by bulk copies to shared memory (compute capability 9.0; before it: as without)
+/// @throws moq::Error if bytes is zero or not a multiple of 16, if the buffer is not aligned to 16
+///         bytes, or if the launch fails.
+void read(const void* buffer, std::size_t bytes, bool bulk, std::uint64_t* exclusive_or,
+          CUstream_st* stream);
 
 }  // namespace moq::kernels::cuda

@@ -197,18 +197,14 @@ def read_bandwidth(turns: int = 9) -> float:
     return max(rates)
 
 
-def readings(num_bytes: int, after_row: Tensor | None = None) -> dict[str, Call]:
-    """Two ways to read so many bytes, of as many copies as copies_of makes, and do nothing else.
-
-    With after_row, each thread block first waits for the kernels ahead and adds up that row, as a
-    product that normalises its input must before it multiplies.
-    """
+def readings(num_bytes: int) -> dict[str, Call]:
+    """Two ways to read so many bytes, of as many copies as copies_of makes, and do nothing else."""
     size = -(-num_bytes // 16) * 16
     buffers = torch.zeros(copies_of(num_bytes), size, dtype=torch.uint8, device="cuda")
     found = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def read(i: int, *, prefetch: bool) -> None:
-        torch.ops.moq.read_once(buffers[i], found, prefetch=prefetch, after_row=after_row)
+        torch.ops.moq.read_once(buffers[i], found, prefetch=prefetch)
 
     return {"loads": partial(read, prefetch=False), "copies": partial(read, prefetch=True)}
 

@@ -20,8 +20,6 @@ sixteen times the L2 cache. Notes:
   bound     the largest ratio that reading them once allows: the peer's time over that of a kernel
             that reads as many bytes and does nothing else, launched and timed the same way (the
             better of plain loads and bulk copies); and moq's time over the latter
-  norm      in regions 1 and 3, the same of a kernel that also waits for the rows that the kernel
-            ahead writes, and adds them up, before it looks at the weights that have come
   eager     the ratio to the peer launched kernel by kernel, without a graph
 """
 
@@ -58,7 +56,6 @@ class Region:
     copies: int
     num_bytes: int
     result: Callable[[], tuple[Tensor, Tensor]]  # what both sides compute, on copy 0
-    normalised: Tensor | None = None  # the rows that the region normalises first
 
 
 class Layer:
@@ -158,7 +155,7 @@ def region_1(layer: Layer, format: str) -> Region:
         kept = [c[:, :, layer.context - 1].flatten() for c in caches]
         return torch.cat([query, *stored]), torch.cat([expected, *kept])
 
-    return Region(moq, peer, len(packed), num_bytes, result, layer.x)
+    return Region(moq, peer, len(packed), num_bytes, result)
 
 
 def region_2_decode(layer: Layer) -> Region:
@@ -249,7 +246,7 @@ def region_3(layer: Layer, format: str) -> Region:
     def peer(i: int) -> Tensor:
         return F.gelu(torch.mm(layer.normalised(), half[i].t()).add_(bias), approximate="tanh")
 
-    return Region(moq, peer, len(packed), num_bytes, lambda: (moq(0), peer(0)), layer.x)
+    return Region(moq, peer, len(packed), num_bytes, lambda: (moq(0), peer(0)))
 
 
 def region_4(layer: Layer, format: str, widening: int) -> Region:
@@ -293,12 +290,6 @@ def eager_seconds(call: gpu.Call, copies: int) -> float:
     return (time.perf_counter() - start) / copies
 
 
-def bound(seconds: dict[str, float], when: str = "") -> str:
-    """The largest ratio that reading allows, and moq's time over that of reading."""
-    reading = min(seconds["loads" + when], seconds["copies" + when])
-    return f"{seconds['peer'] / reading:.2f}x at {seconds['moq'] / reading:.2f}x"
-
-
 def measure(layer: Layer, name: str, weights: str, read_rate: float, turns: int) -> list[Row]:
     """Rows of one region at one hidden size and batch."""
     rows = []
@@ -308,16 +299,13 @@ def measure(layer: Layer, name: str, weights: str, read_rate: float, turns: int)
         if not error < 0.1:
             raise AssertionError(f"region {name}: moq and the peer must agree, got {error:.2e}")
         calls = {"moq": region.moq, "peer": region.peer, **gpu.readings(region.num_bytes)}
-        if region.normalised is not None:
-            after_norm = gpu.readings(region.num_bytes, region.normalised)
-            calls |= {f"{way} after norm": call for way, call in after_norm.items()}
         seconds = gpu.median_of_calls(calls, region.copies, turns)
+        reading = min(seconds["loads"], seconds["copies"])
         eager = eager_seconds(region.peer, region.copies)
-        norm = "" if region.normalised is None else f"norm {bound(seconds, ' after norm')}, "
         note = (
             f"(target {TARGETS[name]}x, "
             f"weights {seconds['moq'] * read_rate / region.num_bytes:.2f}x, "
-            f"bound {bound(seconds)}, {norm}"
+            f"bound {seconds['peer'] / reading:.2f}x at {seconds['moq'] / reading:.2f}x, "
             f"eager {eager / seconds['moq']:.1f}x, error {error:.0e})"
         )
         stored = "" if name == "2" else f", {weights} weights"
