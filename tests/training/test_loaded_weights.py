@@ -7,17 +7,22 @@ import pytest
 import torch
 from tiny_decoder import (
     FALLING,
+    FALLING_STOCHASTIC,
     assert_same,
     assert_simulated,
     batch,
     copies,
     loss_of,
     masters,
+    snapped,
     train_step,
+    train_steps,
     weights,
     wrap,
 )
+from torch import nn
 
+STOCHASTIC = FALLING_STOCHASTIC | {"seed": 5}
 STEPS = 12
 FORMS = ["in_place", "autograd"]
 NAME = "layers.0.q_proj.weight"
@@ -189,3 +194,127 @@ def test_parameters_without_a_gradient_are_looked_for_once(decoder, form, monkey
     for step in range(3):
         train_step(model, optimizer, step)
     assert looked == [1]
+
+
+def test_weights_replaced_without_the_optimizers_state_warn_and_name_what_is_lost(decoder):
+    model = decoder()
+    optimizer = wrap(model, STOCHASTIC)
+    train_steps(model, optimizer, range(3))
+    other = decoder()
+    resumed = wrap(other, STOCHASTIC)
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match=r"layers\.0\.q_proj\.weight and 11 more were replaced"):
+        train_step(other, resumed, 3)
+    assert_simulated(resumed)
+
+
+def test_masters_start_from_replaced_weights(decoder):
+    model = decoder()
+    optimizer = wrap(model, STOCHASTIC)
+    new = torch.randn_like(model.layers[0].up_proj.weight)
+    with torch.no_grad():
+        model.layers[0].up_proj.weight.copy_(new)
+    with pytest.warns(UserWarning, match="full-precision masters"):
+        optimizer.step()
+    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], new)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer, probe: optimizer.quantized_parameters(),
+        lambda optimizer, probe: probe(),
+        lambda optimizer, probe: optimizer.full_precision().__enter__(),
+    ],
+    ids=["export", "probe", "full_precision"],
+)
+def test_replaced_weights_are_brought_back_to_the_grid_by_whatever_reads_them(decoder, use):
+    model = decoder()
+    optimizer = wrap(model, STOCHASTIC)
+    train_steps(model, optimizer, range(3))
+    best = copy.deepcopy(model.state_dict())
+    train_steps(model, optimizer, range(3, 8))
+    model.load_state_dict(best)
+    seen = []
+
+    def loss_fn(tokens):
+        seen.append(weights(model))
+        return loss_of(model, tokens)
+
+    with pytest.warns(UserWarning, match="were replaced from outside"):
+        use(optimizer, lambda: optimizer.probe(loss_fn, [batch(50)], max_cost=None))
+    for name, master in masters(optimizer).items():
+        assert torch.equal(master, best[name]), name
+    if not optimizer._shows_masters:
+        assert_simulated(optimizer)
+    expected = snapped(optimizer)
+    assert_same(*[{n: w[n] for n in expected} for w in (seen[0], expected)]) if seen else None
+
+
+def test_adopted_weights_are_put_on_the_grid_by_a_skipped_step_too(decoder):
+    model = decoder()
+    optimizer = wrap(model, {"start_bits": 4, "target_bits": 4})
+    trainer = optimizer._masters.trainer
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.normal_()
+    changed = trainer.overwritten()
+    assert len(changed) == 1
+    trainer.adopt(changed)
+    trainer.begin_step()
+    trainer.end_step(torch.ones(1))
+    assert optimizer.steps == 0
+    assert_simulated(optimizer)
+
+
+def test_weights_that_were_written_back_unchanged_do_not_warn(decoder):
+    model = decoder()
+    optimizer = wrap(model, STOCHASTIC)
+    train_step(model, optimizer, 0)
+    before = masters(optimizer)["layers.0.up_proj.weight"].detach().clone()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], before)
+
+
+def test_starting_from_simulated_weights_warns_that_they_look_like_a_resumed_run(decoder):
+    model = decoder()
+    optimizer = wrap(model, STOCHASTIC)
+    train_steps(model, optimizer, range(3))
+    other = decoder()
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="lie on integer grids"):
+        wrap(other, STOCHASTIC)
+
+
+def test_starting_from_ordinary_weights_does_not_warn(decoder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.bfloat16):
+            wrap(decoder(dtype), STOCHASTIC)
+
+
+# Weights of these lie on a grid by themselves: alone in their group, few, or all alike.
+@pytest.mark.parametrize(
+    ("sizes", "grid", "fill"),
+    [
+        ((12, 4), {"granularity": "per_group", "group_size": 1}, None),
+        ((1, 12), {"granularity": "per_channel"}, None),
+        ((3, 1), {"granularity": "per_tensor"}, None),
+        ((12, 4), {"granularity": "per_channel"}, 0.25),
+        ((12, 0), {"granularity": "per_tensor"}, None),
+    ],
+    ids=["groups of one", "rows of one", "three weights", "constant", "none"],
+)
+def test_weights_that_say_nothing_of_a_grid_do_not_warn(sizes, grid, fill):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Initializing zero-element")
+        layer = nn.Linear(*sizes, bias=False)
+        if fill is not None:
+            nn.init.constant_(layer.weight, fill)
+        wrap(layer, STOCHASTIC | grid)

@@ -11,13 +11,12 @@ import torch.distributed.checkpoint as dcp
 from tiny_decoder import (
     FALLING_STOCHASTIC,
     assert_same,
-    assert_simulated,
     batch,
     loss_of,
     masters,
-    snapped,
     through_a_file,
     train_step,
+    train_steps,
     weights,
     wrap,
 )
@@ -36,10 +35,6 @@ FALLING = FALLING_STOCHASTIC | {"seed": 5}
 STEPS = 10
 
 
-def run(model: nn.Module, optimizer: MoQOptimizer, steps: range) -> list[float]:
-    return [train_step(model, optimizer, step) for step in steps]
-
-
 def spread(optimizer: MoQOptimizer) -> None:
     """Feeds the schedule as a probe does, without the cost of measuring."""
     optimizer._masters.trainer.set_sensitivities([1.0, 0.2])
@@ -51,12 +46,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(decoder, dtype, save
     whole = decoder(dtype)
     reference = wrap(whole, FALLING, STEPS)
     spread(reference)
-    expected = run(whole, reference, range(STEPS))
+    expected = train_steps(whole, reference, range(STEPS))
 
     model = decoder(dtype)
     optimizer = wrap(model, FALLING, STEPS)
     spread(optimizer)
-    losses = run(model, optimizer, range(saved_at))
+    losses = train_steps(model, optimizer, range(saved_at))
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     torch.manual_seed(99)
@@ -68,7 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(decoder, dtype, save
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(saved["optimizer"])
-        losses += run(other, resumed, range(saved_at, STEPS))
+        losses += train_steps(other, resumed, range(saved_at, STEPS))
     assert losses == expected
     assert_same(weights(other), weights(whole))
     assert_same(masters(resumed), masters(reference))
@@ -79,7 +74,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(decoder, dtype, save
 def test_the_simulated_weights_come_from_the_optimizers_state_alone(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(3))
+    train_steps(model, optimizer, range(3))
     other = decoder()
     resumed = wrap(other, FALLING)
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -90,7 +85,7 @@ def test_the_simulated_weights_come_from_the_optimizers_state_alone(decoder):
 def test_the_state_dict_has_torchs_form_with_masters_and_one_json_record(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(2))
+    train_steps(model, optimizer, range(2))
     state = optimizer.state_dict()
     assert state.keys() == {"state", "param_groups"}
     assert sorted(state["state"]) == list(range(len(list(model.parameters()))))
@@ -164,10 +159,12 @@ def test_an_optimizer_without_state_of_its_own_is_resumed_too(decoder):
         )
         for m in (model, twin)
     ]
-    run(model, optimizers[0], range(3))
+    train_steps(model, optimizers[0], range(3))
     optimizers[1].load_state_dict(through_a_file(optimizers[0].state_dict()))
     twin.load_state_dict(model.state_dict())
-    assert run(model, optimizers[0], range(3, 6)) == run(twin, optimizers[1], range(3, 6))
+    assert train_steps(model, optimizers[0], range(3, 6)) == train_steps(
+        twin, optimizers[1], range(3, 6)
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,11 +180,11 @@ def test_an_optimizer_without_state_of_its_own_is_resumed_too(decoder):
 def test_distributed_checkpoint_saves_and_resumes_everything(decoder, tmp_path, options, saved_at):
     whole = decoder()
     reference = wrap(whole, FALLING, STEPS)
-    expected = run(whole, reference, range(STEPS))
+    expected = train_steps(whole, reference, range(STEPS))
 
     model = decoder()
     optimizer = wrap(model, FALLING, STEPS)
-    losses = run(model, optimizer, range(saved_at))
+    losses = train_steps(model, optimizer, range(saved_at))
     states = get_state_dict(model, optimizer, options=options)
     dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=tmp_path)
 
@@ -206,7 +203,7 @@ def test_distributed_checkpoint_saves_and_resumes_everything(decoder, tmp_path, 
         options=options,
     )
     assert resumed.steps == saved_at
-    losses += run(other, resumed, range(saved_at, STEPS))
+    losses += train_steps(other, resumed, range(saved_at, STEPS))
     assert losses == expected
     assert_same(weights(other), weights(whole))
 
@@ -214,137 +211,13 @@ def test_distributed_checkpoint_saves_and_resumes_everything(decoder, tmp_path, 
 def test_set_optimizer_state_dict_takes_names_in_another_order(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(3))
+    train_steps(model, optimizer, range(3))
     state = get_optimizer_state_dict(model, optimizer)
     other = decoder()
     reversed_adamw = torch.optim.AdamW(list(other.parameters())[::-1], lr=1e-2)
     resumed = MoQOptimizer(reversed_adamw, other, FALLING, total_steps=12, verbose=False)
     set_optimizer_state_dict(other, resumed, copy.deepcopy(state))
     assert_same(masters(resumed), masters(optimizer))
-
-
-def test_weights_replaced_without_the_optimizers_state_warn_and_name_what_is_lost(decoder):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(3))
-    other = decoder()
-    resumed = wrap(other, FALLING)
-    other.load_state_dict(model.state_dict())
-    with pytest.warns(UserWarning, match=r"layers\.0\.q_proj\.weight and 11 more were replaced"):
-        train_step(other, resumed, 3)
-    assert_simulated(resumed)
-
-
-def test_masters_start_from_replaced_weights(decoder):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    new = torch.randn_like(model.layers[0].up_proj.weight)
-    with torch.no_grad():
-        model.layers[0].up_proj.weight.copy_(new)
-    with pytest.warns(UserWarning, match="full-precision masters"):
-        optimizer.step()
-    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], new)
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda optimizer, probe: optimizer.quantized_parameters(),
-        lambda optimizer, probe: probe(),
-        lambda optimizer, probe: optimizer.full_precision().__enter__(),
-    ],
-    ids=["export", "probe", "full_precision"],
-)
-def test_replaced_weights_are_brought_back_to_the_grid_by_whatever_reads_them(decoder, use):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(3))
-    best = copy.deepcopy(model.state_dict())
-    run(model, optimizer, range(3, 8))
-    model.load_state_dict(best)
-    seen = []
-
-    def loss_fn(tokens):
-        seen.append(weights(model))
-        return loss_of(model, tokens)
-
-    with pytest.warns(UserWarning, match="were replaced from outside"):
-        use(optimizer, lambda: optimizer.probe(loss_fn, [batch(50)], max_cost=None))
-    for name, master in masters(optimizer).items():
-        assert torch.equal(master, best[name]), name
-    if not optimizer._shows_masters:
-        assert_simulated(optimizer)
-    expected = snapped(optimizer)
-    assert_same(*[{n: w[n] for n in expected} for w in (seen[0], expected)]) if seen else None
-
-
-def test_adopted_weights_are_put_on_the_grid_by_a_skipped_step_too(decoder):
-    model = decoder()
-    optimizer = wrap(model, {"start_bits": 4, "target_bits": 4})
-    trainer = optimizer._masters.trainer
-    with torch.no_grad():
-        model.layers[0].q_proj.weight.normal_()
-    changed = trainer.overwritten()
-    assert len(changed) == 1
-    trainer.adopt(changed)
-    trainer.begin_step()
-    trainer.end_step(torch.ones(1))
-    assert optimizer.steps == 0
-    assert_simulated(optimizer)
-
-
-def test_weights_that_were_written_back_unchanged_do_not_warn(decoder):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    train_step(model, optimizer, 0)
-    before = masters(optimizer)["layers.0.up_proj.weight"].detach().clone()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        model.load_state_dict(copy.deepcopy(model.state_dict()))
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = 0.0
-        optimizer.step()
-    assert torch.equal(masters(optimizer)["layers.0.up_proj.weight"], before)
-
-
-def test_starting_from_simulated_weights_warns_that_they_look_like_a_resumed_run(decoder):
-    model = decoder()
-    optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(3))
-    other = decoder()
-    other.load_state_dict(model.state_dict())
-    with pytest.warns(UserWarning, match="lie on integer grids"):
-        wrap(other, FALLING)
-
-
-def test_starting_from_ordinary_weights_does_not_warn(decoder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for dtype in (torch.float32, torch.bfloat16):
-            wrap(decoder(dtype), FALLING)
-
-
-# Weights of these lie on a grid by themselves: alone in their group, few, or all alike.
-@pytest.mark.parametrize(
-    ("sizes", "grid", "fill"),
-    [
-        ((12, 4), {"granularity": "per_group", "group_size": 1}, None),
-        ((1, 12), {"granularity": "per_channel"}, None),
-        ((3, 1), {"granularity": "per_tensor"}, None),
-        ((12, 4), {"granularity": "per_channel"}, 0.25),
-        ((12, 0), {"granularity": "per_tensor"}, None),
-    ],
-    ids=["groups of one", "rows of one", "three weights", "constant", "none"],
-)
-def test_weights_that_say_nothing_of_a_grid_do_not_warn(sizes, grid, fill):
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="Initializing zero-element")
-        layer = nn.Linear(*sizes, bias=False)
-        if fill is not None:
-            nn.init.constant_(layer.weight, fill)
-        wrap(layer, FALLING | grid)
 
 
 def test_a_plain_optimizers_state_is_refused_with_the_remedy(decoder):
@@ -371,12 +244,12 @@ def test_a_resumed_training_prints_the_drops_to_come_and_no_earlier_ones(decoder
     config = FALLING | {"schedule": {"table": {0: 9, 2: 7, 5: 6, 8: 4}}}
     model = decoder()
     optimizer = wrap(model, config)
-    run(model, optimizer, range(5))
+    train_steps(model, optimizer, range(5))
     other = decoder()
     resumed = wrap(other, config, verbose=True)
     assert "arrives at step" in capsys.readouterr().out
     resumed.load_state_dict(optimizer.state_dict())
-    run(other, resumed, range(5, 10))
+    train_steps(other, resumed, range(5, 10))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("moq: step")]
     assert [line.split(":")[1] for line in lines] == [" step 8"]
 
@@ -408,7 +281,7 @@ def test_state_of_another_model_or_configuration_is_refused_and_says_what_differ
 ):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(6))
+    train_steps(model, optimizer, range(6))
     other = change(decoder()) if change else decoder()
     resumed = wrap(other, FALLING | config)
     before = weights(other)
@@ -422,7 +295,7 @@ def test_a_longer_training_may_continue_if_its_schedule_agrees_with_the_past(dec
     config = FALLING | {"schedule": {"table": {0: 9, 2: 6, 8: 4}}}
     model = decoder()
     optimizer = wrap(model, config, total_steps=10)
-    run(model, optimizer, range(5))
+    train_steps(model, optimizer, range(5))
     resumed = wrap(decoder(), config, total_steps=20)
     resumed.load_state_dict(optimizer.state_dict())
     assert resumed.steps == 5
@@ -432,7 +305,7 @@ def test_a_frozen_master_that_the_checkpoint_left_out_is_named(decoder):
     model = decoder()
     model.layers[0].requires_grad_(False)
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(2))
+    train_steps(model, optimizer, range(2))
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     for name in list(state["state"]):
         if name.startswith("layers.0"):
@@ -448,7 +321,7 @@ def test_a_frozen_master_that_the_checkpoint_left_out_is_named(decoder):
 def test_a_state_of_another_number_of_steps_is_refused_with_the_remedy(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING, 20)
-    run(model, optimizer, range(12))
+    train_steps(model, optimizer, range(12))
     resumed = wrap(decoder(), FALLING, 40)
     remedy = r"total_steps was 20 and is 40 now: give the 20 of before, or train with .*period"
     with pytest.raises(ValueError, match=remedy):
@@ -459,7 +332,7 @@ def test_a_training_by_periods_without_sensitivities_may_be_trained_longer(decod
     config = FALLING | {"schedule": {"period": 2, "growth": 1.0}, "sensitivity": {"rule": "none"}}
     model = decoder()
     optimizer = wrap(model, config, 20)
-    run(model, optimizer, range(6))
+    train_steps(model, optimizer, range(6))
     longer = wrap(decoder(), config, 40)
     longer.load_state_dict(optimizer.state_dict())
     assert longer.steps == 6
@@ -507,7 +380,7 @@ def test_it_refuses_to_be_pickled_or_copied(decoder):
 def test_loading_within_full_precision_takes_effect_at_its_end(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(2))
+    train_steps(model, optimizer, range(2))
     expected = weights(model)
     other = decoder()
     resumed = wrap(other, FALLING)
@@ -520,7 +393,7 @@ def test_loading_within_full_precision_takes_effect_at_its_end(decoder):
 def test_loss_of_a_resumed_model_is_that_of_the_saved_one(decoder):
     model = decoder()
     optimizer = wrap(model, FALLING)
-    run(model, optimizer, range(4))
+    train_steps(model, optimizer, range(4))
     other = decoder()
     resumed = wrap(other, FALLING)
     other.load_state_dict(model.state_dict())

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def train_steps(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]
+) -> list[float]:
+    """Losses of some steps."""
+    return [train_step(model, optimizer, step) for step in steps]
 
 
 def through_a_file(state: object) -> Any:
