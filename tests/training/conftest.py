@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from attention_net import Net
 from tiny_decoder import Decoder
 
 
@@ -25,3 +26,17 @@ def fresh_accelerator() -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def net() -> Net:
+    """The same net of attention each time."""
+    torch.manual_seed(4)
+    return Net()
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch for it: two rows of three tokens, and their classes."""
+    torch.manual_seed(5)
+    return torch.randn(2, 3, 4, requires_grad=True).detach(), torch.randint(0, 3, (6,))
