@@ -15,7 +15,7 @@ What is tested at length elsewhere:
 | a second-order graph, and its leak, in every backward | test_sensitivity, test_hessian |
 | an overflow step advances the schedule | test_optimizer_torch |
 | a resumed run begins at start bits again | test_resume |
-| masters are lost without a word | test_optimizer_state |
+| masters are lost without a word | test_optimizer_state, test_loaded_weights |
 | no integers are ever written; inference has another grid | export/test_export_equals_simulated |
 """
 
