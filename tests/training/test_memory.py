@@ -1,5 +1,6 @@
 """What training with the wrapper allocates: masters, a cast of the gradients, and no more."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -16,8 +17,13 @@ FALLING = {"start_bits": 8, "target_bits": 4, "schedule": {"finish_at": 0.8}}
 
 def allocated(call: Callable[[], object]) -> tuple[int, int]:
     """Bytes of the CPU that a call keeps, and the most that it has at once."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        result = call()
+    gc.collect()  # what earlier tests left is freed now, not while this call is watched
+    gc.disable()
+    try:
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            result = call()
+    finally:
+        gc.enable()
     events = profiler.profiler.kineto_results.events()
     changes = sorted(
         (event.start_ns(), event.nbytes())
