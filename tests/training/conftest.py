@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from attention_net import Net
+from probe_clock import Clock
 from tiny_decoder import Decoder
+
+from moq import measurement, probe_cost, probing, record, sensitivity
 
 
 @pytest.fixture
@@ -40,3 +43,12 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     """A batch for it: two rows of three tokens, and their classes."""
     torch.manual_seed(5)
     return torch.randn(2, 3, 4, requires_grad=True).detach(), torch.randint(0, 3, (6,))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What measurements take their time from."""
+    clock = Clock()
+    for module in (measurement, probe_cost, probing, record, sensitivity):
+        monkeypatch.setattr(module, "time", clock)
+    return clock

@@ -1,26 +1,22 @@
-"""max_cost: how much is measured, how often, and what it takes, in time that the test makes."""
+"""max_cost: how much is measured, and what it takes, in time that the test makes."""
 
-import copy
 import json
-import math
-import random
 import traceback
 
 import pytest
+from probe_clock import BATCHES, differenced, timed
 from tiny_decoder import (
     FALLING,
     OnceDifferentiable,
     assert_same,
-    batch,
     loss_of,
-    masters,
     train_step,
     weights,
     wrap,
 )
 
-from moq import estimators, measurement, probe_cost, probing, record, sensitivity
-from moq.probe_cost import BudgetTooSmallError, Cost, Size, fit
+from moq import estimators, measurement, sensitivity
+from moq.probe_cost import BudgetTooSmallError, Cost, Size
 from moq.progress import ProductBar
 
 
@@ -37,107 +33,6 @@ def test_the_slowest_rank_decides_how_much_is_measured(decoder, monkeypatch):
     monkeypatch.setattr(own, "_gather", lambda value: [value, (Cost(0.0, 4.0), 1, 2.0)])
     size = own._size(Cost(0.0, 1.0), 1, False, 0.0, ProductBar("", False))
     assert size == Size(1, {"trace": 4})
-
-
-def test_everything_is_measured_where_there_is_room():
-    assert fit([3, 2], {"trace": 12}, Cost(1, 1), 4, None) == Size(3, {"trace": 2})
-    assert fit([3], {"trace": 12}, Cost(1, 1), 4, 15.0) == Size(3, {"trace": 4})
-    both = {"trace": 6, "eigenvalue": 30}
-    assert fit([2], both, Cost(0, 1), 4, 1e9) == Size(2, {"trace": 3, "eigenvalue": 30})
-
-
-@pytest.mark.parametrize(
-    ("budget", "size"),
-    [
-        (14.9, Size(2, {"trace": 6})),  # a batch less, and its graph
-        (13.9, Size(1, {"trace": 12})),
-        (12.9, Size(1, {"trace": 11})),  # then products of the one that is left
-        (3.0, Size(1, {"trace": 2})),
-    ],
-)
-def test_batches_are_given_up_before_products(budget, size):
-    assert fit([3], {"trace": 12}, Cost(1, 1), 4, budget) == size
-
-
-def test_the_trace_is_served_before_the_eigenvalues():
-    both = {"trace": 6, "eigenvalue": 30}
-    least = 1 + 2 + 4 * 4
-    assert fit([1], both, Cost(1, 1), 4, least) == Size(1, {"trace": 2, "eigenvalue": 4})
-    assert fit([1], both, Cost(1, 1), 4, least + 5) == Size(1, {"trace": 6, "eigenvalue": 4})
-    assert fit([1], both, Cost(1, 1), 4, least + 9) == Size(1, {"trace": 6, "eigenvalue": 5})
-
-
-def test_gradients_of_examples_cannot_be_fewer():
-    wanted, cost = {"trace": 16 * 3}, Cost(1, 1)
-    assert fit([3], wanted, cost, 4, 51.0, divisible=False) == Size(3, {"trace": 16})
-    assert fit([3], wanted, cost, 4, 48.0, divisible=False) == Size(2, {"trace": 16})
-    assert fit([3], wanted, cost, 4, 17.0, divisible=False) == Size(1, {"trace": 16})
-    with pytest.raises(BudgetTooSmallError, match=r"at least 17, .* got 16\.9"):
-        fit([3], wanted, cost, 4, 16.9, divisible=False)
-
-
-def test_a_batch_of_one_example_has_one_gradient():
-    assert fit([2, 1], {"trace": 3}, Cost(0, 1), 4, None, divisible=False) == Size(2, {"trace": 1})
-
-
-def test_a_batch_pays_for_its_own_examples_only():
-    wanted, cost = {"trace": 64 * 4, "eigenvalue": 64}, Cost(0.02, 0.01)
-    trace = {"trace": wanted["trace"]}
-    assert fit([4], trace, cost, 4, 1.0, divisible=False) == Size(1, {"trace": 64})
-    both = {"trace": 64, "eigenvalue": 64}
-    assert fit([4], wanted, cost, 4, 7.0, divisible=False) == Size(2, both)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_no_size_is_over_its_budget_and_the_smallest_is_named(seed):
-    draw = random.Random(seed)
-    counts = [draw.randrange(4) for _ in range(draw.randrange(1, 4))] + [1]
-    kinds = draw.choice([["trace"], ["eigenvalue"], ["trace", "eigenvalue"]])
-    wanted = {kind: draw.randrange(4, 40) for kind in kinds}
-    cost, blocks = Cost(draw.random(), draw.random() + 0.01), draw.randrange(1, 9)
-    budget = draw.random() * 100
-    try:
-        size = fit(counts, wanted, cost, blocks, budget)
-    except BudgetTooSmallError as error:
-        assert error.least > budget
-        size = fit(counts, wanted, cost, blocks, error.least)
-        assert math.isclose(size.seconds(cost, blocks), error.least)
-    else:
-        assert size.seconds(cost, blocks) <= budget + 1e-9
-
-
-class Clock:
-    """Time that passes only where the test says so."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    for module in (measurement, probe_cost, probing, record, sensitivity):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
-
-
-def timed(model, clock, seconds=1.0):
-    """A loss that takes `seconds`, so that a difference of gradients takes twice as long."""
-
-    def loss_fn(tokens):
-        clock.now += seconds
-        return loss_of(model, tokens)
-
-    return loss_fn
-
-
-def differenced(**section):
-    return FALLING | {"sensitivity": {"form": "finite_difference", **section}}
-
-
-BATCHES = [batch(50), batch(51)]
 
 
 @pytest.mark.parametrize(("max_cost", "products"), [(0.02, 7), (0.03, 12), (0.05, 12)])
@@ -378,101 +273,6 @@ def test_what_it_took_is_printed(decoder, clock, capsys):
     )
 
 
-# ------------------------------------------------------------------ cadence
-
-
-def trained(decoder, config, steps, saved=None):
-    """Trains with regular measurements; from the states of model and optimizer, if given."""
-    model = decoder()
-    optimizer = wrap(model, config, total_steps=15)
-    if saved is not None:
-        model.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
-    optimizer.probe_regularly(lambda tokens: loss_of(model, tokens), BATCHES, max_products=4)
-    for step in range(optimizer.steps, steps):
-        train_step(model, optimizer, step)
-    return model, optimizer
-
-
-ALWAYS = FALLING | {"sensitivity": {"max_cost": None}}
-
-
-def test_it_is_measured_until_the_last_drop_and_at_most_as_often(decoder):
-    _, optimizer = trained(decoder, ALWAYS, 15)
-    steps = [entry["step"] for entry in optimizer.history]
-    assert steps[0] == 0 and 3 <= len(steps) <= 11
-    assert steps == sorted(set(steps)) and steps[-1] < 12  # finish_at
-    assert set(optimizer.num_bits.values()) == {4}
-
-
-def test_a_resumed_training_measures_when_the_uninterrupted_one_does(decoder):
-    _, whole = trained(decoder, ALWAYS, 15)
-    model, first = trained(decoder, ALWAYS, 5)
-    saved = (weights(model), copy.deepcopy(first.state_dict()))
-    state = json.loads(first.state_dict()["param_groups"][0]["moq"])
-    assert state["probes"]["cadence"] and state["probes"]["spent"] > 0
-    before = len(first.history)
-    _, resumed = trained(decoder, ALWAYS, 5, saved)
-    assert len(resumed.history) == before  # not at once
-    _, resumed = trained(decoder, ALWAYS, 15, saved)
-    assert_same(masters(resumed), masters(whole))
-    assert resumed.schedule().plan() == whole.schedule().plan()
-    for a, b in zip(resumed.history, whole.history, strict=True):
-        assert (a["step"], tuple(a["values"])) == (b["step"], tuple(b["values"]))
-
-
-def test_the_budget_decides_how_often(decoder, clock):
-    model = decoder()
-    counts = []
-    for max_cost in (0.02, 0.1, 0.2):
-        optimizer = wrap(model, differenced(max_cost=max_cost, tolerance=1e-6), total_steps=1000)
-        optimizer.probe_regularly(timed(model, clock), BATCHES)
-        cadence = optimizer._probes.state.cadence
-        cost = optimizer.history[0]["cost"]
-        assert (1 + len(cadence)) * cost["seconds"] <= max_cost * 1000
-        counts.append(len(cadence))
-        del optimizer
-        model = decoder()
-    assert counts[0] == 0 < counts[1] <= counts[2]
-
-
-def test_what_the_budget_has_no_room_for_is_left_out_and_said(decoder, clock, capsys):
-    model = decoder()
-    config = differenced(max_cost=0.3, tolerance=1e-6, max_products=4)
-    optimizer = wrap(model, config, total_steps=100, verbose=True)
-    loss_fn = timed(model, clock)
-    optimizer.probe_regularly(loss_fn, BATCHES)
-    assert optimizer._probes.state.cadence
-    optimizer._probes.state.cadence = [1]
-    optimizer._probes.state.spent = 29.0
-    train_step(model, optimizer, 0)
-    assert "step 1: not measured again: MoQOptimizer.probe: sensitivity.max_cost" in (
-        capsys.readouterr().out
-    )
-    assert len(optimizer.history) == 1
-
-
-def test_a_later_measurement_that_fails_warns_and_training_goes_on(decoder):
-    poison = []
-    model = decoder()
-    optimizer, twin = wrap(model, ALWAYS, 15), decoder()
-    expected = wrap(twin, ALWAYS, 15)
-    optimizer.probe_regularly(
-        lambda tokens: loss_of(model, tokens) * (math.nan if poison else 1.0),
-        BATCHES,
-        max_products=4,
-    )
-    expected.probe(lambda tokens: loss_of(twin, tokens), BATCHES, max_products=4)
-    poison.append(True)
-    with pytest.warns(UserWarning, match="failed, and the plan stays as it is.*got nan"):
-        for step in range(15):
-            train_step(model, optimizer, step)
-    for step in range(15):
-        train_step(twin, expected, step)
-    assert len(optimizer.history) == 1
-    assert_same(weights(model), weights(twin))
-
-
 def test_a_form_that_is_not_possible_is_paid_for_too(decoder, clock):
     model = decoder()
     calls = []
@@ -493,35 +293,3 @@ def test_a_form_that_is_not_possible_is_paid_for_too(decoder, clock):
     found = sensitivity.measure(model, None, loss_fn, BATCHES, max_seconds=25.0, **options)
     assert found.form == "finite_difference" and 2 <= found.products < 12
     assert found.seconds == clock.now <= 25.0
-
-
-def test_a_form_that_was_possible_once_is_a_first_choice_only(decoder, capsys):
-    model = decoder()
-    optimizer = wrap(model, ALWAYS, 15, verbose=True)
-    fused = []
-
-    def loss_fn(tokens):
-        loss = loss_of(model, tokens)
-        return loss + OnceDifferentiable.apply(fused[0]).sum() if fused else loss
-
-    assert optimizer.probe(loss_fn, BATCHES, max_products=4).form == "exact"
-    fused.append(model.layers[0].q_proj.weight)
-    assert optimizer.probe(loss_fn, BATCHES, max_products=4).form == "finite_difference"
-    assert capsys.readouterr().err.count("form 'exact' is not possible") == 1
-
-
-def test_that_exact_products_are_not_possible_is_said_once(decoder, capsys):
-    model = decoder()
-    optimizer = wrap(model, ALWAYS, 15, verbose=True)
-
-    def loss_fn(tokens):
-        fused = OnceDifferentiable.apply(model.layers[0].q_proj.weight).sum()
-        return loss_of(model, tokens) + fused
-
-    for _ in range(2):
-        optimizer.probe(loss_fn, BATCHES, max_products=4)
-    assert capsys.readouterr().err.count("form 'exact' is not possible") == 1
-    assert [entry["form"] for entry in optimizer.history] == ["finite_difference"] * 2
-    resumed = wrap(decoder(), ALWAYS, 15, verbose=True)
-    resumed.load_state_dict(optimizer.state_dict())
-    assert resumed._probes.state.form == "finite_difference"
