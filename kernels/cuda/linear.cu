@@ -28,18 +28,18 @@ struct Stored<std::uint8_t> {
   }
 };
 
-/// Two runs of the same columns, of rows g and g + 8: what a lane owns of a block.
+/// What a lane owns of a block.
 template <typename Weight>
-struct alignas(16) LaneBytes {
-  static constexpr int kRun = kLaneRunBytes / static_cast<int>(sizeof(Weight));
-  Weight element[2][kRun];
+struct alignas(kLaneBytes) LaneElements {
+  static constexpr int kCount = kLaneBytes / static_cast<int>(sizeof(Weight));
+  Weight element[kCount];
 };
 
 /// A warp multiplies 16 rows of the weight by kTokens tokens, in float32 throughout.
 template <typename Weight, typename Element>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     plain_linear(DeviceLinearArgs args, DeviceLayout layout) {
-  using Lane = LaneBytes<Weight>;
+  using Lane = LaneElements<Weight>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t row_block =
       static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
@@ -81,19 +81,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     for (std::int64_t b = 0; b < layout.col_blocks; ++b) {
       const Lane bytes = blocks[b * kWarpSize];
 #pragma unroll
-      for (int i = 0; i < Lane::kRun; ++i) {
-        const std::int64_t col =
-            b * layout.block_cols + column_of(static_cast<int>(sizeof(Weight)), lane % 4, i);
+      for (int i = 0; i < Lane::kCount; ++i) {
+        // Of a lane's elements of one column, the first is of row g, the other of row g + 8.
+        const BlockPlace place = lane_element(static_cast<int>(sizeof(Weight)), lane, i);
+        const int half = (place.row - lane / 4) / 8;
+        const std::int64_t col = b * layout.block_cols + place.col;
         if (col < layout.k) {
-          float weight[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const std::int64_t grid =
-                layout.groups == 0 ? 0 : col / layout.group_size * kBlockRows + 8 * half;
-            const float zero_point = layout.asymmetric ? zero_points[grid] : 0.0F;
-            const float scale = layout.groups == 0 ? 1.0F : scales[grid];
-            weight[half] = Stored<Weight>::value(bytes.element[half][i], zero_point) * scale;
-          }
+          const std::int64_t grid =
+              layout.groups == 0 ? 0 : col / layout.group_size * kBlockRows + 8 * half;
+          const float zero_point = layout.asymmetric ? zero_points[grid] : 0.0F;
+          const float scale = layout.groups == 0 ? 1.0F : scales[grid];
+          const float weight = Stored<Weight>::value(bytes.element[i], zero_point) * scale;
 #pragma unroll
           for (int j = 0; j < kTokens; ++j) {
             if (token + j < args.m) {
@@ -105,8 +103,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
                 store_float(&rounded, args.norm.bias == nullptr ? x : x + args.norm.bias[col]);
                 x = to_float(rounded);
               }
-              sums[0][j] = fmaf(weight[0], x, sums[0][j]);
-              sums[1][j] = fmaf(weight[1], x, sums[1][j]);
+              sums[half][j] = fmaf(weight, x, sums[half][j]);
             }
           }
         }

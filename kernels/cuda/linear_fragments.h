@@ -104,8 +104,8 @@ __device__ void fragments(const uint4& bytes, const std::uint32_t (&zero)[2],
     }
   } else {
     a[0][0] = bytes.x;
-    a[0][1] = bytes.z;
-    a[0][2] = bytes.y;
+    a[0][1] = bytes.y;
+    a[0][2] = bytes.z;
     a[0][3] = bytes.w;
   }
 }

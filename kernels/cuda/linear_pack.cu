@@ -17,18 +17,17 @@ constexpr std::uint8_t kZeroCode = 128;
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads)
     pack_elements(PackLinearArgs args, DeviceLayout layout, Bits flipped, Bits padding) {
-  constexpr int kRun = kLaneRunBytes / static_cast<int>(sizeof(Bits));
+  constexpr int kLaneElements = kLaneBytes / static_cast<int>(sizeof(Bits));
   const std::int64_t size = layout.scales_offset / static_cast<std::int64_t>(sizeof(Bits));
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size;
        i += stride) {
     const std::int64_t block = i / (kBlockBytes / sizeof(Bits));
     const int inside = static_cast<int>(i % (kBlockBytes / sizeof(Bits)));
-    const int lane = inside / (2 * kRun);
-    const int half = inside / kRun % 2;
-    const std::int64_t row = block / layout.col_blocks * kBlockRows + lane / 4 + 8 * half;
-    const std::int64_t col = block % layout.col_blocks * layout.block_cols +
-                             column_of(static_cast<int>(sizeof(Bits)), lane % 4, inside % kRun);
+    const BlockPlace place = lane_element(static_cast<int>(sizeof(Bits)), inside / kLaneElements,
+                                          inside % kLaneElements);
+    const std::int64_t row = block / layout.col_blocks * kBlockRows + place.row;
+    const std::int64_t col = block % layout.col_blocks * layout.block_cols + place.col;
     const bool exists = row < layout.n && col < layout.k;
     static_cast<Bits*>(args.packed)[i] =
         exists ? static_cast<Bits>(static_cast<const Bits*>(

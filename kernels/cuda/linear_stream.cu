@@ -47,7 +47,6 @@ struct StreamShared {
   std::uint64_t received[kSlots];
   std::uint64_t taken[kSlots];
   NormShared<kWarps> norm;
-  uint4 zeros;
 };
 constexpr int kOtherBytes =  // and CUDA's own
     static_cast<int>(pad_to(sizeof(StreamShared), kSharedAlignment)) + kReservedBytes;
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kBlockCols = kBlockBytes / kBlockRows / kElementBytes;
   extern __shared__ __align__(kSharedAlignment) std::uint8_t shared[];
   __shared__ StreamShared declared;
-  auto& [barriers, received, taken, norm_shared, zeros] = declared;
+  auto& [barriers, received, taken, norm_shared] = declared;
   allow_next_kernel();
   touch(args);
   touch(layout);
@@ -122,9 +121,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else {
     publish_own_barriers();
   }
-  if (thread == 0) {
-    zeros = uint4{0, 0, 0, 0};
-  }
   if (clustered) {
     arrive_at_cluster();
   }
@@ -175,8 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     stage.load_norm();
   }
   Products<kBFloat16, kElementBytes> products(
-      shared_address(staged + (first_block - slice) * kBlockCols), plan.staged_stride, m, lane,
-      shared_address(&zeros));
+      shared_address(staged + (first_block - slice) * kBlockCols), plan.staged_stride, m, lane);
   std::uint32_t own_sums =
       shared_address(partial + (warp * m + 2 * t) * kPartialStride + g);  // of the warp
   const int sum_row = thread & ((1 << plan.turn_bits) - 1);  // the sum that this thread adds up

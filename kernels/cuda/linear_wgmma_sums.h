@@ -59,8 +59,8 @@ struct WgmmaWeights {
       a[3] = lower[1];
     } else {
       a[0] = bytes[sixteen].x;
-      a[1] = bytes[sixteen].z;
-      a[2] = bytes[sixteen].y;
+      a[1] = bytes[sixteen].y;
+      a[2] = bytes[sixteen].z;
       a[3] = bytes[sixteen].w;
     }
   }
