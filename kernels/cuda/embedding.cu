@@ -55,8 +55,10 @@ struct Stored {
 template <typename Element, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads)
     embedding_kernel(DeviceEmbeddingArgs args, unsigned token_blocks) {
-  allow_next_kernel();
+  // In this order: kernels behind this one read what those ahead wrote, such as a step's sequences,
+  // without a wait of their own.
   wait_for_previous_kernels();
+  allow_next_kernel();
   const std::int64_t token = blockIdx.x / token_blocks;
   const std::int64_t col =
       (static_cast<std::int64_t>(blockIdx.x % token_blocks) * blockDim.x + threadIdx.x) * kWidth;

@@ -368,7 +368,7 @@ def test_a_layer_of_up_to_eight_rows_is_five_kernels(name, rows, model_directory
         "up projection",
         "down projection",
     ]
-    assert kernels_of_a_step(engine) == ["embedding", *layer, *layer, "head", "sampling"]
+    assert kernels_of_a_step(engine) == ["inputs", "embedding", *layer, *layer, "head", "sampling"]
 
 
 # ---- a step of one token as one kernel

@@ -71,7 +71,7 @@ std::span<const std::int64_t> CudaTransformer::next_tokens(
 /// Everything that a step does on the device: what a graph captures.
 void CudaTransformer::run_step(const Step& step, const std::int32_t* rows, std::int64_t count,
                                bool all_greedy) {
-  step.inputs.send(stream_);
+  send(step.inputs);
   run_layers(step);
   if (count == 0) {
     return;

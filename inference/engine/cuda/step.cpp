@@ -107,6 +107,12 @@ StepGraph* CudaTransformer::forward_graph(const TokenBatch& batch) {
   return &graph_of(key);
 }
 
+/// Attention reads `sequences` before it waits for the kernels ahead: embed() or a step's one
+/// kernel comes between, and lets nothing begin until the inputs are there.
+void CudaTransformer::send(const StepInputs& inputs) {
+  launch("inputs", 1, inputs.bytes(), 0, [&] { inputs.send(stream_); });
+}
+
 void CudaTransformer::forward(const TokenBatch& batch, KvCache* any_cache) {
   check(batch, any_cache);
   PagedKvCache* const cache = checked(any_cache);
@@ -123,7 +129,7 @@ void CudaTransformer::forward(const TokenBatch& batch, KvCache* any_cache) {
   const Step step =
       begin_step(batch, cache, graph == nullptr ? eager_inputs(batch, 0) : graph->inputs());
   const auto run = [&] {
-    step.inputs.send(stream_);
+    send(step.inputs);
     run_layers(step);
   };
   if (graph != nullptr && graph->captured()) {

@@ -1,12 +1,10 @@
 #include "inference/engine/cuda/step_inputs.h"
 
 #include <ATen/ops/zeros.h>
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 
 #include "inference/engine/cuda/device_memory.h"
-#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/host_copy.h"
 
 namespace moq::inference::cuda {
 namespace {
@@ -81,9 +79,8 @@ void StepInputs::write_sampling(std::span<const kernels::DeviceSamplingRow> rows
 }
 
 void StepInputs::send(CUstream_st* stream) const {
-  MOQ_CUDA_CHECK(cudaMemcpyAsync(device_.mutable_data_ptr(), host_.const_data_ptr(),
-                                 static_cast<std::size_t>(host_.numel()), cudaMemcpyHostToDevice,
-                                 stream));
+  kernels::cuda::copy_from_host(device_.mutable_data_ptr(), host_.const_data_ptr(),
+                                static_cast<std::size_t>(host_.numel()), stream);
 }
 
 }  // namespace moq::inference::cuda

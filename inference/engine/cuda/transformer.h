@@ -106,6 +106,7 @@ class CudaTransformer final : public Transformer {
   void reserve_rows(std::int64_t num_rows);
   void reserve_positions(std::int64_t num_positions);
 
+  void send(const StepInputs& inputs);
   void run_layers(const Step& step);
   void embed(const Step& step, void* output);
   void attend(const void* input, const kernels::DeviceNorm& norm, const DeviceLayer& layer,

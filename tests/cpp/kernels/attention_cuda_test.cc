@@ -161,28 +161,20 @@ TEST_F(AttentionCudaTest, ACapturedLaunchServesAnyLength) {
   AttentionBatch batch(
       {{8, 2}, 64, DType::kFloat16, KeyStorage::kPages, {{1, 900}, {1, 700}, {1, 70}}});
   const std::vector<DeviceSequence> whole = batch.sequences();
-  cudaStream_t stream = nullptr;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
-  MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  DeviceAttentionArgs args = batch.args();
-  cuda::attention(args, stream);
-  args.past_is_ready = true;
-  cuda::attention(args, stream);
-  MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  const CapturedGraph graph([&](cudaStream_t stream) {
+    DeviceAttentionArgs args = batch.args();
+    cuda::attention(args, stream);
+    args.past_is_ready = true;
+    cuda::attention(args, stream);
+  });
   for (const std::int32_t shorter : {0, 1, 400, 700}) {
     for (std::size_t i = 0; i < whole.size(); ++i) {
       batch.sequences()[i].past_length = std::max(0, whole[i].past_length - shorter);
     }
     batch.upload_sequences();
-    MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
+    graph.launch();
     batch.expect_exact(batch.read());
   }
-  MOQ_CUDA_CHECK(cudaGraphExecDestroy(executable));
-  MOQ_CUDA_CHECK(cudaGraphDestroy(graph));
-  MOQ_CUDA_CHECK(cudaStreamDestroy(stream));
 }
 
 TEST_F(AttentionCudaTest, TheSameBitsEveryTime) {

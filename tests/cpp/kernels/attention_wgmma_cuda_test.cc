@@ -151,25 +151,15 @@ TEST_F(AttentionWgmmaCudaTest, ACapturedLaunchServesAnyLength) {
   const DeviceAttentionArgs args = batch.args();
   MOQ_SKIP_WITHOUT_WIDE_ATTENTION(args);
   const std::vector<DeviceSequence> whole = batch.sequences();
-  cudaStream_t stream = nullptr;
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t executable = nullptr;
-  MOQ_CUDA_CHECK(cudaStreamCreate(&stream));
-  MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  cuda::wide_attention(args, stream);
-  MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  const CapturedGraph graph([&](cudaStream_t stream) { cuda::wide_attention(args, stream); });
   for (const std::int32_t fewer : {0, 1, 73, 199, 300}) {
     for (std::size_t i = 0; i < whole.size(); ++i) {
       batch.sequences()[i].num_tokens = std::max(0, whole[i].num_tokens - fewer);
       batch.sequences()[i].past_length = std::max(0, whole[i].past_length - fewer);
     }
     batch.upload_sequences();
-    batch.expect_exact(batch.compute([&] { MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream)); }));
+    batch.expect_exact(batch.compute([&] { graph.launch(); }));
   }
-  MOQ_CUDA_CHECK(cudaGraphExecDestroy(executable));
-  MOQ_CUDA_CHECK(cudaGraphDestroy(graph));
-  MOQ_CUDA_CHECK(cudaStreamDestroy(stream));
 }
 
 TEST_F(AttentionWgmmaCudaTest, IsNotForEveryRow) {

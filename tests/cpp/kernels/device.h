@@ -83,6 +83,33 @@ class Buffer {
   std::size_t bytes_;
 };
 
+/// What `enqueue` puts into a stream, captured.
+class CapturedGraph {
+ public:
+  template <typename Enqueue>
+  explicit CapturedGraph(const Enqueue& enqueue) {
+    MOQ_CUDA_CHECK(cudaStreamCreate(&stream_));
+    MOQ_CUDA_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+    enqueue(stream_);
+    MOQ_CUDA_CHECK(cudaStreamEndCapture(stream_, &graph_));
+    MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable_, graph_, 0));
+  }
+  CapturedGraph(const CapturedGraph&) = delete;
+  CapturedGraph& operator=(const CapturedGraph&) = delete;
+  ~CapturedGraph() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+
+  void launch() const { MOQ_CUDA_CHECK(cudaGraphLaunch(executable_, stream_)); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 #endif
 
 /// The numbers of a host vector in a device's memory.

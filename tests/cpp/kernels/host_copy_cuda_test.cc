@@ -1,0 +1,124 @@
+#include <gtest/gtest.h>
+
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
+
+#if defined(MOQ_WITH_CUDA)
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/common/check.h"
+#include "kernels/cuda/host_copy.h"
+#include "kernels/embedding.h"
+
+namespace moq::kernels::testing {
+namespace {
+
+using test::error_of;
+
+/// Page-locked memory of the host.
+class Pinned {
+ public:
+  explicit Pinned(std::size_t count) {
+    MOQ_CUDA_CHECK(cudaMallocHost(&data_, count * sizeof(std::int32_t)));
+    words_ = {static_cast<std::int32_t*>(data_), count};
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  ~Pinned() { cudaFreeHost(data_); }
+
+  std::span<std::int32_t> words() const { return words_; }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  std::span<std::int32_t> words_;
+};
+
+class HostCopyCuda : public ::testing::Test {
+ protected:
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_F(HostCopyCuda, CopiesTheseBytesAndNoOthers) {
+  constexpr std::size_t kBehind = 4;  // words
+  for (const std::size_t count : {4, 12, 1020, 1024, 1028, 1'000'004}) {
+    const Pinned host(count + kBehind);
+    std::iota(host.words().begin(), host.words().end(), 1);
+    const Buffer target(std::vector<std::int32_t>(count + kBehind, -1));
+    cuda::copy_from_host(target.data(), host.data(), count * sizeof(std::int32_t), nullptr);
+    std::vector<std::int32_t> found(count + kBehind);
+    target.copy_to(found);
+    std::vector<std::int32_t> expected(host.words().begin(), host.words().end());
+    std::fill_n(expected.begin() + static_cast<std::ptrdiff_t>(count), kBehind, -1);
+    EXPECT_EQ(found, expected) << count << " words";
+  }
+}
+
+/// Each launch copies what the host wrote last, when the one before it has read what it copied.
+TEST_F(HostCopyCuda, KernelsBehindItReadWhatItCopied) {
+  constexpr std::size_t kTokens = 64;
+  constexpr std::size_t kRows = 1000;
+  constexpr std::size_t kHidden = 1024;
+  constexpr std::int32_t kLaunches = 50;
+  std::vector<float> table(kRows * kHidden);
+  for (std::size_t i = 0; i < table.size(); ++i) {
+    table[i] = static_cast<float>(i / kHidden);
+  }
+  const Buffer numbers(table);
+  const Buffer rows(kTokens * sizeof(std::int32_t));
+  const Buffer output(kTokens * kHidden * sizeof(float));
+  const Pinned host(kTokens);
+  const CapturedGraph graph([&](cudaStream_t stream) {
+    cuda::copy_from_host(rows.data(), host.data(), kTokens * sizeof(std::int32_t), stream);
+    DeviceEmbeddingArgs args{.num_lookups = 1,
+                             .output = output.data(),
+                             .num_tokens = kTokens,
+                             .hidden_size = kHidden,
+                             .dtype = DType::kFloat32};
+    args.lookups[0] = {
+        .data = numbers.data(), .dtype = DType::kFloat32, .rows = rows.as<std::int32_t>()};
+    cuda::embedding(args, stream);
+  });
+  for (std::int32_t i = 0; i < kLaunches; ++i) {
+    std::iota(host.words().begin(), host.words().end(), i);
+    graph.launch();
+    std::vector<float> found(kTokens * kHidden);
+    output.copy_to(found);
+    for (std::size_t token = 0; token < kTokens; ++token) {
+      ASSERT_EQ(found[token * kHidden + token], static_cast<float>(i) + static_cast<float>(token));
+    }
+  }
+}
+
+TEST_F(HostCopyCuda, NothingToCopyIsNoError) {
+  cuda::copy_from_host(nullptr, nullptr, 0, nullptr);
+}
+
+TEST_F(HostCopyCuda, BadArgumentsAreNamed) {
+  const Pinned host(16);
+  const Buffer target(64);
+  const auto message = [](void* to, const void* from, std::size_t bytes) {
+    return error_of([&] { cuda::copy_from_host(to, from, bytes, nullptr); });
+  };
+  EXPECT_NE(message(nullptr, host.data(), 16).find("null"), std::string::npos);
+  EXPECT_NE(message(target.data(), nullptr, 16).find("null"), std::string::npos);
+  EXPECT_NE(message(target.data(), host.data(), 12).find("got"), std::string::npos);
+  EXPECT_NE(message(target.as<char>() + 4, host.data(), 16).find("multiples of 16"),
+            std::string::npos);
+  EXPECT_NE(message(target.data(), host.words().data() + 1, 16).find("multiples of 16"),
+            std::string::npos);
+  alignas(16) const std::int32_t pageable[4] = {};
+  EXPECT_NE(message(target.data(), pageable, 16).find("page-locked"), std::string::npos);
+  EXPECT_NE(message(target.data(), target.data(), 16).find("page-locked"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moq::kernels::testing
+
+#endif
