@@ -46,7 +46,7 @@ __device__ __forceinline__ void produce(const WgmmaProducer<T>& producer, const 
   const int tiles = walk.row_tiles * walk.token_tiles;
   const int early = weight_is_ready ? min(steps, T::kStages) : 0;
   for (int i = 0; i < early; ++i) {
-    producer.fetch_weights(place_of<T>(walk, first_tile), first + i, i);
+    producer.fetch_weights(place_of<T>(walk, first_tile), first + i, i, /*first=*/true);
   }
   bring(walk.next);
   wait_for_previous_kernels();
@@ -57,7 +57,7 @@ __device__ __forceinline__ void produce(const WgmmaProducer<T>& producer, const 
     for (int i = 0; i < steps; ++i, ++fetched, slot.advance()) {
       if (fetched >= early) {
         wait_barrier(producer.ring.empty(slot.stage), slot.parity ^ 1);
-        producer.fetch_weights(tile, first + i, slot.stage);
+        producer.fetch_weights(tile, first + i, slot.stage, fetched < T::kStages);
       }
       producer.fetch_tokens(tile, first + i, slot.stage);
     }
@@ -111,7 +111,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     const int row_block = consumer * 4 + warp % 4;  // of a tile
     auto* results =
         reinterpret_cast<float*>(shared + T::kResultsOffset + consumer * T::kResultBytes);
-    wait_for_previous_kernels();
+    if (!T::kFirstApart || !args.weight_is_ready) {
+      wait_for_previous_kernels();
+    }
     WgmmaSlot<T> slot;
     for (int index = first_tile; index < walk.row_tiles * walk.token_tiles;
          index += walk.clusters) {
@@ -128,6 +130,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         if constexpr (T::kGroups) {
           sums.multiply(ring, slot, first_step, steps, row_block, layout);
         } else {
+          sums.begin(ring, slot, row_block, grids.zero);
+          if constexpr (T::kFirstApart) {
+            wait_for_previous_kernels();
+          }
           sums.multiply(ring, slot, steps, row_block, grids.zero);
         }
       };

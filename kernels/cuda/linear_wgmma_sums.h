@@ -82,8 +82,27 @@ struct WgmmaSums {
 
   __device__ __forceinline__ float result(int i) const { return sums[i]; }
 
-  /// Multiplies so many steps, which lie in the ring from `slot` on. row_block: the warp's, of the
-  /// tile.
+  /// Makes the registers of the first step, which lies at `slot` of the ring. row_block: the
+  /// warp's, of the tile.
+  __device__ __forceinline__ void begin(const WgmmaRing<T>& ring, const WgmmaSlot<T>& slot,
+                                        int row_block, const std::uint32_t (&zero)[2]) {
+    if constexpr (T::kFirstApart) {
+      wait_barrier(ring.first_weights(slot.stage), 0);
+    } else {
+      ring.wait(slot);
+    }
+    WgmmaWeights<T> weights[2];
+    load(ring, slot, row_block, weights);
+    convert(weights, zero, a_[0]);
+    if constexpr (T::kFirstApart) {
+#pragma unroll
+      for (const auto& product : a_[0]) {
+        need_now(product);
+      }
+    }
+  }
+
+  /// Multiplies so many steps, which lie in the ring from `slot` on, behind begin().
   ///
   /// While the products of a step are under way, the registers of the next are made, when the
   /// products of the step before, whose registers they are, have ended. What is converted is loaded
@@ -92,23 +111,14 @@ struct WgmmaSums {
   __device__ __forceinline__ void multiply(const WgmmaRing<T>& ring, WgmmaSlot<T>& slot, int steps,
                                            int row_block, const std::uint32_t (&zero)[2]) {
     constexpr bool kConverts = T::kElementBytes == 1;
-    std::uint32_t a[2][4][4];
     WgmmaWeights<T> weights[2];  // that are converted
-    const auto load = [&](WgmmaWeights<T>(&to)[2]) {
+    const auto load_next = [&](WgmmaWeights<T>(&to)[2]) {
       ring.wait(slot);
-      to[0].load(ring, slot.stage, 0, row_block);
-      to[1].load(ring, slot.stage, 1, row_block);
+      load(ring, slot, row_block, to);
     };
-    const auto convert = [&](WgmmaWeights<T>(&from)[2], std::uint32_t(&to)[4][4]) {
-      from[0].hold();
-      from[1].hold();
-#pragma unroll
-      for (int product = 0; product < 4; ++product) {
-        from[product / 2].convert(product % 2, zero, to[product]);
-      }
-    };
-    load(weights);
-    convert(weights, a[0]);
+    if constexpr (T::kFirstApart) {
+      ring.wait(slot);  // for the tokens
+    }
     WgmmaSlot<T> done = slot;
     int left = steps;
     int keeps = 0;
@@ -123,7 +133,7 @@ struct WgmmaSums {
       close_products();
       slot.advance();
       if (kConverts && left > 1) {
-        load(weights);
+        load_next(weights);
       }
       wait_products<1>();
       if (keeps != 0) {
@@ -135,20 +145,39 @@ struct WgmmaSums {
       // would let every product wait for the one before (ptxas says so, in C7513).
       if (left > 1) {
         if constexpr (kConverts) {
-          convert(weights, next);
+          convert(weights, zero, next);
         } else {
           WgmmaWeights<T> loaded[2];
-          load(loaded);
-          convert(loaded, next);
+          load_next(loaded);
+          convert(loaded, zero, next);
         }
       }
       return --left > 0;
     };
-    while (multiply_step(a[0], a[1]) && multiply_step(a[1], a[0])) {
+    while (multiply_step(a_[0], a_[1]) && multiply_step(a_[1], a_[0])) {
     }
     wait_products<0>();
     ring.free(done);
   }
+
+ private:
+  __device__ __forceinline__ static void load(const WgmmaRing<T>& ring, const WgmmaSlot<T>& slot,
+                                              int row_block, WgmmaWeights<T> (&to)[2]) {
+    to[0].load(ring, slot.stage, 0, row_block);
+    to[1].load(ring, slot.stage, 1, row_block);
+  }
+  __device__ __forceinline__ static void convert(WgmmaWeights<T> (&from)[2],
+                                                 const std::uint32_t (&zero)[2],
+                                                 std::uint32_t (&to)[4][4]) {
+    from[0].hold();
+    from[1].hold();
+#pragma unroll
+    for (int product = 0; product < 4; ++product) {
+      from[product / 2].convert(product % 2, zero, to[product]);
+    }
+  }
+
+  std::uint32_t a_[2][4][4];  ///< of two steps in turn
 };
 
 /// The same of a tile whose rows have groups of columns: each group's sums are scaled.

@@ -18,6 +18,7 @@ namespace moq::kernels::cuda {
 constexpr int kHalfCols = 32;  // of half a step: two products
 constexpr int kMaxStages = 8;
 constexpr int kMaxSplit = 8;
+constexpr int kMaxInterleave = 2;
 constexpr int kPartTokens = 32;  // of a tile that a warpgroup writes at once
 
 /// A tile of kConsumers * 64 rows, a warpgroup for each 64, by kTokens tokens.
@@ -35,6 +36,9 @@ struct WgmmaTileOf : A {
   static constexpr bool kGroups = kGroups_;
   static constexpr bool kSplits = A::kSplits;
   static constexpr int kInterleave = 1;  // stages from one step of a warpgroup to its next
+  // Where a block has one tile, the weights of its first step come by a barrier of their own, and
+  // become registers while the tokens are still on their way.
+  static constexpr bool kFirstApart = kSplits && !kGroups;
   // A part of a multiprocessor has the registers of whole warpgroups, and the producer's go to the
   // others.
   static constexpr bool kMovesRegisters = A::kConsumers > 1;
@@ -64,7 +68,7 @@ struct WgmmaTileOf : A {
       kSplits ? A::kTokens * kGroupRows * 4
               : (std::max(kPartTokens * kResultStride * 4, 2 * kPartBytes) + 1023) / 1024 * 1024;
   static constexpr int kMostParts = A::kTokens % 64 == 0 ? kMaxSplit : 4;  // of the columns
-  static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers) * 8;
+  static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers + kMaxInterleave) * 8;
   static constexpr int kOwnResults = A::kConsumers * kResultBytes;
   static constexpr int kStages =
       std::min((kHopperSharedBytes / kBlocks - kReservedBytes - kOwnResults - kBarrierBytes) /
@@ -177,6 +181,10 @@ struct WgmmaRing {
   __device__ std::uint32_t received(int consumer) const {
     return full(0) + (2 * kMaxStages + consumer) * 8;
   }
+  /// Ends when the weights of a warpgroup's first step have come: T::kFirstApart.
+  __device__ std::uint32_t first_weights(std::uint32_t stage) const {
+    return received(T::kConsumers) + stage * 8;
+  }
   /// split: blocks that share columns.
   __device__ void init(int split) const {
     for (int i = 0; i < T::kStages; ++i) {
@@ -185,6 +193,9 @@ struct WgmmaRing {
     }
     for (int i = 0; i < T::kConsumers; ++i) {
       init_barrier(received(i), 1);
+    }
+    for (int i = 0; i < T::kInterleave; ++i) {
+      init_barrier(first_weights(i), 1);
     }
     publish_barriers();
     for (int i = 0; i < T::kConsumers; ++i) {
@@ -210,11 +221,17 @@ struct WgmmaProducer {
   const DeviceLayout& layout;
   const int token_bytes;  ///< of a step
 
-  __device__ void fetch_weights(const WgmmaPlace& tile, int step, std::uint32_t stage) const {
+  /// first: the first time that this is called for the stage.
+  __device__ void fetch_weights(const WgmmaPlace& tile, int step, std::uint32_t stage,
+                                bool first) const {
     const bool zero_points = T::kGroups && layout.asymmetric;
-    const std::uint32_t barrier = ring.full(stage);
-    expect_bytes(barrier, T::kWeightBytes + token_bytes + (T::kGroups ? T::kGridBytes : 0) +
-                              (zero_points ? T::kGridBytes : 0));
+    const bool apart = T::kFirstApart && first && stage < T::kInterleave;
+    const std::uint32_t barrier = apart ? ring.first_weights(stage) : ring.full(stage);
+    if (apart) {
+      expect_bytes(ring.full(stage), token_bytes);
+    }
+    expect_bytes(barrier, T::kWeightBytes + (apart ? 0 : token_bytes) +
+                              (T::kGroups ? T::kGridBytes : 0) + (zero_points ? T::kGridBytes : 0));
     copy_box(ring.weights(stage), maps.weight, step * 256, tile.row_block, barrier);
     if constexpr (T::kGroups) {
       const int group = static_cast<int>(step * kStepCols / layout.group_size) * kBlockRows;

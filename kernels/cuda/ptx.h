@@ -23,6 +23,19 @@ __device__ void compute_now(const Element*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
+/// The same for four registers that the compiler would make behind such a wait, since nothing
+/// before it needs them. As far as it knows something does: a multiprocessor of no such number would
+/// store them.
+__device__ inline void need_now(const std::uint32_t (&registers)[4]) {
+  std::uint32_t multiprocessor;
+  asm("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  asm volatile(
+      "{ .reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p st.shared.v4.u32 [%0], {%1,%2,%3,%4}; }" ::
+          "r"(multiprocessor),
+      "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+      : "memory");
+}
+
 /// Brings a kernel's parameters into the cache that they are read through, which holds none of them
 /// when a kernel begins.
 template <typename Parameters>

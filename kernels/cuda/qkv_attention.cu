@@ -46,6 +46,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       init_barrier(ring.full(i), 1);
       init_barrier(ring.empty(i), 4);
     }
+    for (int i = 0; i < T::kInterleave; ++i) {
+      init_barrier(ring.first_weights(i), 1);
+    }
     init_barrier(received, 1);
     publish_barriers();
   }
@@ -71,10 +74,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     wait_for_cluster();
     return;
   }
-  wait_for_previous_kernels();
   if (tile >= tiles) {
+    wait_for_previous_kernels();
     wait_for_cluster();
     return;
+  }
+  if (!args.weight_is_ready) {
+    wait_for_previous_kernels();
   }
   if (kind == 0 && threadIdx.x == 0) {
     expect_bytes(received, 2 * tiles * kHeadTokens * kHeadDim * static_cast<int>(sizeof(Element)));
@@ -92,6 +98,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     bias = {to_float(own[0]), to_float(own[8])};
   }
   WgmmaSums<T> sums;
+  begin_in_turn<T>(ring, group, args.steps, grids.zero, sums);
+  wait_for_previous_kernels();
   multiply_in_turn<T>(shared, ring, group, args.steps, grids.zero, sums);
   if (group == 0) {
     // The first stage has been read, and becomes the block's own q, k or v.

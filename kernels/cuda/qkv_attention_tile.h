@@ -31,6 +31,7 @@ struct HeadTile
       WgmmaTileOf<kBFloat16, kElementBytes, false, WgmmaArrangement<1, kHeadTokens, false>>;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kInterleave = kWarpgroups;
+  static constexpr bool kFirstApart = true;
   static constexpr int kConsumerThreads = kWarpgroups * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpSize;
   static constexpr int kBlocks = kWarpgroups == 1 ? 2 : 1;  // of a multiprocessor
@@ -104,7 +105,7 @@ __device__ __forceinline__ void fetch_in_turn(const WgmmaProducer<T>& producer,
   const int early = args.weight_is_ready ? min(rounds * kTurns, T::kStages) : 0;
   for (int i = 0; i < early; ++i) {
     if (step_of(i) >= 0) {
-      producer.fetch_weights(place, step_of(i), i);
+      producer.fetch_weights(place, step_of(i), i, /*first=*/true);
     }
   }
   bring(args.next);
@@ -115,7 +116,7 @@ __device__ __forceinline__ void fetch_in_turn(const WgmmaProducer<T>& producer,
     if (const int step = step_of(i); step >= 0) {
       if (i >= early) {
         wait_barrier(producer.ring.empty(stage), parity ^ 1);
-        producer.fetch_weights(place, step, stage);
+        producer.fetch_weights(place, step, stage, i < T::kStages);
       }
       producer.fetch_tokens(place, step, stage);
     }
@@ -126,6 +127,22 @@ __device__ __forceinline__ void fetch_in_turn(const WgmmaProducer<T>& producer,
   }
 }
 
+/// Steps of a warpgroup.
+template <typename T>
+__device__ __forceinline__ int own_steps(int group, int steps) {
+  return steps * (group + 1) / T::kWarpgroups - steps * group / T::kWarpgroups;
+}
+
+/// Makes the registers of the first step of this warpgroup.
+template <typename T>
+__device__ __forceinline__ void begin_in_turn(const WgmmaRing<T>& ring, int group, int steps,
+                                              const std::uint32_t (&zero)[2], WgmmaSums<T>& sums) {
+  if (own_steps<T>(group, steps) > 0) {
+    sums.begin(ring, {.stage = static_cast<std::uint32_t>(group)},
+               static_cast<int>(threadIdx.x) / kWarpSize % 4, zero);
+  }
+}
+
 /// Multiplies the columns of this warpgroup, and adds what the second has to the first's sums.
 template <typename T>
 __device__ __forceinline__ void multiply_in_turn(std::uint8_t* shared, const WgmmaRing<T>& ring,
@@ -133,10 +150,9 @@ __device__ __forceinline__ void multiply_in_turn(std::uint8_t* shared, const Wgm
                                                  const std::uint32_t (&zero)[2],
                                                  WgmmaSums<T>& sums) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize % 4;
-  const int own_steps = steps * (group + 1) / T::kWarpgroups - steps * group / T::kWarpgroups;
-  if (own_steps > 0) {
+  if (const int own = own_steps<T>(group, steps); own > 0) {
     WgmmaSlot<T> slot{.stage = static_cast<std::uint32_t>(group)};
-    sums.multiply(ring, slot, own_steps, warp, zero);
+    sums.multiply(ring, slot, own, warp, zero);
   } else {
 #pragma unroll
     for (float& sum : sums.sums) {
