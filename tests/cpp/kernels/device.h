@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,6 +82,26 @@ class Buffer {
  private:
   void* data_ = nullptr;
   std::size_t bytes_;
+};
+
+/// Page-locked memory of the host.
+template <typename Element>
+class Pinned {
+ public:
+  explicit Pinned(std::size_t count) {
+    MOQ_CUDA_CHECK(cudaMallocHost(&data_, count * sizeof(Element)));
+    elements_ = {static_cast<Element*>(data_), count};
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  ~Pinned() { cudaFreeHost(data_); }
+
+  std::span<Element> elements() const { return elements_; }
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  std::span<Element> elements_;
 };
 
 /// What `enqueue` puts into a stream, captured.

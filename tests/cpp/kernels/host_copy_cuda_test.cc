@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -21,25 +20,6 @@ namespace {
 
 using test::error_of;
 
-/// Page-locked memory of the host.
-class Pinned {
- public:
-  explicit Pinned(std::size_t count) {
-    MOQ_CUDA_CHECK(cudaMallocHost(&data_, count * sizeof(std::int32_t)));
-    words_ = {static_cast<std::int32_t*>(data_), count};
-  }
-  Pinned(const Pinned&) = delete;
-  Pinned& operator=(const Pinned&) = delete;
-  ~Pinned() { cudaFreeHost(data_); }
-
-  std::span<std::int32_t> words() const { return words_; }
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-  std::span<std::int32_t> words_;
-};
-
 class HostCopyCuda : public ::testing::Test {
  protected:
   void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
@@ -48,13 +28,13 @@ class HostCopyCuda : public ::testing::Test {
 TEST_F(HostCopyCuda, CopiesTheseBytesAndNoOthers) {
   constexpr std::size_t kBehind = 4;  // words
   for (const std::size_t count : {4, 12, 1020, 1024, 1028, 1'000'004}) {
-    const Pinned host(count + kBehind);
-    std::iota(host.words().begin(), host.words().end(), 1);
+    const Pinned<std::int32_t> host(count + kBehind);
+    std::iota(host.elements().begin(), host.elements().end(), 1);
     const Buffer target(std::vector<std::int32_t>(count + kBehind, -1));
     cuda::copy_from_host(target.data(), host.data(), count * sizeof(std::int32_t), nullptr);
     std::vector<std::int32_t> found(count + kBehind);
     target.copy_to(found);
-    std::vector<std::int32_t> expected(host.words().begin(), host.words().end());
+    std::vector<std::int32_t> expected(host.elements().begin(), host.elements().end());
     std::fill_n(expected.begin() + static_cast<std::ptrdiff_t>(count), kBehind, -1);
     EXPECT_EQ(found, expected) << count << " words";
   }
@@ -73,7 +53,7 @@ TEST_F(HostCopyCuda, KernelsBehindItReadWhatItCopied) {
   const Buffer numbers(table);
   const Buffer rows(kTokens * sizeof(std::int32_t));
   const Buffer output(kTokens * kHidden * sizeof(float));
-  const Pinned host(kTokens);
+  const Pinned<std::int32_t> host(kTokens);
   const CapturedGraph graph([&](cudaStream_t stream) {
     cuda::copy_from_host(rows.data(), host.data(), kTokens * sizeof(std::int32_t), stream);
     DeviceEmbeddingArgs args{.num_lookups = 1,
@@ -86,7 +66,7 @@ TEST_F(HostCopyCuda, KernelsBehindItReadWhatItCopied) {
     cuda::embedding(args, stream);
   });
   for (std::int32_t i = 0; i < kLaunches; ++i) {
-    std::iota(host.words().begin(), host.words().end(), i);
+    std::iota(host.elements().begin(), host.elements().end(), i);
     graph.launch();
     std::vector<float> found(kTokens * kHidden);
     output.copy_to(found);
@@ -101,7 +81,7 @@ TEST_F(HostCopyCuda, NothingToCopyIsNoError) {
 }
 
 TEST_F(HostCopyCuda, BadArgumentsAreNamed) {
-  const Pinned host(16);
+  const Pinned<std::int32_t> host(16);
   const Buffer target(64);
   const auto message = [](void* to, const void* from, std::size_t bytes) {
     return error_of([&] { cuda::copy_from_host(to, from, bytes, nullptr); });
@@ -111,7 +91,7 @@ TEST_F(HostCopyCuda, BadArgumentsAreNamed) {
   EXPECT_NE(message(target.data(), host.data(), 12).find("got"), std::string::npos);
   EXPECT_NE(message(target.as<char>() + 4, host.data(), 16).find("multiples of 16"),
             std::string::npos);
-  EXPECT_NE(message(target.data(), host.words().data() + 1, 16).find("multiples of 16"),
+  EXPECT_NE(message(target.data(), host.elements().data() + 1, 16).find("multiples of 16"),
             std::string::npos);
   alignas(16) const std::int32_t pageable[4] = {};
   EXPECT_NE(message(target.data(), pageable, 16).find("page-locked"), std::string::npos);

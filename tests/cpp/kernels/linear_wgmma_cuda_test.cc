@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cuda/host_copy.h"
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
@@ -148,6 +149,61 @@ TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {
 
 INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
                          ::testing::Combine(kHalfDTypes, ::testing::Values<std::int64_t>(0, 32)));
+
+// ---- behind a kernel that lets it begin early
+
+/// Fills device memory late, by a kernel that others overlap with.
+class WrittenLate {
+ public:
+  WrittenLate(const void* device, std::int64_t bytes)
+      : device_(const_cast<void*>(device)), host_(static_cast<std::size_t>(bytes)) {
+    MOQ_CUDA_CHECK(cudaMemcpy(host_.data(), device_, size(), cudaMemcpyDeviceToHost));
+    MOQ_CUDA_CHECK(cudaMemset(device_, 0xff, size()));  // NaN
+  }
+  void write() const { cuda::copy_from_host(device_, host_.data(), size(), nullptr); }
+
+ private:
+  std::size_t size() const { return host_.elements().size(); }
+
+  void* device_;
+  Pinned<std::byte> host_;
+};
+
+class LinearWgmmaCudaChain : public ::testing::TestWithParam<WeightFormat> {
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_P(LinearWgmmaCudaChain, WaitsForWhatKernelsAheadWrite) {
+  const LinearProblem problem = LinearProblem::random(128, 264, 520, GetParam());
+  const auto layout = cuda::device_layout(problem.shape);
+  const LinearCudaProblem own(problem, {.residual = true, .padding = 8, .weight_is_ready = true});
+  for (const cuda::WgmmaCost& cost : cuda::kWgmmaCosts) {
+    if (cost.groups) {
+      continue;
+    }
+    SCOPED_TRACE("tile " + std::to_string(static_cast<int>(cost.choice.tile)) + ", split " +
+                 std::to_string(cost.choice.split));
+    bool taken = false;
+    const Outcome outcome = own.run([&](const DeviceLinearArgs& args) {
+      taken = cuda::can_wgmma(args, layout);
+      if (taken) {
+        const WrittenLate input(args.input, args.m * args.input_stride * 2);
+        const WrittenLate residual(args.residual, args.m * args.residual_stride * 2);
+        input.write();
+        residual.write();
+        cuda::wgmma_linear(args, layout, {cost.choice, layout.n, cost.choice}, nullptr);
+        MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      }
+    });
+    if (!taken) {
+      GTEST_SKIP() << "wgmma_linear does not take these, or not on this GPU";
+    }
+    expect_close(outcome);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Formats, LinearWgmmaCudaChain,
+                         ::testing::Values(WeightFormat::kInt8, WeightFormat::kFloat16));
 
 // ---- two launches for a weight
 
