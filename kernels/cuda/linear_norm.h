@@ -83,17 +83,34 @@ __device__ inline NormStatistics statistics_of(const DeviceNorm& norm, const Mom
 
 // ---- The same by all warps of a block, or of a cluster of them, in one pass and one exchange.
 
+/// Of some columns of a row: the sum of their differences from the row's pivot, and of the squares
+/// of these.
+struct alignas(8) Differences {
+  float sum;
+  float squares;
+};
+
+/// What makes a row's normalised numbers of its differences: difference * inverse + start.
+struct NormLine {
+  float start;
+  float inverse;  ///< 1 / sqrt(variance + epsilon)
+};
+
 /// What the warps of a block, and the blocks of a cluster, know of the rows that they normalise.
 template <int kWarps>
 struct NormShared {
-  /// Of each warp's columns: their sum, the sum of their squared differences from their mean, that
-  /// mean, and their number. (One more, so that lanes that read those of all rows meet all banks.)
-  float4 parts[kNormTokens][kWarps + 1];
-  alignas(8) Moments moments[kNormTokens];  ///< of the block's columns
+  /// Of each warp's columns. (Two more, so that lanes that read those of all rows meet all banks.)
+  alignas(16) Differences parts[kNormTokens][kWarps + 2];
+  Differences sums[kNormTokens];  ///< of the block's columns
 };
 
-/// Adds numbers to a sum, and their squares to another.
-__device__ inline void add_moments(const float (&x)[kChunk], float& sum, float& squares) {
+/// The middle one of three numbers: one of them may be an outlier.
+__device__ inline float middle_of(float a, float b, float c) {
+  return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+}
+
+/// Adds those of a lane's differences.
+__device__ inline void add_differences(const float (&x)[kChunk], Differences& total) {
   float sums[kChunk / 2];
   float products[kChunk / 2];
 #pragma unroll
@@ -101,49 +118,38 @@ __device__ inline void add_moments(const float (&x)[kChunk], float& sum, float& 
     sums[i] = x[i] + x[i + kChunk / 2];
     products[i] = fmaf(x[i], x[i], x[i + kChunk / 2] * x[i + kChunk / 2]);
   }
-  sum += sum_of(sums);
-  squares += sum_of(products);
+  total.sum += sum_of(sums);
+  total.squares += sum_of(products);
 }
 
-/// What NormShared tells of a warp's columns, of the lanes' sums of differences from a pivot and of
-/// their squares; for an RMS norm of numbers and their squares, about zero. The pivot is the
-/// middle one of three of the numbers: neither a large mean nor an outlier drowns the variance.
-__device__ inline float4 warp_part(bool centres, float pivot, float sum, float squares, float cols,
-                                   float inverse_cols) {
+/// The sums of all lanes'. For an RMS norm, which takes no mean, that of squares alone.
+__device__ inline Differences warp_sums(bool centres, Differences own) {
   if (!centres) {
-    return {0.0F, warp_sum(squares), 0.0F, cols};
+    return {0.0F, warp_sum(own.squares)};
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    sum += __shfl_xor_sync(0xffffffffU, sum, distance);
-    squares += __shfl_xor_sync(0xffffffffU, squares, distance);
+    own.sum += __shfl_xor_sync(0xffffffffU, own.sum, distance);
+    own.squares += __shfl_xor_sync(0xffffffffU, own.squares, distance);
   }
-  const float mean = sum * inverse_cols;
-  return {fmaf(pivot, cols, sum), fmaf(-sum, mean, squares), pivot + mean, cols};
+  return own;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-/// Moments of whole rows from those of the columns of each block of a cluster, cols_of(rank) of
-/// them: lane i of a warp gets those of row i < m. All blocks wait_for_cluster() before they end.
-template <typename ColsOf>
-__device__ Moments merge_moments(int m, int split, float inverse_k, const ColsOf& cols_of,
-                                 const Moments* moments) {
+/// Of whole rows, from those of the columns of each block of a cluster: lane i of a warp gets those
+/// of row i < m. All blocks wait_for_cluster() before they end.
+__device__ inline Differences sum_over_cluster(int m, int split, const Differences* sums) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  Moments own{0.0F, 0.0F};
+  Differences own{0.0F, 0.0F};
   synchronize_cluster();
   for (int token = 0; token < m; ++token) {
-    Moments theirs{0.0F, 0.0F};
-    float count = 0.0F;
+    float2 theirs{0.0F, 0.0F};
     if (lane < split) {
-      const float2 pair = load_from_cluster(reinterpret_cast<const float2*>(&moments[token]), lane);
-      theirs = {pair.x, pair.y};
-      count = static_cast<float>(cols_of(lane));
+      theirs = load_from_cluster(reinterpret_cast<const float2*>(&sums[token]), lane);
     }
-    const float mean = warp_sum(count * theirs.mean) * inverse_k;
-    const float difference = theirs.mean - mean;
-    const float squares = warp_sum(theirs.squares + count * (difference * difference));
+    const Differences row{warp_sum(theirs.x), warp_sum(theirs.y)};
     if (lane == token) {
-      own = {mean, squares};
+      own = row;
     }
   }
   arrive_at_cluster();  // has read what others keep for it until then
@@ -151,38 +157,34 @@ __device__ Moments merge_moments(int m, int split, float inverse_k, const ColsOf
 }
 #endif
 
-/// Lane i of a warp gets the statistics of row i < m, from the parts that all warps have told. The
-/// block has cols_of(its rank) columns.
-template <int kWarps, typename ColsOf>
-__device__ NormStatistics merge_parts(const DeviceNorm& norm, int m, int split, int rank,
-                                      float inverse_k, const ColsOf& cols_of,
-                                      NormShared<kWarps>& shared) {
+/// Lane i of a warp gets the line of row i < m, from the parts that all warps have told.
+template <int kWarps>
+__device__ NormLine line_of(const DeviceNorm& norm, int m, int split, float inverse_k,
+                            NormShared<kWarps>& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float4 parts[kWarps];
-  float terms[kWarps];
+  float sums[kWarps];
+  float squares[kWarps];
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    parts[warp] = shared.parts[min(lane, m - 1)][warp];
-    terms[warp] = parts[warp].x;
+  for (int warp = 0; warp < kWarps; warp += 2) {
+    const auto two = *reinterpret_cast<const float4*>(&shared.parts[min(lane, m - 1)][warp]);
+    sums[warp] = two.x;
+    squares[warp] = two.y;
+    sums[warp + 1] = two.z;
+    squares[warp + 1] = two.w;
   }
-  const float inverse_cols =
-      split == 1 ? inverse_k : 1.0F / static_cast<float>(max(1, cols_of(rank)));
-  const float mean = sum_of(terms) * inverse_cols;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    const float difference = parts[warp].z - mean;
-    terms[warp] = fmaf(parts[warp].w * difference, difference, parts[warp].y);
-  }
-  Moments moments{mean, sum_of(terms)};
+  Differences row{sum_of(sums), sum_of(squares)};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (split > 1) {
     if (static_cast<int>(threadIdx.x) < m) {
-      shared.moments[lane] = moments;
+      shared.sums[lane] = row;
     }
-    moments = merge_moments(m, split, inverse_k, cols_of, shared.moments);
+    row = sum_over_cluster(m, split, shared.sums);
   }
 #endif
-  return {moments.mean, rsqrtf(fmaf(moments.squares, inverse_k, norm.epsilon))};
+  const float mean = row.sum * inverse_k;
+  const float variance = fmaf(row.squares, inverse_k, -mean * mean);
+  const float inverse = rsqrtf((variance < 0.0F ? 0.0F : variance) + norm.epsilon);
+  return {-mean * inverse, inverse};
 }
 
 }  // namespace moq::kernels::cuda

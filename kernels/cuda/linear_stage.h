@@ -30,7 +30,9 @@ class InputStage {
         first_(first),
         chunks_(cols / kChunk),
         token_bytes_(stride * static_cast<int>(sizeof(Element))),
-        whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)) {
+        whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)),
+        keeps_(whole_ && args.m == 1 && args.norm.kind != NormKind::kNone && cols >= k &&
+               chunks_ <= kThreads) {
     const int col = first + thread() * kChunk;
     bytes_ = col < k ? 16 : 0;
     source_ = static_cast<const Element*>(args.input) + (col < k ? col : 0);
@@ -41,8 +43,18 @@ class InputStage {
   }
 
   /// Begins to copy the columns as they are: a thread copies chunks thread, thread + threads, … of
-  /// all tokens.
-  __device__ void copy() const {
+  /// all tokens. A single token's that will be normalised stay in registers, if that is one chunk
+  /// of a thread.
+  __device__ void copy() {
+    if (keeps_) {
+      kept_ = bytes_ > 0 ? load_global_quad(source_) : uint4{0, 0, 0, 0};
+    }
+    if (args_.norm.kind == NormKind::kLayerNorm) {
+      load_samples();
+    }
+    if (keeps_) {
+      return;
+    }
     if (whole_) [[likely]] {
       if (thread() < chunks_) [[likely]] {
         copy_chunk(staged_, source_, bytes_);
@@ -66,56 +78,52 @@ class InputStage {
       prefetch(args_.norm.weight, chunk);
       prefetch(args_.norm.bias, chunk);
     }
-    int cols = 0;  // of the warp
-    for (int chunk = thread() - lane(); chunk < chunks_; chunk += kThreads) {
-      cols += max(0, min(kWarpCols, min(chunks_ * kChunk, k_ - first_) - chunk * kChunk));
-    }
-    cols_ = static_cast<float>(cols);
-    inverse_cols_ = cols > 0 ? 1.0F / cols_ : 0.0F;
     inverse_k_ = 1.0F / static_cast<float>(k_);
-    compute_now(cols_);
-    compute_now(inverse_cols_);
     compute_now(inverse_k_);
   }
 
   /// Normalises what copy() has brought, and rounds it. All threads of the block (of the cluster,
-  /// if it has several) call this when their own copies are there. cols_of(rank): columns of a
-  /// block.
-  template <typename ColsOf>
-  __device__ void normalise(int split, int rank, const ColsOf& cols_of,
-                            NormShared<kWarps>& shared) {
-    const int m = static_cast<int>(args_.m);
-    const int warp = thread() / 32;
+  /// if it has several) call this when their own copies are there.
+  ///
+  /// A row's statistics are those of differences from a pivot, the middle one of three of its
+  /// numbers: neither a large mean nor an outlier drowns the variance. An RMS norm's are about 0.
+  __device__ void normalise(int split, NormShared<kWarps>& shared) {
     const bool centres = args_.norm.kind == NormKind::kLayerNorm;
+    if (keeps_) {
+      normalise_kept(centres, shared);
+      return;
+    }
+    const int m = static_cast<int>(args_.m);
 #pragma unroll 1
     for (int token = 0; token < m; ++token) {
-      const float4 part = part_of(token, centres);
-      if (lane() == 0) {
-        shared.parts[token][warp] = part;
+      const float pivot = centres ? pivot_of(token) : 0.0F;
+      Differences own{0.0F, 0.0F};
+      std::uint32_t place = staged_ + token * token_bytes_;
+      for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
+        float x[kChunk];
+        differences_of(load_chunk(place), pivot, k_ - first_ - chunk * kChunk, x);
+        add_differences(x, own);
+        place += kThreads * static_cast<int>(sizeof(Chunk));
       }
+      tell(token, warp_sums(centres, own), shared);
     }
     __syncthreads();
-    const NormStatistics own = merge_parts(args_.norm, m, split, rank, inverse_k_, cols_of, shared);
+    const NormLine own = line_of(args_.norm, m, split, inverse_k_, shared);
     for (int first = thread() - lane(); first < chunks_; first += kThreads) {
-      const bool exists = first + lane() < chunks_;
-      if (first >= kThreads && exists) {
-        load_norm(first + lane());  // (the first one's has been)
+      const int chunk = first + lane();
+      if (first >= kThreads && chunk < chunks_) {
+        load_norm(chunk);  // (the first one's has been)
       }
-      std::uint32_t place =
-          staged_ + (first - (thread() - lane())) * static_cast<int>(sizeof(Chunk));
+      std::uint32_t place = staged_ + (chunk - thread()) * static_cast<int>(sizeof(Chunk));
 #pragma unroll 1
       for (int token = 0; token < m; ++token) {
-        const float mean = __shfl_sync(0xffffffffU, own.mean, token);
-        const float inverse = __shfl_sync(0xffffffffU, own.inverse, token);
-        if (exists) {
-          Chunk chunk = load_chunk(place);
+        const NormLine line{__shfl_sync(0xffffffffU, own.start, token),
+                            __shfl_sync(0xffffffffU, own.inverse, token)};
+        const float pivot = centres ? pivot_of(token) : 0.0F;
+        if (chunk < chunks_) {
           float x[kChunk];
-          numbers_of(chunk, x);
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) {
-            round_to_element(fmaf((x[i] - mean) * inverse, scale_[i], shift_[i]), chunk.element[i]);
-          }
-          store_chunk(place, chunk);
+          differences_of(load_chunk(place), pivot, k_ - first_ - chunk * kChunk, x);
+          store_normalised(line, x, place);
         }
         place += token_bytes_;
       }
@@ -124,7 +132,8 @@ class InputStage {
 
  private:
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kWarpCols = 32 * kChunk;  // that a warp copies at once
+  static constexpr int kSamples = 3;  // of a row
+  static_assert(kNormTokens * kSamples <= 32);
 
   struct alignas(16) Chunk {
     Element element[kChunk];
@@ -179,59 +188,79 @@ class InputStage {
     }
   }
 
-  /// What NormShared tells of this warp's columns of a token.
-  __device__ float4 part_of(int token, bool centres) const {
-    float sum = 0.0F;
-    float squares = 0.0F;
-    float pivot = 0.0F;
-    std::uint32_t place = staged_ + token * token_bytes_;
-    for (int first = thread() - lane(); first < chunks_; first += kThreads) {
-      const bool exists = first + lane() < chunks_;
-      float x[kChunk] = {};
-      if (exists) {
-        numbers_of(load_chunk(place), x);
-      }
-      place += kThreads * static_cast<int>(sizeof(Chunk));
-      if (centres) {
-        if (first < kThreads) {
-          pivot = middle_of(x[0], min(31, chunks_ - 1 - first));
-        }
-        subtract(exists ? pivot : 0.0F, first, x);
-      }
-      add_moments(x, sum, squares);
+  /// The same of the one token whose columns copy() has kept.
+  __device__ void normalise_kept(bool centres, NormShared<kWarps>& shared) {
+    const float pivot = centres ? middle_of(samples_[0], samples_[1], samples_[2]) : 0.0F;
+    Chunk chunk;
+    memcpy(&chunk, &kept_, sizeof(Chunk));
+    float x[kChunk];
+    differences_of(chunk, pivot, bytes_, x);
+    Differences own{0.0F, 0.0F};
+    add_differences(x, own);
+    tell(0, warp_sums(centres, own), shared);
+    __syncthreads();
+    const NormLine line = line_of(args_.norm, /*m=*/1, /*split=*/1, inverse_k_, shared);
+    if (thread() < chunks_) {
+      store_normalised(line, x, staged_);
     }
-    return warp_part(centres, pivot, sum, squares, cols_, inverse_cols_);
   }
 
-  /// The middle one of three lanes' numbers, of lanes up to `last`: one number may be an outlier.
-  __device__ static float middle_of(float own, int last) {
-    const float a = __shfl_sync(0xffffffffU, own, 0);
-    const float b = __shfl_sync(0xffffffffU, own, last / 2);
-    const float c = __shfl_sync(0xffffffffU, own, last);
-    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+  /// Three numbers of a row that is kept; else one of those of all rows, a lane each.
+  __device__ void load_samples() {
+    const auto* input = static_cast<const Element*>(args_.input);
+    const auto column = [&](int sample) { return sample == 0 ? 0 : sample == 1 ? k_ / 2 : k_ - 1; };
+    if (keeps_) {
+#pragma unroll
+      for (int i = 0; i < kSamples; ++i) {
+        samples_[i] = number_of(input[column(i)]);
+      }
+    } else {
+      const int token = lane() / kSamples;
+      samples_[0] = number_of(
+          input[(token < args_.m ? token : 0) * args_.input_stride + column(lane() % kSamples)]);
+    }
+  }
+  __device__ float pivot_of(int token) const {
+    float samples[kSamples];
+#pragma unroll
+    for (int i = 0; i < kSamples; ++i) {
+      samples[i] = __shfl_sync(0xffffffffU, samples_[0], token * kSamples + i);
+    }
+    return middle_of(samples[0], samples[1], samples[2]);
   }
 
-  /// Takes the pivot from columns that exist; those behind the last are 0 and stay it.
-  __device__ void subtract(float pivot, int first_chunk, float (&x)[kChunk]) const {
-    const int first = first_ + first_chunk * kChunk;
-    if (first + kWarpCols <= k_) {
+  /// Differences from the pivot of the first `exist` numbers, zeros behind them.
+  __device__ static void differences_of(const Chunk& chunk, float pivot, int exist,
+                                        float (&x)[kChunk]) {
+    if (exist >= kChunk) [[likely]] {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        x[i] -= pivot;
+        x[i] = number_of(chunk.element[i]) - pivot;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        x[i] -= first + lane() * kChunk + i < k_ ? pivot : 0.0F;
+        x[i] = i < exist ? number_of(chunk.element[i]) - pivot : 0.0F;
       }
     }
   }
 
-  __device__ static void numbers_of(const Chunk& chunk, float (&x)[kChunk]) {
+  /// Tells the block what a row's columns of this warp sum up to.
+  __device__ static void tell(int token, const Differences& sums, NormShared<kWarps>& shared) {
+    if (lane() == 0) {
+      shared.parts[token][thread() / 32] = sums;
+    }
+  }
+
+  __device__ void store_normalised(const NormLine& line, const float (&x)[kChunk],
+                                   std::uint32_t place) const {
+    Chunk chunk;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      x[i] = number_of(chunk.element[i]);
+      round_to_element(fmaf(fmaf(x[i], line.inverse, line.start), scale_[i], shift_[i]),
+                       chunk.element[i]);
     }
+    store_chunk(place, chunk);
   }
 
   /// Brings what load_norm(chunk) will read near.
@@ -271,15 +300,15 @@ class InputStage {
   int chunks_;
   int token_bytes_;  ///< in shared memory
   bool whole_;
+  bool keeps_;  ///< the only token in registers:
+  uint4 kept_;
+  float samples_[kSamples];
   // of this thread's first chunk
   int bytes_;  ///< 0: zeros
   const Element* source_;
   std::uint32_t staged_;
   float scale_[kChunk] = {};
   float shift_[kChunk] = {};
-  // of the warp's columns and the row's
-  float cols_ = 0.0F;
-  float inverse_cols_ = 0.0F;
   float inverse_k_ = 0.0F;
 };
 

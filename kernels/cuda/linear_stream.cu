@@ -198,11 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         wait_for_cluster();  // the barriers of all blocks have been made
       }
       if (normalises) {
-        const auto cols_of = [&](int of_rank) {
-          const int first = slice_begin(of_rank) * kBlockCols;
-          return min(slice_begin(of_rank + 1) * kBlockCols, static_cast<int>(layout.k)) - first;
-        };
-        stage.normalise(plan.split, rank, cols_of, norm_shared);
+        stage.normalise(plan.split, norm_shared);
       }
       __syncthreads();
     }

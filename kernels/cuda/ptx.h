@@ -24,8 +24,8 @@ __device__ void compute_now(const Element*& pointer) {
 }
 
 /// The same for four registers that the compiler would make behind such a wait, since nothing
-/// before it needs them. As far as it knows something does: a multiprocessor of no such number would
-/// store them.
+/// before it needs them. As far as it knows something does: a multiprocessor of no such number
+/// would store them.
 __device__ inline void need_now(const std::uint32_t (&registers)[4]) {
   std::uint32_t multiprocessor;
   asm("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
@@ -66,6 +66,16 @@ __device__ inline uint4 load_shared_quad(std::uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "r"(address)
+               : "memory");
+  return value;
+}
+
+/// From global memory; what other kernels wrote while this one ran may be read.
+__device__ inline uint4 load_global_quad(const void* source) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source)
                : "memory");
   return value;
 }
