@@ -94,9 +94,10 @@ class InputStage {
       return;
     }
     const int m = static_cast<int>(args_.m);
+    const float own_pivot = centres ? pivot_of_row() : 0.0F;
 #pragma unroll 1
     for (int token = 0; token < m; ++token) {
-      const float pivot = centres ? pivot_of(token) : 0.0F;
+      const float pivot = __shfl_sync(0xffffffffU, own_pivot, token);
       Differences own{0.0F, 0.0F};
       std::uint32_t place = staged_ + token * token_bytes_;
       for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
@@ -119,7 +120,7 @@ class InputStage {
       for (int token = 0; token < m; ++token) {
         const NormLine line{__shfl_sync(0xffffffffU, own.start, token),
                             __shfl_sync(0xffffffffU, own.inverse, token)};
-        const float pivot = centres ? pivot_of(token) : 0.0F;
+        const float pivot = __shfl_sync(0xffffffffU, own_pivot, token);
         if (chunk < chunks_) {
           float x[kChunk];
           differences_of(load_chunk(place), pivot, k_ - first_ - chunk * kChunk, x);
@@ -220,11 +221,13 @@ class InputStage {
           input[(token < args_.m ? token : 0) * args_.input_stride + column(lane() % kSamples)]);
     }
   }
-  __device__ float pivot_of(int token) const {
+  /// Lane i gets the pivot of row i.
+  __device__ float pivot_of_row() const {
+    const int first = min(lane(), kNormTokens - 1) * kSamples;
     float samples[kSamples];
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) {
-      samples[i] = __shfl_sync(0xffffffffU, samples_[0], token * kSamples + i);
+      samples[i] = __shfl_sync(0xffffffffU, samples_[0], first + i);
     }
     return middle_of(samples[0], samples[1], samples[2]);
   }
