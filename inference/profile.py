@@ -111,7 +111,7 @@ def table(kernels: list[KernelTime], step_time: float, bandwidth: float) -> str:
             f"{rate / bandwidth:8.1%}"
         )
     counted = sum(kernel.microseconds for kernel in kernels)
-    lines.append(f"{'between steps (inputs, tokens)':34} {'':5} {step_time - counted:9.1f}")
+    lines.append(f"{'between steps (tokens)':34} {'':5} {step_time - counted:9.1f}")
     lines.append(f"{'step':34} {'':5} {step_time:9.1f}")
     lines.append(f"read bandwidth of this GPU: {bandwidth:.2f} TB/s")
     return "\n".join(lines)

@@ -170,7 +170,8 @@ struct DeviceAttentionArgs {
   DType dtype = DType::kFloat16;  ///< of query, packed rows and output
   /// Reads sequences, page_table, and keys and values of past tokens before the kernels ahead in
   /// the stream have ended. Only if none of those that may still run writes them: the step before
-  /// wrote them, and this one began when that had ended (a graph's launch does).
+  /// wrote them, and this one began when that had ended (a graph's launch does), or kernels ahead
+  /// of one that lets others begin only when these have ended (`embedding`).
   bool past_is_ready = false;
 };
 

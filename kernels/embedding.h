@@ -65,8 +65,8 @@ struct DeviceEmbeddingArgs {
 };
 
 namespace cuda {
-/// The kernel behind it begins when those ahead of it have ended: it may read what they wrote
-/// before it waits.
+/// The kernel behind it begins only when those ahead have ended, and may read what they wrote
+/// without a wait of its own. (Not where num_tokens is 0: then nothing is launched.)
 /// @throws moq::Error if a size, a dtype or the number of lookups is out of range, or the launch
 ///         fails.
 void embedding(const DeviceEmbeddingArgs& args, CUstream_st* stream);

@@ -8,7 +8,8 @@ namespace moq::kernels::cuda {
 
 /// Copies a little to a GPU by a kernel that reads the host's memory itself. In a CUDA graph it
 /// lets the kernel behind it begin early, and costs less than a copy by the copy engine does. The
-/// host's memory is page-locked and read when the kernel runs, `to` the device's.
+/// host's memory is page-locked. It is read before the kernels ahead in the stream have ended, none
+/// of which may write it, and stays as it is until this one has. `to` is the device's.
 /// @throws moq::Error if an address or bytes is not a multiple of 16, for a null pointer to
 ///         something non-empty, for memory of the host that is not page-locked, or if the launch
 ///         fails.

@@ -109,7 +109,7 @@ __device__ inline float middle_of(float a, float b, float c) {
   return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
 }
 
-/// Adds those of a lane's differences.
+/// Adds a lane's differences, and their squares, to its totals.
 __device__ inline void add_differences(const float (&x)[kChunk], Differences& total) {
   float sums[kChunk / 2];
   float products[kChunk / 2];
@@ -136,8 +136,8 @@ __device__ inline Differences warp_sums(bool centres, Differences own) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-/// Of whole rows, from those of the columns of each block of a cluster: lane i of a warp gets those
-/// of row i < m. All blocks wait_for_cluster() before they end.
+/// Differences of whole rows, from those of the columns of each block of a cluster: lane i of a
+/// warp gets those of row i < m. All blocks wait_for_cluster() before they end.
 __device__ inline Differences sum_over_cluster(int m, int split, const Differences* sums) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Differences own{0.0F, 0.0F};
@@ -162,6 +162,7 @@ template <int kWarps>
 __device__ NormLine line_of(const DeviceNorm& norm, int m, int split, float inverse_k,
                             NormShared<kWarps>& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  static_assert(kWarps % 2 == 0, "parts are read two by two");
   float sums[kWarps];
   float squares[kWarps];
 #pragma unroll

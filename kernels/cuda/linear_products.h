@@ -75,7 +75,8 @@ class Products {
  private:
   static constexpr int kInputBytes = kBlockCols * 2;
 
-  /// Of so many blocks: a lane's weights, and the input as B fragments of 8 columns each.
+  /// Of so many blocks: a lane's weights, and the input as matrices of 8 columns, two of which are
+  /// a B fragment.
   template <int kBlocks>
   struct Operands {
     static constexpr int kMatrices = kBlocks * kBlockCols / 8;

@@ -50,7 +50,7 @@ class InputStage {
       kept_ = bytes_ > 0 ? load_global_quad(source_) : uint4{0, 0, 0, 0};
     }
     if (args_.norm.kind == NormKind::kLayerNorm) {
-      load_samples();
+      load_samples();  // behind the columns, which more waits for
     }
     if (keeps_) {
       return;
@@ -86,7 +86,9 @@ class InputStage {
   /// if it has several) call this when their own copies are there.
   ///
   /// A row's statistics are those of differences from a pivot, the middle one of three of its
-  /// numbers: neither a large mean nor an outlier drowns the variance. An RMS norm's are about 0.
+  /// numbers: neither a large mean nor an outlier drowns the variance. (Where two of the three are
+  /// outliers, it is off by up to k / 2 units in the last place of float32.) An RMS norm's are
+  /// about 0.
   __device__ void normalise(int split, NormShared<kWarps>& shared) {
     const bool centres = args_.norm.kind == NormKind::kLayerNorm;
     if (keeps_) {
@@ -189,13 +191,13 @@ class InputStage {
     }
   }
 
-  /// The same of the one token whose columns copy() has kept.
+  /// normalise() of the one token whose columns copy() has kept.
   __device__ void normalise_kept(bool centres, NormShared<kWarps>& shared) {
     const float pivot = centres ? middle_of(samples_[0], samples_[1], samples_[2]) : 0.0F;
     Chunk chunk;
     memcpy(&chunk, &kept_, sizeof(Chunk));
     float x[kChunk];
-    differences_of(chunk, pivot, bytes_, x);
+    differences_of(chunk, pivot, bytes_, x);  // (all exist, or none)
     Differences own{0.0F, 0.0F};
     add_differences(x, own);
     tell(0, warp_sums(centres, own), shared);
@@ -303,9 +305,9 @@ class InputStage {
   int chunks_;
   int token_bytes_;  ///< in shared memory
   bool whole_;
-  bool keeps_;  ///< the only token in registers:
-  uint4 kept_;
-  float samples_[kSamples];
+  bool keeps_;  ///< the only token's columns, of which the block has all, in registers:
+  uint4 kept_;  ///< a chunk of them
+  float samples_[kSamples];  ///< of that token; else the first is the lane's, see pivot_of_row
   // of this thread's first chunk
   int bytes_;  ///< 0: zeros
   const Element* source_;

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (clustered && normalises) {
-    wait_for_cluster();  // nobody leaves while others read its moments
+    wait_for_cluster();  // nobody leaves while others read its sums
   }
 #endif
 }

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     auto* results =
         reinterpret_cast<float*>(shared + T::kResultsOffset + consumer * T::kResultBytes);
     if (!T::kFirstApart || !args.weight_is_ready) {
-      wait_for_previous_kernels();
+      wait_for_previous_kernels();  // (else only the weight is read until begin() has)
     }
     WgmmaSlot<T> slot;
     for (int index = first_tile; index < walk.row_tiles * walk.token_tiles;

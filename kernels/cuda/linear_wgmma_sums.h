@@ -83,7 +83,7 @@ struct WgmmaSums {
   __device__ __forceinline__ float result(int i) const { return sums[i]; }
 
   /// Makes the registers of the first step, which lies at `slot` of the ring. row_block: the
-  /// warp's, of the tile.
+  /// warp's, of the tile. Where T::kFirstApart, once in a block's life.
   __device__ __forceinline__ void begin(const WgmmaRing<T>& ring, const WgmmaSlot<T>& slot,
                                         int row_block, const std::uint32_t (&zero)[2]) {
     if constexpr (T::kFirstApart) {

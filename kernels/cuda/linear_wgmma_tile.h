@@ -79,6 +79,7 @@ struct WgmmaTileOf : A {
   static constexpr int kBarriersOffset = kGridsOffset + kStages * kGridsBytes;
   static constexpr int kBlockShared = kBarriersOffset + kBarrierBytes;
   static_assert(kStageBytes % 1024 == 0 && kGridBytes % 128 == 0 && kStages >= 3);
+  static_assert(kInterleave <= kMaxInterleave);
 };
 
 /// The next weight, which blocks bring to the L2 cache, a share each. Plain data.

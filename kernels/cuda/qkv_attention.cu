@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     return;
   }
   if (!args.weight_is_ready) {
-    wait_for_previous_kernels();
+    wait_for_previous_kernels();  // (else only the weight and the bias are read until the next)
   }
   if (kind == 0 && threadIdx.x == 0) {
     expect_bytes(received, 2 * tiles * kHeadTokens * kHeadDim * static_cast<int>(sizeof(Element)));

@@ -44,7 +44,7 @@ struct HeadTile
   static constexpr int kKeysOffset = kStages * Base::kStageBytes;
   static constexpr int kBarriersOffset = kKeysOffset + kKeyBytes;
   static constexpr int kBlockShared = kBarriersOffset + Base::kBarrierBytes;
-  static_assert(kStages >= 3 && kTileBytes <= Base::kStageBytes);
+  static_assert(kStages >= 3 && kTileBytes <= Base::kStageBytes && kInterleave <= kMaxInterleave);
 
   /// What the second warpgroup hands to the first, four numbers a thread and row, lies in stages
   /// that only the second reads: every second one, from the second on.

@@ -173,26 +173,27 @@ kernels::DeviceAttentionArgs CudaTransformer::attention_over(const kernels::Devi
   const std::int64_t dim = spec_.head_dim;
   const auto element = static_cast<std::int64_t>(size_of(dtype_));
   auto* const q = static_cast<const char*>(workspace_.qkv);
-  kernels::DeviceAttentionArgs args{
-      .query = q,
-      .query_stride = row_width,
-      .pages = pages,
-      .packed_keys = q + q_heads() * dim * element,
-      .packed_values = q + (q_heads() + kv_heads()) * dim * element,
-      .packed_stride = row_width,
-      .sequences = step.inputs.sequences() + step.num_decoding,
-      .num_sequences = step.num_longer,
-      .max_tokens = step.max_tokens,
-      .num_heads = q_heads(),
-      .num_kv_heads = kv_heads(),
-      .head_dim = dim,
-      .causal = spec_.attention == AttentionKind::kCausal,
-      .scale = 1.0F / std::sqrt(static_cast<float>(dim)),
-      .alibi_slopes = device_weights_.alibi_slopes,
-      .output = workspace_.attended,
-      .output_stride = q_heads() * dim,
-      .dtype = dtype_,
-      .past_is_ready = true};  // the step before has ended: begin_step waits for it
+  kernels::DeviceAttentionArgs args{.query = q,
+                                    .query_stride = row_width,
+                                    .pages = pages,
+                                    .packed_keys = q + q_heads() * dim * element,
+                                    .packed_values = q + (q_heads() + kv_heads()) * dim * element,
+                                    .packed_stride = row_width,
+                                    .sequences = step.inputs.sequences() + step.num_decoding,
+                                    .num_sequences = step.num_longer,
+                                    .max_tokens = step.max_tokens,
+                                    .num_heads = q_heads(),
+                                    .num_kv_heads = kv_heads(),
+                                    .head_dim = dim,
+                                    .causal = spec_.attention == AttentionKind::kCausal,
+                                    .scale = 1.0F / std::sqrt(static_cast<float>(dim)),
+                                    .alibi_slopes = device_weights_.alibi_slopes,
+                                    .output = workspace_.attended,
+                                    .output_stride = q_heads() * dim,
+                                    .dtype = dtype_,
+                                    // The step before, which wrote keys, has ended: begin_step
+                                    // waits for it. Sequences: see send().
+                                    .past_is_ready = true};
   if (step.cache != nullptr) {
     args.page_table = step.cache->page_table();
     args.page_table_stride = step.cache->page_table_stride();

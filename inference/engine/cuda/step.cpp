@@ -107,8 +107,8 @@ StepGraph* CudaTransformer::forward_graph(const TokenBatch& batch) {
   return &graph_of(key);
 }
 
-/// Attention reads `sequences` before it waits for the kernels ahead: embed() or a step's one
-/// kernel comes between, and lets nothing begin until the inputs are there.
+/// Attention reads `sequences` before it waits for the kernels ahead. embed() always comes between,
+/// and lets nothing begin until the inputs are there.
 void CudaTransformer::send(const StepInputs& inputs) {
   launch("inputs", 1, inputs.bytes(), 0, [&] { inputs.send(stream_); });
 }

@@ -1,6 +1,7 @@
 #include "inference/engine/cuda/step_inputs.h"
 
 #include <ATen/ops/zeros.h>
+
 #include <algorithm>
 
 #include "inference/engine/cuda/device_memory.h"

@@ -8,7 +8,9 @@
 
 #if defined(MOQ_WITH_CUDA)
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -105,19 +107,23 @@ TEST_P(LinearCudaRegions, NormalisesItsInput) {
   if (!cuda::linear_takes_norm(m())) {
     return;
   }
-  for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{16, 1},
-                             {19, 31},
-                             {50, 1600},
-                             {33, 2056},
-                             {8, 4099}}) {
+  struct Size {
+    std::int64_t n;
+    std::int64_t k;
+    bool aligned;
+  };
+  // (Aligned, one token of up to 2048 columns is normalised from registers.)
+  for (const auto& [n, k, aligned] :
+       {Size{16, 1, false}, Size{19, 31, false}, Size{50, 1600, false}, Size{24, 8, true},
+        Size{33, 1600, true}, Size{33, 2048, true}, Size{33, 2056, true}, Size{8, 4099, false}}) {
     for (const bool rms : {false, true}) {
       LinearProblem own = problem(n, k);
       for (float& x : own.input) {
         x = 0.5F * x + 3.0F;  // a mean beside which the deviations are small
       }
       expect_close(multiply(own, {.dtype = dtype(),
-                                  .padding = k == 2056 ? 8 : 3,
-                                  .offset = k == 2056 ? 0 : 1,
+                                  .padding = aligned ? 8 : 3,
+                                  .offset = aligned ? 0 : 1,
                                   .weight_is_ready = true,
                                   .norm = rms ? NormKind::kRmsNorm : NormKind::kLayerNorm,
                                   .norm_bias = !rms}));
@@ -219,7 +225,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
   MOQ_SKIP_WITHOUT_GPU();
-  for (const std::int64_t k : {320, 4256, 6160}) {
+  for (const std::int64_t k : {320, 1600, 2048, 4256, 6160}) {
     const LinearProblem many = LinearProblem::random(8, 75, k);
     LinearProblem one = many;
     one.m = 1;
@@ -235,13 +241,41 @@ TEST(LinearCudaNorm, ATokenGivesTheSameBitsAmongUpToEight) {
 
 TEST(LinearCudaNorm, AnOutlierDoesNotSpoilTheVariance) {
   MOQ_SKIP_WITHOUT_GPU();
-  for (const std::int64_t k : {320, 4256, 8200}) {
-    for (const std::int64_t place : {std::int64_t{0}, std::int64_t{9}, k - 1}) {
-      LinearProblem problem = LinearProblem::random(2, 75, k);
-      for (std::int64_t i = 0; i < problem.m; ++i) {
-        problem.input[i * k + place] = 300.0F;
+  for (const std::int64_t k : {320, 1600, 4256, 8200}) {
+    for (const std::int64_t place : {std::int64_t{0}, std::int64_t{9}, k / 2, k - 1}) {
+      for (const std::int64_t m : {1, 2}) {
+        LinearProblem problem = LinearProblem::random(m, 75, k);
+        for (std::int64_t i = 0; i < problem.m; ++i) {
+          problem.input[i * k + place] = 300.0F;
+        }
+        expect_close(multiply(problem, {.norm = NormKind::kLayerNorm}));
       }
-      expect_close(multiply(problem, {.norm = NormKind::kLayerNorm}));
+    }
+  }
+}
+
+/// What is no number stays in its row.
+TEST(LinearCudaNorm, ANanOrAnInfinityFillsItsRowAlone) {
+  MOQ_SKIP_WITHOUT_GPU();
+  constexpr std::int64_t kN = 75;
+  for (const std::int64_t k : {320, 1600, 4256}) {
+    for (const float odd :
+         {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      for (const NormKind norm : {NormKind::kLayerNorm, NormKind::kRmsNorm}) {
+        LinearProblem problem = LinearProblem::random(2, kN, k);
+        const std::vector<float> before = multiply(problem, {.norm = norm}).output;
+        problem.input[static_cast<std::size_t>(k / 2)] = odd;
+        const std::vector<float> both = multiply(problem, {.norm = norm}).output;
+        EXPECT_TRUE(std::all_of(both.begin(), both.begin() + kN,
+                                [](float value) { return std::isnan(value); }));
+        EXPECT_EQ(std::vector<float>(both.begin() + kN, both.begin() + 2 * kN),
+                  std::vector<float>(before.begin() + kN, before.begin() + 2 * kN));
+        problem.m = 1;
+        problem.input.resize(static_cast<std::size_t>(k));
+        const std::vector<float> alone = multiply(problem, {.norm = norm}).output;
+        EXPECT_TRUE(std::all_of(alone.begin(), alone.begin() + kN,
+                                [](float value) { return std::isnan(value); }));
+      }
     }
   }
 }
