@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "tests/cpp/kernels/linear_cuda_problem.h"
+#include "tests/cpp/kernels/written_late.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -250,6 +251,25 @@ TEST(LinearCudaNorm, AnOutlierDoesNotSpoilTheVariance) {
         }
         expect_close(multiply(problem, {.norm = NormKind::kLayerNorm}));
       }
+    }
+  }
+}
+
+TEST(LinearCudaNorm, WaitsForWhatKernelsAheadWrite) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const std::int64_t m : {1, 2}) {
+    for (const std::int64_t k : {320, 1600, 4256}) {
+      const LinearProblem problem = LinearProblem::random(m, 80, k);
+      const LinearCudaProblem own(
+          problem, {.residual = true, .weight_is_ready = true, .norm = NormKind::kLayerNorm});
+      expect_close(own.run([&](const DeviceLinearArgs& args) {
+        const WrittenLate input(args.input, args.m * args.input_stride * 2);
+        const WrittenLate residual(args.residual, args.m * args.residual_stride * 2);
+        input.write();
+        residual.write();
+        cuda::linear(args, nullptr);
+        MOQ_CUDA_CHECK(cudaDeviceSynchronize());
+      }));
     }
   }
 }

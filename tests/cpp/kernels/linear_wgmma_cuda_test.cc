@@ -11,11 +11,11 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/cuda/host_copy.h"
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 #include "tests/cpp/kernels/linear_tiled_axes.h"
+#include "tests/cpp/kernels/written_late.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -151,23 +151,6 @@ INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
                          ::testing::Combine(kHalfDTypes, ::testing::Values<std::int64_t>(0, 32)));
 
 // ---- behind a kernel that lets it begin early
-
-/// Fills device memory late, by a kernel that others overlap with.
-class WrittenLate {
- public:
-  WrittenLate(const void* device, std::int64_t bytes)
-      : device_(const_cast<void*>(device)), host_(static_cast<std::size_t>(bytes)) {
-    MOQ_CUDA_CHECK(cudaMemcpy(host_.data(), device_, size(), cudaMemcpyDeviceToHost));
-    MOQ_CUDA_CHECK(cudaMemset(device_, 0xff, size()));  // NaN
-  }
-  void write() const { cuda::copy_from_host(device_, host_.data(), size(), nullptr); }
-
- private:
-  std::size_t size() const { return host_.elements().size(); }
-
-  void* device_;
-  Pinned<std::byte> host_;
-};
 
 class LinearWgmmaCudaChain : public ::testing::TestWithParam<WeightFormat> {
   void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
