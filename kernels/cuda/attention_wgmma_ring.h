@@ -107,10 +107,10 @@ __device__ __forceinline__ void clear_padding(const WideRing<Sizes>& ring, int h
     for (int i = static_cast<int>(threadIdx.x); i < 2 * Sizes::kStages * Sizes::kKeys;
          i += Sizes::kThreads) {
       const int row = i % Sizes::kKeys;
-      store_lane(ring.tile(0, 0) + i / Sizes::kKeys * Sizes::kTileBytes +
-                     chunk / kChunks * Sizes::kKeys * kBlockRowBytes + row * kBlockRowBytes +
-                     swizzle64(row, chunk % kChunks) * 16,
-                 uint4{});
+      store_shared_quad(ring.tile(0, 0) + i / Sizes::kKeys * Sizes::kTileBytes +
+                            chunk / kChunks * Sizes::kKeys * kBlockRowBytes + row * kBlockRowBytes +
+                            swizzle64(row, chunk % kChunks) * 16,
+                        uint4{});
     }
   }
 }

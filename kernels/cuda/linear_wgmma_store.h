@@ -186,7 +186,7 @@ class WgmmaStore {
     uint4 chunks[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      chunks[i] = load_lane(place + own_chunk() + i * kTokenStep * kTokenBytes);
+      chunks[i] = load_shared_quad(place + own_chunk() + i * kTokenStep * kTokenBytes);
     }
     if (cache_rows_ != nullptr) {
 #pragma unroll
@@ -254,7 +254,8 @@ class WgmmaStore {
   __device__ __forceinline__ void add_residual(float (&values)[kValues], int part) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      store_lane(place_of_part(part) + own_chunk() + i * kTokenStep * kTokenBytes, added_[i]);
+      store_shared_quad(place_of_part(part) + own_chunk() + i * kTokenStep * kTokenBytes,
+                        added_[i]);
     }
     if (part + 1 < kParts) {
       load_residual(part + 1);

@@ -40,7 +40,7 @@ struct WgmmaWeights {
         (row_block * T::kStepBlocks + half * T::kElementBytes) * kBlockBytes;
 #pragma unroll
     for (int i = 0; i < T::kElementBytes; ++i) {
-      bytes[i] = load_lane(blocks + i * kBlockBytes);
+      bytes[i] = load_shared_quad(blocks + i * kBlockBytes);
     }
   }
 

@@ -206,19 +206,6 @@ __device__ inline void load_transposed(std::uint32_t address, std::uint32_t (&wo
                : "r"(address)
                : "memory");
 }
-__device__ inline uint4 load_lane(std::uint32_t address) {
-  uint4 bytes;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
-               : "r"(address)
-               : "memory");
-  return bytes;
-}
-__device__ inline void store_lane(std::uint32_t address, const uint4& bytes) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(bytes.x), "r"(bytes.y),
-               "r"(bytes.z), "r"(bytes.w)
-               : "memory");
-}
 
 /// A barrier of kThreads threads by its number, 1 to 15.
 template <int kThreads>
