@@ -2,19 +2,16 @@
 // what is in the cache against what is in the rows, bit for bit.
 #include <gtest/gtest.h>
 
-#include "kernels/attention.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <cmath>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "kernels/attention.h"
 #include "kernels/common/check.h"
 #include "kernels/quant_grid.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
 namespace moq::kernels::testing {
@@ -277,5 +274,3 @@ TEST_F(AppendKvCudaTest, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

@@ -2,20 +2,17 @@
 // queries on compute capability 9.0 has tests of its own in attention_wgmma_cuda_test.cc.
 #include <gtest/gtest.h>
 
-#include "kernels/attention.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "kernels/attention.h"
 #include "kernels/common/check.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/attention_cuda_problem.h"
+#include "tests/cpp/kernels/device.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -226,5 +223,3 @@ TEST_F(AttentionCudaTest, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

@@ -2,19 +2,16 @@
 // mostly leave to others: whatever rows, heads and dimensions it may get.
 #include <gtest/gtest.h>
 
-#include "kernels/attention.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "kernels/attention.h"
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/device.h"
 #include "tests/cpp/kernels/attention_cuda_problem.h"
+#include "tests/cpp/kernels/device.h"
 
 #define MOQ_SKIP_WITHOUT_WIDE_ATTENTION(ARGS)                                   \
   do {                                                                          \
@@ -185,5 +182,3 @@ TEST_F(AttentionWgmmaCudaTest, IsNotForEveryRow) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

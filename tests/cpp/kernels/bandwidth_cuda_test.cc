@@ -1,10 +1,7 @@
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <random>
 
 #include "kernels/cuda/bandwidth.h"
+#include "tests/cpp/kernels/device.h"
 
 namespace moq::kernels::cuda {
 namespace {
@@ -62,5 +59,3 @@ TEST(BandwidthCuda, RefusesPartialPairsAndNothing) {
 
 }  // namespace
 }  // namespace moq::kernels::cuda
-
-#endif

@@ -2,16 +2,13 @@
 // projection each, whose error it must not exceed by a factor of two.
 #include <gtest/gtest.h>
 
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <functional>
 #include <limits>
 #include <string>
 
 #include "kernels/common/check.h"
 #include "tests/cpp/kernels/decode_step_problem.h"
+#include "tests/cpp/kernels/device.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -315,5 +312,3 @@ TEST(DecodeStepSupportTest, BadLayersAreErrors) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

@@ -1,8 +1,6 @@
 // How the rows of a decode step's projections are dealt to thread blocks, without a GPU.
 #include <gtest/gtest.h>
 
-#if defined(MOQ_WITH_CUDA)
-
 #include "kernels/cuda/decode_step_plan.h"
 
 namespace moq::kernels::cuda::step {
@@ -59,5 +57,3 @@ TEST(DecodeStepPlanTest, HasBlocksForAllPartsOfAllHeadsAndNoMoreThanMultiprocess
 
 }  // namespace
 }  // namespace moq::kernels::cuda::step
-
-#endif

@@ -2,10 +2,6 @@
 // that follow each other, fail, or move to another stream.
 #include <gtest/gtest.h>
 
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <functional>
 #include <map>
@@ -14,6 +10,7 @@
 
 #include "kernels/common/check.h"
 #include "tests/cpp/kernels/decode_step_problem.h"
+#include "tests/cpp/kernels/device.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -272,5 +269,3 @@ TEST(DecodeStepFailureTest, AStepThatCannotGoOnEndsAndTheNextIsRefused) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

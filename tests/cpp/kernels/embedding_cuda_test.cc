@@ -1,18 +1,15 @@
 // Sums of table rows on a GPU: the same float32 sums as in this file, rounded once.
 #include <gtest/gtest.h>
 
-#include "kernels/embedding.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <array>
 #include <list>
 #include <string>
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/embedding.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
@@ -169,5 +166,3 @@ TEST_F(EmbeddingCudaArgs, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

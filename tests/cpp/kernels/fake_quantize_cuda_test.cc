@@ -2,25 +2,15 @@
 // CPU's.
 #include <gtest/gtest.h>
 
-#include "kernels/fake_quantize.h"
-
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if !defined(MOQ_WITH_CUDA)
-
-TEST(FakeQuantizeCuda, NeedsABuildWithCuda) {
-  MOQ_SKIP_WITHOUT_GPU();
-}
-
-#else
-
 #include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/fake_quantize.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_on_gpu.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
@@ -368,5 +358,3 @@ TEST(FakeQuantizeCuda, ScalesThatRowsShareWithoutAWorkspaceAreRefused) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

@@ -2,18 +2,6 @@
 // and the bits that they give.
 #include <gtest/gtest.h>
 
-#include "kernels/fake_quantize.h"
-
-#include "tests/cpp/kernels/device.h"
-
-#if !defined(MOQ_WITH_CUDA)
-
-TEST(FakeQuantizeCudaOfVectors, NeedsABuildWithCuda) {
-  MOQ_SKIP_WITHOUT_GPU();
-}
-
-#else
-
 #include <cstddef>
 #include <limits>
 #include <tuple>
@@ -22,6 +10,8 @@ TEST(FakeQuantizeCudaOfVectors, NeedsABuildWithCuda) {
 
 #include "kernels/cuda/fake_quantize_groups.h"
 #include "kernels/cuda/fake_quantize_vectors.h"
+#include "kernels/fake_quantize.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/fake_quantize_axes.h"
 #include "tests/cpp/kernels/fake_quantize_on_gpu.h"
 #include "tests/cpp/kernels/fake_quantize_problem.h"
@@ -378,5 +368,3 @@ TEST(FakeQuantizeCudaOfVectors, MoreVectorsOfEveryKindThanOneLaunchCarriesEqualE
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

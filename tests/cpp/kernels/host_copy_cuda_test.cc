@@ -1,10 +1,5 @@
 #include <gtest/gtest.h>
 
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -14,6 +9,8 @@
 #include "kernels/common/check.h"
 #include "kernels/cuda/host_copy.h"
 #include "kernels/embedding.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -100,5 +97,3 @@ TEST_F(HostCopyCuda, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

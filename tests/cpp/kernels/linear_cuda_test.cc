@@ -2,12 +2,6 @@
 // activations, bad arguments.
 #include <gtest/gtest.h>
 
-#include "kernels/linear.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,6 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/linear.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 
 namespace moq::kernels::testing {
@@ -218,5 +215,3 @@ TEST_F(LinearCudaArgs, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

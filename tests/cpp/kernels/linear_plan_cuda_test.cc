@@ -2,8 +2,6 @@
 // GPU.
 #include <gtest/gtest.h>
 
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 
 #include "kernels/cuda/linear_choice.h"
@@ -162,5 +160,3 @@ TEST(StreamSplit, IsMoreThanAClusterForInputsThatFitNowhere) {
 
 }  // namespace
 }  // namespace moq::kernels::cuda
-
-#endif

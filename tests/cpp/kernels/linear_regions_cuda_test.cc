@@ -2,12 +2,6 @@
 // the norm of the input, scales of rows, gates, float32 results, the projection of q, k and v.
 #include <gtest/gtest.h>
 
-#include "kernels/linear.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,6 +9,9 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/linear.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 #include "tests/cpp/kernels/written_late.h"
 
@@ -371,5 +368,3 @@ TEST(LinearCudaRegionArgs, InconsistentOnesAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

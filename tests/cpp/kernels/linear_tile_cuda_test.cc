@@ -2,16 +2,13 @@
 // block and split over a cluster.
 #include <gtest/gtest.h>
 
-#include "kernels/linear.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <string>
 #include <tuple>
 
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/linear.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 #include "tests/cpp/kernels/linear_tiled_axes.h"
 
@@ -127,5 +124,3 @@ INSTANTIATE_TEST_SUITE_P(Every, LinearTileCudaRegions,
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

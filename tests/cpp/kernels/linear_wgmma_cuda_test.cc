@@ -2,17 +2,14 @@
 // transformer that it computes.
 #include <gtest/gtest.h>
 
-#include "kernels/linear.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels/cuda/linear_choice.h"
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/linear.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_cuda_problem.h"
 #include "tests/cpp/kernels/linear_tiled_axes.h"
 #include "tests/cpp/kernels/written_late.h"
@@ -274,5 +271,3 @@ INSTANTIATE_TEST_SUITE_P(Groups, LinearWgmmaPlan, ::testing::Values<std::int64_t
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

@@ -2,12 +2,6 @@
 // float32 and one rounding; the 8-bit codes against the CPU's, exactly.
 #include <gtest/gtest.h>
 
-#include "kernels/norm.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -18,7 +12,10 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/norm.h"
 #include "kernels/quantize.h"
+#include "tests/cpp/error_of.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
@@ -620,5 +617,3 @@ TEST_F(NormCudaArgs, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

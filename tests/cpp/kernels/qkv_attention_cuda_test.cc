@@ -1,13 +1,6 @@
 // qkv_attention against the definition of attention in float64, over q, k and v of wgmma_linear,
 // which adds up in the same order: to the bit what the kernel keeps in shared memory.
-#include "kernels/qkv_attention.h"
-
 #include <gtest/gtest.h>
-
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
 
 #include <cmath>
 #include <limits>
@@ -19,7 +12,10 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/linear_kernels.h"
+#include "kernels/qkv_attention.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/attention_cuda_problem.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/linear_problem.h"
 #include "tests/cpp/kernels/typed_bytes.h"
 
@@ -456,5 +452,3 @@ TEST_F(QkvAttentionCudaTest, WrongArgumentsAreRefused) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif

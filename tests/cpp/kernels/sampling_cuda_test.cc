@@ -2,12 +2,6 @@
 // distribution function at the same uniform.
 #include <gtest/gtest.h>
 
-#include "kernels/sampling.h"
-#include "tests/cpp/error_of.h"
-#include "tests/cpp/kernels/device.h"
-
-#if defined(MOQ_WITH_CUDA)
-
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -15,7 +9,10 @@
 #include <vector>
 
 #include "kernels/common/check.h"
+#include "kernels/sampling.h"
+#include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/chi_square.h"
+#include "tests/cpp/kernels/device.h"
 #include "tests/cpp/kernels/float_support.h"
 
 namespace moq::kernels::testing {
@@ -379,5 +376,3 @@ TEST_F(SamplingCudaArgs, BadArgumentsAreNamed) {
 
 }  // namespace
 }  // namespace moq::kernels::testing
-
-#endif
