@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const int first_tile = static_cast<int>(cluster_index());
   const WgmmaRing<T> ring{shared_address(shared)};
   if (threadIdx.x == 0) {
-    ring.init(walk.split);
+    ring.init();
+    ring.expect_shares(walk.split);
   }
   __syncthreads();
   if constexpr (T::kSplits) {

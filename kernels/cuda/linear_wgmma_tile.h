@@ -186,8 +186,8 @@ struct WgmmaRing {
   __device__ std::uint32_t first_weights(std::uint32_t stage) const {
     return received(T::kConsumers) + stage * 8;
   }
-  /// split: blocks that share columns.
-  __device__ void init(int split) const {
+  /// Makes the barriers. By one thread, as expect_shares().
+  __device__ void init() const {
     for (int i = 0; i < T::kStages; ++i) {
       init_barrier(full(i), 1);
       init_barrier(empty(i), T::kConsumers * 4);
@@ -199,6 +199,9 @@ struct WgmmaRing {
       init_barrier(first_weights(i), 1);
     }
     publish_barriers();
+  }
+  /// Lets received() await what the other ones of `split` blocks with the same rows send.
+  __device__ void expect_shares(int split) const {
     for (int i = 0; i < T::kConsumers; ++i) {
       expect_bytes(received(i), kGroupRows * T::kTokens * 4 / split * (split - 1));
     }

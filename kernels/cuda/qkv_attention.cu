@@ -42,15 +42,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   const WgmmaRing<T> ring{shared_address(shared)};
   const std::uint32_t received = ring.received(0);  // keys and values
   if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kStages; ++i) {
-      init_barrier(ring.full(i), 1);
-      init_barrier(ring.empty(i), 4);
-    }
-    for (int i = 0; i < T::kInterleave; ++i) {
-      init_barrier(ring.first_weights(i), 1);
-    }
-    init_barrier(received, 1);
-    publish_barriers();
+    ring.init();
   }
   __syncthreads();
   arrive_at_cluster();
