@@ -10,9 +10,11 @@
 
 #include "kernels/attention.h"
 #include "kernels/common/check.h"
+#include "kernels/embedding.h"
 #include "tests/cpp/error_of.h"
 #include "tests/cpp/kernels/attention_cuda_problem.h"
 #include "tests/cpp/kernels/device.h"
+#include "tests/cpp/kernels/written_late.h"
 
 namespace moq::kernels::testing {
 namespace {
@@ -172,6 +174,37 @@ TEST_F(AttentionCudaTest, ACapturedLaunchServesAnyLength) {
     graph.launch();
     batch.expect_exact(batch.read());
   }
+}
+
+/// An embedding lets attention begin when what is ahead of it has ended, so that this may read
+/// before it waits what has been written there: the last of many bytes.
+TEST_F(AttentionCudaTest, ReadsSequencesWrittenAheadOfAnEmbeddingBeforeItWaits) {
+  constexpr std::size_t kAhead = 500'000;  // sequences
+  AttentionBatch batch(
+      {{8, 2}, 64, DType::kFloat16, KeyStorage::kPages, {{1, 900}, {1, 700}, {40, 30}}});
+  std::vector<DeviceSequence> inputs(kAhead + batch.sequences().size());
+  std::ranges::copy(batch.sequences(), inputs.begin() + kAhead);
+  const Buffer inputs_dev(inputs);
+  const WrittenLate late(inputs_dev.data(),
+                         static_cast<std::int64_t>(inputs.size() * sizeof(DeviceSequence)));
+  const Buffer table(std::vector<float>(64));
+  const Buffer rows(std::vector<std::int32_t>(1));
+  const Buffer embedded(64 * sizeof(float));
+  DeviceEmbeddingArgs embedding{.num_lookups = 1,
+                                .output = embedded.data(),
+                                .num_tokens = 1,
+                                .hidden_size = 64,
+                                .dtype = DType::kFloat32};
+  embedding.lookups[0] = {
+      .data = table.data(), .dtype = DType::kFloat32, .rows = rows.as<std::int32_t>()};
+  DeviceAttentionArgs args = batch.args();
+  args.sequences = inputs_dev.as<DeviceSequence>() + kAhead;
+  args.past_is_ready = true;
+  batch.expect_exact(batch.compute([&] {
+    late.write();
+    cuda::embedding(embedding, nullptr);
+    cuda::attention(args, nullptr);
+  }));
 }
 
 TEST_F(AttentionCudaTest, TheSameBitsEveryTime) {

@@ -123,7 +123,8 @@ class CapturedGraph {
     cudaStreamDestroy(stream_);
   }
 
-  void launch() const { MOQ_CUDA_CHECK(cudaGraphLaunch(executable_, stream_)); }
+  void launch() const { launch(stream_); }
+  void launch(cudaStream_t stream) const { MOQ_CUDA_CHECK(cudaGraphLaunch(executable_, stream)); }
 
  private:
   cudaStream_t stream_ = nullptr;

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <list>
 #include <numeric>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -37,39 +40,82 @@ TEST_F(HostCopyCuda, CopiesTheseBytesAndNoOthers) {
   }
 }
 
-/// Each launch copies what the host wrote last.
-TEST_F(HostCopyCuda, KernelsBehindItReadWhatItCopied) {
-  constexpr std::size_t kTokens = 64;
-  constexpr std::size_t kRows = 1000;
-  constexpr std::size_t kHidden = 1024;
-  constexpr std::int32_t kLaunches = 50;
-  std::vector<float> table(kRows * kHidden);
-  for (std::size_t i = 0; i < table.size(); ++i) {
-    table[i] = static_cast<float>(i / kHidden);
+/// Copies rows of a table from the host, and writes these rows.
+class CopiedRows : public HostCopyCuda {
+ protected:
+  static constexpr std::size_t kTokens = 64;
+  static constexpr std::size_t kRows = 1000;
+  static constexpr std::size_t kHidden = 1024;
+
+  void SetUp() override {
+    HostCopyCuda::SetUp();
+    if (IsSkipped()) {
+      return;
+    }
+    std::vector<float> table(kRows * kHidden);
+    for (std::size_t i = 0; i < table.size(); ++i) {
+      table[i] = static_cast<float>(i / kHidden);
+    }
+    table_.emplace(table);
+    rows_.emplace(kTokens * sizeof(std::int32_t));
   }
-  const Buffer numbers(table);
-  const Buffer rows(kTokens * sizeof(std::int32_t));
-  const Buffer output(kTokens * kHidden * sizeof(float));
-  const Pinned<std::int32_t> host(kTokens);
-  const CapturedGraph graph([&](cudaStream_t stream) {
-    cuda::copy_from_host(rows.data(), host.data(), kTokens * sizeof(std::int32_t), stream);
+
+  struct Step {
+    Pinned<std::int32_t> host{kTokens};
+    Buffer output{kTokens * kHidden * sizeof(float)};
+  };
+
+  void enqueue(const Step& step, cudaStream_t stream) const {
+    cuda::copy_from_host(rows_->data(), step.host.data(), kTokens * sizeof(std::int32_t), stream);
     DeviceEmbeddingArgs args{.num_lookups = 1,
-                             .output = output.data(),
+                             .output = step.output.data(),
                              .num_tokens = kTokens,
                              .hidden_size = kHidden,
                              .dtype = DType::kFloat32};
     args.lookups[0] = {
-        .data = numbers.data(), .dtype = DType::kFloat32, .rows = rows.as<std::int32_t>()};
+        .data = table_->data(), .dtype = DType::kFloat32, .rows = rows_->as<std::int32_t>()};
     cuda::embedding(args, stream);
-  });
-  for (std::int32_t i = 0; i < kLaunches; ++i) {
-    std::iota(host.elements().begin(), host.elements().end(), i);
-    graph.launch();
+  }
+
+  /// The rows from `first` on have been written.
+  static void expect_rows(const Step& step, std::int32_t first) {
     std::vector<float> found(kTokens * kHidden);
-    output.copy_to(found);
-    for (std::size_t token = 0; token < kTokens; ++token) {
-      ASSERT_EQ(found[token * kHidden + token], static_cast<float>(i) + static_cast<float>(token));
+    step.output.copy_to(found);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      ASSERT_EQ(found[i], static_cast<float>(first) + static_cast<float>(i / kHidden));
     }
+  }
+
+ private:
+  std::optional<Buffer> table_;
+  std::optional<Buffer> rows_;
+};
+
+/// Each launch copies what the host wrote last.
+TEST_F(CopiedRows, AreThoseThatTheHostWroteLast) {
+  const Step step;
+  const CapturedGraph graph([&](cudaStream_t stream) { enqueue(step, stream); });
+  for (std::int32_t i = 0; i < 50; ++i) {
+    std::iota(step.host.elements().begin(), step.host.elements().end(), i);
+    graph.launch();
+    expect_rows(step, i);
+  }
+}
+
+/// A copy goes where kernels of the graph ahead may still read.
+TEST_F(CopiedRows, AreThoseOfEachOfManyGraphsInAStream) {
+  const std::vector<Step> steps(50);
+  std::list<CapturedGraph> graphs;
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    const std::span<std::int32_t> rows = steps[i].host.elements();
+    std::iota(rows.begin(), rows.end(), static_cast<std::int32_t>(i));
+    graphs.emplace_back([&](cudaStream_t stream) { enqueue(steps[i], stream); });
+  }
+  for (const CapturedGraph& graph : graphs) {
+    graph.launch(nullptr);
+  }
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    expect_rows(steps[i], static_cast<std::int32_t>(i));
   }
 }
 
