@@ -52,13 +52,6 @@ class Ring {
                                         : blocks_;
   }
 
-  /// Makes the barriers, a lane each.
-  __device__ void init(int lane) const {
-    if (lane < num_stages()) {
-      init_barrier(barriers_ + 8 * lane);
-    }
-  }
-
   /// Requests the first stages: the barriers have been made and published. The warp calls this and
   /// what follows together, with the same operands but for grids().
   __device__ void begin() {

@@ -75,6 +75,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = __shfl_sync(0xffffffffU, thread / kWarpSize, 0);  // (known to be the warp's own)
   const int lane = thread % kWarpSize;
+  if (elect_lane()) {  // the lane that will use them: Ring
+#pragma unroll
+    for (int stage = 0; stage < kMaxStages; ++stage) {
+      init_barrier(shared_address(&barriers[warp][stage]));
+    }
+  }
   const int g = lane / 4;
   const int t = lane % 4;
   const int m = static_cast<int>(args.m);
@@ -110,19 +116,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto expect_results = [&](int slot) {
     expect_bytes(shared_address(&received[slot]), plan.turn_results * 4);
   };
-  ring.init(lane);
   if (clustered) {
-    if (thread < kSlots) {
-      init_barrier(shared_address(&received[thread]));
-      init_barrier(shared_address(&taken[thread]), plan.split);
-      expect_results(thread);
+    if (thread == 0) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        init_barrier(shared_address(&received[slot]));
+        init_barrier(shared_address(&taken[slot]), plan.split);
+        expect_results(slot);
+      }
     }
     publish_barriers();
+    arrive_at_cluster();
   } else {
     publish_own_barriers();
-  }
-  if (clustered) {
-    arrive_at_cluster();
   }
   if (!args.weight_is_ready) {
     wait_for_previous_kernels();
