@@ -7,13 +7,15 @@
 
 /// Which kernel multiplies how many tokens by how large a weight. Measured with INT8 weights that
 /// no cache holds, in a CUDA graph: tile_linear on an H100 80GB HBM3 on 2026-11-25, wgmma_linear on
-/// an H200 on 2026-11-26, its tiles of 192 rows or tokens and split ones of 96 tokens on an H100
-/// between the other kernels of an encoder.
+/// an H200 on 2026-11-26, of 16 tokens on 2026-11-28, its tiles of 192 rows or tokens and split
+/// ones of 96 tokens on an H100 between the other kernels of an encoder.
 namespace moq::kernels::cuda {
 
 /// Tokens that stream_linear takes (compute capability 9.0). wgmma_linear takes more (sm_90a), more
 /// than kWideTokens of an input of which several don't fit into a thread block, but not few tokens
-/// times many weights (n * k), which stream_linear and tile_linear read faster.
+/// times many weights (n * k), which stream_linear and tile_linear read faster. (Five to eight
+/// tokens times up to 32 million weights would be 10 to 40 % faster by wgmma_linear, but a token
+/// would not give the same bits alone and among them.)
 constexpr std::int64_t kStreamTokens = 8;
 constexpr std::int64_t kWideTokens = 4;  // fewer stream, which takes longer but overlaps better
 constexpr std::int64_t kTileTokens = 32;
@@ -91,6 +93,12 @@ constexpr WgmmaCost kWgmmaCosts[] = {
     {{WgmmaTile::k64x32, 1}, false, 64, 32, 3.0, 1.7, 0.24, 0.36},
     {{WgmmaTile::k64x32, 2}, false, 64, 32, 3.0, 3.1, 0.24, 0.33},
     {{WgmmaTile::k64x32, 4}, false, 64, 32, 2.4, 2.8, 0.33, 0.33},
+    {{WgmmaTile::k64x16, 2}, false, 64, 16, 3.05, 1.8, 0.25, 0.42},
+    {{WgmmaTile::k64x16, 3}, false, 64, 16, 3.05, 1.8, 0.27, 0.42},
+    {{WgmmaTile::k64x16, 4}, false, 64, 16, 3.05, 1.8, 0.28, 0.42},
+    {{WgmmaTile::k64x16, 5}, false, 64, 16, 3.05, 1.8, 0.30, 0.42},
+    {{WgmmaTile::k64x16, 6}, false, 64, 16, 3.05, 1.8, 0.30, 0.42},
+    {{WgmmaTile::k64x16, 8}, false, 64, 16, 3.05, 1.8, 0.30, 0.42},
     {{WgmmaTile::k128x192, 1}, true, 128, 160, 1.0, 4.5, 0.57, 0.57},
     {{WgmmaTile::k128x128, 1}, true, 128, 128, 1.0, 5.0, 0.45, 0.45},
     {{WgmmaTile::k128x128, 2}, true, 128, 128, 1.0, 5.0, 0.45, 0.45},
@@ -101,6 +109,12 @@ constexpr WgmmaCost kWgmmaCosts[] = {
     {{WgmmaTile::k64x32, 1}, true, 64, 32, 3.0, 1.7, 0.28, 0.42},
     {{WgmmaTile::k64x32, 2}, true, 64, 32, 3.0, 3.1, 0.28, 0.39},
     {{WgmmaTile::k64x32, 4}, true, 64, 32, 2.4, 2.8, 0.39, 0.39},
+    {{WgmmaTile::k64x16, 2}, true, 64, 16, 3.05, 1.8, 0.30, 0.47},
+    {{WgmmaTile::k64x16, 3}, true, 64, 16, 3.05, 1.8, 0.32, 0.47},
+    {{WgmmaTile::k64x16, 4}, true, 64, 16, 3.05, 1.8, 0.33, 0.47},
+    {{WgmmaTile::k64x16, 5}, true, 64, 16, 3.05, 1.8, 0.35, 0.47},
+    {{WgmmaTile::k64x16, 6}, true, 64, 16, 3.05, 1.8, 0.35, 0.47},
+    {{WgmmaTile::k64x16, 8}, true, 64, 16, 3.05, 1.8, 0.35, 0.47},
 };
 // clang-format on
 

@@ -268,6 +268,8 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
       return with(WgmmaArrangement<1, 64, true>());
     case WgmmaTile::k64x32:
       return with(WgmmaArrangement<1, 32, true>());
+    case WgmmaTile::k64x16:
+      return with(WgmmaArrangement<1, 16, true>());
   }
 }
 
@@ -289,8 +291,8 @@ class Costs {
 
   /// Whether the costs are of such a product.
   bool fit(const WgmmaCost& cost) const {
-    // Its costs were fitted to at most 32 tokens: more would read the weight once for each 32.
-    const bool for_few = cost.choice.tile == WgmmaTile::k64x32;
+    // Its costs were fitted to so many tokens at most: more would read the weight once for each.
+    const bool for_few = cost.tokens <= 32;
     const bool enough_steps =
         cost.least_steps == 0 || (layout_.element_bytes == 1 && steps_ >= cost.least_steps);
     return cost.groups == (layout_.groups > 1) && enough_steps &&

@@ -19,14 +19,15 @@ enum class WgmmaTile : std::uint8_t {
   k64x128,
   k64x96,
   k64x64,
-  k64x32
+  k64x32,
+  k64x16
 };
 
 struct WgmmaChoice {
   WgmmaTile tile;
-  /// Blocks of a cluster, 1, 2, 4 or 8, that share the columns of k128x128, k64x64, k64x32 (at
-  /// most 4) or, of one-byte weights, k64x96 (at most 4); fewer where there are not 64 columns for
-  /// each.
+  /// Blocks of a cluster that share the columns of k64x16, 1 to 8, or 1, 2, 4 or 8 of k128x128,
+  /// k64x64, k64x32 (at most 4) and, of one-byte weights, k64x96 (at most 4); fewer where there are
+  /// not 64 columns for each.
   int split;
 };
 

@@ -9,56 +9,71 @@
 /// How the blocks of a cluster that share the columns of a tile add up what they have, and write
 /// it. Device code only.
 ///
-/// Each finishes the same share of the tile's tokens. The others send it their sums, which its
-/// lanes find where they left them, and it adds them in the order of the columns. Nobody waits but
-/// for what it is sent, and a block may end while its own is under way.
+/// Each finishes the same share of the tile's tokens, as far as there are shares. The others send
+/// it their sums, which its lanes find where they left them, and it adds them in the order of the
+/// columns. Nobody waits but for what it is sent, and a block may end while its own is under way.
 namespace moq::kernels::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// part: of the columns, as the block's rank in the cluster; results: of the warpgroup, the same
-/// place in every block, with room for the sums of a tile, a part behind the other; received: its
-/// barrier.
-template <typename T, int kSplit, typename Sums>
-__device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::int64_t n,
+/// Sends the block's sums of all shares but its own to those that finish them. target: of the
+/// thread, in their shared memory; part, received: as of write_share.
+template <typename T, int kShares, typename Sums>
+__device__ __forceinline__ void send_shares(const Sums& sums, std::uint32_t target,
+                                            std::uint32_t received, int part) {
+  constexpr int kOwn = T::kTokens / kShares / 2;
+#pragma unroll
+  for (int p = 0; p < kShares; ++p) {
+    if (p != part) {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 4) {
+        const int first = p * kOwn + i;
+        send_to_cluster(target + i * kWarpgroup * 4,
+                        float4{sums.result(first), sums.result(first + 1), sums.result(first + 2),
+                               sums.result(first + 3)},
+                        received, p);
+      }
+    }
+  }
+}
+
+/// split: blocks of the cluster, kShares or, where there are no more shares of the tokens, any
+/// number from there on; part: of the columns, as the block's rank in the cluster; results: of the
+/// warpgroup, the same place in every block, with room for a share from each of them, one behind
+/// the other; received: its barrier.
+template <typename T, int kShares, typename Sums>
+__device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& args, std::int64_t n,
                                             int first_token, int first_row, float* results,
                                             const Sums& sums, const float2& scale, int barrier,
                                             std::uint32_t received, int part) {
-  constexpr int kShare = T::kTokens / kSplit;  // tokens
-  constexpr int kOwn = kShare / 2;             // sums of a lane
+  constexpr bool kFewShares = kShares == T::kMostShares && T::kMostShares < T::kMostParts;
+  constexpr int kShare = T::kTokens / kShares;  // tokens
+  constexpr int kOwn = kShare / 2;              // sums of a lane
   constexpr int kSteps = kShare / kTokenStep;
   constexpr int kCount = kSteps % 4 == 0 ? 4 : kSteps % 3 == 0 ? 3 : kSteps % 2 == 0 ? 2 : 1;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  float* const place = results + part * kShare * kGroupRows;  // of this block's part
+  const std::uint32_t target = shared_address(place + thread * 4);
+  if (kFewShares && part >= kShares) {
+    wait_for_cluster();
+    send_shares<T, kShares>(sums, target, received, part);
+    return;
+  }
   WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + part * kShare, first_row);
   writer.load(0);
   float total[kOwn];
-  with_index<kSplit>(part, [&]<int kPart>() {
+  with_index<kShares>(part, [&]<int kPart>() {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       total[i] = sums.result(kPart * kOwn + i);
     }
   });
   wait_for_cluster();  // the barriers of all blocks have been made
-  float* const place = results + part * kShare * kGroupRows;  // of this block's part
-  if constexpr (kSplit > 1) {
-    const std::uint32_t target = shared_address(place + thread * 4);
-#pragma unroll
-    for (int p = 0; p < kSplit; ++p) {
-      if (p != part) {
-#pragma unroll
-        for (int i = 0; i < kOwn; i += 4) {
-          const int first = p * kOwn + i;
-          send_to_cluster(target + i * kWarpgroup * 4,
-                          float4{sums.result(first), sums.result(first + 1), sums.result(first + 2),
-                                 sums.result(first + 3)},
-                          received, p);
-        }
-      }
-    }
+  if constexpr (kShares > 1) {
+    send_shares<T, kShares>(sums, target, received, part);
     wait_barrier(received, 0);
     float added[kOwn] = {};
-#pragma unroll
-    for (int p = 0; p < kSplit; ++p) {
+    const auto add = [&](int p) {
 #pragma unroll
       for (int i = 0; i < kOwn; i += 4) {
         float4 theirs{total[i], total[i + 1], total[i + 2], total[i + 3]};
@@ -70,6 +85,16 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
         added[i + 1] += theirs.y;
         added[i + 2] += theirs.z;
         added[i + 3] += theirs.w;
+      }
+    };
+#pragma unroll
+    for (int p = 0; p < kShares; ++p) {
+      add(p);
+    }
+    if constexpr (kFewShares) {
+#pragma unroll 1
+      for (int p = kShares; p < split; ++p) {
+        add(p);
       }
     }
 #pragma unroll
@@ -105,21 +130,23 @@ __device__ __forceinline__ void write_share(const DeviceLinearArgs& args, std::i
   }
 }
 
-/// As many parts as they are: 1, 2, 4 or 8.
+/// As many shares as there are: 1, 2, 4 or 8.
 template <typename T, typename... Arguments>
 __device__ __forceinline__ void write_share(int split, const Arguments&... arguments) {
   if (split == 1) {
-    return write_share<T, 1>(arguments...);
+    return write_share<T, 1>(split, arguments...);
   }
-  if (split == 2) {
-    return write_share<T, 2>(arguments...);
-  }
-  if constexpr (T::kMostParts == 8) {
-    if (split == 8) {
-      return write_share<T, 8>(arguments...);
+  if constexpr (T::kMostShares > 2) {
+    if (split == 2) {
+      return write_share<T, 2>(split, arguments...);
     }
   }
-  write_share<T, 4>(arguments...);
+  if constexpr (T::kMostShares > 4) {
+    if (split == 4) {
+      return write_share<T, 4>(split, arguments...);
+    }
+  }
+  write_share<T, T::kMostShares>(split, arguments...);
 }
 
 #endif

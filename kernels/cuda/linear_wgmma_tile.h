@@ -20,6 +20,7 @@ constexpr int kMaxStages = 8;
 constexpr int kMaxSplit = 8;
 constexpr int kMaxInterleave = 2;
 constexpr int kPartTokens = 32;  // of a tile that a warpgroup writes at once
+constexpr int kLeastShare = 8;   // tokens that a block of a cluster writes
 
 /// A tile of kConsumers * 64 rows, a warpgroup for each 64, by kTokens tokens.
 template <int kConsumers_, int kTokens_, bool kSplits_>
@@ -46,7 +47,8 @@ struct WgmmaTileOf : A {
       A::kConsumers * kWarpgroup + (kMovesRegisters ? kWarpgroup : kWarpSize);
   static constexpr int kBlocks = A::kConsumers > 1 ? 1
                                  : A::kTokens > 32 ? 2
-                                                   : 3;  // of a multiprocessor
+                                 : A::kTokens > 16 ? 3
+                                                   : 4;  // of a multiprocessor
   static constexpr int kRows = kGroupRows * A::kConsumers;
   static constexpr int kRowBlocks = kRows / kBlockRows;
 
@@ -60,14 +62,17 @@ struct WgmmaTileOf : A {
   static constexpr int kGridBytes = kRowBlocks * kGridGroups * kBlockRows * 4;
   static constexpr int kGridsBytes = kGroups ? 2 * kGridBytes : 0;
 
+  // Blocks that share the columns, and those of them that share the tokens of the result, at most.
+  static constexpr int kMostParts = A::kTokens % 64 == 0 || A::kTokens == 16 ? kMaxSplit : 4;
+  static constexpr int kMostShares = std::min(kMostParts, A::kTokens / kLeastShare);
+
   // Results of a warpgroup on their way out: kPartTokens tokens, float32 [token, row], or rounded,
-  // twice so many; where columns are split, float32 of all tokens.
+  // twice so many; where columns are split, float32 of a share from each of the blocks.
   static constexpr int kResultStride = kGroupRows + 4;  // floats: no two lanes meet in a bank
   static constexpr int kPartBytes = kPartTokens * kGroupRows * 2;
   static constexpr int kResultBytes =
-      kSplits ? A::kTokens * kGroupRows * 4
+      kSplits ? kMostParts * (A::kTokens / kMostShares) * kGroupRows * 4
               : (std::max(kPartTokens * kResultStride * 4, 2 * kPartBytes) + 1023) / 1024 * 1024;
-  static constexpr int kMostParts = A::kTokens % 64 == 0 ? kMaxSplit : 4;  // of the columns
   static constexpr int kBarrierBytes = (2 * kMaxStages + A::kConsumers + kMaxInterleave) * 8;
   static constexpr int kOwnResults = A::kConsumers * kResultBytes;
   static constexpr int kStages =
@@ -200,10 +205,12 @@ struct WgmmaRing {
     }
     publish_barriers();
   }
-  /// Lets received() await what the other ones of `split` blocks with the same rows send.
+  /// Lets received() await what the other ones of `split` blocks with the same rows send to one
+  /// that has a share of the tokens.
   __device__ void expect_shares(int split) const {
+    const int share = T::kTokens / min(split, T::kMostShares);
     for (int i = 0; i < T::kConsumers; ++i) {
-      expect_bytes(received(i), kGroupRows * T::kTokens * 4 / split * (split - 1));
+      expect_bytes(received(i), kGroupRows * share * 4 * (split - 1));
     }
   }
   __device__ void wait(const WgmmaSlot<T>& slot) const {

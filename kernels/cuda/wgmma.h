@@ -34,7 +34,8 @@ __device__ inline void wait_products() {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MOQ_F32(d, i) MOQ_F8(d, i), MOQ_F8(d, i + 8), MOQ_F8(d, i + 16), MOQ_F8(d, i + 24)
-#define MOQ_P0_15 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MOQ_P0_7 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define MOQ_P0_15 MOQ_P0_7 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MOQ_P0_31 MOQ_P0_15 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MOQ_P32_39 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define MOQ_P32_47 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
@@ -78,9 +79,10 @@ __device__ inline void wait_products() {
     }                                                                                \
   }
 
-/// d = (keeps ? d : 0) + a * b: the four warps' rows, 16 each, times 32, 64, 96, 128, 160, 192
-/// or 256 tokens of 16 columns. Lanes hold a as of mma.m16n8k16, and d as of as many of them, eight
-/// tokens each.
+/// d = (keeps ? d : 0) + a * b: the four warps' rows, 16 each, times 16, 32, 64, 96, 128, 160,
+/// 192 or 256 tokens of 16 columns. Lanes hold a as of mma.m16n8k16, and d as of as many of them,
+/// eight tokens each.
+MOQ_WGMMA(multiply_tokens, 16, "0", MOQ_P0_7, 8, 9, 10, 11, 12, 13, MOQ_F8(d, 0))
 MOQ_WGMMA(multiply_tokens, 32, "0", MOQ_P0_15, 16, 17, 18, 19, 20, 21, MOQ_F8(d, 0), MOQ_F8(d, 8))
 MOQ_WGMMA(multiply_tokens, 64, "0", MOQ_P0_31, 32, 33, 34, 35, 36, 37, MOQ_F32(d, 0))
 MOQ_WGMMA(multiply_tokens, 96, "0", MOQ_P0_31 MOQ_P32_47, 48, 49, 50, 51, 52, 53, MOQ_F32(d, 0),
@@ -127,6 +129,7 @@ MOQ_WGMMA_SHARED(128, MOQ_P0_31 MOQ_P32_47 MOQ_P48_63, 64, 65, 66, MOQ_F32(d, 0)
 #undef MOQ_P32_39
 #undef MOQ_P0_31
 #undef MOQ_P0_15
+#undef MOQ_P0_7
 #undef MOQ_F32
 #undef MOQ_F8
 

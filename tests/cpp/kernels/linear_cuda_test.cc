@@ -160,7 +160,9 @@ TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
                                 {1, 2128, 7536},
                                 {3, 10570, 864},
                                 {9, 5300, 1700},
-                                {16, 600, 17000}}) {
+                                {7, 600, 17000},
+                                {16, 600, 17000},
+                                {16, 4096, 320}}) {
     expect_close(multiply(LinearProblem::random(m, n, k, WeightFormat::kInt8, k), {}));
     expect_close(multiply(LinearProblem::random(m, n, k, WeightFormat::kFloat16), {}));
   }
