@@ -29,7 +29,8 @@ class Ring {
         blocks_(blocks),
         piece_(plan.piece[blocks != plan.part_blocks]),
         stage_bytes_(plan.stage_bytes[blocks != plan.part_blocks]),
-        num_stages_(last_rows - rows > plan.cluster_rows ? plan.stages[1] : plan.stages[0]),
+        num_stages_(plan.stages[last_rows - rows > plan.cluster_rows]),
+        ahead_blocks_(plan.ahead_blocks[last_rows - rows > plan.cluster_rows]),
         group_blocks_(kGrids ? static_cast<int>(layout.group_size / layout.block_cols) : 1),
         stages_(shared_address(stages)),
         barriers_(shared_address(barriers)),
@@ -73,7 +74,7 @@ class Ring {
       }
       fill(stage);
     }
-    if (plan_.ahead_blocks > 0 && elect_lane()) {
+    if (ahead_blocks_ > 0 && elect_lane()) {
       read_ahead();
     }
     __syncwarp();
@@ -164,7 +165,7 @@ class Ring {
     int filled = filled_;
     int rows = rows_;
 #pragma unroll 1
-    for (int left = plan_.ahead_blocks; left > 0 && rows < last_rows_; ++rows) {
+    for (int left = ahead_blocks_; left > 0 && rows < last_rows_; ++rows) {
       const int count = min(left, blocks_ - filled);
       asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(source),
                    "r"(count * kBlockBytes), "l"(policy)
@@ -182,6 +183,7 @@ class Ring {
   int piece_;
   int stage_bytes_;
   int num_stages_;
+  int ahead_blocks_;
   int group_blocks_;
   std::uint32_t stages_;
   std::uint32_t barriers_;

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = __shfl_sync(0xffffffffU, thread / kWarpSize, 0);  // (known to be the warp's own)
   const int lane = thread % kWarpSize;
-  if (elect_lane()) {  // the lane that will use them: Ring
+  if (elect_lane()) {  // the lane that will request pieces by them
 #pragma unroll
     for (int stage = 0; stage < kMaxStages; ++stage) {
       init_barrier(shared_address(&barriers[warp][stage]));

@@ -24,8 +24,9 @@ constexpr int kEarlyBytes = 32 << 10;
 /// The same of a block that leaves no room for another, to the nearest stage.
 constexpr int kEarlyBytesWithoutRoom = 64 << 10;
 /// Of a block that may begin early, what comes to the second-level cache behind its rings' first
-/// stages: these are filled again at once when the input has come.
-constexpr int kAheadBytes = 48 << 10;
+/// stages: these are filled again at once when the input has come. Of one that has more rows than
+/// others, more: the others shall not wait for it in the end.
+constexpr int kAheadBytes[2] = {24 << 10, 100 << 10};
 /// One in so many clusters, at most, has longer rings than the others.
 constexpr int kLongerRings = 8;
 
@@ -120,7 +121,9 @@ bool plan_stages(const DeviceLayout& layout, const RingNeeds& needs, int pieces,
   const int stages = holds_all ? all : std::min({kMaxStages, all, room});
   plan.stages[0] = holds_all ? all : shorter_ring(layout, plan, stages);
   plan.stages[1] = stages;
-  plan.ahead_blocks = holds_all ? 0 : kAheadBytes / (kStreamWarps * kBlockBytes);
+  for (int i = 0; i < 2; ++i) {
+    plan.ahead_blocks[i] = holds_all ? 0 : kAheadBytes[i] / (kStreamWarps * kBlockBytes);
+  }
   plan.early = std::max(
       1, needs.leaves_room ? kEarlyBytes / bytes : (kEarlyBytesWithoutRoom + bytes / 2) / bytes);
   plan.ring_bytes = static_cast<int>(pad_to(stages * bytes, 128));
@@ -194,7 +197,7 @@ StreamPlan stream_plan(const DeviceLayout& layout, int m, std::int64_t clusters,
              plan);
   plan.shared_bytes = plan.ring_bytes + other_bytes;
   if (plan.shared_bytes > kSharingBytes) {
-    plan.ahead_blocks = 0;
+    plan.ahead_blocks[0] = plan.ahead_blocks[1] = 0;
   }
   return plan;
 }

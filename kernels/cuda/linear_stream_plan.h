@@ -45,11 +45,11 @@ struct StreamPlan {
   int part_blocks;     ///< blocks of columns of a part; some have one more
   int piece[2];        ///< blocks of a stage, of parts with part_blocks and with one more
   int stage_bytes[2];  ///< the same
-  int grid_bytes;     ///< of a stage, for scales, behind the blocks; as many follow for zero points
-  int ring_bytes;     ///< of all warps
-  int ahead_blocks;   ///< behind a warp's first stages, which come as far as the second-level cache
-                      ///< then
-  int staged_stride;  ///< elements from one token to the next in shared memory
+  int grid_bytes;  ///< of a stage, for scales, behind the blocks; as many follow for zero points
+  int ring_bytes;  ///< of all warps
+  int ahead_blocks[2];  ///< behind a warp's first stages, which come as far as the second-level
+                        ///< cache then, as of stages
+  int staged_stride;    ///< elements from one token to the next in shared memory
   int shared_bytes;
 };
 

@@ -116,6 +116,17 @@ TEST(StreamPlan, KeepsMoreUnderWayInTheFewClustersThatHaveMoreRows) {
   EXPECT_EQ(none.stages[0], none.stages[1]);
 }
 
+TEST(StreamPlan, BringsMoreAheadInClustersThatHaveMoreRows) {
+  // 4 of 132 have 4 blocks of rows, not 3; a ring holds 2.
+  const StreamPlan plan =
+      stream_plan(device_layout({.n = 6400, .k = 1600, .format = WeightFormat::kFloat16}), 1, 132);
+  EXPECT_GT(plan.ahead_blocks[0], 0);
+  EXPECT_GE(plan.ahead_blocks[1], plan.part_blocks * 2);
+  const StreamPlan held =
+      stream_plan(device_layout({.n = 1600, .k = 1600, .format = WeightFormat::kFloat16}), 1, 132);
+  EXPECT_EQ(held.ahead_blocks[1], 0);
+}
+
 TEST(StreamPlan, LeavesRoomForAnotherBlockOrFillsItWithItsRings) {
   const DeviceLayout layout =
       device_layout({.n = 4256, .k = 4256, .format = WeightFormat::kFloat16});
