@@ -197,7 +197,11 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, const RowR
                  .next = {}};
   const std::int64_t tiles = static_cast<std::int64_t>(walk.row_tiles) * walk.token_tiles;
   walk.split = T::kSplits ? choice.split : 1;
-  while (walk.split > std::min(walk.steps, T::kMostParts)) {
+  const int most_parts = std::min(walk.steps, T::kMostParts);
+  if (T::kAnyParts) {
+    walk.split = std::min(walk.split, most_parts);
+  }
+  while (walk.split > most_parts) {
     walk.split /= 2;
   }
   // Tokens that do not exist are not asked for: the memory of those that a tile lacks is read, but
@@ -291,7 +295,7 @@ class Costs {
 
   /// Whether the costs are of such a product.
   bool fit(const WgmmaCost& cost) const {
-    // Its costs were fitted to so many tokens at most: more would read the weight once for each.
+    // Its costs were fitted to so many tokens at most: more would read the weight several times.
     const bool for_few = cost.tokens <= 32;
     const bool enough_steps =
         cost.least_steps == 0 || (layout_.element_bytes == 1 && steps_ >= cost.least_steps);

@@ -25,9 +25,9 @@ enum class WgmmaTile : std::uint8_t {
 
 struct WgmmaChoice {
   WgmmaTile tile;
-  /// Blocks of a cluster that share the columns of k64x16, 1 to 8, or 1, 2, 4 or 8 of k128x128,
-  /// k64x64, k64x32 (at most 4) and, of one-byte weights, k64x96 (at most 4); fewer where there are
-  /// not 64 columns for each.
+  /// Blocks of a cluster that share the columns: 1 to 8 of k64x16; 1, 2, 4 or 8 of k128x128 and
+  /// k64x64; 1, 2 or 4 of k64x32 and, with one-byte weights, k64x96; 1 of the others. Fewer share
+  /// them where there are not 64 columns for each.
   int split;
 };
 

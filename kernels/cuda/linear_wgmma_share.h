@@ -9,9 +9,10 @@
 /// How the blocks of a cluster that share the columns of a tile add up what they have, and write
 /// it. Device code only.
 ///
-/// Each finishes the same share of the tile's tokens, as far as there are shares. The others send
-/// it their sums, which its lanes find where they left them, and it adds them in the order of the
-/// columns. Nobody waits but for what it is sent, and a block may end while its own is under way.
+/// The tile's tokens are shared among them, or among the first two of them, which finish the same
+/// number each. The others send those their sums, which their lanes find where they left them, and
+/// they add them in the order of the columns. Nobody waits but for what it is sent, and a block may
+/// end while its own is under way.
 namespace moq::kernels::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -37,16 +38,16 @@ __device__ __forceinline__ void send_shares(const Sums& sums, std::uint32_t targ
   }
 }
 
-/// split: blocks of the cluster, kShares or, where there are no more shares of the tokens, any
-/// number from there on; part: of the columns, as the block's rank in the cluster; results: of the
-/// warpgroup, the same place in every block, with room for a share from each of them, one behind
-/// the other; received: its barrier.
+/// split: blocks of the cluster, kShares or, if T::kAnyParts, any number from there on; part: of
+/// the columns, as the block's rank in the cluster; results: of the warpgroup, the same place in
+/// every block, with room for a share from each of them, one behind the other; received: its
+/// barrier.
 template <typename T, int kShares, typename Sums>
 __device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& args, std::int64_t n,
                                             int first_token, int first_row, float* results,
                                             const Sums& sums, const float2& scale, int barrier,
                                             std::uint32_t received, int part) {
-  constexpr bool kFewShares = kShares == T::kMostShares && T::kMostShares < T::kMostParts;
+  constexpr bool kFewShares = kShares > 1 && T::kAnyParts;
   constexpr int kShare = T::kTokens / kShares;  // tokens
   constexpr int kOwn = kShare / 2;              // sums of a lane
   constexpr int kSteps = kShare / kTokenStep;
@@ -130,7 +131,7 @@ __device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& a
   }
 }
 
-/// As many shares as there are: 1, 2, 4 or 8.
+/// As many shares as there are: 1, 2, 4 or 8, if T::kAnyParts 1 or 2.
 template <typename T, typename... Arguments>
 __device__ __forceinline__ void write_share(int split, const Arguments&... arguments) {
   if (split == 1) {

@@ -20,7 +20,7 @@ constexpr int kMaxStages = 8;
 constexpr int kMaxSplit = 8;
 constexpr int kMaxInterleave = 2;
 constexpr int kPartTokens = 32;  // of a tile that a warpgroup writes at once
-constexpr int kLeastShare = 8;   // tokens that a block of a cluster writes
+constexpr int kLeastShare = 8;   // tokens that a block of a cluster writes, at least
 
 /// A tile of kConsumers * 64 rows, a warpgroup for each 64, by kTokens tokens.
 template <int kConsumers_, int kTokens_, bool kSplits_>
@@ -63,8 +63,10 @@ struct WgmmaTileOf : A {
   static constexpr int kGridsBytes = kGroups ? 2 * kGridBytes : 0;
 
   // Blocks that share the columns, and those of them that share the tokens of the result, at most.
+  // As many of each, a power of two, or any number of the former.
   static constexpr int kMostParts = A::kTokens % 64 == 0 || A::kTokens == 16 ? kMaxSplit : 4;
   static constexpr int kMostShares = std::min(kMostParts, A::kTokens / kLeastShare);
+  static constexpr bool kAnyParts = kMostShares < kMostParts;
 
   // Results of a warpgroup on their way out: kPartTokens tokens, float32 [token, row], or rounded,
   // twice so many; where columns are split, float32 of a share from each of the blocks.

@@ -17,6 +17,29 @@
 namespace moq::kernels::testing {
 namespace {
 
+/// Multiplies by a tile where wgmma_linear takes the problem, and skips the test otherwise.
+void expect_close_in(const LinearCudaProblem& problem, const cuda::DeviceLayout& layout,
+                     const cuda::WgmmaPlan& plan, bool ready) {
+  SCOPED_TRACE("tile " + std::to_string(static_cast<int>(plan.first.tile)) + ", split " +
+               std::to_string(plan.first.split));
+  bool taken = false;
+  const Outcome outcome = problem.run([&](DeviceLinearArgs args) {
+    args.weight_is_ready = ready;
+    if (ready) {
+      args.next_weight = args.weight.data;  // of which nothing but time depends
+      args.next_bytes = layout.bytes / 16 * 16;
+    }
+    taken = cuda::can_wgmma(args, layout);
+    if (taken) {
+      cuda::wgmma_linear(args, layout, plan, nullptr);
+    }
+  });
+  if (!taken) {
+    GTEST_SKIP() << "wgmma_linear does not take these, or not on this GPU";
+  }
+  expect_close(outcome);
+}
+
 void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) {
   const auto layout = cuda::device_layout(problem.shape);
   const LinearCudaProblem own(problem, call);
@@ -24,29 +47,10 @@ void expect_close_in_every_tile(const LinearProblem& problem, const Call& call) 
     if (cost.groups != (layout.groups > 1)) {
       continue;
     }
-    const cuda::WgmmaChoice choice = cost.choice;
     for (const bool ready : {false, true}) {
       // All rows by one launch, or the last by another.
-      const cuda::WgmmaPlan plan{choice, ready ? cost.rows : layout.n, choice};
-      SCOPED_TRACE("tile " + std::to_string(static_cast<int>(choice.tile)) + ", split " +
-                   std::to_string(choice.split));
-      bool taken = false;
-      const Outcome outcome = own.run([&](DeviceLinearArgs args) {
-        args.weight_is_ready = ready;
-        if (ready) {
-          args.next_weight = args.weight.data;  // of which nothing but time depends
-          args.next_bytes = layout.bytes / 16 * 16;
-        }
-        taken = cuda::can_wgmma(args, layout);
-        if (taken) {
-          cuda::wgmma_linear(args, layout, plan, nullptr);
-        }
-      });
-      if (!taken) {
-        GTEST_SKIP() << "wgmma_linear does not take these, or not on this GPU";
-      }
-      expect_close(outcome);
-      if (::testing::Test::HasFatalFailure()) {
+      expect_close_in(own, layout, {cost.choice, ready ? cost.rows : layout.n, cost.choice}, ready);
+      if (::testing::Test::IsSkipped() || ::testing::Test::HasFatalFailure()) {
         return;
       }
     }
@@ -67,11 +71,11 @@ TEST_P(LinearWgmmaCuda, IsTheDefinitionInEveryTile) {
 const auto kShapes =
     ::testing::Values(TiledShape{65, 24, 40}, TiledShape{127, 200, 72}, TiledShape{128, 264, 520},
                       TiledShape{129, 136, 776}, TiledShape{255, 88, 200}, TiledShape{300, 77, 91},
-                      TiledShape{13, 150, 968});
+                      TiledShape{13, 150, 968}, TiledShape{5, 88, 200});
 
-const auto kGrouped =
-    ::testing::Values(TiledShape{65, 24, 96, 32}, TiledShape{130, 200, 576, 64},
-                      TiledShape{257, 136, 640, 128}, TiledShape{128, 88, 480, 96});
+const auto kGrouped = ::testing::Values(TiledShape{65, 24, 96, 32}, TiledShape{130, 200, 576, 64},
+                                        TiledShape{257, 136, 640, 128},
+                                        TiledShape{128, 88, 480, 96}, TiledShape{13, 150, 960, 32});
 MOQ_INSTANTIATE_TILED(LinearWgmmaCuda, kShapes, kGrouped);
 // More tiles than a GPU has multiprocessors: blocks take several.
 INSTANTIATE_TEST_SUITE_P(Huge, LinearWgmmaCuda,
@@ -79,6 +83,44 @@ INSTANTIATE_TEST_SUITE_P(Huge, LinearWgmmaCuda,
                                             ::testing::Values(WeightFormat::kInt8),
                                             ::testing::Values(DType::kFloat16),
                                             ::testing::Values(false)));
+
+class LinearWgmmaCudaParts : public ::testing::TestWithParam<int> {
+  void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
+};
+
+TEST_P(LinearWgmmaCudaParts, OfTheColumnsAreAnyNumberForFewTokens) {
+  for (const std::int64_t group_size : {std::int64_t{0}, std::int64_t{64}}) {
+    for (const std::int64_t k : {std::int64_t{448}, std::int64_t{2112}}) {
+      const LinearProblem problem =
+          LinearProblem::random(11, 150, k, WeightFormat::kInt8, group_size, group_size > 0);
+      const cuda::WgmmaChoice choice{cuda::WgmmaTile::k64x16, GetParam()};
+      expect_close_in(LinearCudaProblem(problem, {.residual = true, .padding = 8}),
+                      cuda::device_layout(problem.shape), {choice, 150, choice}, true);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaParts, ::testing::Range(1, 9));
+
+TEST(LinearWgmmaCudaChoice, IsTheTileOfSixteenTokensForNoMore) {
+  MOQ_SKIP_WITHOUT_GPU();
+  const Buffer memory(4096);  // whose address is asked for, nothing more
+  for (const std::int64_t group_size : {std::int64_t{14336}, std::int64_t{128}}) {
+    DeviceLinearArgs args{
+        .input = memory.data(),
+        .m = 16,
+        .input_stride = 14336,
+        .weight = {.shape = {.n = 4096, .k = 14336, .group_size = group_size}},
+    };
+    const auto layout = cuda::device_layout(args.weight.shape);
+    if (!cuda::can_wgmma(args, layout)) {
+      GTEST_SKIP() << "not on this GPU";
+    }
+    EXPECT_EQ(cuda::choose_wgmma(args, layout).first.tile, cuda::WgmmaTile::k64x16);
+    args.m = 17;
+    EXPECT_NE(cuda::choose_wgmma(args, layout).first.tile, cuda::WgmmaTile::k64x16);
+  }
+}
 
 class LinearWgmmaCudaRegions : public ::testing::TestWithParam<std::tuple<DType, std::int64_t>> {
  protected:
