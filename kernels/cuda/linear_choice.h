@@ -14,8 +14,8 @@ namespace moq::kernels::cuda {
 /// Tokens that stream_linear takes (compute capability 9.0). wgmma_linear takes more (sm_90a), more
 /// than kWideTokens of an input of which several don't fit into a thread block, but not few tokens
 /// times many weights (n * k), which stream_linear and tile_linear read faster. (Five to eight
-/// tokens times up to 32 million weights would be 10 to 40 % faster by wgmma_linear, but of an
-/// input that fits, a token gives the same bits alone and among them.)
+/// tokens times up to 32 million weights would be faster by wgmma_linear, but of an input that
+/// fits, a token gives the same bits alone and among them.)
 constexpr std::int64_t kStreamTokens = 8;
 constexpr std::int64_t kWideTokens = 4;  // fewer stream, which takes longer but overlaps better
 constexpr std::int64_t kTileTokens = 32;
