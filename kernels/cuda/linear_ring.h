@@ -14,9 +14,8 @@ namespace moq::kernels::cuda {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 /// The stages through which a warp's part of the weight comes, piece by piece. kGrids: with the
-/// scales and zero points of the piece's groups. kUneven: their number depends on the cluster, and
-/// takes a register.
-template <int kElementBytes, bool kGrids, bool kUneven>
+/// scales and zero points of the piece's groups.
+template <int kElementBytes, bool kGrids>
 class Ring {
  public:
   /// Blocks of columns [first_block, first_block + blocks) of blocks of rows [rows, last_rows).
@@ -58,7 +57,7 @@ class Ring {
   __device__ void begin() {
     __syncwarp();
 #pragma unroll 1
-    for (int stage = 0; stage < min(plan_.early, num_stages()); ++stage) {
+    for (int stage = 0; stage < min(plan_.early, num_stages_); ++stage) {
       fill(stage);
     }
   }
@@ -68,7 +67,7 @@ class Ring {
   __device__ void fill_early() {
     __syncwarp();
 #pragma unroll 1
-    for (int stage = plan_.early; stage < num_stages(); ++stage) {
+    for (int stage = plan_.early; stage < num_stages_; ++stage) {
       if (rows_ < last_rows_) {
         wait_barrier(barriers_ + 8 * (stage - plan_.early), 0);
       }
@@ -89,7 +88,7 @@ class Ring {
   __device__ void release() {
     __syncwarp();
     fill(stage_);
-    if (++stage_ == num_stages()) {
+    if (++stage_ == num_stages_) {
       stage_ = 0;
       parity_ ^= 1U;
     }
@@ -115,10 +114,6 @@ class Ring {
   }
 
  private:
-  __device__ int num_stages() const {
-    return kUneven ? num_stages_ : plan_.stages[1];
-  }
-
   __device__ void fill(int stage) {
     if (rows_ == last_rows_) {
       return;

@@ -16,10 +16,30 @@
 /// one pass and one exchange between the warps.
 namespace moq::kernels::cuda {
 
-template <bool kBFloat16, int kWarps>
+/// What is done with the input on its way.
+enum class StageKind : std::uint8_t {
+  kCopied,
+  kNormalised,
+  kKept,  ///< normalised; of one token, of which a thread keeps a chunk in registers until then
+};
+
+/// has_all: a thread block has all k columns of the input.
+inline StageKind stage_kind(const DeviceLinearArgs& args, std::int64_t k, int threads,
+                            bool has_all) {
+  const bool keeps = has_all && args.m == 1 && k % kChunk == 0 && k <= kChunk * threads &&
+                     suits_vectors(args.input);
+  return args.norm.kind == NormKind::kNone ? StageKind::kCopied
+         : keeps                           ? StageKind::kKept
+                                           : StageKind::kNormalised;
+}
+
+/// kSingle: of one token.
+template <bool kBFloat16, int kWarps, StageKind kKind, bool kSingle>
 class InputStage {
  public:
   using Element = typename ElementOf<kBFloat16>::Type;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr bool kNormalises = kKind != StageKind::kCopied;
 
   /// Columns [first, first + cols), whole chunks, zeros from the k-th on. In shared memory tokens
   /// are `stride` elements apart.
@@ -30,9 +50,7 @@ class InputStage {
         first_(first),
         chunks_(cols / kChunk),
         token_bytes_(stride * static_cast<int>(sizeof(Element))),
-        whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)),
-        keeps_(whole_ && args.m == 1 && args.norm.kind != NormKind::kNone && cols >= k &&
-               chunks_ <= kThreads) {
+        whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)) {
     const int col = first + thread() * kChunk;
     bytes_ = col < k ? 16 : 0;
     source_ = static_cast<const Element*>(args.input) + (col < k ? col : 0);
@@ -42,39 +60,25 @@ class InputStage {
     compute_now(staged_);
   }
 
-  /// Begins to copy the columns as they are: a thread copies chunks thread, thread + threads, … of
-  /// all tokens. A single token's that will be normalised stay in registers, if that is one chunk
-  /// of a thread.
+  /// Begins to copy the columns as they are, to registers or to shared memory: a thread copies
+  /// chunks thread, thread + threads, … of all tokens.
   __device__ void copy() {
-    if (keeps_) {
+    if constexpr (kKeeps) {
       kept_ = bytes_ > 0 ? load_global_quad(source_) : uint4{0, 0, 0, 0};
     }
-    if (args_.norm.kind == NormKind::kLayerNorm) {
+    if (kNormalises && args_.norm.kind == NormKind::kLayerNorm) {
       load_samples();  // behind the columns, which more waits for
     }
-    if (keeps_) {
-      return;
+    if constexpr (!kKeeps) {
+      whole_ ? copy_chunks() : copy_elements();
+      close_async_group();
     }
-    if (whole_) [[likely]] {
-      if (thread() < chunks_) [[likely]] {
-        copy_chunk(staged_, source_, bytes_);
-      }
-      for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
-        const int ahead = chunk - thread();
-        const bool exists = first_ + chunk * kChunk < k_;
-        copy_chunk(staged_ + ahead * static_cast<int>(sizeof(Chunk)),
-                   exists ? source_ + ahead * kChunk : source_, exists ? 16 : 0);
-      }
-    } else {
-      copy_elements();
-    }
-    close_async_group();
   }
 
   /// What a thread needs for its first chunk, and what the statistics need of the shape.
   __device__ void load_norm() {
     load_norm(thread());
-    for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
+    for (int chunk = thread() + kThreads; !kKeeps && chunk < chunks_; chunk += kThreads) {
       prefetch(args_.norm.weight, chunk);
       prefetch(args_.norm.bias, chunk);
     }
@@ -91,11 +95,24 @@ class InputStage {
   /// about 0.
   __device__ void normalise(int split, NormShared<kWarps>& shared) {
     const bool centres = args_.norm.kind == NormKind::kLayerNorm;
-    if (keeps_) {
+    if constexpr (kKeeps) {
       normalise_kept(centres, shared);
-      return;
+    } else {
+      normalise_staged(centres, split, shared);
     }
-    const int m = static_cast<int>(args_.m);
+  }
+
+ private:
+  static constexpr bool kKeeps = kKind == StageKind::kKept;
+  static constexpr int kSamples = 3;  // of a row
+  static_assert(kNormTokens * kSamples <= 32);
+
+  struct alignas(16) Chunk {
+    Element element[kChunk];
+  };
+
+  __device__ void normalise_staged(bool centres, int split, NormShared<kWarps>& shared) {
+    const int m = num_tokens();
     const float own_pivot = centres ? pivot_of_row() : 0.0F;
 #pragma unroll 1
     for (int token = 0; token < m; ++token) {
@@ -133,20 +150,14 @@ class InputStage {
     }
   }
 
- private:
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kSamples = 3;  // of a row
-  static_assert(kNormTokens * kSamples <= 32);
-
-  struct alignas(16) Chunk {
-    Element element[kChunk];
-  };
-
   __device__ static int thread() {
     return static_cast<int>(threadIdx.x);
   }
   __device__ static int lane() {
     return static_cast<int>(threadIdx.x) % 32;
+  }
+  __device__ int num_tokens() const {
+    return kSingle ? 1 : static_cast<int>(args_.m);
   }
   __device__ static bool is_aligned(const void* pointer) {
     return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(Chunk) == 0;
@@ -163,11 +174,22 @@ class InputStage {
     store_shared_quad(place, quad);
   }
 
+  __device__ void copy_chunks() const {
+    if (thread() < chunks_) [[likely]] {
+      copy_chunk(staged_, source_, bytes_);
+    }
+    for (int chunk = thread() + kThreads; chunk < chunks_; chunk += kThreads) {
+      const int ahead = chunk - thread();
+      const bool exists = first_ + chunk * kChunk < k_;
+      copy_chunk(staged_ + ahead * static_cast<int>(sizeof(Chunk)),
+                 exists ? source_ + ahead * kChunk : source_, exists ? 16 : 0);
+    }
+  }
+
   /// A chunk of every token.
   __device__ void copy_chunk(std::uint32_t target, const Element* source, int bytes) const {
-    const int m = static_cast<int>(args_.m);
 #pragma unroll 1
-    for (int token = 0; token < m; ++token) {
+    for (int token = 0; token < num_tokens(); ++token) {
       copy_bytes_async(target, source, bytes);
       target += token_bytes_;
       source += args_.input_stride;
@@ -178,7 +200,7 @@ class InputStage {
   __device__ void copy_elements() const {
     const auto* input = static_cast<const Element*>(args_.input);
     for (int chunk = thread(); chunk < chunks_; chunk += kThreads) {
-      for (int token = 0; token < args_.m; ++token) {
+      for (int token = 0; token < num_tokens(); ++token) {
         Chunk copy;
         for (int i = 0; i < kChunk; ++i) {
           const int col = first_ + chunk * kChunk + i;
@@ -212,7 +234,7 @@ class InputStage {
   __device__ void load_samples() {
     const auto* input = static_cast<const Element*>(args_.input);
     const auto column = [&](int sample) { return sample == 0 ? 0 : sample == 1 ? k_ / 2 : k_ - 1; };
-    if (keeps_) {
+    if constexpr (kKeeps) {
 #pragma unroll
       for (int i = 0; i < kSamples; ++i) {
         samples_[i] = number_of(input[column(i)]);
@@ -305,9 +327,8 @@ class InputStage {
   int chunks_;
   int token_bytes_;  ///< in shared memory
   bool whole_;
-  bool keeps_;  ///< the only token's columns, of which the block has all, in registers:
-  uint4 kept_;  ///< a chunk of them
-  float samples_[kSamples];  ///< of that token; else the first is the lane's, see pivot_of_row
+  uint4 kept_;
+  float samples_[kSamples];  ///< of the row that is kept; else one, the lane's: pivot_of_row
   // of this thread's first chunk
   int bytes_;  ///< 0: zeros
   const Element* source_;

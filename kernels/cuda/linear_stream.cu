@@ -56,8 +56,10 @@ static_assert(2 * (kApartBytes + kOtherBytes) > kHopperSharedBytes);
 static_assert(kMaxSharedBytes + kOtherBytes <= kHopperSharedBytes);
 
 /// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
-/// several scales, each of whole blocks, or zero points; kUneven: plan.stages differ.
-template <bool kBFloat16, int kElementBytes, bool kGrids, bool kUneven>
+/// several scales, each of whole blocks, or zero points. kSingle: m is 1; kClustered: plan.split is
+/// more. (In a chain of small products every instruction counts.)
+template <bool kBFloat16, int kElementBytes, bool kGrids, StageKind kInput, bool kSingle,
+          bool kClustered>
 __global__ void __launch_bounds__(kThreads, 2)
     stream_kernel(const __grid_constant__ DeviceLinearArgs args,
                   const __grid_constant__ DeviceLayout layout,
@@ -65,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Element = typename ElementOf<kBFloat16>::Type;
   constexpr int kBlockCols = kBlockBytes / kBlockRows / kElementBytes;
+  constexpr int kSumStep = kSingle ? 2 : 1;  // of a lane's sums every other is of the second token
   extern __shared__ __align__(kSharedAlignment) std::uint8_t shared[];
   __shared__ StreamShared declared;
   auto& [barriers, received, taken, norm_shared] = declared;
@@ -83,10 +86,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int g = lane / 4;
   const int t = lane % 4;
-  const int m = static_cast<int>(args.m);
-  const bool clustered = plan.split > 1;
-  const int rank = clustered ? static_cast<int>(cluster_rank()) : 0;
-  const int cluster = clustered ? static_cast<int>(cluster_index()) : static_cast<int>(blockIdx.x);
+  const int m = kSingle ? 1 : static_cast<int>(args.m);
+  const int rank = kClustered ? static_cast<int>(cluster_rank()) : 0;
+  const int cluster = kClustered ? static_cast<int>(cluster_index()) : static_cast<int>(blockIdx.x);
 
   // ---- this warp's part of the weight, and the ring that brings it
   const int first_rows = cluster * plan.cluster_rows + min(cluster, plan.row_extra);
@@ -103,20 +105,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int longer = first_block - slice - warp * plan.part_blocks;  // parts before this one
   std::uint8_t* stages = shared + plan.stages[1] * (longer * plan.stage_bytes[1] +
                                                     (warp - longer) * plan.stage_bytes[0]);
-  Ring<kElementBytes, kGrids, kUneven> ring(args, layout, plan, first_block, blocks, first_rows,
-                                            last_rows, stages, barriers[warp]);
+  Ring<kElementBytes, kGrids> ring(args, layout, plan, first_block, blocks, first_rows, last_rows,
+                                   stages, barriers[warp]);
 
   // ---- the results of a turn: sums of the warps, [block of rows][warp][token][row], and for each
   // block of the cluster some rows of all blocks', [block][token][row]
   auto* partial = reinterpret_cast<float*>(shared + plan.ring_bytes);
   float* inbox = partial + plan.turn_rows * kWarps * m * kPartialStride;
-  auto* staged = reinterpret_cast<Element*>(inbox + (clustered ? kSlots * plan.turn_results : 0));
+  auto* staged = reinterpret_cast<Element*>(inbox + (kClustered ? kSlots * plan.turn_results : 0));
   const int share_rows = 1 << plan.share_bits;
   const int share = m * share_rows;
   const auto expect_results = [&](int slot) {
     expect_bytes(shared_address(&received[slot]), plan.turn_results * 4);
   };
-  if (clustered) {
+  if constexpr (kClustered) {
     if (thread == 0) {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -169,11 +171,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   load_constants(0);
-  InputStage<kBFloat16, kWarps> stage(args, static_cast<int>(layout.k), slice * kBlockCols,
-                                      (slice_begin(rank + 1) - slice) * kBlockCols, staged,
-                                      plan.staged_stride);
-  const bool normalises = args.norm.kind != NormKind::kNone;
-  if (normalises) {
+  using Stage = InputStage<kBFloat16, kWarps, kInput, kSingle>;
+  Stage stage(args, static_cast<int>(layout.k), slice * kBlockCols,
+              (slice_begin(rank + 1) - slice) * kBlockCols, staged, plan.staged_stride);
+  if constexpr (Stage::kNormalises) {
     stage.load_norm();
   }
   Products<kBFloat16, kElementBytes> products(
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // What a turn computes alike each time stands in front of the loop: in front of the wait.
 #pragma unroll 1
-  for (int turn = 0; turn < turns + (clustered ? 1 : 0); ++turn) {
+  for (int turn = 0; turn < turns + (kClustered ? 1 : 0); ++turn) {
     if (turn == 0) {
       wait_for_previous_kernels();
       stage.copy();
@@ -200,15 +201,15 @@ __global__ void __launch_bounds__(kThreads, 2)
         load_activations(0);
       }
       wait_async_groups<0>();
-      if (clustered) {
+      if constexpr (kClustered) {
         wait_for_cluster();  // the barriers of all blocks have been made
       }
-      if (normalises) {
+      if constexpr (Stage::kNormalises) {
         stage.normalise(plan.split, norm_shared);
       }
       __syncthreads();
     }
-    const int finished = clustered ? turn - 1 : turn;  // the turn whose results are finished here
+    const int finished = kClustered ? turn - 1 : turn;  // the turn whose results are finished here
     if (finished > 0) {
       load_constants(finished);
       load_activations(finished);
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         Grids grids;
         const auto add_scaled = [&] {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
+          for (int e = 0; e < 4; e += kSumStep) {
             totals[e] =
                 fmaf(products.sums[0][e] + products.sums[1][e], grids.scale[e / 2], totals[e]);
           }
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         const std::uint32_t own = own_sums + r * kWarps * m * kPartialStride * 4;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
+        for (int e = 0; e < 4; e += kSumStep) {
           if (2 * t + e % 2 < m) {
             store_shared(own + (e % 2 * kPartialStride + e / 2 * 8) * 4, totals[e]);
           }
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       sum = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
-      if (clustered) {
+      if constexpr (kClustered) {
         // A slot is used again when all blocks of the cluster have taken what was in it. They are
         // told only of slots that they will use again: nobody is told anything after his end.
         const int slot = turn % kSlots;
@@ -298,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (finished < 0) {
       continue;
     }
-    if (clustered) {
+    if constexpr (kClustered) {
       const int slot = finished % kSlots;
       wait_barrier(shared_address(&received[slot]), finished / kSlots % 2);
       if (thread == 0) {
@@ -315,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       finish_pair<Element>(args, row_of(finished) + 1 < layout.n, {sum, next}, inputs);
     }
   }
-  if (clustered && normalises) {
+  if constexpr (kClustered && Stage::kNormalises) {
     wait_for_cluster();  // nobody leaves while others read its sums
   }
 #endif
@@ -331,11 +332,35 @@ void allow_shared_memory(Kernel* kernel) {
                                       cudaSharedmemCarveoutMaxShared));
 }
 
+template <bool kBFloat16, int kElementBytes, bool kGrids, bool kSingle, bool kClustered>
+auto* kernel_for(StageKind input) {
+  if constexpr (kSingle && !kClustered) {
+    if (input == StageKind::kKept) {
+      return stream_kernel<kBFloat16, kElementBytes, kGrids, StageKind::kKept, kSingle, kClustered>;
+    }
+  }
+  return input == StageKind::kCopied ? stream_kernel<kBFloat16, kElementBytes, kGrids,
+                                                     StageKind::kCopied, kSingle, kClustered>
+                                     : stream_kernel<kBFloat16, kElementBytes, kGrids,
+                                                     StageKind::kNormalised, kSingle, kClustered>;
+}
+
+template <bool kBFloat16, int kElementBytes, bool kGrids>
+auto* kernel_for(const DeviceLinearArgs& args, const DeviceLayout& layout, bool clustered) {
+  const StageKind input = stage_kind(args, layout.k, kThreads, !clustered);
+  if (args.m == 1) {
+    return clustered ? kernel_for<kBFloat16, kElementBytes, kGrids, true, true>(input)
+                     : kernel_for<kBFloat16, kElementBytes, kGrids, true, false>(input);
+  }
+  return clustered ? kernel_for<kBFloat16, kElementBytes, kGrids, false, true>(input)
+                   : kernel_for<kBFloat16, kElementBytes, kGrids, false, false>(input);
+}
+
 template <bool kBFloat16, int kElementBytes, bool kGrids>
 void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream_t stream) {
-  auto* kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, false>;
-  allow_shared_memory(kernel);
   const int split = stream_split(layout, static_cast<int>(args.m));
+  auto* kernel = kernel_for<kBFloat16, kElementBytes, kGrids>(args, layout, split > 1);
+  allow_shared_memory(kernel);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(split), 1, 1};
@@ -352,10 +377,6 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
       split == 1 ? device_limits().multiprocessors : required_clusters(kernel, config);
   const StreamPlan plan =
       stream_plan(layout, static_cast<int>(args.m), clusters, leaves_room(args, layout));
-  if (plan.stages[0] != plan.stages[1]) {
-    kernel = stream_kernel<kBFloat16, kElementBytes, kGrids, true>;
-    allow_shared_memory(kernel);
-  }
   config.gridDim = dim3(static_cast<unsigned>(plan.clusters * split));
   const bool keeps_apart = args.spread && layout.n * layout.k >= kManyWeights;
   config.dynamicSmemBytes =
@@ -377,7 +398,7 @@ void launch(const DeviceLinearArgs& args, const DeviceLayout& layout, cudaStream
 bool can_stream(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   return args.m <= kStreamTokens && suits_tensor_cores(args, layout) &&
          stream_split(layout, static_cast<int>(args.m)) <= kMaxSplit &&
-         architecture_of(stream_kernel<false, 1, false, false>) >= 90 &&
+         architecture_of(stream_kernel<false, 1, false, StageKind::kCopied, false, false>) >= 90 &&
          device_limits().shared_bytes_per_multiprocessor >= kMaxSharedBytes + kOtherBytes;
 }
 
