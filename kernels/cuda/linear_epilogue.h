@@ -22,6 +22,13 @@ __device__ inline float times_sigmoid(float x, float y) {
   return __fdividef(x, 1.0F + exp2_of(-1.44269504F * y));
 }
 
+/// max(x, 0), but a NaN stays one.
+__device__ inline float positive_part(float x) {
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 /// x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2)) within 2^-23 |x|, and within 2^-15 of
 /// itself down to x = -5.5. The logarithm of erfc to base 2 is a polynomial, fitted for the least
 /// of its greatest errors, those of small results weighted by 2^-10 at least.
@@ -36,7 +43,7 @@ __device__ inline float gelu(float x) {
   p = fmaf(p, a, -0.05251770466566086F);
   p = fmaf(p, a, -0.45920154452323914F);
   p = fmaf(p, a, -1.1511058807373047F);
-  return fmaf(-0.5F * a, exp2_of(p * a), x < 0.0F ? 0.0F : x);  // a NaN stays one
+  return fmaf(-a, exp2_of(fmaf(p, a, -1.0F)), positive_part(x));
 }
 
 __device__ inline float activate(Activation activation, float x) {
@@ -44,7 +51,7 @@ __device__ inline float activate(Activation activation, float x) {
     case Activation::kNone:
       return x;
     case Activation::kRelu:
-      return x < 0.0F ? 0.0F : x;  // a NaN stays one
+      return positive_part(x);
     case Activation::kGelu:
       return gelu(x);
     case Activation::kGeluTanh:
