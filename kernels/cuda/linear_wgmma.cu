@@ -127,28 +127,33 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       }
       const float2 scale{grids.scale[0], grids.scale[1]};
       std::conditional_t<T::kGroups, WgmmaGroupSums<T>, WgmmaSums<T>> sums;
-      const auto multiply = [&] {
+      // load(): of what kernels ahead have written.
+      const auto multiply = [&](const auto& load) {
         if constexpr (T::kGroups) {
+          load();
           sums.multiply(ring, slot, first_step, steps, row_block, layout);
         } else {
           sums.begin(ring, slot, row_block, grids.zero);
           if constexpr (T::kFirstApart) {
             wait_for_previous_kernels();
           }
+          load();
           sums.multiply(ring, slot, steps, row_block, grids.zero);
         }
       };
       if constexpr (T::kSplits) {
-        multiply();
-        write_share<T>(walk.split, args, layout.n, tile.token, first_row, results, sums, scale,
-                       barrier, ring.received(consumer), part);
+        const int share = share_of<T>(walk.split);
+        WgmmaShareWriter<T> writer(args, layout.n, tile.token + part * share, first_row);
+        multiply([&] { writer.load(0, share); });
+        write_share<T>(walk.split, writer, results, sums, scale, barrier, ring.received(consumer),
+                       part);
       } else if (walk.stores) {
         WgmmaStore<T> store(args, layout.n, shared_address(results), barrier, tile.token,
                             first_row);
-        multiply();
+        multiply([] {});
         store.store(sums, scale);
       } else {
-        multiply();
+        multiply([] {});
         write_results<T>(args, layout.n, tile.token, first_row, results, sums, scale, barrier);
       }
     }

@@ -38,13 +38,23 @@ __device__ __forceinline__ void send_shares(const Sums& sums, std::uint32_t targ
   }
 }
 
+/// What writes a block's share, four tokens of a lane at once. It can be made, and load what is
+/// added to the first of them, before the columns are multiplied.
+template <typename T>
+using WgmmaShareWriter = WgmmaWriter<T::kBFloat16, 4>;
+
+/// Tokens that a block writes where `split` of them share the columns.
+template <typename T>
+__device__ __forceinline__ int share_of(int split) {
+  return T::kTokens / min(split, T::kMostShares);
+}
+
 /// split: blocks of the cluster, kShares or, if T::kAnyParts, any number from there on; part: of
-/// the columns, as the block's rank in the cluster; results: of the warpgroup, the same place in
-/// every block, with room for a share from each of them, one behind the other; received: its
-/// barrier.
+/// the columns, as the block's rank in the cluster; writer: of its share; results: of the
+/// warpgroup, the same place in every block, with room for a share from each of them, one behind
+/// the other; received: its barrier.
 template <typename T, int kShares, typename Sums>
-__device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& args, std::int64_t n,
-                                            int first_token, int first_row, float* results,
+__device__ __forceinline__ void write_share(int split, WgmmaShareWriter<T>& writer, float* results,
                                             const Sums& sums, const float2& scale, int barrier,
                                             std::uint32_t received, int part) {
   constexpr bool kFewShares = kShares > 1 && T::kAnyParts;
@@ -60,8 +70,6 @@ __device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& a
     send_shares<T, kShares>(sums, target, received, part);
     return;
   }
-  WgmmaWriter<T::kBFloat16, kCount> writer(args, n, first_token + part * kShare, first_row);
-  writer.load(0);
   float total[kOwn];
   with_index<kShares>(part, [&]<int kPart>() {
 #pragma unroll
@@ -120,7 +128,7 @@ __device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& a
 #pragma unroll 1
   for (int first = 0; first < kShare; first += kCount * kTokenStep) {
     if (first > 0) {
-      writer.load(first);
+      writer.load(first, kShare);
     }
     float4 numbers[kCount];
 #pragma unroll
@@ -133,21 +141,22 @@ __device__ __forceinline__ void write_share(int split, const DeviceLinearArgs& a
 
 /// As many shares as there are: 1, 2, 4 or 8, if T::kAnyParts 1 or 2.
 template <typename T, typename... Arguments>
-__device__ __forceinline__ void write_share(int split, const Arguments&... arguments) {
+__device__ __forceinline__ void write_share(int split, WgmmaShareWriter<T>& writer,
+                                            const Arguments&... arguments) {
   if (split == 1) {
-    return write_share<T, 1>(split, arguments...);
+    return write_share<T, 1>(split, writer, arguments...);
   }
   if constexpr (T::kMostShares > 2) {
     if (split == 2) {
-      return write_share<T, 2>(split, arguments...);
+      return write_share<T, 2>(split, writer, arguments...);
     }
   }
   if constexpr (T::kMostShares > 4) {
     if (split == 4) {
-      return write_share<T, 4>(split, arguments...);
+      return write_share<T, 4>(split, writer, arguments...);
     }
   }
-  write_share<T, T::kMostShares>(split, arguments...);
+  write_share<T, T::kMostShares>(split, writer, arguments...);
 }
 
 #endif

@@ -27,8 +27,8 @@ __device__ inline void store_quad(Element* to, std::uint32_t first, std::uint32_
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(first), "r"(second) : "memory");
 }
 
-/// Writes kCount tokens of each lane at once.
-template <bool kBFloat16, int kCount>
+/// Writes up to kMost tokens of each lane at once.
+template <bool kBFloat16, int kMost>
 class WgmmaWriter {
  public:
   __device__ WgmmaWriter(const DeviceLinearArgs& args, std::int64_t n, int first_token,
@@ -46,15 +46,15 @@ class WgmmaWriter {
     }
   }
 
-  /// Loads what is added to the tokens of the tile from `first` on.
-  __device__ __forceinline__ void load(int first) {
+  /// Loads what is added to the next tokens of the tile that the lane writes, of [first, end).
+  __device__ __forceinline__ void load(int first, int end) {
     if (!quads_ || args_.residual == nullptr) {
       return;
     }
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
+    for (int u = 0; u < kMost; ++u) {
       added_[u] = uint2{};
-      if (exists(first, u)) {
+      if (first + u * kTokenStep < end && exists(first, u)) {
         added_[u] =
             *reinterpret_cast<const uint2*>(static_cast<const Element*>(args_.residual) +
                                             token_at(first, u) * args_.residual_stride + row_);
@@ -63,6 +63,7 @@ class WgmmaWriter {
   }
 
   /// Writes the tokens from `first` on, of which this lane has four rows each.
+  template <int kCount>
   __device__ __forceinline__ void write(int first, const float4 (&fours)[kCount]) const {
     if (!quads_) {
       write_pairs(first, fours);
@@ -143,6 +144,7 @@ class WgmmaWriter {
            aligned(qkv.rotary.sin, 8) && aligned(qkv.pages.keys, 8) && aligned(qkv.pages.values, 8);
   }
 
+  template <int kCount>
   __device__ void write_pairs(int first, const float4 (&fours)[kCount]) const {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
@@ -192,7 +194,7 @@ class WgmmaWriter {
   std::int64_t row_;
   bool quads_;
   float2 bias_[2] = {};
-  uint2 added_[kCount] = {};
+  uint2 added_[kMost] = {};
 };
 
 /// Sums of kCount tokens, scaled, to shared memory: [token, row]. `sum`: sum(i) of a lane.
@@ -220,7 +222,7 @@ __device__ __forceinline__ void write_results(const DeviceLinearArgs& args, std:
   const float* own = results + thread / kQuads * T::kResultStride + thread % kQuads * kQuad;
 #pragma unroll 1
   for (int first = 0; first < T::kTokens; first += kPartTokens) {
-    writer.load(first);
+    writer.load(first, T::kTokens);
     meet<kWarpgroup>(barrier);  // what was there is written
     const float2 factor = inside_loop(scale);
     with_index<T::kTokens / kPartTokens>(first / kPartTokens, [&]<int kPart>() {
