@@ -8,16 +8,22 @@
 namespace moq::inference {
 namespace {
 
-/// The first number that does not lie in [0, end), or null.
+/// The first number that does not lie in [0, end), or null. end: at least 1.
 const std::int64_t* first_outside(std::span<const std::int64_t> numbers, std::int64_t end) {
-  const auto outside = [end](std::int64_t number) {
-    return static_cast<std::uint64_t>(number) >= static_cast<std::uint64_t>(end);
+  const auto last = static_cast<std::uint64_t>(end) - 1;
+  // The highest bit is that of the number's sign, or of what it lacks to the last one.
+  const auto outside = [last](std::int64_t number) {
+    return static_cast<std::uint64_t>(number) | (last - static_cast<std::uint64_t>(number));
   };
-  bool any = false;
+  const auto has_sign = [](std::uint64_t bits) { return static_cast<std::int64_t>(bits) < 0; };
+  std::uint64_t any = 0;
   for (const std::int64_t number : numbers) {  // to the end: the compiler makes vectors of that
     any |= outside(number);
   }
-  return any ? &*std::ranges::find_if(numbers, outside) : nullptr;
+  return has_sign(any)
+             ? &*std::ranges::find_if(
+                   numbers, [&](std::int64_t number) { return has_sign(outside(number)); })
+             : nullptr;
 }
 
 }  // namespace
