@@ -6,7 +6,6 @@
 #include "kernels/cuda/linear_fragments.h"
 #include "kernels/cuda/linear_norm.h"
 #include "kernels/cuda/ptx.h"
-#include "kernels/cuda/vectors.h"
 
 /// The columns of the input that a thread block multiplies, in shared memory, normalised if need
 /// be. Device code only.
@@ -16,24 +15,14 @@
 /// one pass and one exchange between the warps.
 namespace moq::kernels::cuda {
 
-/// What is done with the input on its way.
+/// What is done with the columns on their way.
 enum class StageKind : std::uint8_t {
   kCopied,
   kNormalised,
   kKept,  ///< normalised; of one token, of which a thread keeps a chunk in registers until then
 };
 
-/// has_all: a thread block has all k columns of the input.
-inline StageKind stage_kind(const DeviceLinearArgs& args, std::int64_t k, int threads,
-                            bool has_all) {
-  const bool keeps = has_all && args.m == 1 && k % kChunk == 0 && k <= kChunk * threads &&
-                     suits_vectors(args.input);
-  return args.norm.kind == NormKind::kNone ? StageKind::kCopied
-         : keeps                           ? StageKind::kKept
-                                           : StageKind::kNormalised;
-}
-
-/// kSingle: of one token.
+/// kKind: what becomes of the columns; kSingle: they are one token's.
 template <bool kBFloat16, int kWarps, StageKind kKind, bool kSingle>
 class InputStage {
  public:
@@ -50,7 +39,7 @@ class InputStage {
         first_(first),
         chunks_(cols / kChunk),
         token_bytes_(stride * static_cast<int>(sizeof(Element))),
-        whole_((k | args.input_stride) % kChunk == 0 && is_aligned(args.input)) {
+        whole_((kSingle ? k : k | args.input_stride) % kChunk == 0 && is_aligned(args.input)) {
     const int col = first + thread() * kChunk;
     bytes_ = col < k ? 16 : 0;
     source_ = static_cast<const Element*>(args.input) + (col < k ? col : 0);
@@ -67,7 +56,7 @@ class InputStage {
       kept_ = bytes_ > 0 ? load_global_quad(source_) : uint4{0, 0, 0, 0};
     }
     if (kNormalises && args_.norm.kind == NormKind::kLayerNorm) {
-      load_samples();  // behind the columns, which more waits for
+      load_samples();  // (behind a chunk that is kept, which more waits for)
     }
     if constexpr (!kKeeps) {
       whole_ ? copy_chunks() : copy_elements();
@@ -241,8 +230,8 @@ class InputStage {
       }
     } else {
       const int token = lane() / kSamples;
-      samples_[0] = number_of(
-          input[(token < args_.m ? token : 0) * args_.input_stride + column(lane() % kSamples)]);
+      samples_[0] = number_of(input[(token < num_tokens() ? token : 0) * args_.input_stride +
+                                    column(lane() % kSamples)]);
     }
   }
   /// Lane i gets the pivot of row i.
@@ -327,8 +316,8 @@ class InputStage {
   int chunks_;
   int token_bytes_;  ///< in shared memory
   bool whole_;
-  uint4 kept_;
-  float samples_[kSamples];  ///< of the row that is kept; else one, the lane's: pivot_of_row
+  uint4 kept_;               ///< the thread's chunk
+  float samples_[kSamples];  ///< of the kept row; else the first, the lane's: pivot_of_row
   // of this thread's first chunk
   int bytes_;  ///< 0: zeros
   const Element* source_;

@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/common/check.h"
 #include "kernels/cuda/cuda_check.h"
@@ -31,6 +32,7 @@
 #include "kernels/cuda/linear_stage.h"
 #include "kernels/cuda/linear_stream_plan.h"
 #include "kernels/cuda/ptx.h"
+#include "kernels/cuda/vectors.h"
 
 namespace moq::kernels::cuda {
 namespace {
@@ -55,9 +57,12 @@ static_assert(kSharingBytes + kApartBytes + 2 * kOtherBytes <= kHopperSharedByte
 static_assert(2 * (kApartBytes + kOtherBytes) > kHopperSharedBytes);
 static_assert(kMaxSharedBytes + kOtherBytes <= kHopperSharedBytes);
 
-/// kElementBytes is 1 for integer weights and 2 for weights of the input's dtype; kGrids: a row has
-/// several scales, each of whole blocks, or zero points. kSingle: m is 1; kClustered: plan.split is
-/// more. (In a chain of small products every instruction counts.)
+/// @tparam kElementBytes  1 for integer weights, 2 for weights of the input's dtype
+/// @tparam kGrids         whether a row has several scales, each of whole blocks, or zero points
+/// @tparam kInput         what becomes of the input on its way
+/// @tparam kSingle        whether m is 1
+/// @tparam kClustered     whether plan.split is more than 1
+/// (In a chain of small products every instruction counts.)
 template <bool kBFloat16, int kElementBytes, bool kGrids, StageKind kInput, bool kSingle,
           bool kClustered>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -332,28 +337,35 @@ void allow_shared_memory(Kernel* kernel) {
                                       cudaSharedmemCarveoutMaxShared));
 }
 
-template <bool kBFloat16, int kElementBytes, bool kGrids, bool kSingle, bool kClustered>
-auto* kernel_for(StageKind input) {
-  if constexpr (kSingle && !kClustered) {
-    if (input == StageKind::kKept) {
-      return stream_kernel<kBFloat16, kElementBytes, kGrids, StageKind::kKept, kSingle, kClustered>;
-    }
-  }
-  return input == StageKind::kCopied ? stream_kernel<kBFloat16, kElementBytes, kGrids,
-                                                     StageKind::kCopied, kSingle, kClustered>
-                                     : stream_kernel<kBFloat16, kElementBytes, kGrids,
-                                                     StageKind::kNormalised, kSingle, kClustered>;
+/// How blocks get the input, alone or in clusters.
+StageKind stage_kind(const DeviceLinearArgs& args, const DeviceLayout& layout, bool clustered) {
+  const bool keeps = args.m == 1 && !clustered && layout.k % kChunk == 0 &&
+                     layout.k <= kChunk * kThreads && suits_vectors(args.input);
+  return args.norm.kind == NormKind::kNone ? StageKind::kCopied
+         : keeps                           ? StageKind::kKept
+                                           : StageKind::kNormalised;
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGrids>
 auto* kernel_for(const DeviceLinearArgs& args, const DeviceLayout& layout, bool clustered) {
-  const StageKind input = stage_kind(args, layout.k, kThreads, !clustered);
+  const auto of = [&]<bool kSingle, bool kClustered>() {
+    const auto with = [](auto kind) {
+      return stream_kernel<kBFloat16, kElementBytes, kGrids, kind(), kSingle, kClustered>;
+    };
+    const StageKind kind = stage_kind(args, layout, kClustered);
+    if constexpr (kSingle && !kClustered) {
+      if (kind == StageKind::kKept) {
+        return with(std::integral_constant<StageKind, StageKind::kKept>());
+      }
+    }
+    return kind == StageKind::kCopied
+               ? with(std::integral_constant<StageKind, StageKind::kCopied>())
+               : with(std::integral_constant<StageKind, StageKind::kNormalised>());
+  };
   if (args.m == 1) {
-    return clustered ? kernel_for<kBFloat16, kElementBytes, kGrids, true, true>(input)
-                     : kernel_for<kBFloat16, kElementBytes, kGrids, true, false>(input);
+    return clustered ? of.template operator()<true, true>() : of.template operator()<true, false>();
   }
-  return clustered ? kernel_for<kBFloat16, kElementBytes, kGrids, false, true>(input)
-                   : kernel_for<kBFloat16, kElementBytes, kGrids, false, false>(input);
+  return clustered ? of.template operator()<false, true>() : of.template operator()<false, false>();
 }
 
 template <bool kBFloat16, int kElementBytes, bool kGrids>

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     auto* results =
         reinterpret_cast<float*>(shared + T::kResultsOffset + consumer * T::kResultBytes);
     if (!T::kFirstApart || !args.weight_is_ready) {
-      wait_for_previous_kernels();  // (else only the weight is read until begin() has)
+      wait_for_previous_kernels();  // (else only constants are read until multiply() has)
     }
     WgmmaSlot<T> slot;
     for (int index = first_tile; index < walk.row_tiles * walk.token_tiles;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       }
       const float2 scale{grids.scale[0], grids.scale[1]};
       std::conditional_t<T::kGroups, WgmmaGroupSums<T>, WgmmaSums<T>> sums;
-      // load(): of what kernels ahead have written.
+      // load() reads what kernels ahead have written.
       const auto multiply = [&](const auto& load) {
         if constexpr (T::kGroups) {
           load();
@@ -142,9 +142,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         }
       };
       if constexpr (T::kSplits) {
-        const int share = share_of<T>(walk.split);
+        const int share = T::share(walk.split);
         WgmmaShareWriter<T> writer(args, layout.n, tile.token + part * share, first_row);
-        multiply([&] { writer.load(0, share); });
+        multiply([&] {
+          if (part < T::kMostShares) {
+            writer.load(0, share);
+          }
+        });
         write_share<T>(walk.split, writer, results, sums, scale, barrier, ring.received(consumer),
                        part);
       } else if (walk.stores) {

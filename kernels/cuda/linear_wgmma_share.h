@@ -43,12 +43,6 @@ __device__ __forceinline__ void send_shares(const Sums& sums, std::uint32_t targ
 template <typename T>
 using WgmmaShareWriter = WgmmaWriter<T::kBFloat16, 4>;
 
-/// Tokens that a block writes where `split` of them share the columns.
-template <typename T>
-__device__ __forceinline__ int share_of(int split) {
-  return T::kTokens / min(split, T::kMostShares);
-}
-
 /// split: blocks of the cluster, kShares or, if T::kAnyParts, any number from there on; part: of
 /// the columns, as the block's rank in the cluster; writer: of its share; results: of the
 /// warpgroup, the same place in every block, with room for a share from each of them, one behind

@@ -67,6 +67,10 @@ struct WgmmaTileOf : A {
   static constexpr int kMostParts = A::kTokens % 64 == 0 || A::kTokens == 16 ? kMaxSplit : 4;
   static constexpr int kMostShares = std::min(kMostParts, A::kTokens / kLeastShare);
   static constexpr bool kAnyParts = kMostShares < kMostParts;
+  /// Tokens that a block of a cluster writes, or a block that has all columns.
+  static constexpr int share(int split) {
+    return A::kTokens / (split < kMostShares ? split : kMostShares);  // (no address of a constant)
+  }
 
   // Results of a warpgroup on their way out: kPartTokens tokens, float32 [token, row], or rounded,
   // twice so many; where columns are split, float32 of a share from each of the blocks.
@@ -210,9 +214,8 @@ struct WgmmaRing {
   /// Lets received() await what the other ones of `split` blocks with the same rows send to one
   /// that has a share of the tokens.
   __device__ void expect_shares(int split) const {
-    const int share = T::kTokens / min(split, T::kMostShares);
     for (int i = 0; i < T::kConsumers; ++i) {
-      expect_bytes(received(i), kGroupRows * share * 4 * (split - 1));
+      expect_bytes(received(i), kGroupRows * T::share(split) * 4 * (split - 1));
     }
   }
   __device__ void wait(const WgmmaSlot<T>& slot) const {

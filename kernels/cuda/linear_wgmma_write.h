@@ -65,6 +65,7 @@ class WgmmaWriter {
   /// Writes the tokens from `first` on, of which this lane has four rows each.
   template <int kCount>
   __device__ __forceinline__ void write(int first, const float4 (&fours)[kCount]) const {
+    static_assert(kCount <= kMost);
     if (!quads_) {
       write_pairs(first, fours);
       return;

@@ -160,6 +160,8 @@ TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
                                 {1, 2128, 7536},
                                 {3, 10570, 864},
                                 {9, 5300, 1700},
+                                {1, 75, 70000},
+                                {3, 600, 17000},
                                 {7, 600, 17000},
                                 {16, 600, 17000},
                                 {16, 4096, 320}}) {
@@ -170,11 +172,14 @@ TEST_F(LinearCudaArgs, EveryBlockOfManyRowsIsRight) {
 
 TEST_F(LinearCudaArgs, ANanStaysInItsToken) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
-    LinearProblem problem = LinearProblem::random(3, 20, 64);
-    problem.input[64 + 5] = kNan;
-    const std::vector<float> output = multiply(problem, {.dtype = dtype}).output;
-    for (std::size_t i = 0; i < output.size(); ++i) {
-      EXPECT_EQ(std::isnan(output[i]), i / 20 == 1) << i;
+    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kGelu}) {
+      LinearProblem problem = LinearProblem::random(3, 20, 64);
+      problem.input[64 + 5] = kNan;
+      const std::vector<float> output =
+          multiply(problem, {.dtype = dtype, .activation = activation}).output;
+      for (std::size_t i = 0; i < output.size(); ++i) {
+        EXPECT_EQ(std::isnan(output[i]), i / 20 == 1) << i;
+      }
     }
   }
 }

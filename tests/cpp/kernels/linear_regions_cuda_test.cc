@@ -113,7 +113,8 @@ TEST_P(LinearCudaRegions, NormalisesItsInput) {
   // (Aligned, one token of up to 2048 columns is normalised from registers.)
   for (const auto& [n, k, aligned] :
        {Size{16, 1, false}, Size{19, 31, false}, Size{50, 1600, false}, Size{24, 8, true},
-        Size{33, 1600, true}, Size{33, 2048, true}, Size{33, 2056, true}, Size{8, 4099, false}}) {
+        Size{33, 1600, true}, Size{33, 2048, true}, Size{33, 2056, true}, Size{8, 4099, false},
+        Size{18, 8200, true}}) {
     for (const bool rms : {false, true}) {
       LinearProblem own = problem(n, k);
       for (float& x : own.input) {
@@ -252,10 +253,39 @@ TEST(LinearCudaNorm, AnOutlierDoesNotSpoilTheVariance) {
   }
 }
 
+/// Its columns are shared by a cluster.
+TEST(LinearCudaNorm, AVeryWideTokenIsTheDefinition) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const Storage& storage :
+         {Storage{WeightFormat::kInt8}, Storage{WeightFormat::kInt8, 64, true},
+          Storage{dtype == DType::kFloat16 ? WeightFormat::kFloat16 : WeightFormat::kBFloat16}}) {
+      for (const NormKind norm : {NormKind::kNone, NormKind::kLayerNorm, NormKind::kRmsNorm}) {
+        for (const std::int64_t k : {70016, 70003}) {
+          if (k % 64 != 0 && storage.group_size > 0) {
+            continue;
+          }
+          const LinearProblem problem = LinearProblem::random(
+              1, 40, k, storage.format, storage.group_size, storage.asymmetric);
+          expect_close(multiply(problem, {.dtype = dtype, .weight_is_ready = true, .norm = norm}));
+        }
+      }
+    }
+  }
+}
+
+/// What lies behind the only row is no row, whatever their distance.
+TEST(LinearCudaNorm, ATokenHasAnyStride) {
+  MOQ_SKIP_WITHOUT_GPU();
+  for (const NormKind norm : {NormKind::kNone, NormKind::kLayerNorm}) {
+    expect_close(multiply(LinearProblem::random(1, 40, 1600), {.padding = 3, .norm = norm}));
+  }
+}
+
 TEST(LinearCudaNorm, WaitsForWhatKernelsAheadWrite) {
   MOQ_SKIP_WITHOUT_GPU();
   for (const std::int64_t m : {1, 2}) {
-    for (const std::int64_t k : {320, 1600, 4256}) {
+    for (const std::int64_t k : {320, 1600, 4256, 8200}) {
       const LinearProblem problem = LinearProblem::random(m, 80, k);
       const LinearCudaProblem own(
           problem, {.residual = true, .weight_is_ready = true, .norm = NormKind::kLayerNorm});

@@ -191,16 +191,19 @@ INSTANTIATE_TEST_SUITE_P(Every, LinearWgmmaCudaRegions,
 
 // ---- behind a kernel that lets it begin early
 
-class LinearWgmmaCudaChain : public ::testing::TestWithParam<WeightFormat> {
+class LinearWgmmaCudaChain
+    : public ::testing::TestWithParam<std::tuple<WeightFormat, std::int64_t>> {
   void SetUp() override { MOQ_SKIP_WITHOUT_GPU(); }
 };
 
 TEST_P(LinearWgmmaCudaChain, WaitsForWhatKernelsAheadWrite) {
-  const LinearProblem problem = LinearProblem::random(128, 264, 520, GetParam());
+  const auto& [format, group_size] = GetParam();  // of 0 columns: whole rows
+  const LinearProblem problem =
+      LinearProblem::random(128, 264, group_size > 0 ? 512 : 520, format, group_size);
   const auto layout = cuda::device_layout(problem.shape);
   const LinearCudaProblem own(problem, {.residual = true, .padding = 8, .weight_is_ready = true});
   for (const cuda::WgmmaCost& cost : cuda::kWgmmaCosts) {
-    if (cost.groups) {
+    if (cost.groups != (group_size > 0)) {
       continue;
     }
     SCOPED_TRACE("tile " + std::to_string(static_cast<int>(cost.choice.tile)) + ", split " +
@@ -225,7 +228,9 @@ TEST_P(LinearWgmmaCudaChain, WaitsForWhatKernelsAheadWrite) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, LinearWgmmaCudaChain,
-                         ::testing::Values(WeightFormat::kInt8, WeightFormat::kFloat16));
+                         ::testing::Values(std::tuple{WeightFormat::kInt8, 0},
+                                           std::tuple{WeightFormat::kInt8, 64},
+                                           std::tuple{WeightFormat::kFloat16, 0}));
 
 // ---- two launches for a weight
 
