@@ -6,7 +6,7 @@
 #   tests/gpu.sh --part tests            kernels (C++; older GPUs' too, and what others are told), operators, training and engine
 #   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs, and training steps
 #   tests/gpu.sh --part sanitizer        C++ tests under compute-sanitizer, memcheck over all, initcheck over one in 2,
-#                                        racecheck over one in 10, others with each commit
+#                                        racecheck over one in 10, a different selection with each commit
 #   tests/gpu.sh --part decode           generation beside compiled PyTorch and transformers
 #   tests/gpu.sh --part regions          the fused regions of a layer beside unfused kernels
 #   tests/gpu.sh --part gemm             INT8 products beside the read bandwidth and cuBLAS

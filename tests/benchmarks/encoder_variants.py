@@ -107,12 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", default=["int8", "fp16"], help="int8 fp16")
     parser.add_argument(
-        "--shapes", nargs="+", type=shape_of, default=[(1, 128), (8, 128)], help="1x128 8x128"
+        "--shapes",
+        nargs="+",
+        type=shape_of,
+        default=[(1, 128), (8, 128)],
+        help="rows x tokens (1x128 8x128)",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    gpu.arguments(parser)
-    parser.set_defaults(turns=5)
+    gpu.arguments(parser, turns=5)
     args = parser.parse_args(arguments)
     if args.serve:
         serve(*json.loads(args.serve))

@@ -33,10 +33,12 @@ STARTED = time.monotonic()
 Call = Callable[[int], object]
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser, turns: int = 21) -> None:
     """Options of every GPU benchmark."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--turns", type=int, default=21, help="timings, their median counts (21)")
+    parser.add_argument(
+        "--turns", type=int, default=turns, help=f"timings, their median counts ({turns})"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 

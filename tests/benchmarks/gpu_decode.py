@@ -302,23 +302,32 @@ def run(name: str, folder: Path, args: argparse.Namespace, facts: dict[str, str]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparisons and prints them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="shapes (all)"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], help="rows (1 8 32)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a row (512)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens drawn (128)")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
-        "--peers", nargs="*", choices=["compiled", "eager"], default=["compiled", "eager"]
+        "--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="weights (all)"
     )
-    parser.add_argument("--no-prefill", dest="prefill", action="store_false")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=["compiled", "eager"],
+        default=["compiled", "eager"],
+        help="PyTorch compiled, transformers eagerly (both)",
+    )
+    parser.add_argument(
+        "--no-prefill", dest="prefill", action="store_false", help="leaves out the long prompt"
+    )
     parser.add_argument(
         "--whole-model",
         action="store_true",
         help="compile the peer's step as a whole: the same kernels, minutes of compilation",
     )
     parser.add_argument("--directory", type=Path, help="keeps the models' files there")
-    gpu.arguments(parser)
-    parser.set_defaults(turns=7)
+    gpu.arguments(parser, turns=7)
     args = parser.parse_args(arguments)
     args.eager = "eager" in args.peers
     gpu.require()
