@@ -46,12 +46,9 @@ build() {
   git describe --always --dirty > $BUILD/commit
 }
 
-# The package as an installation lays it out, with links to the sources.
+# The package as an installation lays it out, with links to the sources. (Without a build gpu_parts.py says so.)
 package() {
-  if ! ls $BUILD/python/moq/_C*.so >/dev/null 2>&1; then
-    echo "there is no build in $BUILD: tests/gpu.sh --build" >&2
-    exit 2
-  fi
+  compgen -G "$BUILD/python/moq/_C*.so" >/dev/null || return 0
   for item in "$PWD"/moq/*.py "$PWD"/moq/integrations; do ln -sfn "$item" $BUILD/python/moq/; done
   ln -sfn "$PWD/inference" $BUILD/python/moq/inference
 }

@@ -243,9 +243,14 @@ def main() -> int:
     chosen = [
         s for s in every if args.part in (None, s.part) and args.step in (None, s.key, s.name)
     ]
-    if args.list or not chosen:
-        print("\n".join(step.key for step in (chosen or every)))
-        return 0 if args.list else 2
+    if not chosen:
+        of_part = f" of part {args.part}" if args.part else ""
+        parser.error(f"no step{of_part} is named {args.step!r}: --list names them")
+    if args.list:
+        print("\n".join(step.key for step in chosen))
+        return 0
+    if not any((BUILD / "python" / "moq").glob("_C*.so")):
+        sys.exit(f"there is no build in {BUILD.relative_to(ROOT)}: tests/gpu.sh --build")
     sys.path.insert(0, str(BENCHMARKS))
     import gpu
     import torch
