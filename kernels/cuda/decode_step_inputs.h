@@ -145,7 +145,8 @@ class Inputs {
     }
     pivot_ += shift;
     const float mean = pivot_;
-    const float factor = rsqrtf(not_below_zero(variance) + p_.epsilon);
+    // (Rounding may have made it negative.)
+    const float factor = rsqrtf(positive_part(variance) + p_.epsilon);
 #pragma unroll
     for (int q = 0; q < kWords; ++q) {
       const float4& weight = norm[q][0];  // 0 where there are no columns
@@ -193,13 +194,6 @@ class Inputs {
     }
     turn_ ^= 1;
     return moments;
-  }
-
-  /// What rounding has made negative becomes 0; a NaN stays one.
-  __device__ static __forceinline__ float not_below_zero(float value) {
-    float result;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
-    return result;
   }
 
   /// From a lane's word to its next one.

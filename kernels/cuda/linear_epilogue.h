@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/linear_layout.h"
+#include "kernels/cuda/ptx.h"
 #include "kernels/cuda/vectors.h"
 #include "kernels/linear.h"
 
@@ -20,13 +21,6 @@ __device__ inline float exp2_of(float x) {
 /// x / (1 + e^-y), 0 for y below -87.
 __device__ inline float times_sigmoid(float x, float y) {
   return __fdividef(x, 1.0F + exp2_of(-1.44269504F * y));
-}
-
-/// max(x, 0), but a NaN stays one.
-__device__ inline float positive_part(float x) {
-  float result;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
-  return result;
 }
 
 /// x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2)) within 2^-23 |x|, and within 2^-15 of

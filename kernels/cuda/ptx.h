@@ -86,6 +86,13 @@ __device__ inline void store_shared_quad(std::uint32_t address, const uint4& val
                : "memory");
 }
 
+/// max(x, 0), but a NaN stays one.
+__device__ inline float positive_part(float x) {
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 /// d += a * b, a [16, 16] row-major, b [16, 8] column-major, float32 sums.
 template <bool kBFloat16>
 __device__ inline void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4],
