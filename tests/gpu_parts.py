@@ -32,7 +32,8 @@ TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
 PROCESSES = min(os.cpu_count() or 1, 12)  # that share the GPU
 # Rows of decode, whose peers are compiled for each.
 BATCHES = {"gpt2-xl": ("1", "32"), "17b-x12": ("1", "32"), "llama-3.1-8b": ("1",)}
-# Under a sanitizer one test in so many runs: racecheck makes them a hundred times slower.
+# Under a sanitizer one test in so many runs, and under racecheck, which makes them a hundred times
+# slower, a repeated launch is repeated less.
 SANITIZED = {"memcheck": 1, "racecheck": 10, "initcheck": 2}
 
 
@@ -95,6 +96,8 @@ def steps() -> list[Step]:
         found.append(Step("ranks", f"train_step_{parallel}", command, gpus=2))
     for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        if tool == "racecheck":
+            sanitizer = ["env", "MOQ_TEST_REPEATS_DIVISOR=20", *sanitizer]
         found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every, SANITIZED_TESTS))
     for region in ("1", "2", "3", "4a", "4b"):
         found.append(Step("regions", region, benchmark("gpu_regions", "--regions", region)))
@@ -148,8 +151,13 @@ def counts(output: str) -> Counter[str]:
 
 
 def kernel_tests(step: Step) -> list[str]:
-    """Names of a step's kernel tests, one in so many: others with each commit."""
-    first = int(hashlib.sha256(commit().encode()).hexdigest(), 16) % step.every
+    """Names of a step's kernel tests, about one in so many: others with each commit."""
+    build = commit()
+
+    def is_chosen(name: str) -> bool:
+        digest = hashlib.sha256(f"{build} {name}".encode()).hexdigest()
+        return int(digest, 16) % step.every == 0
+
     arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={step.tests}"]
     listed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
     names, suite = [], ""
@@ -158,13 +166,13 @@ def kernel_tests(step: Step) -> list[str]:
             names.append(suite + line.split()[0])
         else:
             suite = line.split()[0]
-    return names[first :: step.every]
+    return [name for name in names if is_chosen(name)]
 
 
 def in_shards(step: Step, directory: Path) -> list[str]:
     """A command that runs the kernel tests of a step in several processes at once.
 
-    It shows what failed, and if time is up, which tests were running.
+    It shows what failed, what took a minute or longer, and if time is up, which tests were running.
     """
     chosen = directory / "tests.txt"
     chosen.write_text("--gtest_filter=" + ":".join(kernel_tests(step)) + "\n")
@@ -172,6 +180,8 @@ def in_shards(step: Step, directory: Path) -> list[str]:
     shards = range(PROCESSES)
     log = shlex.quote(str(directory / "shard"))
     running = r'/^\[ RUN/ {test = $4} /^\[ +(OK|FAILED|SKIPPED)/ {test = ""} END {print test}'
+    # All lines of GoogleTest but of tests that took a minute or longer.
+    dull = r"^(\[( RUN|---).*|\[       OK .*\(([1-5]?[0-9]{1,4}) ms\))?$"
     say = f"for file in {log}.*; do awk {shlex.quote(running)} $file; done"
     start = [f"GTEST_SHARD_INDEX={i} {command} >{log}.{i} 2>&1 & pids+=($!)" for i in shards]
     wait = 'status=0; for pid in "${pids[@]}"; do wait $pid || status=$?; done'
@@ -180,7 +190,7 @@ def in_shards(step: Step, directory: Path) -> list[str]:
         "trap 'stopped=1; kill $(jobs -p) 2>/dev/null' TERM",
         *start,
         wait,
-        f"cat {log}.* | grep -Ev '^(\\[( RUN|       OK|---).*)?$'",
+        f"cat {log}.* | grep -Ev {shlex.quote(dull)}",
         f"[ ! $stopped ] || {say} | sed 's/^./running when stopped: &/'",
         "exit $status",
     ]

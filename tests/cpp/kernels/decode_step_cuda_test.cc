@@ -68,7 +68,7 @@ TEST(DecodeStepRepeatTest, EveryLaunchGivesTheSameBits) {
     StepProblem problem(25, layers, 512);
     const StepResult first = problem.run();
     const DecodeStepArgs args = problem.args();
-    for (int i = 0; i < 60; ++i) {
+    for (int i = 0; i < 10 * repeats(6); ++i) {
       cuda::decode_step(args, nullptr);
       if (i % 10 == 9) {
         ASSERT_EQ(problem.read().output, first.output) << "launch " << i;
@@ -92,7 +92,7 @@ TEST(DecodeStepRepeatTest, ACapturedStepGivesTheSameBits) {
   cuda::decode_step(args, stream);
   MOQ_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
   MOQ_CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  for (int i = 0; i < 100; ++i) {
+  for (int i = 0; i < repeats(100); ++i) {
     MOQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
   }
   EXPECT_EQ(problem.read().output, first.output);
@@ -112,7 +112,7 @@ TEST(DecodeStepRepeatTest, DecodersOnTwoStreamsDontDisturbEachOther) {
     MOQ_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   }
   const DecodeStepArgs args[2] = {wide.args(), narrow.args()};
-  for (int i = 0; i < 200; ++i) {
+  for (int i = 0; i < 2 * repeats(100); ++i) {
     cuda::decode_step(args[i % 2], streams[i % 2]);
   }
   EXPECT_EQ(wide.read().output, of_wide.output);
@@ -255,7 +255,7 @@ TEST(DecodeStepSupportTest, BadArgumentsAreErrors) {
 TEST(DecodeStepSupportTest, OverlappingMemoryIsAnError) {
   MOQ_SKIP_UNSUPPORTED(shape_of(1, 1));
   StepProblem problem(1, 1, 1);
-  const Buffer rows(4 * 128);  // of 64 columns in 16 bits
+  const Buffer rows(std::vector<std::uint16_t>(4 * 64));
   const auto step = [&](int input, int output) {
     DecodeStepArgs args = problem.args();
     args.input = rows.as<char>() + input;

@@ -204,7 +204,7 @@ TEST_F(DecodeStepSequenceTest, StepsOnStreamsInTurnAreTheSame) {
     MOQ_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   }
   MOQ_CUDA_CHECK(cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
-  for (int i = 0; i < 50; ++i) {
+  for (int i = 0; i < repeats(50); ++i) {
     cuda::decode_step(args, streams[i % 2]);
     MOQ_CUDA_CHECK(cudaEventRecord(done, streams[i % 2]));
     MOQ_CUDA_CHECK(cudaStreamWaitEvent(streams[(i + 1) % 2], done, 0));

@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <optional>
 #include <span>
 #include <string>
@@ -36,6 +38,13 @@
 
 /// Where the body runs that a test is about, and memory that it can read.
 namespace moq::kernels::testing {
+
+/// How often a test repeats a launch: `times`, or one in MOQ_TEST_REPEATS_DIVISOR of them, for
+/// racecheck, under which a launch takes a hundred times longer.
+inline int repeats(int times) {
+  const char* const divisor = std::getenv("MOQ_TEST_REPEATS_DIVISOR");
+  return divisor == nullptr ? times : std::max(times / std::max(std::atoi(divisor), 1), 1);
+}
 
 enum class Device { kCpu, kCuda };
 

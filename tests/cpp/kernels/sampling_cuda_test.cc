@@ -151,7 +151,7 @@ class SamplingCuda : public ::testing::TestWithParam<std::int64_t> {
 TEST_P(SamplingCuda, DrawsTheTokensOfTheCpu) {
   // The CPU's sums of float64 are rounded, the GPU's weights are to 2^-44: where the uniform meets
   // the boundary of two tokens that closely, they may differ.
-  constexpr std::int64_t kSteps = 54;
+  const std::int64_t steps = repeats(54);
   std::mt19937 random(11);
   const auto one_of = [&](auto... values) {
     const std::common_type_t<decltype(values)...> all[] = {values...};
@@ -161,7 +161,7 @@ TEST_P(SamplingCuda, DrawsTheTokensOfTheCpu) {
   for (const float deviation : {0.0F, 1.0F, 4.0F}) {
     const Batch batch(normal_vector(batch_size * vocab_size, 3, deviation), vocab_size,
                       histories(batch_size, vocab_size));
-    for (std::int64_t step = 0; step < kSteps; ++step) {
+    for (std::int64_t step = 0; step < steps; ++step) {
       std::vector<DeviceSamplingRow> rows = batch.rows({}, (std::uint64_t{1} << 33) + step);
       for (DeviceSamplingRow& row : rows) {
         row.params = {.temperature = one_of(1.0F, 0.7F, 0.05F, 10.0F, 0.0F),
@@ -178,7 +178,7 @@ TEST_P(SamplingCuda, DrawsTheTokensOfTheCpu) {
       }
     }
   }
-  const std::int64_t draws = 3 * kSteps * batch_size;
+  const std::int64_t draws = 3 * steps * batch_size;
   EXPECT_LE(different, draws / 10000) << "of " << draws << " draws";
 }
 
