@@ -23,9 +23,8 @@ BENCHMARKS = ROOT / "tests" / "benchmarks"
 LIMIT = 480  # seconds of a part
 KERNELS = str(BUILD / "tests" / "cpp" / "moq_kernels_test")
 UNSUPPORTED = str(BUILD / "tests" / "cpp" / "moq_unsupported_gpu_test")  # by CUDA 12.8
-CUDA_TESTS = "*Cuda*:*CUDA*:*cuda*:*DecodeStep*:*StreamPlan*:*StreamSplit*:*WgmmaPlan*"
 # A kernel that fails on purpose would be an error that a sanitizer reports.
-SANITIZED_TESTS = f"{CUDA_TESTS}:-DecodeStepFailureTest.*"
+SANITIZED_TESTS = "-DecodeStepFailureTest.*"
 # Of kernels that older GPUs do without, and what they have instead.
 OLDER_TESTS = "*LinearCuda*:*LinearTileCuda*:*AttentionCuda*:*SamplingCuda*"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node", "gpu")
@@ -45,7 +44,7 @@ class Step:
     name: str
     command: Sequence[str]
     every: int = 0  # of the kernel tests one in so many, in PROCESSES processes; 0: no such tests
-    tests: str = CUDA_TESTS  # of which kernel tests
+    tests: str = "*"  # of which kernel tests, a filter of GoogleTest
     gpus: int = 1  # that it needs
 
     @property
@@ -84,11 +83,11 @@ def steps() -> list[Step]:
         *([Step("tests", "unsupported_gpu", [UNSUPPORTED])] if Path(UNSUPPORTED).exists() else []),
         Step("tests", "operators", pytest("tests/ops")),
     ]
-    for name, folder, of_ranks in (
-        ("training", "tests/training", "tests/training/test_optimizer_sharded.py"),
-        ("engine", "tests/inference", "tests/inference/test_parallel_gpu.py"),
+    for part, name, folder, of_ranks in (
+        ("tests", "training", "tests/training", "tests/training/test_optimizer_sharded.py"),
+        ("engine", "engine", "tests/inference", "tests/inference/test_parallel_gpu.py"),
     ):
-        found.append(Step("tests", name, pytest(folder, f"--ignore={of_ranks}")))
+        found.append(Step(part, name, pytest(folder, f"--ignore={of_ranks}")))
         found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False), gpus=2))
     for parallel, modes in (("ddp", ["eager", "compiled"]), ("fsdp", ["eager"])):
         arguments = ["--device", "cuda", "--parallel", parallel, "--modes", *modes]
@@ -151,22 +150,26 @@ def counts(output: str) -> Counter[str]:
 
 
 def kernel_tests(step: Step) -> list[str]:
-    """Names of a step's kernel tests, about one in so many: others with each commit."""
+    """Names of a step's kernel tests on a GPU, about one in so many: others with each commit."""
     build = commit()
 
-    def is_chosen(name: str) -> bool:
+    def is_chosen(name: str, file: str) -> bool:
+        if not file.endswith("_cuda_test.cc") and "cuda" not in name.lower():
+            return False
         digest = hashlib.sha256(f"{build} {name}".encode()).hexdigest()
         return int(digest, 16) % step.every == 0
 
-    arguments = [KERNELS, "--gtest_list_tests", f"--gtest_filter={step.tests}"]
-    listed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    names, suite = [], ""
-    for line in listed.splitlines()[1:]:
-        if line.startswith(" "):
-            names.append(suite + line.split()[0])
-        else:
-            suite = line.split()[0]
-    return [name for name in names if is_chosen(name)]
+    with tempfile.NamedTemporaryFile(suffix=".json") as listed:
+        output, tests = f"--gtest_output=json:{listed.name}", f"--gtest_filter={step.tests}"
+        arguments = [KERNELS, "--gtest_list_tests", output, tests]
+        subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True)
+        suites = json.load(listed)["testsuites"]
+    return [
+        name
+        for suite in suites
+        for test in suite["testsuite"]
+        if is_chosen(name := f"{suite['name']}.{test['name']}", test["file"])
+    ]
 
 
 def in_shards(step: Step, directory: Path) -> list[str]:
