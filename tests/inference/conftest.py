@@ -1,6 +1,8 @@
 """Directories of models, made once per session."""
 
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,3 +41,23 @@ def smollm2(tmp_path_factory):
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory, model, tokenizer
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Sums up the shares of decided positions (test_half_precision.py), test by test."""
+    shares = defaultdict(list)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for what, share in getattr(report, "user_properties", ()):
+                if what == "decided positions" and report.when == "call":
+                    shares[report.nodeid.partition("[")[0]].append((share, report.nodeid))
+    if not shares:
+        return
+    terminalreporter.section("positions whose token the errors leave no doubt about")
+    for name, found in sorted(shares.items()):
+        least, where = min(found)
+        median = statistics.median(share for share, _ in found)
+        test, case = name.rpartition("::")[2], where.partition("[")[2].rstrip("]")
+        terminalreporter.line(
+            f"{test}: median {median:.3f} of {len(found)}, least {least:.3f} ({case})"
+        )

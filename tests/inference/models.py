@@ -169,11 +169,44 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 
+# Sizes that the fast kernels of a GPU compute: those above are odd on purpose.
+_WIDE = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "intermediate_size": 352,
+    "initializer_range": 0.1,
+}
+_WIDE_GROUPED = _GROUPED | _WIDE | {"num_attention_heads": 4, "head_dim": 64}
+
+WIDE_DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama_wide": lambda: LlamaForCausalLM(LlamaConfig(**_WIDE_GROUPED)),
+    "mistral_wide": lambda: MistralForCausalLM(
+        MistralConfig(**_WIDE_GROUPED | {"head_dim": 128}, sliding_window=None)
+    ),
+    "qwen2_wide": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**_WIDE_GROUPED | {"hidden_size": 256}, tie_word_embeddings=True)
+    ),
+    "qwen3_wide": lambda: Qwen3ForCausalLM(Qwen3Config(**_WIDE_GROUPED | {"head_dim": 128})),
+    "gpt_neox_wide": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**_SMALL | _WIDE, rope_parameters=_NEOX_ROPE | {"partial_rotary_factor": 0.5})
+    ),
+}
+
+WIDE_ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "roberta_wide": lambda: RobertaForMaskedLM(RobertaConfig(**_ENCODER | _WIDE)),
+    "distilbert_wide": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(
+            **_DISTIL | {"dim": 128, "n_heads": 2, "hidden_dim": 352, "initializer_range": 0.1},
+            num_labels=5,
+        )
+    ),
+}
+
 
 def build(name: str) -> PreTrainedModel:
     """The random model of that name, the same each time, its norms and biases not trivial."""
     torch.manual_seed(sum(map(ord, name)))
-    model = (DECODERS | ENCODERS)[name]().eval()
+    model = (DECODERS | ENCODERS | WIDE_DECODERS | WIDE_ENCODERS)[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -184,7 +217,7 @@ def build(name: str) -> PreTrainedModel:
 def save(name: str, model: PreTrainedModel, directory: Path) -> None:
     """Writes a Hugging Face directory, and policy.json where moq has no policy of its own."""
     model.save_pretrained(directory)
-    policy_file = POLICIES / f"{name.removesuffix('_elementwise')}.json"
+    policy_file = POLICIES / f"{re.sub('_(elementwise|wide)$', '', name)}.json"
     if not policy_file.exists():
         return
     policy = json.loads(policy_file.read_text())

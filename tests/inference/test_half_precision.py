@@ -11,6 +11,8 @@ from decoders import WIDE_HEADS
 from models import (
     DECODE_STEPS,
     DECODERS,
+    WIDE_DECODERS,
+    WIDE_ENCODERS,
     cached_logits,
     in_pieces,
     open_decoding_by,
@@ -32,8 +34,21 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # share is one of the model and of PyTorch's own errors, not of the engine: of SmolLM2's positions
 # here PyTorch on a CPU decides 0.86 in fp16, 0.89 with INT8 weights and 0.35 in bf16.
 FEWEST_DECIDED = {"fp16": 0.7, "int8": 0.6, "bf16": 0.3}
+# A 16-bit error moves static activations across the edges of their codes.
+FEWEST_DECIDED_STATIC = {"fp16": 0.25, "bf16": 0.1}
 
 ROWS = sequences(1, 8, 9, 40, 95)
+
+
+@pytest.fixture
+def enough_decided(record_property):
+    """Refuses a smaller share of decided positions; all shares are summed up behind the tests."""
+
+    def check(share, fewest):
+        record_property("decided positions", share)
+        assert share >= fewest
+
+    return check
 
 
 def with_parameters_in(dtype, model):
@@ -86,8 +101,8 @@ def whole_and_in_steps(engine):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", DECODERS)
-def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu):
+@pytest.mark.parametrize("name", [*DECODERS, *WIDE_DECODERS])
+def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu, enough_decided):
     directory = model_directory(name)
     engine = Engine.from_pretrained(
         directory, device=gpu, dtype=dtype, policy=models.policy_in(directory)
@@ -97,13 +112,12 @@ def test_decoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu
     naive = list(naive_logits(half, ROWS))
     exact = logits_of(with_parameters_in(torch.float64, half), ROWS, "cpu")
     decided = check_against_naive(torch.cat(engine.forward(ROWS)), naive, exact)
-    print(f"{name} {dtype}: decided positions {decided:.3f}")
-    assert decided >= FEWEST_DECIDED[dtype]
+    enough_decided(decided, FEWEST_DECIDED[dtype])
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu):
+@pytest.mark.parametrize("name", [*DECODERS, *WIDE_DECODERS])
+def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu, enough_decided):
     directory = model_directory(name)
     engine = Engine.from_pretrained(
         directory, device=gpu, dtype=weights, policy=models.policy_in(directory)
@@ -121,8 +135,7 @@ def test_decode_steps_err_as_their_dtype(name, weights, model_directory, gpu):
         decided = check_against_naive(
             cached_logits(engine.core, in_pieces(ROWS[-1], *sizes)), naive, exact
         )
-        print(f"{name} {weights} {sizes}: decided positions {decided:.3f}")
-        assert decided >= FEWEST_DECIDED[weights]
+        enough_decided(decided, FEWEST_DECIDED[weights])
 
 
 @pytest.mark.parametrize("path", DECODE_STEPS)
@@ -149,12 +162,14 @@ def test_either_way_of_a_decode_step_errs_and_decides_as_its_dtype(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "bert_masked_lm"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "bert_masked_lm", *WIDE_ENCODERS]
+)
 def test_encoder_errors_are_those_of_its_dtype(name, dtype, model_directory, gpu):
     engine = Engine.from_pretrained(model_directory(name), device=gpu, dtype=dtype)
     half = with_parameters_in(DTYPES[dtype], models.build(name))
     rows = sequences(*range(1, 95, 3))
-    if name == "bert_masked_lm":
+    if name in ("bert_masked_lm", "roberta_wide"):
         actual = torch.cat(engine.forward(rows))
     else:
         actual = engine.encode(rows).logits
@@ -204,7 +219,7 @@ def test_heads_of_64_dimensions_err_as_their_dtype(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["static", "static_asymmetric"])
-def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu):
+def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu, enough_decided):
     model = models.build(name)
     grids = rounded_models.static_input_grids(model, ROWS[-1], kind)
     rounded_models.export(model, tmp_path / "out", "8 bits per channel", kind, grids)
@@ -214,20 +229,20 @@ def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu)
     exact = torch.cat([reference_logits(model, row) for row in ROWS])
     for logits, rows in whole_and_in_steps(engine):
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows].double())
-        print(f"{name} {dtype} {kind}: decided positions {decided:.3f}")
+        enough_decided(decided, FEWEST_DECIDED_STATIC[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama_even", "gpt2"])
 @pytest.mark.parametrize("grid", rounded_models.GRIDS)
-def test_exported_grids_err_as_their_dtype(grid, name, dtype, tmp_path, gpu):
+def test_exported_grids_err_as_their_dtype(grid, name, dtype, tmp_path, gpu, enough_decided):
     model = rounded_models.export(models.build(name), tmp_path / "out", grid)
     engine = Engine.from_pretrained(tmp_path / "out", device=gpu, compute_dtype=dtype)
     naive = list(naive_logits(with_parameters_in(DTYPES[dtype], model), ROWS))
     exact = logits_of(with_parameters_in(torch.float64, model), ROWS, "cpu")
     for logits, rows in whole_and_in_steps(engine):
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows])
-        print(f"{name} {dtype} {grid}: decided positions {decided:.3f}")
+        enough_decided(decided, FEWEST_DECIDED[dtype])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +250,7 @@ def test_exported_grids_err_as_their_dtype(grid, name, dtype, tmp_path, gpu):
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_int8_weights_are_computed_in_the_dtype_of_the_directory(
-    name, stored, computed, tmp_path, gpu
+    name, stored, computed, tmp_path, gpu, enough_decided
 ):
     half = with_parameters_in(DTYPES.get(stored, torch.float32), models.build(name))
     models.save(name, half, tmp_path)
@@ -246,7 +261,7 @@ def test_int8_weights_are_computed_in_the_dtype_of_the_directory(
     exact = logits_of(with_parameters_in(torch.float64, model), ROWS, "cpu")
     for logits, rows in whole_and_in_steps(engine):
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows])
-        print(f"{name} {stored}: decided positions {decided:.3f}")
+        enough_decided(decided, FEWEST_DECIDED[computed])
 
 
 @pytest.mark.parametrize("sizes", [[1], [7, 1, 8, 2, 17]], ids=str)
@@ -287,7 +302,7 @@ def test_an_int8_cache_adds_no_more_error_than_in_float32(name, dtype, sizes, mo
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
-def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
+def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu, enough_decided):
     directory, model, tokenizer = smollm2
     row = tokenizer(LICENSE.read_text())["input_ids"][:256]
     engine = Engine.from_pretrained(directory, device=gpu, dtype=weights)
@@ -301,5 +316,4 @@ def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu):
     pieces = [row[:190], *in_pieces(row[190:], 1, 1, 1, 5)]
     for logits in (engine.forward([row])[0], cached_logits(engine.core, pieces)):
         decided = check_against_naive(logits, naive, exact)
-        print(f"{weights}: decided positions {decided:.3f}")
-        assert decided >= FEWEST_DECIDED[weights]
+        enough_decided(decided, FEWEST_DECIDED[weights])
