@@ -123,7 +123,7 @@ struct DeviceAppendKvArgs {
   std::int64_t num_tokens = 0;    ///< >= 0
   std::int64_t num_heads = 0;
   std::int64_t num_kv_heads = 0;
-  std::int64_t head_dim = 0;  ///< in [1, 256]
+  std::int64_t head_dim = 0;  ///< in [1, cuda::kMaxHeadDim]
   DeviceNorm query_norm{};    ///< over head_dim
   DeviceNorm key_norm{};
   DeviceRotary rotary{};
@@ -161,7 +161,7 @@ struct DeviceAttentionArgs {
   std::int64_t max_tokens = 0;                ///< no sequence has more new tokens
   std::int64_t num_heads = 0;                 ///< a multiple of num_kv_heads
   std::int64_t num_kv_heads = 0;
-  std::int64_t head_dim = 0;  ///< in [1, 256]
+  std::int64_t head_dim = 0;  ///< in [1, cuda::kMaxHeadDim]
   bool causal = true;
   float scale = 1.0F;                   ///< > 0
   const float* alibi_slopes = nullptr;  ///< [num_heads]; null: no position bias
@@ -176,6 +176,8 @@ struct DeviceAttentionArgs {
 };
 
 namespace cuda {
+constexpr int kMaxHeadDim = 256;
+
 /// @throws moq::Error if a size or dtype is out of range, a pointer is missing, or the launch
 /// fails.
 void append_kv(const DeviceAppendKvArgs& args, CUstream_st* stream);

@@ -72,10 +72,11 @@ struct DeviceSamplingRow {
 struct DeviceSamplingArgs {
   /// Written instead of a token where a row has a NaN, a +infinity or no logit above -infinity.
   static constexpr std::int32_t kNoToken = -1;
+  static constexpr std::int64_t kMaxVocabulary = (std::int64_t{1} << 19) - 1;
 
   const float* logits = nullptr;  ///< [batch_size, vocab_size], rows logits_stride apart
   std::int64_t batch_size = 0;    ///< >= 0
-  std::int64_t vocab_size = 0;    ///< in [1, 2^19)
+  std::int64_t vocab_size = 0;    ///< in [1, kMaxVocabulary]
   std::int64_t logits_stride = 0;
   /// [batch_size], device memory; may be null if all_greedy without `seen`
   const DeviceSamplingRow* rows = nullptr;

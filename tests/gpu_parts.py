@@ -117,8 +117,10 @@ def steps() -> list[Step]:
 
 
 def commit() -> str:
-    """The commit of the build: git's word, or that of the file that came with it."""
+    """The commit of the build, which names it, or without its word git's."""
     file = BUILD / "commit"
+    if file.exists():
+        return file.read_text().strip()
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
@@ -126,9 +128,7 @@ def commit() -> str:
         text=True,
         check=False,
     )
-    if git.returncode == 0:
-        return git.stdout.strip()
-    return file.read_text().strip() if file.exists() else "unknown"
+    return git.stdout.strip() if git.returncode == 0 else "unknown"
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

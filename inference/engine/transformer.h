@@ -23,7 +23,7 @@ namespace moq::inference {
 struct MemoryReport {
   std::int64_t weights = 0;    ///< packed projections, tables, norms
   std::int64_t kv_cache = 0;   ///< of generate; a cache of make_cache belongs to its owner
-  std::int64_t workspace = 0;  ///< activations and logits
+  std::int64_t workspace = 0;  ///< activations, logits, tables of rotations, inputs of steps
 };
 
 /// A kernel of a step, for profiles.

@@ -38,6 +38,10 @@ class ParameterMap {
   const ModuleParameters* find(Module module, std::int64_t layer = 0) const;
   /// Parameters of a module that the spec implies.
   const ModuleParameters& at(Module module, std::int64_t layer = 0) const;
+  /// All of them, by module and layer.
+  const std::map<std::pair<Module, std::int64_t>, ModuleParameters>& modules() const {
+    return modules_;
+  }
 
  private:
   class Resolver;

@@ -7,8 +7,6 @@
 /// What attention.cu chooses from.
 namespace moq::kernels::cuda {
 
-constexpr int kMaxHeadDim = 256;
-
 /// @throws moq::Error if pages (where there are any) have another dtype than activations of `dtype`
 ///         can use, or lack a pointer.
 void check_pages(const DevicePages& pages, DType dtype, const char* op);

@@ -159,7 +159,7 @@ void check_norm(const DeviceLinearArgs& args) {
 void check_qkv(const DeviceLinearArgs& args, const DeviceLayout& layout) {
   const DeviceQkvOutput& qkv = args.qkv;
   MOQ_CHECK(qkv.head_dim > 0 && qkv.head_dim % 2 == 0,
-            "linear: qkv.head_dim must be even and >= 0, got ", qkv.head_dim);
+            "linear: qkv.head_dim must be even and > 0, got ", qkv.head_dim);
   MOQ_CHECK(qkv.num_heads >= 0 && qkv.num_kv_heads >= 0 &&
                 (qkv.num_heads + 2LL * qkv.num_kv_heads) * qkv.head_dim == layout.n,
             "linear: n must be (qkv.num_heads + 2 * qkv.num_kv_heads) * qkv.head_dim, got ",

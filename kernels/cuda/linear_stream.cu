@@ -13,8 +13,8 @@
 // that the next kernel's blocks fill their rings, and look up what else does not depend on the
 // input, while this one works. Behind its end lie only the input's way from the second-level cache,
 // the products of what the rings hold, and one exchange of sums. Where a multiprocessor has two
-// blocks of one kernel, another has none, and the next kernels' blocks follow them there:
-// kApartBytes.
+// blocks of one kernel, another has none, and the next kernels' blocks follow them there
+// (kApartBytes in linear_stream_plan.h).
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -27,7 +27,6 @@ namespace {
 constexpr int kClusterBlocks = 8;
 /// Up to here a row is one block's work.
 constexpr std::int64_t kOneBlockVocabulary = 4096;
-constexpr std::int64_t kMaxVocabulary = (std::int64_t{1} << 19) - 1;  // sums of Fixed
 
 // -------------------------------------------------------------------------------- device functions
 
@@ -259,8 +258,9 @@ void check(const DeviceSamplingArgs& args) {
   MOQ_CHECK(args.batch_size >= 0 && args.batch_size <= 0x7fffffff / kClusterBlocks,
             "sample: batch_size must be in [0, ", 0x7fffffff / kClusterBlocks, "], got ",
             args.batch_size);
-  MOQ_CHECK(args.vocab_size >= 1 && args.vocab_size <= kMaxVocabulary,
-            "sample: vocab_size must be in [1, ", kMaxVocabulary, "], got ", args.vocab_size);
+  constexpr std::int64_t kMost = DeviceSamplingArgs::kMaxVocabulary;  // for sums of Fixed
+  MOQ_CHECK(args.vocab_size >= 1 && args.vocab_size <= kMost, "sample: vocab_size must be in [1, ",
+            kMost, "], got ", args.vocab_size);
   if (args.batch_size == 0) {
     return;
   }

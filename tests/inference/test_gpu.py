@@ -1,12 +1,13 @@
-"""What only a GPU engine has: graphs, pages, its own cache dtype, its errors."""
+"""What only a GPU engine has: graphs, pages, its own cache dtype, its errors, its sizes."""
 
 import gc
 import json
+import re
 
 import models
 import pytest
 import torch
-from little_memory import little_memory
+from decoders import write_decoder
 from models import (
     CACHE_TOLERANCES,
     DECODE_STEPS,
@@ -106,67 +107,6 @@ def test_forked_pages_are_copied_when_one_of_their_owners_writes(
         assert relative_error(logits[i], alone) < CACHE_TOLERANCES[kv_cache_dtype]
 
 
-def test_memory_report_says_what_is_allocated(smollm2, gpu):
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
-    engine.generate(sequences(9, 300), 4)
-    report = engine.memory_report()
-    allocated = torch.cuda.memory_allocated() - before
-    assert report["total"] == report["weights"] + report["kv_cache"] + report["workspace"]
-    assert abs(allocated - report["total"]) < 0.02 * report["total"]
-
-
-def test_int8_weights_take_a_byte_each(smollm2, gpu):
-    before = torch.cuda.memory_allocated()
-    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
-    model = smollm2[1]
-    projections = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    table = model.get_input_embeddings().weight.numel() * 2
-    assert engine.memory_report()["weights"] < 1.03 * (projections + table)
-    assert torch.cuda.memory_allocated() - before < 1.04 * (projections + table)
-
-
-def test_a_cache_that_does_not_fit_says_what_would(model_directory, gpu):
-    engine = Engine.from_pretrained(model_directory("llama"), device=gpu)
-    with pytest.raises(_C.Error, match=r"the KV cache must fit .* got .* free: .* would fit"):
-        engine.core.make_cache(1 << 23, 96)
-    engine.generate(sequences(5), 3)
-
-
-def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
-    engine = open_fp32(model_directory("llama"), gpu)
-    few, many = sequences(6), sequences(*[60] * 64)
-    expected = engine.generate(few, 5)
-    logits = engine.forward(few)[0]
-    with little_memory():
-        with pytest.raises(_C.Error, match="the workspace must fit .* tokens at once would fit"):
-            engine.forward(sequences(*[1] * 2048))
-        with pytest.raises(_C.Error, match="the KV cache must fit"):
-            engine.generate(many, 20, max_batch=64)
-        assert engine.generate(few, 5) == expected
-    assert relative_error(engine.forward(few)[0], logits) < 5e-6
-    assert engine.generate(few, 5) == expected
-    assert len(engine.generate(many, 20, max_batch=64)) == 64
-
-
-def test_a_model_that_does_not_fit_is_refused_with_its_size(smollm2, gpu):
-    with little_memory():
-        with pytest.raises(_C.Error, match="the weights must fit .* the model takes .* were free"):
-            Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp32")
-    assert Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8").generate([1, 2, 3], 2)
-
-
-def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(smollm2, gpu):
-    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
-    engine.generate(sequences(4000), 2)
-    long = engine.memory_report()["kv_cache"]
-    engine.generate(sequences(*[8] * 16), 2)
-    assert engine.memory_report()["kv_cache"] <= 2 * long
-    engine.generate(sequences(3000), 2)
-    assert engine.memory_report()["kv_cache"] <= 2 * long
-
-
 def test_a_cache_of_another_engine_is_refused(model_directory, pair):
     cpu, gpu = pair
     half = Engine.from_pretrained(model_directory("llama"), device="cuda", dtype="fp16")
@@ -218,8 +158,8 @@ def test_logits_that_are_no_numbers_are_an_error_and_the_engine_goes_on(tmp_path
         model.get_input_embeddings().weight[7] = torch.nan
     models.save("llama", model, tmp_path)
     engine = open_fp32(tmp_path, gpu)
-    with pytest.raises(_C.Error, match="a NaN or an infinity in row 0"):
-        engine.generate([3, 7, 4], 5)
+    with pytest.raises(_C.Error, match="a NaN or an infinity for new token 0 of prompt 1"):
+        engine.generate([[3, 4], [3, 7, 4]], 5)
     (row,) = ([t for t in r if t != 7] for r in sequences(9))
     tokens = engine.generate(row, 1).token_ids
     assert tokens == greedy(model, row, tokens)
@@ -263,6 +203,50 @@ def test_after_an_error_of_the_gpu_the_engine_says_that_it_is_unusable(model_dir
     first, second = [line for line in result.stdout.splitlines() if line.startswith("Error")]
     assert "must be made anew, in a new process, after an error of the GPU" in first
     assert second == first
+
+
+BREAK_THE_GPU_MEANWHILE = """
+import os, sys, torch
+from moq.inference import Engine
+engine = Engine.from_pretrained(sys.argv[1], device="cuda")
+engine.generate([3, 4], 3)
+torch.cuda._sleep(int(1e9))
+torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")]
+for _ in range(2):
+    try:
+        engine.generate([3, 4], 3)
+    except Exception as error:
+        print(type(error).__name__, error)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_an_error_of_the_gpu_during_a_step_is_told_with_its_remedy(model_directory, gpu):
+    result = run_script(BREAK_THE_GPU_MEANWHILE, str(model_directory("llama")))
+    first, second = [line for line in result.stdout.splitlines() if line.startswith("Error")]
+    assert re.match(r"Error engine: .* of 2 tokens must succeed on cuda:0, got \"", first)
+    assert "MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells which" in first
+    assert "must be made anew, in a new process, after an error of the GPU" in second
+
+
+@pytest.mark.parametrize(
+    ("traits", "message"),
+    [
+        ({"head_dim": 264}, "head_dim must be <= 256 on a GPU, got 264"),
+        (
+            {"vocab_size": 1 << 19, "hidden_size": 8, "head_dim": 4, "intermediate_size": 32},
+            "vocab_size must be <= 524287 to draw tokens on a GPU, got 524288",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_kernel_computes_are_refused_at_once(traits, message, tmp_path, gpu):
+    policy = write_decoder(tmp_path, **traits)
+    with pytest.raises(_C.Error, match=message):
+        Engine.from_pretrained(tmp_path, device=gpu, policy=policy)
+    engine = Engine.from_pretrained(tmp_path, device="cpu", policy=policy)
+    assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
 
 
 SWITCHED = """
@@ -419,7 +403,7 @@ def test_a_step_that_meets_no_numbers_is_an_error_by_either_way(path, tmp_path, 
     models.save("gpt2_wide_heads", model, tmp_path)
     engine = open_decoding_by(path, monkeypatch, tmp_path)
     tokens = engine.generate([3, 7, 4], 3).token_ids
-    with pytest.raises(_C.Error, match="a NaN or an infinity in row 0"):
+    with pytest.raises(_C.Error, match="a NaN or an infinity for new token 4 of prompt 0"):
         engine.generate([3, 7, 4], 8)
     assert engine.generate([3, 7, 4], 3).token_ids == tokens
 

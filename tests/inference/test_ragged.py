@@ -108,12 +108,12 @@ def test_forked_sequence_continues_as_its_parent_would(kv_cache_dtype, model_dir
 @with_every_cache
 def test_reordered_rows_continue_their_sources(kv_cache_dtype, model_directory, device):
     core = open_fp32(model_directory("llama"), device, kv_cache_dtype=kv_cache_dtype).core
-    rows = sequences(9, 14, 5)
-    cache = core.make_cache(3, 32)
+    rows = sequences(9, 74, 5)  # one of them longer than a page
+    cache = core.make_cache(3, 96)
     slots = [cache.allocate() for _ in rows]
     core.forward(rows, [], cache, slots)
     slots = cache.reorder(slots, [1, 1, 0])
-    assert [cache.length(slot) for slot in slots] == [14, 14, 9]
+    assert [cache.length(slot) for slot in slots] == [74, 74, 9]
     logits = core.forward([[3], [4], [5]], [], cache, slots)
     for i, (source, token) in enumerate([(1, 3), (1, 4), (0, 5)]):
         alone = cached_logits(core, [[*rows[source], token]])[-1]

@@ -8,6 +8,7 @@
 #include <c10/util/accumulate.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <iomanip>
@@ -34,9 +35,13 @@ std::int64_t free_bytes() {
   std::size_t total = 0;
   MOQ_CUDA_CHECK(cudaMemGetInfo(&free, &total));
   at::globalContext().lazyInitDevice(at::kCUDA);  // else the allocator knows of no device
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(c10::cuda::current_device());
+  const auto device = c10::cuda::current_device();
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
   const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-  return static_cast<std::int64_t>(free) + stats.reserved_bytes[all].current -
+  const std::int64_t reserved = stats.reserved_bytes[all].current;
+  const double share = c10::cuda::CUDACachingAllocator::getMemoryFraction(device);
+  const auto most = static_cast<std::int64_t>(share * static_cast<double>(total)) - reserved;
+  return std::clamp(most, std::int64_t{0}, static_cast<std::int64_t>(free)) + reserved -
          stats.allocated_bytes[all].current;
 }
 

@@ -24,7 +24,8 @@ at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what
 /// The same, of bytes.
 at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint = {});
 
-/// Bytes that can still be allocated on the current device, those that torch keeps cached included.
+/// Bytes that can still be allocated on the current device, those that torch keeps cached included,
+/// within the share of the memory that torch.cuda.set_per_process_memory_fraction leaves.
 std::int64_t free_bytes();
 
 /// "1.5 GiB"

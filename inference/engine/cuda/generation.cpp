@@ -64,7 +64,7 @@ std::span<const std::int64_t> CudaTransformer::next_tokens(
     cache.advance(sequence.slot, sequence.num_tokens);
   }
   synchronize("a generation step", batch.num_tokens());
-  take_tokens(static_cast<std::size_t>(count));
+  take_tokens(sampling);
   return drawn_;
 }
 
@@ -170,18 +170,18 @@ void CudaTransformer::write_history(std::int64_t slot, std::span<const std::int6
                                  stream_));
 }
 
-void CudaTransformer::take_tokens(std::size_t count) {
+void CudaTransformer::take_tokens(std::span<const kernels::SamplingRow> sampling) {
   drawn_.clear();
-  if (count == 0) {
+  if (sampling.empty()) {
     return;
   }
   const auto* const tokens = pinned_tokens_.const_data_ptr<std::int32_t>();
-  drawn_.assign(tokens, tokens + count);
-  for (std::size_t i = 0; i < count; ++i) {
+  drawn_.assign(tokens, tokens + sampling.size());
+  for (std::size_t i = 0; i < sampling.size(); ++i) {
     MOQ_CHECK(
         drawn_[i] != kernels::DeviceSamplingArgs::kNoToken,
         "generate: every logit must be a number below infinity, and one above -infinity, got ",
-        "a NaN or an infinity in row ", i, " of the step",
+        "a NaN or an infinity for new token ", sampling[i].step, " of prompt ", sampling[i].stream,
         dtype_ == DType::kFloat16 ? ": float16 activations end at 65504, try compute_dtype=\"bf16\""
                                   : "");
   }

@@ -11,8 +11,10 @@
 #include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/cuda/transformer.h"
 #include "inference/engine/weight_source.h"
+#include "kernels/attention.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
+#include "kernels/sampling.h"
 
 namespace moq::inference {
 namespace {
@@ -49,31 +51,70 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
-/// Bytes of a checkpoint's tensors: as they are stored, or with its floats as INT8.
-std::int64_t bytes_of(const checkpoint::Checkpoint& files, bool as_int8) {
-  std::int64_t bytes = 0;
-  for (const std::string& name : files.names()) {
-    const auto stored = static_cast<std::int64_t>(files.bytes(name).size());
-    const std::optional<DType> dtype = float_dtype(files.at(name).dtype);
-    bytes +=
-        as_int8 && dtype.has_value() ? stored / static_cast<std::int64_t>(size_of(*dtype)) : stored;
+/// @throws moq::Error for a model that no kernel computes, before its weights are read.
+void check_sizes(const ModelSpec& spec) {
+  MOQ_CHECK(spec.head_dim <= kernels::cuda::kMaxHeadDim,
+            "engine: head_dim must be <= ", kernels::cuda::kMaxHeadDim, " on a GPU, got ",
+            spec.head_dim, ": device=\"cpu\" has no such limit");
+  constexpr std::int64_t kMostWords = kernels::DeviceSamplingArgs::kMaxVocabulary;
+  MOQ_CHECK(
+      !spec.has_head || spec.attention != AttentionKind::kCausal || spec.vocab_size <= kMostWords,
+      "engine: vocab_size must be <= ", kMostWords, " to draw tokens on a GPU, got ",
+      spec.vocab_size, ": device=\"cpu\" has no such limit");
+}
+
+bool is_table(Module module) {
+  return module == Module::kTokenEmbedding || module == Module::kPositionEmbedding ||
+         module == Module::kTokenTypeEmbedding;
+}
+
+/// Device memory of a model's weights.
+struct WeightBytes {
+  std::int64_t tables = 0;       ///< whole on each rank
+  std::int64_t projections = 0;  ///< of all ranks
+  std::int64_t total() const { return tables + projections; }
+};
+
+WeightBytes bytes_of(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
+                     WeightDtype dtype, DType compute_dtype) {
+  WeightBytes bytes;
+  for (const auto& [key, module] : parameters.modules()) {
+    const WeightSource* matrix = module.matrix.has_value() ? &*module.matrix : nullptr;
+    if (matrix == nullptr && key.first == Module::kHead) {  // tied, and kept twice
+      matrix = &*parameters.at(Module::kTokenEmbedding).matrix;
+    }
+    if (matrix == nullptr) {
+      continue;
+    }
+    const std::int64_t elements = matrix->rows() * matrix->cols();
+    if (is_table(key.first)) {
+      bytes.tables += elements * static_cast<std::int64_t>(size_of(compute_dtype));
+    } else if (matrix->quantized()) {
+      for (const std::string& name : matrix->tensor_names()) {
+        bytes.projections += static_cast<std::int64_t>(files.bytes(name).size());
+      }
+    } else {
+      bytes.projections +=
+          elements *
+          static_cast<std::int64_t>(size_of(dtype == WeightDtype::kInt8       ? DType::kInt8
+                                            : dtype == WeightDtype::kAsStored ? matrix->dtype()
+                                                                              : compute_dtype));
+    }
   }
   return bytes;
 }
 
 /// What would fit of a model that does not, as the end of a message.
-std::string describe_what_fits(const checkpoint::Checkpoint& files, WeightDtype dtype,
+std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_int8,
                                std::int64_t free) {
   constexpr std::int64_t kMostGpus = 64;
-  const std::int64_t stored_bytes = bytes_of(files, /*as_int8=*/false);
-  const std::int64_t int8_bytes = bytes_of(files, /*as_int8=*/true);
-  const bool is_int8 = dtype == WeightDtype::kInt8;
   std::string words;
-  if (!is_int8 && int8_bytes < std::min(free, stored_bytes * 3 / 4)) {
-    words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(int8_bytes);
+  if (as_int8.total() < std::min(free, asked.total() * 3 / 4)) {
+    words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(as_int8.total());
   }
-  const std::int64_t bytes = is_int8 ? int8_bytes : stored_bytes;
-  const std::int64_t gpus = free > 0 ? bytes / free + 1 : kMostGpus + 1;
+  const std::int64_t for_projections = free - asked.tables;
+  const std::int64_t gpus =
+      for_projections > 0 ? asked.projections / for_projections + 1 : kMostGpus + 1;
   if (gpus > 1 && gpus <= kMostGpus) {
     const std::string count = std::to_string(gpus);
     words +=
@@ -102,9 +143,12 @@ std::unique_ptr<Transformer> open_cuda_transformer(
   const c10::cuda::CUDAGuard guard(device);
   const cuda::OutsideCaptures outside(device);
   kernels::cuda::check_device();
-  const DType dtype = options.compute_dtype.has_value()
-                          ? parse_compute_dtype(*options.compute_dtype)
-                          : default_compute_dtype(parameters, load.dtype);
+  check_sizes(parameters.spec());
+  const auto compute_dtype_of = [&](WeightDtype weights) {
+    return options.compute_dtype.has_value() ? parse_compute_dtype(*options.compute_dtype)
+                                             : default_compute_dtype(parameters, weights);
+  };
+  const DType dtype = compute_dtype_of(load.dtype);
   const std::string kv_dtype = options.kv_cache_dtype.value_or("int8");
   MOQ_CHECK(kv_dtype == "int8", "engine: kv_cache_dtype must be None or int8, got ", kv_dtype);
   MOQ_CHECK(communicator->size() == 1 || !options.group_name.empty(),
@@ -126,10 +170,14 @@ std::unique_ptr<Transformer> open_cuda_transformer(
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
         cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
-    moq::detail::fail(
-        error.what(), ": the model takes ", cuda::in_units(bytes_of(*files, /*as_int8=*/false)),
-        " as it is stored, for ", ranks, " GPUs together, and ", cuda::in_units(free),
-        " of this one were free at first", describe_what_fits(*files, load.dtype, free));
+    const auto bytes_as = [&](WeightDtype weights) {
+      return bytes_of(parameters, *files, weights, compute_dtype_of(weights));
+    };
+    const WeightBytes asked = bytes_as(load.dtype);
+    moq::detail::fail(error.what(), ": the model takes about ", cuda::in_units(asked.total()),
+                      ", for ", ranks, " GPUs together, and ", cuda::in_units(free),
+                      " of this one were free at first",
+                      describe_what_fits(asked, bytes_as(WeightDtype::kInt8), free));
   }
 }
 

@@ -66,7 +66,7 @@ MemoryReport CudaTransformer::memory() const {
                       .kv_cache = generation_cache_ ? generation_cache_->bytes() : 0,
                       .workspace = workspace_.bytes()};
   for (const at::Tensor* tensor : {&decode_state_, &cos_, &sin_, &head_in_, &logits_, &all_logits_,
-                                   &joined_, &tokens_, &seen_}) {
+                                   &joined_, &tokens_, &seen_, &uploaded_rows_}) {
     report.workspace += tensor->defined() ? static_cast<std::int64_t>(tensor->nbytes()) : 0;
   }
   report.workspace += eager_inputs_ ? eager_inputs_->bytes() : 0;

@@ -148,7 +148,7 @@ class CudaTransformer final : public Transformer {
                       std::span<const std::int64_t> rows,
                       std::span<const kernels::SamplingRow> sampling);
   void write_history(std::int64_t slot, std::span<const std::int64_t> tokens);
-  void take_tokens(std::size_t count);
+  void take_tokens(std::span<const kernels::SamplingRow> sampling);
   StepGraph& graph_of(const StepGraph::Key& key);
   StepGraph* forward_graph(const TokenBatch& batch);
   template <typename Run>

@@ -1,0 +1,104 @@
+"""What a GPU engine takes of the GPU's memory, and what it says where that is not enough."""
+
+import copy
+import gc
+import re
+
+import pytest
+import torch
+from little_memory import little_memory, memory_limit
+from models import open_fp32, relative_error, sequences
+
+from moq import _C
+from moq.inference import Engine
+
+pytestmark = pytest.mark.gpu
+
+
+def test_memory_report_says_what_is_allocated(smollm2, gpu):
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
+    engine.generate(sequences(9, 300), 4)
+    report = engine.memory_report()
+    allocated = torch.cuda.memory_allocated() - before
+    assert report["total"] == report["weights"] + report["kv_cache"] + report["workspace"]
+    assert abs(allocated - report["total"]) < 0.02 * report["total"]
+
+
+def test_int8_weights_take_a_byte_each(smollm2, gpu):
+    before = torch.cuda.memory_allocated()
+    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
+    model = smollm2[1]
+    projections = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    table = model.get_input_embeddings().weight.numel() * 2
+    assert engine.memory_report()["weights"] < 1.03 * (projections + table)
+    assert torch.cuda.memory_allocated() - before < 1.04 * (projections + table)
+
+
+def number_in(error, pattern):
+    """The number that a message names."""
+    match = re.search(pattern, str(error.value))
+    assert match, str(error.value)
+    return int(match[1])
+
+
+def test_a_cache_that_does_not_fit_says_what_would(model_directory, gpu):
+    engine = Engine.from_pretrained(model_directory("llama"), device=gpu)
+    with memory_limit(1 << 30):
+        with pytest.raises(_C.Error, match=r"the KV cache must fit .* got .* free: ") as error:
+            engine.core.make_cache(1 << 20, 96)
+        few = number_in(error, r"; (\d+) such sequences would fit")
+        assert few > 10000
+        engine.core.make_cache(few, 96)
+        with pytest.raises(_C.Error, match="the KV cache must fit") as error:
+            engine.core.make_cache(16, 1 << 22)
+        short = number_in(error, r" such sequences would fit, or 16 of (\d+) tokens")
+        assert short > 100000
+        engine.core.make_cache(16, short)
+    engine.generate(sequences(5), 3)
+
+
+def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
+    engine = open_fp32(model_directory("llama"), gpu)
+    few, many = sequences(6), sequences(*[60] * 64)
+    expected = engine.generate(few, 5)
+    logits = engine.forward(few)[0]
+    with little_memory():
+        with pytest.raises(_C.Error, match="the workspace must fit .* tokens at once would fit"):
+            engine.forward(sequences(*[1] * 2048))
+        with pytest.raises(_C.Error, match="the KV cache must fit"):
+            engine.generate(many, 20, max_batch=64)
+        assert engine.generate(few, 5) == expected
+    assert relative_error(engine.forward(few)[0], logits) < 5e-6
+    assert engine.generate(few, 5) == expected
+    assert len(engine.generate(many, 20, max_batch=64)) == 64
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path, gpu):
+    copy.deepcopy(smollm2[1]).half().save_pretrained(tmp_path)
+    model = smollm2[1]
+    table = model.get_input_embeddings().weight.numel()
+    as_float32 = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    as_float32 = 4 * (as_float32 + table) / 2**20
+    with memory_limit(300 << 20):
+        with pytest.raises(_C.Error, match="the weights must fit .* were free at first") as error:
+            Engine.from_pretrained(tmp_path, device=gpu, dtype="fp32")
+        taken = number_in(error, r"the model takes about (\d+)\.\d+ MiB, for 1 GPUs together")
+        assert abs(taken - as_float32) < 2
+        assert number_in(error, r'dtype="int8" would fit, with about (\d+)') < 200
+        of_each = 300 - 4 * table / 2**20  # the rest is shared
+        gpus = number_in(error, r"; (\d+) GPUs with as much free would")
+        assert gpus == int((as_float32 - 4 * table / 2**20) / of_each) + 1
+        engine = Engine.from_pretrained(tmp_path, device=gpu, dtype="int8")
+        assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
+
+
+def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(smollm2, gpu):
+    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
+    engine.generate(sequences(4000), 2)
+    long = engine.memory_report()["kv_cache"]
+    engine.generate(sequences(*[8] * 16), 2)
+    assert engine.memory_report()["kv_cache"] <= 2 * long
+    engine.generate(sequences(3000), 2)
+    assert engine.memory_report()["kv_cache"] <= 2 * long
