@@ -194,6 +194,11 @@ constexpr bool linear_takes_norm(std::int64_t m) {
   return m <= 8;
 }
 
+/// Whether `linear` with these arguments should normalise its input, rather than read what `norm`
+/// wrote: not where it takes no norm, nor where only its plain kernel does (before compute
+/// capability 9.0) and tensor cores multiply without.
+bool linear_prefers_norm(const DeviceLinearArgs& args);
+
 /// Lays a weight out for `linear`; all pointers of args are device memory. Codes and zero points
 /// must lie in the format's range: they are not looked at here.
 /// @throws moq::Error as packed_linear_size, for a null or misaligned pointer, or if the launch

@@ -239,6 +239,11 @@ bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout
                              : format == own);
 }
 
+bool linear_prefers_norm(const DeviceLinearArgs& args) {
+  const DeviceLayout layout = device_layout(args.weight.shape);
+  return linear_takes_norm(args.m) && (can_stream(args, layout) || !can_tile(args, layout));
+}
+
 void linear(const DeviceLinearArgs& args, cudaStream_t stream) {
   const DeviceLayout layout = device_layout(args.weight.shape);
   check(args, layout);

@@ -295,6 +295,7 @@ def test_an_older_gpus_path_decides_as_the_newest(dtype, smollm2, gpu):
     newest, older = (switched(smollm2[0], dtype, **e) for e in ({}, {"MOQ_GPU_ARCH": "80"}))
     assert any("stream_kernel" in name for name in newest["kernels"])
     assert not any("stream_kernel" in name for name in older["kernels"])
+    assert not any("plain_" in name for name in older["kernels"])
     assert newest["tokens"] == older["tokens"]
 
 

@@ -253,7 +253,7 @@ void CudaTransformer::multiply(const char* what, const kernels::DeviceLinearArgs
          [&] { gpu::linear(args, stream_); });
 }
 
-/// The arguments of a projection of norm(input). Where its kernel can't normalise or round the
+/// The arguments of a projection of norm(input). Where its kernel doesn't normalise or round the
 /// input, that has been launched.
 kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
                                                       const kernels::DeviceNorm& norm,
@@ -262,7 +262,14 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
   const kernels::LinearShape& shape = projection.weight.shape;
   const kernels::InputMode mode = projection.input.mode;
   const bool rounds = mode != kernels::InputMode::kFloat32;
-  const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_takes_norm(args.m);
+  args.input = input;
+  args.input_stride = shape.k;
+  args.weight = projection.weight;
+  args.bias = projection.bias;
+  args.dtype = dtype_;
+  args.weight_is_ready = true;
+  args.in_chain = true;
+  const bool norm_apart = norm.kind != kernels::NormKind::kNone && !gpu::linear_prefers_norm(args);
   if (rounds || norm_apart) {
     kernels::DeviceNormArgs prepared{.input = input,
                                      .input_stride = shape.k,
@@ -285,17 +292,10 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
       launch("norm", args.m, shape.k, 0, [&] { gpu::norm(prepared, stream_); });
       args.row_scales = prepared.row_scales;
     }
-    input = prepared.output;
+    args.input = prepared.output;
   } else {
     args.norm = norm;
   }
-  args.input = input;
-  args.input_stride = shape.k;
-  args.weight = projection.weight;
-  args.bias = projection.bias;
-  args.dtype = dtype_;
-  args.weight_is_ready = true;
-  args.in_chain = true;
   if (projection.next.data != nullptr) {
     args.next_weight = projection.next.data;
     args.next_bytes = static_cast<std::int64_t>(gpu::packed_linear_size(projection.next.shape));

@@ -130,6 +130,20 @@ TEST_P(LinearCudaRegions, NormalisesItsInput) {
   }
 }
 
+TEST_P(LinearCudaRegions, PreferANormOfTheirOwnOnlyForFewTokensOrByThePlainKernel) {
+  const auto prefers = [&](std::int64_t k, DType activations) {
+    const LinearProblem own = problem(64, k);
+    return cuda::linear_prefers_norm(
+        {.m = m(), .input_stride = k, .weight = {.shape = own.shape}, .dtype = activations});
+  };
+  for (const std::int64_t k : {128, 99}) {
+    EXPECT_EQ(prefers(k, DType::kFloat32), m() <= 8);
+    if (m() > 8) {
+      EXPECT_FALSE(prefers(k, dtype()));
+    }
+  }
+}
+
 TEST_P(LinearCudaRegions, CombineAsInTransformers) {
   const NormKind norm = cuda::linear_takes_norm(m()) ? NormKind::kRmsNorm : NormKind::kNone;
   expect_close(multiply(
@@ -374,7 +388,7 @@ TEST(LinearCudaRegionArgs, InconsistentOnesAreNamed) {
   EXPECT_EQ(message([](Args& args) { args.output_stride = 11; }),
             "linear: output_stride must be >= the columns of output, got 11 and 12");
   EXPECT_EQ(message([](Args& args) { args.qkv.head_dim = 3; }),
-            "linear: qkv.head_dim must be even and >= 0, got 3");
+            "linear: qkv.head_dim must be even and > 0, got 3");
   EXPECT_EQ(with_qkv([](Args& args) { args.qkv.num_heads = 3; }),
             "linear: n must be (qkv.num_heads + 2 * qkv.num_kv_heads) * qkv.head_dim, got 12, 3, 1 "
             "and 2");
