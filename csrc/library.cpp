@@ -101,7 +101,7 @@ TORCH_LIBRARY(moq, m) {
   m.def(
       "norm(Tensor input, Tensor weight, Tensor? bias=None, *, str norm=\"layer_norm\", float "
       "epsilon=1e-5) -> Tensor");
-  // linear(norm(input)). One kernel for up to eight rows on a GPU.
+  // linear(norm(input)). One kernel for up to eight rows on a GPU of compute capability 9.0.
   m.def(
       "norm_linear(Tensor input, Tensor norm_weight, Tensor? norm_bias, Tensor packed, int "
       "out_features, *, str norm=\"layer_norm\", float epsilon=1e-5, str format=\"int8\", int? "

@@ -30,7 +30,7 @@ class KernelTime:
 def read_bandwidth(device: str, size: int = 1 << 30) -> float:
     """Measured read bandwidth of a GPU, TB/s: the better way to read 1 GiB, median of 20."""
     data = torch.zeros(size, dtype=torch.uint8, device=device)
-    rates = [
+    rates: list[float] = [
         statistics.median(torch.ops.moq.read_bandwidth(data, prefetch=prefetch) for _ in range(20))
         for prefetch in (False, True)
     ]

@@ -120,10 +120,13 @@ def steps() -> list[Step]:
 
 
 def commit() -> str:
-    """The commit of the build, which names it, or without its word git's."""
+    """The commit of the build, which names it, or without its word the checkout's."""
     file = BUILD / "commit"
-    if file.exists():
-        return file.read_text().strip()
+    return file.read_text().strip() if file.exists() else checkout()
+
+
+def checkout() -> str:
+    """The commit of the tests and of the Python sources, which a build is linked to."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
@@ -273,12 +276,12 @@ def main() -> int:
 
     gpu.require()
     os.environ["MOQ_COMMIT"] = commit()
-    facts = gpu.facts() | {"commit": commit()}
+    facts = gpu.facts() | {"commit": commit(), "checkout": checkout()}
+    unchanged = ("commit", "checkout", "machine")
     done = {
         (line["part"], line["step"])
         for line in read_results(args.results)
-        if line.get("status") == "done"
-        and (line["commit"], line["machine"]) == (facts["commit"], facts["machine"])
+        if line.get("status") == "done" and all(line.get(key) == facts[key] for key in unchanged)
     }
     failed, ends = [], {}
     for step in chosen:

@@ -46,7 +46,7 @@ void check(const AttentionCall& call) {
   const at::Device device = call.query.device();
   const std::int64_t num_heads = known_size(call.query, 1);
   const std::int64_t head_dim = known_size(call.query, 2);
-  constexpr std::int64_t kMaxHeadDim = 256;
+  constexpr std::int64_t kMaxHeadDim = kernels::cuda::kMaxHeadDim;
   TORCH_CHECK_VALUE(call.num_kv_heads > 0 && num_heads > 0 && num_heads % call.num_kv_heads == 0,
                     call.where, ": num_heads must be a multiple of num_kv_heads, got ", num_heads,
                     " and ", call.num_kv_heads);

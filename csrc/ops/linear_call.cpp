@@ -168,9 +168,21 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                                  .bias = data_or_null<float>(norm_bias),
                                  .epsilon = static_cast<float>(call.epsilon)};
   const std::int64_t m = rows.size(0);
+  args.input = rows.const_data_ptr();
+  args.m = m;
+  args.input_stride = rows.stride(0);
+  args.weight = {.shape = call.shape, .data = call.packed.const_data_ptr()};
+  args.bias = data_or_null(bias);
+  args.activation = call.activation;
+  args.residual = data_or_null(residual);
+  args.residual_stride = residual.has_value() ? residual->stride(0) : 0;
+  args.dtype = dtype_of(rows.scalar_type());
+  args.gated = call.gated;
+  args.float32_output = call.dtype.value_or(rows.scalar_type()) != rows.scalar_type();
+  args.weight_is_ready = call.weight_is_ready;
   Tensor row_scales;
   const bool rounds = call.input_mode != InputMode::kFloat32;
-  if (rounds || (call.norm != NormKind::kNone && !kernels::cuda::linear_takes_norm(m))) {
+  if (rounds || (call.norm != NormKind::kNone && !kernels::cuda::linear_prefers_norm(args))) {
     Tensor normalised = at::empty({m, call.shape.k}, rows.options());
     if (rounds) {
       row_scales = at::empty({m}, rows.options().dtype(at::kFloat));
@@ -190,21 +202,11 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                           stream);
     }
     rows = normalised;
+    args.input = rows.const_data_ptr();
+    args.input_stride = rows.stride(0);
   } else {
     args.norm = norm;
   }
-  args.input = rows.const_data_ptr();
-  args.m = m;
-  args.input_stride = rows.stride(0);
-  args.weight = {.shape = call.shape, .data = call.packed.const_data_ptr()};
-  args.bias = data_or_null(bias);
-  args.activation = call.activation;
-  args.residual = data_or_null(residual);
-  args.residual_stride = residual.has_value() ? residual->stride(0) : 0;
-  args.dtype = dtype_of(rows.scalar_type());
-  args.gated = call.gated;
-  args.float32_output = call.dtype.value_or(rows.scalar_type()) != rows.scalar_type();
-  args.weight_is_ready = call.weight_is_ready;
   kernels::cuda::linear(args, stream);
 }
 

@@ -1,5 +1,7 @@
 #include "inference/engine/weights.h"
 
+#include <algorithm>
+
 #include "kernels/common/check.h"
 
 namespace moq::inference {
@@ -51,6 +53,41 @@ std::optional<kernels::WeightFormat> float_format(WeightDtype dtype) {
   }
 }
 
+bool is_layer_projection(Module module) {
+  switch (module) {
+    case Module::kQkv:
+    case Module::kQuery:
+    case Module::kKey:
+    case Module::kValue:
+    case Module::kAttentionOut:
+    case Module::kGateUp:
+    case Module::kGate:
+    case Module::kUp:
+    case Module::kDown:
+      return true;
+    default:
+      return false;
+  }
+}
+
+/// Whether projections of the layers are stored as integers.
+bool has_quantized_layers(const ParameterMap& parameters) {
+  return std::ranges::any_of(parameters.modules(), [](const auto& entry) {
+    const auto& [key, module] = entry;
+    return is_layer_projection(key.first) && module.matrix.has_value() &&
+           module.matrix->quantized();
+  });
+}
+
+/// Whether floats of a projection are rounded to INT8.
+bool quantizes(Module module, const LoadOptions& options, bool quantized_layers) {
+  if (options.dtype != WeightDtype::kInt8) {
+    return false;
+  }
+  return module == Module::kHead ? options.quantize_head.value_or(!quantized_layers)
+                                 : is_layer_projection(module) && !quantized_layers;
+}
+
 class Loader {
  public:
   Loader(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
@@ -75,7 +112,7 @@ class Loader {
   const checkpoint::Checkpoint& files_;
   const LoadOptions& options_;
   const ModelSpec& spec_;
-  bool quantized_checkpoint_ = false;
+  const bool has_quantized_layers_ = has_quantized_layers(parameters_);
 };
 
 void Loader::shard(Weights& weights) const {
@@ -90,11 +127,6 @@ void Loader::shard(Weights& weights) const {
 Weights Loader::load() {
   Weights weights;
   shard(weights);
-  for (std::int64_t layer = 0; layer < spec_.num_layers; ++layer) {
-    quantized_checkpoint_ |= parameters_.at(Module::kDown, layer).matrix->quantized() ||
-                             parameters_.at(Module::kAttentionOut, layer).matrix->quantized() ||
-                             qkv_slices(layer, weights.heads).front().source->quantized();
-  }
   weights.token_embedding = load_table(parameters_.find(Module::kTokenEmbedding));
   weights.position_embedding = load_table(parameters_.find(Module::kPositionEmbedding));
   weights.token_type_embedding = load_table(parameters_.find(Module::kTokenTypeEmbedding));
@@ -113,7 +145,7 @@ Weights Loader::load() {
 }
 
 Layer Loader::load_layer(std::int64_t layer, const Weights& weights) const {
-  const bool quantize = options_.dtype == WeightDtype::kInt8 && !quantized_checkpoint_;
+  const bool quantize = quantizes(Module::kDown, options_, has_quantized_layers_);
   const auto norm = [&](Module module) {
     return load_norm(files_, parameters_.find(module, layer));
   };
@@ -216,8 +248,8 @@ Linear Loader::load_head(const Weights& weights) const {
   const ModuleParameters& head = parameters_.at(Module::kHead);
   const WeightSource& source =
       head.matrix.has_value() ? *head.matrix : *parameters_.at(Module::kTokenEmbedding).matrix;
-  const bool quantize = options_.dtype == WeightDtype::kInt8 && !source.quantized() &&
-                        options_.quantize_head.value_or(!quantized_checkpoint_);
+  const bool quantize =
+      !source.quantized() && quantizes(Module::kHead, options_, has_quantized_layers_);
   Range rows{0, 0};
   for (int rank = 0; rank <= options_.rank; ++rank) {
     rows = {rows.end, rows.end + weights.vocab_widths[static_cast<std::size_t>(rank)]};
@@ -275,6 +307,37 @@ std::vector<std::int64_t> paired_head_rows(std::int64_t num_heads, std::int64_t 
     }
   }
   return order;
+}
+
+WeightEstimate estimate_weights(const ParameterMap& parameters, const LoadOptions& options) {
+  const bool quantized_layers = has_quantized_layers(parameters);
+  const std::optional<kernels::WeightFormat> floats = float_format(options.dtype);
+  WeightEstimate estimate;
+  for (const auto& [key, module] : parameters.modules()) {
+    const Module kind = key.first;
+    const WeightSource* matrix = module.matrix.has_value() ? &*module.matrix : nullptr;
+    if (matrix == nullptr && kind == Module::kHead) {  // tied, and kept twice
+      matrix = &*parameters.at(Module::kTokenEmbedding).matrix;
+    }
+    if (matrix == nullptr) {
+      continue;
+    }
+    const std::int64_t elements = matrix->rows() * matrix->cols();
+    const std::int64_t element_bytes =
+        floats.has_value() ? kernels::bits_of(*floats) / 8
+        : matrix->quantized() || quantizes(kind, options, quantized_layers)
+            ? 1
+            : static_cast<std::int64_t>(size_of(matrix->dtype()));
+    if (kind == Module::kTokenEmbedding || kind == Module::kPositionEmbedding ||
+        kind == Module::kTokenTypeEmbedding) {
+      estimate.table_elements += elements;
+    } else if (is_layer_projection(kind) || kind == Module::kHead) {
+      estimate.shared_bytes += elements * element_bytes;
+    } else {
+      estimate.whole_bytes += elements * element_bytes;
+    }
+  }
+  return estimate;
 }
 
 std::int64_t weight_bytes(const Weights& weights) {

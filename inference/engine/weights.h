@@ -99,6 +99,16 @@ Weights load_weights(const ParameterMap& parameters,
                      std::shared_ptr<const checkpoint::Checkpoint> files,
                      const LoadOptions& options);
 
+/// What weights take, known before they are loaded: without scales, padding and vectors.
+struct WeightEstimate {
+  std::int64_t table_elements = 0;  ///< of lookup tables, whole on each rank
+  std::int64_t whole_bytes = 0;     ///< of projections that every rank computes whole
+  std::int64_t shared_bytes = 0;    ///< of projections of which every rank has a part, in all
+};
+
+/// An element of an integer weight takes a byte, whatever its width, as on a GPU.
+WeightEstimate estimate_weights(const ParameterMap& parameters, const LoadOptions& options);
+
 /// Whether the rotation is left to the projection's kernel (LoadOptions::pair_rows): not where each
 /// head is normalised before it, or has no pairs.
 bool rotates_in_pairs(const ModelSpec& spec);

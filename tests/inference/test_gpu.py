@@ -210,7 +210,9 @@ import os, sys, torch
 from moq.inference import Engine
 engine = Engine.from_pretrained(sys.argv[1], device="cuda")
 engine.generate([3, 4], 3)
-zeros, behind = torch.zeros(1, device="cuda"), torch.tensor([5], device="cuda")
+zeros, behind = torch.zeros(9, device="cuda"), torch.tensor([5], device="cuda")
+zeros[behind]  # loads the kernel, for which CUDA may wait
+zeros = zeros[:1]
 torch.cuda.synchronize()
 torch.cuda._sleep(int(1e9))  # the error comes when the step has been launched
 zeros[behind]
@@ -226,29 +228,33 @@ os._exit(0)
 
 def test_an_error_of_the_gpu_during_a_step_is_told_with_its_remedy(model_directory, gpu):
     result = run_script(BREAK_THE_GPU_MEANWHILE, str(model_directory("llama")))
+    assert result.stdout.count("Error ") == 2, result.stderr
     first, second = [line for line in result.stdout.splitlines() if line.startswith("Error")]
     assert re.match(r"Error engine: .* of 2 tokens must succeed on cuda:0, got \"", first)
     assert "MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells which" in first
     assert "must be made anew, in a new process, after an error of the GPU" in second
 
 
-@pytest.mark.parametrize(
-    ("traits", "message"),
-    [
-        ({"head_dim": 264}, "head_dim must be <= 256 on a GPU, got 264"),
-        (
-            {"vocab_size": 1 << 19, "hidden_size": 8, "head_dim": 4, "intermediate_size": 32},
-            "vocab_size must be <= 524287 to draw tokens on a GPU, got 524288",
-        ),
-    ],
-    ids=str,
-)
-def test_sizes_that_no_kernel_computes_are_refused_at_once(traits, message, tmp_path, gpu):
-    policy = write_decoder(tmp_path, **traits)
-    with pytest.raises(_C.Error, match=message):
+def test_heads_wider_than_any_kernels_are_refused_at_once(tmp_path, gpu):
+    policy = write_decoder(tmp_path, head_dim=264)
+    with pytest.raises(_C.Error, match="head_dim must be <= 256 on a GPU, got 264"):
         Engine.from_pretrained(tmp_path, device=gpu, policy=policy)
     engine = Engine.from_pretrained(tmp_path, device="cpu", policy=policy)
-    assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
+    assert len(engine.generate([1, 2, 3], 2).token_ids) == 2
+
+
+def test_a_vocabulary_too_large_to_draw_from_is_refused_before_the_prompt(tmp_path, gpu):
+    policy = write_decoder(
+        tmp_path, vocab_size=1 << 19, hidden_size=8, head_dim=4, intermediate_size=32
+    )
+    cpu, on_gpu = (
+        Engine.from_pretrained(tmp_path, device=device, dtype="fp32", policy=policy)
+        for device in ("cpu", gpu)
+    )
+    with pytest.raises(_C.Error, match="vocab_size must be <= 524287 on a GPU, got 524288"):
+        on_gpu.generate([1, 2, 3], 2)
+    expected = cpu.forward([[1, 2, 3]])[0]
+    assert relative_error(on_gpu.forward([[1, 2, 3]])[0], expected) < 5e-6
 
 
 SWITCHED = """
@@ -341,6 +347,7 @@ def kernels_of_a_step(engine) -> list[str]:
     return [what for what, *_ in engine.core.decode_kernels()]
 
 
+@newest_gpus
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "llama_wide_heads", "gpt2_wide_heads"])
 def test_a_layer_of_up_to_eight_rows_is_five_kernels(name, rows, model_directory, gpu):

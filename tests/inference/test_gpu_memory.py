@@ -5,6 +5,7 @@ import gc
 import re
 
 import pytest
+import rounded_models
 import torch
 from little_memory import little_memory, memory_limit
 from models import open_fp32, relative_error, sequences
@@ -76,20 +77,31 @@ def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
 def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path, gpu):
     copy.deepcopy(smollm2[1]).half().save_pretrained(tmp_path)
     model = smollm2[1]
-    table = model.get_input_embeddings().weight.numel()
-    as_float32 = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    as_float32 = 4 * (as_float32 + table) / 2**20
+    table = 4 * model.get_input_embeddings().weight.numel() / 2**20
+    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    projections = 4 * sum(weight.numel() for weight in linears) / 2**20  # MiB, the head among them
     with memory_limit(300 << 20):
         with pytest.raises(_C.Error, match="the weights must fit .* were free at first") as error:
             Engine.from_pretrained(tmp_path, device=gpu, dtype="fp32")
         taken = number_in(error, r"the model takes about (\d+)\.\d+ MiB, for 1 GPUs together")
-        assert abs(taken - as_float32) < 2
+        assert abs(taken - (table + projections)) < 2
         assert number_in(error, r'dtype="int8" would fit, with about (\d+)') < 200
-        of_each = 300 - 4 * table / 2**20  # the rest is shared
         gpus = number_in(error, r"; (\d+) GPUs with as much free would")
-        assert gpus == int((as_float32 - 4 * table / 2**20) / of_each) + 1
+        assert gpus == int(projections / (300 - table)) + 1  # each has the whole table
         engine = Engine.from_pretrained(tmp_path, device=gpu, dtype="int8")
         assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
+
+
+def test_integers_that_are_expanded_count_as_the_floats_they_become(smollm2, tmp_path, gpu):
+    model = copy.deepcopy(smollm2[1])
+    rounded_models.export(model, tmp_path / "out", "4 bits per group")
+    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    elements = sum(w.numel() for w in [*linears, model.get_input_embeddings().weight])
+    with memory_limit(250 << 20):
+        with pytest.raises(_C.Error, match="the weights must fit") as error:
+            Engine.from_pretrained(tmp_path / "out", device=gpu, dtype="fp16")
+        taken = number_in(error, r"the model takes about (\d+)\.\d+ MiB, for 1 GPUs together")
+        assert abs(taken - 2 * elements / 2**20) < 2
 
 
 def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(smollm2, gpu):

@@ -39,7 +39,7 @@ std::int64_t free_bytes() {
   const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
   const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
   const std::int64_t reserved = stats.reserved_bytes[all].current;
-  const double share = c10::cuda::CUDACachingAllocator::getMemoryFraction(device);
+  const double share = std::min(c10::cuda::CUDACachingAllocator::getMemoryFraction(device), 1.0);
   const auto most = static_cast<std::int64_t>(share * static_cast<double>(total)) - reserved;
   return std::clamp(most, std::int64_t{0}, static_cast<std::int64_t>(free)) + reserved -
          stats.allocated_bytes[all].current;

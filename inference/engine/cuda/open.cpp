@@ -14,7 +14,6 @@
 #include "kernels/attention.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
-#include "kernels/sampling.h"
 
 namespace moq::inference {
 namespace {
@@ -51,58 +50,12 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
-/// @throws moq::Error for a model that no kernel computes, before its weights are read.
-void check_sizes(const ModelSpec& spec) {
-  MOQ_CHECK(spec.head_dim <= kernels::cuda::kMaxHeadDim,
-            "engine: head_dim must be <= ", kernels::cuda::kMaxHeadDim, " on a GPU, got ",
-            spec.head_dim, ": device=\"cpu\" has no such limit");
-  constexpr std::int64_t kMostWords = kernels::DeviceSamplingArgs::kMaxVocabulary;
-  MOQ_CHECK(
-      !spec.has_head || spec.attention != AttentionKind::kCausal || spec.vocab_size <= kMostWords,
-      "engine: vocab_size must be <= ", kMostWords, " to draw tokens on a GPU, got ",
-      spec.vocab_size, ": device=\"cpu\" has no such limit");
-}
-
-bool is_table(Module module) {
-  return module == Module::kTokenEmbedding || module == Module::kPositionEmbedding ||
-         module == Module::kTokenTypeEmbedding;
-}
-
 /// Device memory of a model's weights.
 struct WeightBytes {
-  std::int64_t tables = 0;       ///< whole on each rank
-  std::int64_t projections = 0;  ///< of all ranks
-  std::int64_t total() const { return tables + projections; }
+  std::int64_t whole;   ///< on each rank
+  std::int64_t shared;  ///< by all ranks
+  std::int64_t total() const { return whole + shared; }
 };
-
-WeightBytes bytes_of(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
-                     WeightDtype dtype, DType compute_dtype) {
-  WeightBytes bytes;
-  for (const auto& [key, module] : parameters.modules()) {
-    const WeightSource* matrix = module.matrix.has_value() ? &*module.matrix : nullptr;
-    if (matrix == nullptr && key.first == Module::kHead) {  // tied, and kept twice
-      matrix = &*parameters.at(Module::kTokenEmbedding).matrix;
-    }
-    if (matrix == nullptr) {
-      continue;
-    }
-    const std::int64_t elements = matrix->rows() * matrix->cols();
-    if (is_table(key.first)) {
-      bytes.tables += elements * static_cast<std::int64_t>(size_of(compute_dtype));
-    } else if (matrix->quantized()) {
-      for (const std::string& name : matrix->tensor_names()) {
-        bytes.projections += static_cast<std::int64_t>(files.bytes(name).size());
-      }
-    } else {
-      bytes.projections +=
-          elements *
-          static_cast<std::int64_t>(size_of(dtype == WeightDtype::kInt8       ? DType::kInt8
-                                            : dtype == WeightDtype::kAsStored ? matrix->dtype()
-                                                                              : compute_dtype));
-    }
-  }
-  return bytes;
-}
 
 /// What would fit of a model that does not, as the end of a message.
 std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_int8,
@@ -112,9 +65,8 @@ std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_i
   if (as_int8.total() < std::min(free, asked.total() * 3 / 4)) {
     words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(as_int8.total());
   }
-  const std::int64_t for_projections = free - asked.tables;
-  const std::int64_t gpus =
-      for_projections > 0 ? asked.projections / for_projections + 1 : kMostGpus + 1;
+  const std::int64_t for_shared = free - asked.whole;
+  const std::int64_t gpus = for_shared > 0 ? asked.shared / for_shared + 1 : kMostGpus + 1;
   if (gpus > 1 && gpus <= kMostGpus) {
     const std::string count = std::to_string(gpus);
     words +=
@@ -143,7 +95,9 @@ std::unique_ptr<Transformer> open_cuda_transformer(
   const c10::cuda::CUDAGuard guard(device);
   const cuda::OutsideCaptures outside(device);
   kernels::cuda::check_device();
-  check_sizes(parameters.spec());
+  MOQ_CHECK(parameters.spec().head_dim <= kernels::cuda::kMaxHeadDim,
+            "engine: head_dim must be <= ", kernels::cuda::kMaxHeadDim, " on a GPU, got ",
+            parameters.spec().head_dim, ": device=\"cpu\" has no such limit");
   const auto compute_dtype_of = [&](WeightDtype weights) {
     return options.compute_dtype.has_value() ? parse_compute_dtype(*options.compute_dtype)
                                              : default_compute_dtype(parameters, weights);
@@ -170,8 +124,12 @@ std::unique_ptr<Transformer> open_cuda_transformer(
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
         cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
-    const auto bytes_as = [&](WeightDtype weights) {
-      return bytes_of(parameters, *files, weights, compute_dtype_of(weights));
+    const auto bytes_as = [&](WeightDtype weights) -> WeightBytes {
+      LoadOptions as = load;
+      as.dtype = weights;
+      const WeightEstimate estimate = estimate_weights(parameters, as);
+      const auto element = static_cast<std::int64_t>(size_of(compute_dtype_of(weights)));
+      return {estimate.table_elements * element + estimate.whole_bytes, estimate.shared_bytes};
     };
     const WeightBytes asked = bytes_as(load.dtype);
     moq::detail::fail(error.what(), ": the model takes about ", cuda::in_units(asked.total()),

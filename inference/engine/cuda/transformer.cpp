@@ -110,6 +110,9 @@ KvCache& CudaTransformer::generation_cache(std::int64_t num_slots, std::int64_t 
       generation_cache_->capacity() >= capacity) {
     return *generation_cache_;
   }
+  constexpr std::int64_t kMostWords = kernels::DeviceSamplingArgs::kMaxVocabulary;
+  MOQ_CHECK(spec_.vocab_size <= kMostWords, "generate: vocab_size must be <= ", kMostWords,
+            " on a GPU, got ", spec_.vocab_size, ": device=\"cpu\" has no such limit");
   const OnDevice on_device(*this);
   capacity = std::min(divide_up(capacity, kCapacityStep) * kCapacityStep, spec_.max_positions);
   const std::int64_t held_slots = generation_cache_ ? generation_cache_->num_slots() : 0;
