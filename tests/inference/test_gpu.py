@@ -177,45 +177,22 @@ def test_bad_requests_leave_the_engine_usable(pair):
 
 
 BREAK_THE_GPU = """
-import sys, torch
-from moq import _C
-from moq.inference import Engine
-engine = Engine.from_pretrained(sys.argv[1], device="cuda")
-engine.generate([3, 4], 3)
-try:
-    torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")]
-    torch.cuda.synchronize()
-except Exception:
-    pass
-for _ in range(2):
-    try:
-        engine.generate([3, 4], 3)
-    except Exception as error:
-        print(type(error).__name__, error)
-sys.stdout.flush()
-import os
-os._exit(0)
-"""
-
-
-def test_after_an_error_of_the_gpu_the_engine_says_that_it_is_unusable(model_directory, gpu):
-    result = run_script(BREAK_THE_GPU, str(model_directory("llama")))
-    first, second = [line for line in result.stdout.splitlines() if line.startswith("Error")]
-    assert "must be made anew, in a new process, after an error of the GPU" in first
-    assert second == first
-
-
-BREAK_THE_GPU_MEANWHILE = """
 import os, sys, torch
 from moq.inference import Engine
 engine = Engine.from_pretrained(sys.argv[1], device="cuda")
 engine.generate([3, 4], 3)
 zeros, behind = torch.zeros(9, device="cuda"), torch.tensor([5], device="cuda")
 zeros[behind]  # loads the kernel, for which CUDA may wait
-zeros = zeros[:1]
 torch.cuda.synchronize()
-torch.cuda._sleep(int(1e9))  # the error comes when the step has been launched
-zeros[behind]
+if sys.argv[2] == "meanwhile":  # the error comes when the engine's step has been launched
+    torch.cuda._sleep(int(1e9))
+    zeros[:1][behind]
+else:
+    try:
+        zeros[:1][behind]
+        torch.cuda.synchronize()
+    except Exception:
+        pass
 for _ in range(2):
     try:
         engine.generate([3, 4], 3)
@@ -226,10 +203,22 @@ os._exit(0)
 """
 
 
+def errors_of_a_broken_gpu(directory, when):
+    """What two calls of an engine say after an error of the GPU."""
+    result = run_script(BREAK_THE_GPU, str(directory), when)
+    errors = [line for line in result.stdout.splitlines() if line.startswith("Error")]
+    assert len(errors) == 2, result.stderr
+    return errors
+
+
+def test_after_an_error_of_the_gpu_the_engine_says_that_it_is_unusable(model_directory, gpu):
+    first, second = errors_of_a_broken_gpu(model_directory("llama"), "before")
+    assert "must be made anew, in a new process, after an error of the GPU" in first
+    assert second == first
+
+
 def test_an_error_of_the_gpu_during_a_step_is_told_with_its_remedy(model_directory, gpu):
-    result = run_script(BREAK_THE_GPU_MEANWHILE, str(model_directory("llama")))
-    assert result.stdout.count("Error ") == 2, result.stderr
-    first, second = [line for line in result.stdout.splitlines() if line.startswith("Error")]
+    first, second = errors_of_a_broken_gpu(model_directory("llama"), "meanwhile")
     assert re.match(r"Error engine: .* of 2 tokens must succeed on cuda:0, got \"", first)
     assert "MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells which" in first
     assert "must be made anew, in a new process, after an error of the GPU" in second
