@@ -35,8 +35,7 @@ struct CudaOptions {
 /// Loads a rank's share onto a GPU. Activations are kept in compute_dtype, or in the dtype of float
 /// weights, or, with integer ones, in bfloat16 if the checkpoint's floats are, else in float16.
 /// @throws moq::Error as load_weights, for an unknown option, for heads that no kernel computes,
-/// for
-///         a GPU that moq was not built for, or if the GPU's memory does not hold the weights
+///         for a GPU that moq was not built for, or if its memory does not hold the weights
 std::unique_ptr<Transformer> open_cuda_transformer(
     const ParameterMap& parameters, const std::shared_ptr<const checkpoint::Checkpoint>& files,
     LoadOptions load, const CudaOptions& options,
