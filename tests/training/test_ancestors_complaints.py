@@ -18,7 +18,7 @@ to the opposite.
 | 13 | #2301, #2326, Examples #508 | nobody says how to run what was trained | end_to_end/test_readme::test_torchrun_serves_the_simulated_models_greedy_text, end_to_end/test_docs_train::test_the_loop_trains_and_exports |
 | 14 | #1788, #2956, #2923, #2865 | INT8 fails on GPT-2, GPT-J, BLOOM | inference half: inference/test_exported::test_other_decoders_equal_the_simulated_model |
 | 15 | #2876, #2770 | sharded INT8 checkpoints give garbage | inference half: inference/test_parallel_quantized::test_logits_are_those_of_one_rank |
-| 16 | #2467 | INT8 takes more memory than FP16 | inference half: inference/test_gpu::test_int8_weights_take_a_byte_each; in training: training/test_memory::test_one_copy_of_the_weights_is_kept |
+| 16 | #2467 | INT8 takes more memory than FP16 | inference half: inference/test_gpu_memory::test_int8_weights_take_a_byte_each; in training: training/test_memory::test_one_copy_of_the_weights_is_kept |
 | 17 | #2217, Examples #611 | no products of INT8 activations | training/test_activations::test_the_engine_multiplies_what_training_saw |
 | 18 | #2526, #4351, #4393 | no 4 bits, no width per matrix | training/test_rules::test_layers_with_several_widths_become_several_blocks, export/test_export_equals_simulated::test_stored_codes_are_the_simulated_weights |
 | 19 | #1466, #1797, #1967, #2309, #3960 | padded batches give wrong outputs | inference half: inference/test_ragged::test_padded_rows_equal_each_row_alone |
