@@ -196,8 +196,7 @@ constexpr bool linear_takes_norm(std::int64_t m) {
 
 /// Whether `linear` with these arguments should normalise its input, rather than read what `norm`
 /// wrote: not where it takes no norm, nor where only its plain kernel does (before compute
-/// capability 9.0) and tensor cores multiply without. Reads m, input and its stride, the weight's
-/// shape and dtype.
+/// capability 9.0) and tensor cores multiply without. Reads m, the weight's shape and dtype.
 /// @throws moq::Error for a shape that packed_linear_size refuses
 bool linear_prefers_norm(const DeviceLinearArgs& args);
 

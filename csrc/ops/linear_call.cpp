@@ -168,9 +168,7 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                                  .bias = data_or_null<float>(norm_bias),
                                  .epsilon = static_cast<float>(call.epsilon)};
   const std::int64_t m = rows.size(0);
-  args.input = rows.const_data_ptr();
   args.m = m;
-  args.input_stride = rows.stride(0);
   args.weight = {.shape = call.shape, .data = call.packed.const_data_ptr()};
   args.bias = data_or_null(bias);
   args.activation = call.activation;
@@ -202,11 +200,11 @@ void run_on_gpu(const LinearCall& call, kernels::DeviceLinearArgs args, CUstream
                           stream);
     }
     rows = normalised;
-    args.input = rows.const_data_ptr();
-    args.input_stride = rows.stride(0);
   } else {
     args.norm = norm;
   }
+  args.input = rows.const_data_ptr();
+  args.input_stride = rows.stride(0);
   kernels::cuda::linear(args, stream);
 }
 

@@ -65,36 +65,6 @@ CodeBlock quantize_rows(const WeightSource& source, Range rows, Range cols) {
   return block;
 }
 
-/// Form of the packed weight: siblings that differ meet in the wider form, which holds both
-/// exactly.
-kernels::LinearShape shape_of(const Slices& slices, Range cols, const PackOptions& options) {
-  kernels::LinearShape shape{.k = cols.size(), .group_size = cols.size()};
-  bool integers = !options.floats.has_value();
-  int num_bits = 0;
-  WeightFormat floats = format_of(slices.front().source->dtype());
-  for (const RowSlice& slice : slices) {
-    const WeightSource& source = *slice.source;
-    shape.n += slice.rows.size();
-    integers = integers && (options.quantize || source.quantized());
-    num_bits = std::max(num_bits, options.quantize ? 8 : source.num_bits());
-    if (source.quantized() || format_of(source.dtype()) != floats) {
-      floats = WeightFormat::kFloat32;
-    }
-    if (source.quantized()) {
-      shape.asymmetric |= source.asymmetric();
-      shape.group_size = std::gcd(shape.group_size, source.group_size_of(cols));
-    }
-  }
-  if (integers) {
-    shape.format = integer_format(num_bits);
-    return shape;
-  }
-  shape.format = options.floats.value_or(floats);
-  shape.asymmetric = false;
-  shape.group_size = shape.k;
-  return shape;
-}
-
 /// A tensor that holds one number.
 const checkpoint::TensorInfo& find_number(const checkpoint::Checkpoint& files,
                                           const std::string& name) {
@@ -282,9 +252,38 @@ StoredWeight pack_for_cpu(const UnpackedWeight& weight) {
           .bytes = static_cast<std::int64_t>(size)};
 }
 
+kernels::LinearShape packed_shape(const std::vector<RowSlice>& slices, Range cols,
+                                  const PackOptions& options) {
+  kernels::LinearShape shape{.k = cols.size(), .group_size = cols.size()};
+  bool integers = !options.floats.has_value();
+  int num_bits = 0;
+  WeightFormat floats = format_of(slices.front().source->dtype());
+  for (const RowSlice& slice : slices) {
+    const WeightSource& source = *slice.source;
+    shape.n += slice.rows.size();
+    integers = integers && (options.quantize || source.quantized());
+    num_bits = std::max(num_bits, options.quantize ? 8 : source.num_bits());
+    if (source.quantized() || format_of(source.dtype()) != floats) {
+      floats = WeightFormat::kFloat32;
+    }
+    if (source.quantized()) {
+      shape.asymmetric |= source.asymmetric();
+      shape.group_size = std::gcd(shape.group_size, source.group_size_of(cols));
+    }
+  }
+  if (integers) {
+    shape.format = integer_format(num_bits);
+    return shape;
+  }
+  shape.format = options.floats.value_or(floats);
+  shape.asymmetric = false;
+  shape.group_size = shape.k;
+  return shape;
+}
+
 Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSlice>& slices,
                     Range cols, std::span<const std::int64_t> order, const PackOptions& options) {
-  UnpackedWeight weight{.shape = shape_of(slices, cols, options)};
+  UnpackedWeight weight{.shape = packed_shape(slices, cols, options)};
   const kernels::LinearShape& shape = weight.shape;
   const bool integers = kernels::is_integer(shape.format);
   const std::int64_t per_row = integers ? kernels::num_groups(shape) : 0;

@@ -72,11 +72,15 @@ struct PackOptions {
   Packer pack = pack_for_cpu;
 };
 
+/// Shape of what pack_weights makes of the same: siblings that differ meet in the wider form, which
+/// holds both exactly.
+kernels::LinearShape packed_shape(const std::vector<RowSlice>& slices, Range cols,
+                                  const PackOptions& options);
+
 /// Reads columns `cols` of the slices' rows, one below the other, puts them in the order given
-/// (order[i]: the row that becomes row i; empty: as they are), and packs them. Siblings that
-/// differ meet in the wider form, which holds both exactly. No more than the asked-for part is
-/// read, except where columns are split and the scales are yet to be computed: a scale needs its
-/// whole row.
+/// (order[i]: the row that becomes row i; empty: as they are), and packs them. No more than the
+/// asked-for part is read, except where columns are split and the scales are yet to be computed: a
+/// scale needs its whole row.
 /// @throws moq::Error naming the tensor for numbers that are not finite or don't fit their format,
 ///         or if the slices disagree on how they read their input
 Linear pack_weights(const checkpoint::Checkpoint& files, const std::vector<RowSlice>& slices,

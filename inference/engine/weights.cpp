@@ -90,9 +90,14 @@ bool quantizes(Module module, const LoadOptions& options, bool quantized_layers)
 
 class Loader {
  public:
+  /// @param outline  reads and packs no projections, but finds their shapes
   Loader(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
-         const LoadOptions& options)
-      : parameters_(parameters), files_(files), options_(options), spec_(parameters.spec()) {}
+         const LoadOptions& options, bool outline = false)
+      : parameters_(parameters),
+        files_(files),
+        options_(options),
+        outline_(outline),
+        spec_(parameters.spec()) {}
 
   Weights load();
 
@@ -111,6 +116,7 @@ class Loader {
   const ParameterMap& parameters_;
   const checkpoint::Checkpoint& files_;
   const LoadOptions& options_;
+  const bool outline_;
   const ModelSpec& spec_;
   const bool has_quantized_layers_ = has_quantized_layers(parameters_);
 };
@@ -223,12 +229,17 @@ std::vector<std::int64_t> Loader::up_order(Range ffn) const {
 
 Linear Loader::load_linear(const std::vector<RowSlice>& slices, Range cols, bool quantize,
                            std::span<const std::int64_t> order) const {
-  return pack_weights(files_, slices, cols, order,
-                      {.quantization = options_.quantization,
-                       .floats = float_format(options_.dtype),
-                       .quantize = quantize,
-                       .input_mode = options_.input_mode,
-                       .pack = options_.pack});
+  const PackOptions pack{.quantization = options_.quantization,
+                         .floats = float_format(options_.dtype),
+                         .quantize = quantize,
+                         .input_mode = options_.input_mode,
+                         .pack = options_.pack};
+  if (outline_) {
+    Linear linear;
+    linear.stored.weight.shape = packed_shape(slices, cols, pack);
+    return linear;
+  }
+  return pack_weights(files_, slices, cols, order, pack);
 }
 
 /// A small projection that every rank computes whole.
@@ -281,6 +292,13 @@ Weights load_weights(const ParameterMap& parameters,
   return weights;
 }
 
+Weights outline_weights(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
+                        LoadOptions options) {
+  options.rank = 0;
+  options.size = 1;
+  return Loader(parameters, files, options, /*outline=*/true).load();
+}
+
 bool rotates_in_pairs(const ModelSpec& spec) {
   return spec.positions == PositionKind::kRotary && !spec.qk_norm && spec.head_dim % 2 == 0;
 }
@@ -307,37 +325,6 @@ std::vector<std::int64_t> paired_head_rows(std::int64_t num_heads, std::int64_t 
     }
   }
   return order;
-}
-
-WeightEstimate estimate_weights(const ParameterMap& parameters, const LoadOptions& options) {
-  const bool quantized_layers = has_quantized_layers(parameters);
-  const std::optional<kernels::WeightFormat> floats = float_format(options.dtype);
-  WeightEstimate estimate;
-  for (const auto& [key, module] : parameters.modules()) {
-    const Module kind = key.first;
-    const WeightSource* matrix = module.matrix.has_value() ? &*module.matrix : nullptr;
-    if (matrix == nullptr && kind == Module::kHead) {  // tied, and kept twice
-      matrix = &*parameters.at(Module::kTokenEmbedding).matrix;
-    }
-    if (matrix == nullptr) {
-      continue;
-    }
-    const std::int64_t elements = matrix->rows() * matrix->cols();
-    const std::int64_t element_bytes =
-        floats.has_value() ? kernels::bits_of(*floats) / 8
-        : matrix->quantized() || quantizes(kind, options, quantized_layers)
-            ? 1
-            : static_cast<std::int64_t>(size_of(matrix->dtype()));
-    if (kind == Module::kTokenEmbedding || kind == Module::kPositionEmbedding ||
-        kind == Module::kTokenTypeEmbedding) {
-      estimate.table_elements += elements;
-    } else if (is_layer_projection(kind) || kind == Module::kHead) {
-      estimate.shared_bytes += elements * element_bytes;
-    } else {
-      estimate.whole_bytes += elements * element_bytes;
-    }
-  }
-  return estimate;
 }
 
 std::int64_t weight_bytes(const Weights& weights) {

@@ -29,6 +29,8 @@ struct Table {
   kernels::EmbeddingTable view{};      ///< rows that kernels can read where they lie
   std::optional<WeightSource> source;  ///< of any other form: rows are converted as they are read
   std::int64_t cols = 0;               ///< hidden_size
+
+  std::int64_t rows() const { return source.has_value() ? source->rows() : view.num_rows; }
 };
 
 struct Layer {
@@ -99,15 +101,10 @@ Weights load_weights(const ParameterMap& parameters,
                      std::shared_ptr<const checkpoint::Checkpoint> files,
                      const LoadOptions& options);
 
-/// What weights take, known before they are loaded: without scales, padding and vectors.
-struct WeightEstimate {
-  std::int64_t table_elements = 0;  ///< of lookup tables, whole on each rank
-  std::int64_t whole_bytes = 0;     ///< of projections that every rank computes whole
-  std::int64_t shared_bytes = 0;    ///< of projections of which every rank has a part, in all
-};
-
-/// An element of an integer weight takes a byte, whatever its width, as on a GPU.
-WeightEstimate estimate_weights(const ParameterMap& parameters, const LoadOptions& options);
+/// The whole model's weights for one rank without their projections' numbers: what these would take
+/// is known by their shapes.
+Weights outline_weights(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
+                        LoadOptions options);
 
 /// Whether the rotation is left to the projection's kernel (LoadOptions::pair_rows): not where each
 /// head is normalised before it, or has no pairs.

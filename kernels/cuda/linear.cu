@@ -241,7 +241,10 @@ bool suits_tensor_cores(const DeviceLinearArgs& args, const DeviceLayout& layout
 
 bool linear_prefers_norm(const DeviceLinearArgs& args) {
   const DeviceLayout layout = device_layout(args.weight.shape);
-  return linear_takes_norm(args.m) && (can_stream(args, layout) || !can_tile(args, layout));
+  DeviceLinearArgs apart = args;  // aligned rows, one behind the other
+  apart.input = nullptr;
+  apart.input_stride = layout.k;
+  return linear_takes_norm(args.m) && (can_stream(apart, layout) || !can_tile(apart, layout));
 }
 
 void linear(const DeviceLinearArgs& args, cudaStream_t stream) {

@@ -275,7 +275,7 @@ print(json.dumps({
 
 def switched(directory, dtype, **environment):
     """What a process with these variables draws, and by which kernels."""
-    (row,) = sequences(12)
+    (row,) = sequences(12, seed=10)  # each token of which is far from a tie
     result = run_script(SWITCHED, str(directory), dtype, str(row), **environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -87,7 +87,8 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path,
         assert abs(taken - (table + projections)) < 2
         assert number_in(error, r'dtype="int8" would fit, with about (\d+)') < 200
         gpus = number_in(error, r"; (\d+) GPUs with as much free would")
-        assert gpus == int(projections / (300 - table)) + 1  # each has the whole table
+        usable = 300 - 300 / 16  # without what the allocator's pieces may take
+        assert gpus == int(projections / (usable - table)) + 1  # each has the whole table
         engine = Engine.from_pretrained(tmp_path, device=gpu, dtype="int8")
         assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
 

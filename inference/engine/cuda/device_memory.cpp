@@ -45,6 +45,11 @@ std::int64_t free_bytes() {
          stats.allocated_bytes[all].current;
 }
 
+std::int64_t usable_bytes(std::int64_t free) {
+  constexpr std::int64_t kPieces = 64 << 20;
+  return free - std::min(kPieces, free / 16);
+}
+
 at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what,
                     const std::string& hint) {
   const auto device = c10::cuda::current_device();

@@ -28,6 +28,10 @@ at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hin
 /// within the share of the memory that torch.cuda.set_per_process_memory_fraction leaves.
 std::int64_t free_bytes();
 
+/// Of `free` bytes those that large tensors are sure to find: torch's allocator rounds up, and what
+/// it keeps free of pieces in use is not to be had.
+std::int64_t usable_bytes(std::int64_t free);
+
 /// "1.5 GiB"
 std::string in_units(std::int64_t bytes);
 

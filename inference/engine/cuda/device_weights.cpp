@@ -163,7 +163,7 @@ DeviceProjection DeviceWeights::projection(const Linear& linear, bool splits_inp
 }
 
 kernels::DeviceEmbeddingLookup DeviceWeights::table(const Table& table) {
-  const std::int64_t rows = table.source.has_value() ? table.source->rows() : table.view.num_rows;
+  const std::int64_t rows = table.rows();
   if (rows == 0) {
     return {};
   }

@@ -262,8 +262,6 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
   const kernels::LinearShape& shape = projection.weight.shape;
   const kernels::InputMode mode = projection.input.mode;
   const bool rounds = mode != kernels::InputMode::kFloat32;
-  args.input = input;
-  args.input_stride = shape.k;
   args.weight = projection.weight;
   args.bias = projection.bias;
   args.dtype = dtype_;
@@ -292,10 +290,12 @@ kernels::DeviceLinearArgs CudaTransformer::with_input(const void* input,
       launch("norm", args.m, shape.k, 0, [&] { gpu::norm(prepared, stream_); });
       args.row_scales = prepared.row_scales;
     }
-    args.input = prepared.output;
+    input = prepared.output;
   } else {
     args.norm = norm;
   }
+  args.input = input;
+  args.input_stride = shape.k;
   if (projection.next.data != nullptr) {
     args.next_weight = projection.next.data;
     args.next_bytes = static_cast<std::int64_t>(gpu::packed_linear_size(projection.next.shape));

@@ -2,7 +2,6 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -50,24 +49,43 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
-/// Device memory of a model's weights.
+/// Device memory of a model's tables and projections.
 struct WeightBytes {
-  std::int64_t whole;   ///< on each rank
-  std::int64_t shared;  ///< by all ranks
+  std::int64_t whole = 0;   ///< on each rank
+  std::int64_t shared = 0;  ///< by all ranks
   std::int64_t total() const { return whole + shared; }
 };
 
-/// What would fit of a model that does not, as the end of a message.
-std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_int8,
+/// @param outline  by outline_weights
+WeightBytes bytes_of(const Weights& outline, DType dtype) {
+  WeightBytes bytes;
+  for_each_linear(outline, [&](const Linear& linear) {
+    bytes.shared += static_cast<std::int64_t>(kernels::cuda::packed_linear_size(linear.shape()));
+  });
+  for (const Linear* linear : {&outline.head_dense, &outline.pooler, &outline.classifier}) {
+    const auto size = static_cast<std::int64_t>(kernels::cuda::packed_linear_size(linear->shape()));
+    bytes.shared -= size;
+    bytes.whole += size;
+  }
+  for (const Table* table :
+       {&outline.token_embedding, &outline.position_embedding, &outline.token_type_embedding}) {
+    bytes.whole += table->rows() * table->cols * static_cast<std::int64_t>(size_of(dtype));
+  }
+  return bytes;
+}
+
+/// What would fit of a model that does not fit on `ranks` GPUs, as the end of a message.
+std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_int8, int ranks,
                                std::int64_t free) {
   constexpr std::int64_t kMostGpus = 64;
+  const std::int64_t usable = cuda::usable_bytes(free);
   std::string words;
-  if (as_int8.total() < std::min(free, asked.total() * 3 / 4)) {
+  if (as_int8.whole + as_int8.shared / ranks < usable && as_int8.total() < asked.total() * 3 / 4) {
     words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(as_int8.total());
   }
-  const std::int64_t for_shared = free - asked.whole;
+  const std::int64_t for_shared = usable - asked.whole;
   const std::int64_t gpus = for_shared > 0 ? asked.shared / for_shared + 1 : kMostGpus + 1;
-  if (gpus > 1 && gpus <= kMostGpus) {
+  if (gpus > ranks && gpus <= kMostGpus) {
     const std::string count = std::to_string(gpus);
     words +=
         "; " + count + " GPUs with as much free would (torchrun --nproc-per-node " + count + ")";
@@ -124,18 +142,16 @@ std::unique_ptr<Transformer> open_cuda_transformer(
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
         cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
-    const auto bytes_as = [&](WeightDtype weights) -> WeightBytes {
+    const auto bytes_as = [&](WeightDtype weights) {
       LoadOptions as = load;
       as.dtype = weights;
-      const WeightEstimate estimate = estimate_weights(parameters, as);
-      const auto element = static_cast<std::int64_t>(size_of(compute_dtype_of(weights)));
-      return {estimate.table_elements * element + estimate.whole_bytes, estimate.shared_bytes};
+      return bytes_of(outline_weights(parameters, *files, as), compute_dtype_of(weights));
     };
     const WeightBytes asked = bytes_as(load.dtype);
     moq::detail::fail(error.what(), ": the model takes about ", cuda::in_units(asked.total()),
                       ", for ", ranks, " GPUs together, and ", cuda::in_units(free),
                       " of this one were free at first",
-                      describe_what_fits(asked, bytes_as(WeightDtype::kInt8), free));
+                      describe_what_fits(asked, bytes_as(WeightDtype::kInt8), ranks, free));
   }
 }
 

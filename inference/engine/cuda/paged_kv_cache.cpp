@@ -41,10 +41,7 @@ PagedKvCache::PagedKvCache(std::int64_t num_layers, std::int64_t num_kv_heads,
             "kv cache: slots * capacity, in whole pages, must be below 2^31, got ", num_slots,
             " and ", capacity);
   const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
-  // Torch's allocator rounds up, and what it keeps free of pieces in use is not to be had.
-  constexpr std::int64_t kPieces = 64 << 20;
-  const std::int64_t free = free_bytes();
-  const std::int64_t fitting = (free - std::min(kPieces, free / 16)) / a_page;
+  const std::int64_t fitting = usable_bytes(free_bytes()) / a_page;
   const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
   std::string hint = in_units(a_page * pages_per_slot_) + " for each of " +
                      std::to_string(num_slots) + " sequences of " + std::to_string(capacity) +

@@ -146,17 +146,17 @@ TEST(Weights, OfACraftedCheckpointAreRefusedWhereTheirNumbersDoNotFit) {
   EXPECT_NE(error_of([&] { load(crafted, 0); }).find("scales must be finite"), std::string::npos);
 }
 
-struct Estimated {
+struct Outlined {
   const char* name;
   WeightDtype dtype;
-  bool stored_integers = false;  ///< of one projection; the others are float32
+  bool stored_integers = false;  ///< of the down projection, in groups, and of a key among floats
   bool tied = false;
   std::optional<bool> quantize_head = std::nullopt;
 };
 
-class WeightEstimates : public testing::TestWithParam<Estimated> {};
+class WeightOutline : public testing::TestWithParam<Outlined> {};
 
-TEST_P(WeightEstimates, AreWhatIsLoaded) {
+TEST_P(WeightOutline, HasTheShapesThatAreLoaded) {
   const auto& [name, dtype, stored_integers, tied, quantize_head] = GetParam();
   CraftedCheckpoint crafted;
   write_llama(crafted);
@@ -164,39 +164,45 @@ TEST_P(WeightEstimates, AreWhatIsLoaded) {
     crafted.erase("lm_head.weight");
   }
   if (stored_integers) {
-    const std::string down = "model.layers.0.mlp.down_proj.weight";
+    const std::string layer = "model.layers.0.";
+    const std::string down = layer + "mlp.down_proj.weight";
     crafted.set(down, "I8", {8, 6}, std::vector<std::int8_t>(48, 3));
-    crafted.set_floats(down + "_scale", {8, 1});
+    crafted.set_floats(down + "_scale", {8, 2});
+    const std::string key = layer + "self_attn.k_proj.weight";
+    crafted.set(key, "I8", {8, 8}, std::vector<std::int8_t>(64, 3));
+    crafted.set_floats(key + "_scale", {8, 1});
   }
   const auto files = std::make_shared<const Checkpoint>(crafted.open());
   const ParameterMap map = resolve(*files, std::string(kLlama) + R"(, "hidden_size": 8)" +
                                                (tied ? R"(, "tie_word_embeddings": true)"
                                                      : R"(, "tie_word_embeddings": false)"));
   const LoadOptions options{.dtype = dtype, .quantize_head = quantize_head};
-  const Weights weights = load_weights(map, files, options);
-  std::int64_t loaded = 0;
-  for_each_linear(weights, [&](const Linear& linear) {
-    const kernels::LinearShape& shape = linear.weight().shape;
-    loaded += shape.n * shape.k *
-              (kernels::is_integer(shape.format) ? 1 : kernels::bits_of(shape.format) / 8);
-  });
-  const WeightEstimate estimate = estimate_weights(map, options);
-  EXPECT_EQ(estimate.shared_bytes + estimate.whole_bytes, loaded);
-  EXPECT_EQ(estimate.whole_bytes, 0);
-  EXPECT_EQ(estimate.table_elements, 5 * 8);
+  const auto shapes_of = [](const Weights& weights) {
+    std::vector<kernels::LinearShape> shapes;
+    for_each_linear(weights, [&](const Linear& linear) { shapes.push_back(linear.shape()); });
+    return shapes;
+  };
+  const Weights outline = outline_weights(map, *files, options);
+  EXPECT_EQ(shapes_of(outline), shapes_of(load_weights(map, files, options)));
+  EXPECT_EQ(outline.token_embedding.rows(), 5);
+  EXPECT_EQ(outline.token_embedding.cols, 8);
+  LoadOptions of_a_rank = options;
+  of_a_rank.rank = 1;
+  of_a_rank.size = 2;
+  EXPECT_EQ(shapes_of(outline_weights(map, *files, of_a_rank)), shapes_of(outline));
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Every, WeightEstimates,
-    testing::Values(Estimated{"stored", WeightDtype::kAsStored},
-                    Estimated{"int8", WeightDtype::kInt8}, Estimated{"fp16", WeightDtype::kFloat16},
-                    Estimated{"fp32", WeightDtype::kFloat32},
-                    Estimated{"int8_tied", WeightDtype::kInt8, false, true},
-                    Estimated{"int8_float_head", WeightDtype::kInt8, false, true, false},
-                    Estimated{"integers_stored", WeightDtype::kAsStored, true},
-                    Estimated{"integers_int8", WeightDtype::kInt8, true},
-                    Estimated{"integers_int8_head", WeightDtype::kInt8, true, false, true},
-                    Estimated{"integers_expanded", WeightDtype::kFloat16, true}),
+    Every, WeightOutline,
+    testing::Values(Outlined{"stored", WeightDtype::kAsStored},
+                    Outlined{"int8", WeightDtype::kInt8}, Outlined{"fp16", WeightDtype::kFloat16},
+                    Outlined{"fp32", WeightDtype::kFloat32},
+                    Outlined{"int8_tied", WeightDtype::kInt8, false, true},
+                    Outlined{"int8_float_head", WeightDtype::kInt8, false, true, false},
+                    Outlined{"integers_stored", WeightDtype::kAsStored, true},
+                    Outlined{"integers_int8", WeightDtype::kInt8, true},
+                    Outlined{"integers_int8_head", WeightDtype::kInt8, true, false, true},
+                    Outlined{"integers_expanded", WeightDtype::kFloat16, true}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
