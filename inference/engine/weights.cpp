@@ -293,9 +293,7 @@ Weights load_weights(const ParameterMap& parameters,
 }
 
 Weights outline_weights(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
-                        LoadOptions options) {
-  options.rank = 0;
-  options.size = 1;
+                        const LoadOptions& options) {
   return Loader(parameters, files, options, /*outline=*/true).load();
 }
 

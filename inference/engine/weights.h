@@ -101,10 +101,11 @@ Weights load_weights(const ParameterMap& parameters,
                      std::shared_ptr<const checkpoint::Checkpoint> files,
                      const LoadOptions& options);
 
-/// The whole model's weights for one rank without their projections' numbers: what these would take
-/// is known by their shapes.
+/// What load_weights would load, without the numbers of projections: their shapes say what they
+/// would take.
+/// @throws moq::Error as load_weights for `size`
 Weights outline_weights(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
-                        LoadOptions options);
+                        const LoadOptions& options);
 
 /// Whether the rotation is left to the projection's kernel (LoadOptions::pair_rows): not where each
 /// head is normalised before it, or has no pairs.

@@ -13,6 +13,7 @@
 #include "kernels/attention.h"
 #include "kernels/common/check.h"
 #include "kernels/cuda/device.h"
+#include "kernels/linear.h"
 
 namespace moq::inference {
 namespace {
@@ -49,43 +50,61 @@ DType default_compute_dtype(const ParameterMap& parameters, WeightDtype dtype) {
   return table.dtype() == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
-/// Device memory of a model's tables and projections.
-struct WeightBytes {
-  std::int64_t whole = 0;   ///< on each rank
-  std::int64_t shared = 0;  ///< by all ranks
-  std::int64_t total() const { return whole + shared; }
-};
+DType compute_dtype_of(const ParameterMap& parameters, const CudaOptions& options,
+                       WeightDtype dtype) {
+  return options.compute_dtype.has_value() ? parse_compute_dtype(*options.compute_dtype)
+                                           : default_compute_dtype(parameters, dtype);
+}
 
-/// @param outline  by outline_weights
-WeightBytes bytes_of(const Weights& outline, DType dtype) {
-  WeightBytes bytes;
+/// Device memory that the tables and projections of a rank would take.
+std::int64_t bytes_of(const Weights& outline, DType dtype) {
+  std::int64_t bytes = 0;
   for_each_linear(outline, [&](const Linear& linear) {
-    bytes.shared += static_cast<std::int64_t>(kernels::cuda::packed_linear_size(linear.shape()));
+    bytes += static_cast<std::int64_t>(kernels::cuda::packed_linear_size(linear.shape()));
   });
-  for (const Linear* linear : {&outline.head_dense, &outline.pooler, &outline.classifier}) {
-    const auto size = static_cast<std::int64_t>(kernels::cuda::packed_linear_size(linear->shape()));
-    bytes.shared -= size;
-    bytes.whole += size;
-  }
   for (const Table* table :
        {&outline.token_embedding, &outline.position_embedding, &outline.token_type_embedding}) {
-    bytes.whole += table->rows() * table->cols * static_cast<std::int64_t>(size_of(dtype));
+    bytes += table->rows() * table->cols * static_cast<std::int64_t>(size_of(dtype));
   }
   return bytes;
 }
 
-/// What would fit of a model that does not fit on `ranks` GPUs, as the end of a message.
-std::string describe_what_fits(const WeightBytes& asked, const WeightBytes& as_int8, int ranks,
+/// What a model that did not fit into `free` bytes takes, and what of it would: the end of a
+/// message.
+std::string describe_what_fits(const ParameterMap& parameters, const checkpoint::Checkpoint& files,
+                               const LoadOptions& load, const CudaOptions& options,
                                std::int64_t free) {
-  constexpr std::int64_t kMostGpus = 64;
-  const std::int64_t usable = cuda::usable_bytes(free);
-  std::string words;
-  if (as_int8.whole + as_int8.shared / ranks < usable && as_int8.total() < asked.total() * 3 / 4) {
-    words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(as_int8.total());
+  const auto bytes_as = [&](WeightDtype dtype, int rank, int size) {
+    LoadOptions as = load;
+    as.dtype = dtype;
+    as.rank = rank;
+    as.size = size;
+    return bytes_of(outline_weights(parameters, files, as),
+                    compute_dtype_of(parameters, options, dtype));
+  };
+  const auto fits = [&](WeightDtype dtype, int size) {
+    for (int rank = 0; rank < size; ++rank) {
+      if (bytes_as(dtype, rank, size) >= cuda::usable_bytes(free)) {
+        return false;
+      }
+    }
+    return true;
+  };
+  const std::int64_t asked = bytes_as(load.dtype, 0, 1);
+  const std::int64_t as_int8 = bytes_as(WeightDtype::kInt8, 0, 1);
+  std::string words = "the model takes about " + cuda::in_units(asked);
+  if (load.size > 1) {
+    words += ", on " + std::to_string(load.size) + " GPUs together";
   }
-  const std::int64_t for_shared = usable - asked.whole;
-  const std::int64_t gpus = for_shared > 0 ? asked.shared / for_shared + 1 : kMostGpus + 1;
-  if (gpus > ranks && gpus <= kMostGpus) {
+  words += ", and " + cuda::in_units(free) + " of this one were free at first";
+  if (as_int8 < asked * 3 / 4 && fits(WeightDtype::kInt8, load.size)) {
+    words += "; dtype=\"int8\" would fit, with about " + cuda::in_units(as_int8);
+  }
+  int gpus = load.size + 1;
+  while (gpus <= parameters.spec().num_heads && !fits(load.dtype, gpus)) {
+    ++gpus;
+  }
+  if (gpus <= parameters.spec().num_heads) {
     const std::string count = std::to_string(gpus);
     words +=
         "; " + count + " GPUs with as much free would (torchrun --nproc-per-node " + count + ")";
@@ -116,11 +135,7 @@ std::unique_ptr<Transformer> open_cuda_transformer(
   MOQ_CHECK(parameters.spec().head_dim <= kernels::cuda::kMaxHeadDim,
             "engine: head_dim must be <= ", kernels::cuda::kMaxHeadDim, " on a GPU, got ",
             parameters.spec().head_dim, ": device=\"cpu\" has no such limit");
-  const auto compute_dtype_of = [&](WeightDtype weights) {
-    return options.compute_dtype.has_value() ? parse_compute_dtype(*options.compute_dtype)
-                                             : default_compute_dtype(parameters, weights);
-  };
-  const DType dtype = compute_dtype_of(load.dtype);
+  const DType dtype = compute_dtype_of(parameters, options, load.dtype);
   const std::string kv_dtype = options.kv_cache_dtype.value_or("int8");
   MOQ_CHECK(kv_dtype == "int8", "engine: kv_cache_dtype must be None or int8, got ", kv_dtype);
   MOQ_CHECK(communicator->size() == 1 || !options.group_name.empty(),
@@ -142,16 +157,8 @@ std::unique_ptr<Transformer> open_cuda_transformer(
         ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
         cache_dtype);
   } catch (const cuda::OutOfMemory& error) {
-    const auto bytes_as = [&](WeightDtype weights) {
-      LoadOptions as = load;
-      as.dtype = weights;
-      return bytes_of(outline_weights(parameters, *files, as), compute_dtype_of(weights));
-    };
-    const WeightBytes asked = bytes_as(load.dtype);
-    moq::detail::fail(error.what(), ": the model takes about ", cuda::in_units(asked.total()),
-                      ", for ", ranks, " GPUs together, and ", cuda::in_units(free),
-                      " of this one were free at first",
-                      describe_what_fits(asked, bytes_as(WeightDtype::kInt8), ranks, free));
+    moq::detail::fail(error.what(), ": ",
+                      describe_what_fits(parameters, *files, load, options, free));
   }
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "inference/engine/weights.h"
@@ -176,20 +177,19 @@ TEST_P(WeightOutline, HasTheShapesThatAreLoaded) {
   const ParameterMap map = resolve(*files, std::string(kLlama) + R"(, "hidden_size": 8)" +
                                                (tied ? R"(, "tie_word_embeddings": true)"
                                                      : R"(, "tie_word_embeddings": false)"));
-  const LoadOptions options{.dtype = dtype, .quantize_head = quantize_head};
   const auto shapes_of = [](const Weights& weights) {
     std::vector<kernels::LinearShape> shapes;
     for_each_linear(weights, [&](const Linear& linear) { shapes.push_back(linear.shape()); });
     return shapes;
   };
-  const Weights outline = outline_weights(map, *files, options);
-  EXPECT_EQ(shapes_of(outline), shapes_of(load_weights(map, files, options)));
-  EXPECT_EQ(outline.token_embedding.rows(), 5);
-  EXPECT_EQ(outline.token_embedding.cols, 8);
-  LoadOptions of_a_rank = options;
-  of_a_rank.rank = 1;
-  of_a_rank.size = 2;
-  EXPECT_EQ(shapes_of(outline_weights(map, *files, of_a_rank)), shapes_of(outline));
+  for (const auto& [rank, size] : {std::pair{0, 1}, {0, 3}, {2, 3}}) {  // of four heads
+    const LoadOptions options{
+        .dtype = dtype, .quantize_head = quantize_head, .rank = rank, .size = size};
+    const Weights outline = outline_weights(map, *files, options);
+    EXPECT_EQ(shapes_of(outline), shapes_of(load_weights(map, files, options)));
+    EXPECT_EQ(outline.token_embedding.rows(), 5);
+    EXPECT_EQ(outline.token_embedding.cols, 8);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
