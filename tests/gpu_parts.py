@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def steps() -> list[Step]:
     for tool, every in SANITIZED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         if tool == "racecheck":
-            sanitizer = ["env", "MOQ_TEST_REPEATS_DIVISOR=20", *sanitizer]
+            sanitizer = ["env", "MOQ_TEST_REPEATS_DIVISOR=60", *sanitizer]
         found.append(Step("sanitizer", tool, [*sanitizer, KERNELS], every, SANITIZED_TESTS))
     for region in ("1", "2", "3", "4a", "4b"):
         found.append(Step("regions", region, benchmark("gpu_regions", "--regions", region)))
@@ -181,7 +182,8 @@ def kernel_tests(step: Step) -> list[str]:
 def in_shards(step: Step, directory: Path) -> list[str]:
     """A command that runs the kernel tests of a step in several processes at once.
 
-    It shows what failed, what took a minute or longer, and if time is up, which tests were running.
+    It shows what failed, what took 20 seconds or longer, and if time is up, which tests were
+    running.
     """
     chosen = directory / "tests.txt"
     chosen.write_text("--gtest_filter=" + ":".join(kernel_tests(step)) + "\n")
@@ -189,8 +191,8 @@ def in_shards(step: Step, directory: Path) -> list[str]:
     shards = range(PROCESSES)
     log = shlex.quote(str(directory / "shard"))
     running = r'/^\[ RUN/ {test = $4} /^\[ +(OK|FAILED|SKIPPED)/ {test = ""} END {print test}'
-    # All lines of GoogleTest but of tests that took a minute or longer.
-    dull = r"^(\[( RUN|---).*|\[       OK .*\(([1-5]?[0-9]{1,4}) ms\))?$"
+    # All lines of GoogleTest but of tests that took 20 seconds or longer.
+    dull = r"^(Note: .*|\[( RUN|---).*|\[       OK .*\((1?[0-9]{1,4}) ms\))?$"
     say = f"for file in {log}.*; do awk {shlex.quote(running)} $file; done"
     start = [f"GTEST_SHARD_INDEX={i} {command} >{log}.{i} 2>&1 & pids+=($!)" for i in shards]
     wait = 'status=0; for pid in "${pids[@]}"; do wait $pid || status=$?; done'
@@ -224,13 +226,19 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
     )
     assert process.stdout is not None
     with logs, results.open("a") as file:
-        for line in process.stdout:
-            lines.append(line)
-            print(line, end="", flush=True)
-            if line.startswith("{"):
-                row = {"part": step.part, "step": step.name} | json.loads(line) | facts
-                file.write(json.dumps(row) + "\n")
-        status = process.wait()
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                print(line, end="", flush=True)
+                if line.startswith("{"):
+                    row = {"part": step.part, "step": step.name} | json.loads(line) | facts
+                    file.write(json.dumps(row) + "\n")
+            status = process.wait()
+        except BaseException:  # KeyboardInterrupt too: the GPU is left free
+            process.terminate()
+            print(process.stdout.read(), end="", flush=True)
+            process.wait()
+            raise
         found = counts("".join(lines))
         outcome = {0: "done", 124: f"out of time after {limit:.0f} s"}
         if status == 0 and step.is_test and not found["passed"]:
@@ -283,6 +291,7 @@ def main() -> int:
         for line in read_results(args.results)
         if line.get("status") == "done" and all(line.get(key) == facts[key] for key in unchanged)
     }
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed, ends = [], {}
     for step in chosen:
         if (step.part, step.name) in done and not args.again:
