@@ -170,7 +170,7 @@ void check_decode_step(const DecodeStepModel& model, const ParameterMap& paramet
   }
 }
 
-/// Measured on an H100 (tests/benchmarks/decode_step_cuda.cu; its table is in docs/benchmarks.md):
+/// Measured on an H200 (tests/benchmarks/decode_step_cuda.cu; its table is in docs/benchmarks.md):
 /// five thread blocks that share a head's keys fall behind a chain that takes all multiprocessors
 /// for few heads, from so many cached tokens on.
 bool decode_step_is_faster(std::int64_t num_heads, std::int64_t past_length) {
@@ -178,8 +178,8 @@ bool decode_step_is_faster(std::int64_t num_heads, std::int64_t past_length) {
     std::int64_t most_heads;
     std::int64_t longest_past;
   };
-  constexpr Limit kLimits[] = {{2, 6656},   {8, 7168},   {9, 11264},
-                               {12, 14336}, {16, 20480}, {19, 28672}};
+  constexpr Limit kLimits[] = {{4, 4608},  {8, 5120},   {9, 6656},   {10, 7680}, {11, 8704},
+                               {12, 9216}, {14, 10240}, {16, 11776}, {20, 21504}};
   const auto* const limit = std::ranges::find_if(
       kLimits, [&](const Limit& limit) { return num_heads <= limit.most_heads; });
   return limit == std::end(kLimits) || past_length <= limit->longest_past;
