@@ -17,8 +17,8 @@
 #
 # A part takes at most 8 minutes on 16 cores. Its steps (tests/gpu_parts.py --list) append what they find to
 # build/gpu/results.jsonl, one JSON object a line with machine, versions and commit; a step that is in there for the
-# same machine, build and checkout is not run again, so that a part that was interrupted goes on (--again runs all of it;
-# --step NAME one; --results FILE writes elsewhere).
+# same machine, build and checkout is not run again, so that a part that was interrupted goes on (--again runs all of it,
+# and so does a checkout with changes; --step NAME one; --results FILE writes elsewhere).
 #
 # A build made elsewhere (the same Python and torch) serves as well: put it in build/gpu, with the commit's name in
 # build/gpu/commit. PYTHON names the interpreter (.venv's, where there is one: `make build` makes it),

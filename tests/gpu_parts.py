@@ -230,7 +230,7 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
             for line in process.stdout:
                 lines.append(line)
                 print(line, end="", flush=True)
-                if line.startswith("{"):
+                if line.startswith("{") and not step.is_test:
                     row = {"part": step.part, "step": step.name} | json.loads(line) | facts
                     file.write(json.dumps(row) + "\n")
             status = process.wait()
@@ -286,10 +286,13 @@ def main() -> int:
     os.environ["MOQ_COMMIT"] = commit()
     facts = gpu.facts() | {"commit": commit(), "checkout": checkout()}
     unchanged = ("commit", "checkout", "machine")
+    has_no_name = any(re.search("-dirty$|^unknown$", facts[key]) for key in unchanged)
     done = {
         (line["part"], line["step"])
         for line in read_results(args.results)
-        if line.get("status") == "done" and all(line.get(key) == facts[key] for key in unchanged)
+        if line.get("status") == "done"
+        and not has_no_name
+        and all(line.get(key) == facts[key] for key in unchanged)
     }
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed, ends = [], {}

@@ -37,8 +37,8 @@ TEST_P(ReadSizeCuda, AddsUpWhatReadingsThatOverlapFind) {
   const Buffer buffer(words);
   std::vector<std::uint64_t> found(1);
   const Buffer sum(found);
-  const int readings =
-      std::max(testing::repeats(51), 3) | 1;  // an odd number: the sums' bits are flipped
+  // An odd number: every second reading takes back what the one before has added.
+  const int readings = std::max(testing::repeats(51), 3) | 1;
   for (int i = 0; i < readings; ++i) {
     read(buffer.data(), words.size() * sizeof(words[0]), i % 2 == 0, sum.as<std::uint64_t>(),
          nullptr);
