@@ -47,7 +47,8 @@ Ids read_ids(const py::object& rows) {
   if (THPVariable_Check(rows.ptr())) {
     const at::Tensor given = THPVariable_Unpack(rows.ptr());
     TORCH_CHECK_TYPE(at::isIntegralType(given.scalar_type(), /*includeBool=*/false),
-                     "engine: token ids must be integers, got ", given.scalar_type());
+                     "engine: token ids must be integers, got ",
+                     c10::getDtypeNames(given.scalar_type()).first);
     TORCH_CHECK_VALUE(given.dim() == 2, "engine: token ids must be [batch, length], got shape ",
                       given.sizes());
     const bool lies_ready =

@@ -4,6 +4,7 @@
 
 #include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
+#include "csrc/ops/in_place.h"
 #include "kernels/cpu/bandwidth.h"
 
 #if defined(MOQ_WITH_CUDA)
@@ -19,9 +20,12 @@ namespace {
 using at::Tensor;
 
 constexpr const char* kName = "read_bandwidth";
-#if defined(MOQ_WITH_CUDA)
 constexpr const char* kOnce = "read_once";
-#endif
+
+void check_read_once(const Tensor& buffer, const Tensor& exclusive_or) {
+  check_contiguous(kOnce, "buffer", buffer);
+  check_tensor(kOnce, "exclusive_or", exclusive_or, at::kLong, buffer.device(), {1});
+}
 
 double read_bandwidth_cpu(const Tensor& buffer, bool prefetch) {
   check_contiguous(kName, "buffer", buffer);
@@ -47,8 +51,7 @@ double read_bandwidth_cuda(const Tensor& buffer, bool prefetch) {
 }
 
 void read_once_cuda(const Tensor& buffer, const Tensor& exclusive_or, bool prefetch) {
-  check_contiguous(kOnce, "buffer", buffer);
-  check_tensor(kOnce, "exclusive_or", exclusive_or, at::kLong, buffer.device(), {1});
+  check_read_once(buffer, exclusive_or);
   const c10::cuda::CUDAGuard guard(buffer.device());
   kernels::cuda::read(buffer.const_data_ptr(), buffer.nbytes(), prefetch,
                       static_cast<std::uint64_t*>(exclusive_or.mutable_data_ptr()),
@@ -56,10 +59,26 @@ void read_once_cuda(const Tensor& buffer, const Tensor& exclusive_or, bool prefe
 }
 #endif
 
+void read_once_meta(const Tensor& buffer, const Tensor& exclusive_or, bool /*prefetch*/) {
+  check_read_once(buffer, exclusive_or);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moq, CPU, m) {
   m.impl(kName, read_bandwidth_cpu);
+}
+
+TORCH_LIBRARY_IMPL(moq, Meta, m) {
+  m.impl(kOnce, read_once_meta);
+}
+
+TORCH_LIBRARY_IMPL(moq, Autograd, m) {
+  m.impl(kOnce, torch::CppFunction::makeFromBoxedFunction<without_gradient_in_place>());
+}
+
+TORCH_LIBRARY_IMPL(moq, ADInplaceOrView, m) {
+  m.impl(kOnce, torch::CppFunction::makeFromBoxedFunction<bump_versions>());
 }
 
 #if defined(MOQ_WITH_CUDA)

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "csrc/ops/checks.h"
 #include "csrc/ops/in_place.h"
 #include "csrc/ops/quantizer.h"
 
@@ -63,12 +64,12 @@ void check_foreach(at::TensorList weights, const Tensor& num_bits,
                     ": name_hashes must have one hash a weight, got ", name_hashes.size(), " for ",
                     weights.size());
   TORCH_CHECK_TYPE(num_bits.scalar_type() == at::kInt, kForeachName,
-                   ": num_bits must be int32, got ", num_bits.scalar_type());
+                   ": num_bits must be int32, got ", name_of(num_bits.scalar_type()));
   TORCH_CHECK_VALUE(num_bits.dim() == 1 && num_bits.sym_size(0) == weights.size(), kForeachName,
                     ": num_bits must have shape [", weights.size(), "], got ",
                     num_bits.sym_sizes());
   TORCH_CHECK_TYPE(!step.has_value() || step->scalar_type() == at::kLong, kForeachName,
-                   ": step must be int64, got ", step->scalar_type());
+                   ": step must be int64, got ", name_of(step->scalar_type()));
   TORCH_CHECK_VALUE(!step.has_value() || step->sym_numel() == 1, kForeachName,
                     ": step must have one element, got ", step->sym_sizes());
   for (std::size_t i = 0; i < weights.size(); ++i) {

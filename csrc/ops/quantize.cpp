@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
 #include "csrc/ops/quantizer.h"
 #include "kernels/quantize.h"
@@ -76,7 +77,7 @@ void check_dequantize(const Tensor& codes, const Tensor& scales,
                     "dequantize: codes must be a matrix [out_features, in_features], got ",
                     codes.dim(), " dimensions");
   TORCH_CHECK_TYPE(codes.scalar_type() == at::kChar || codes.scalar_type() == at::kShort,
-                   "dequantize: codes must be int8 or int16, got ", codes.scalar_type());
+                   "dequantize: codes must be int8 or int16, got ", name_of(codes.scalar_type()));
   check_float("dequantize", "scales", scales.scalar_type());
   check_float("dequantize", "dtype", dtype.value_or(scales.scalar_type()));
   const bool one_scale = scales.dim() == 1 && scales.sym_size(0) == 1;
@@ -92,7 +93,8 @@ void check_dequantize(const Tensor& codes, const Tensor& scales,
                     codes.device(), " as the codes are, got ", scales.device());
   if (zero_points.has_value()) {
     TORCH_CHECK_TYPE(zero_points->scalar_type() == at::kInt,
-                     "dequantize: zero_points must be int32, got ", zero_points->scalar_type());
+                     "dequantize: zero_points must be int32, got ",
+                     name_of(zero_points->scalar_type()));
     TORCH_CHECK_VALUE(zero_points->sym_sizes() == scales.sym_sizes(),
                       "dequantize: zero_points must have the scales' shape ", scales.sym_sizes(),
                       ", got ", zero_points->sym_sizes());

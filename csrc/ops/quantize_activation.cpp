@@ -10,6 +10,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
 #include "csrc/ops/quantizer.h"
 #include "kernels/quantize.h"
@@ -26,7 +27,8 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 void check_given(const char* where, const char* what, const Tensor& given, at::ScalarType type,
                  const Tensor& input) {
   TORCH_CHECK_TYPE(given.scalar_type() == type, where, ": ", what, " must be ",
-                   type == at::kFloat ? "float32" : "int32", ", got ", given.scalar_type());
+                   type == at::kFloat ? "float32" : "int32", ", got ",
+                   name_of(given.scalar_type()));
   TORCH_CHECK_VALUE(given.dim() == 1 && given.sym_size(0) == 1, where, ": ", what,
                     " must have shape [1], got ", given.sym_sizes());
   TORCH_CHECK_VALUE(given.device() == input.device(), where, ": ", what, " must be on ",

@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include "csrc/grid_names.h"
+#include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
 
 namespace moq::ops {
@@ -14,7 +15,7 @@ using kernels::Granularity;
 
 void check_float(const char* where, const char* what, at::ScalarType type) {
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, where, ": ",
-                   what, " must be float32, float16 or bfloat16, got ", type);
+                   what, " must be float32, float16 or bfloat16, got ", name_of(type));
 }
 
 DType dtype_of(at::ScalarType type) {

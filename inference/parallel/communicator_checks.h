@@ -19,7 +19,7 @@ inline void check_contiguous(const char* where, const at::Tensor& tensor) {
 
 inline void check_float32(const char* where, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, where, ": the tensor must be float32, got ",
-                   tensor.scalar_type());
+                   c10::getDtypeNames(tensor.scalar_type()).first);
   check_contiguous(where, tensor);
 }
 

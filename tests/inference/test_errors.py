@@ -335,8 +335,8 @@ def test_an_empty_batch(call, name, ids, model_directory, device):
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        (torch.zeros(1, 2), TypeError, "engine: token ids must be integers, got Float"),
-        (torch.ones(1, 2).bool(), TypeError, "engine: token ids must be integers, got Bool"),
+        (torch.zeros(1, 2), TypeError, "engine: token ids must be integers, got float32"),
+        (torch.ones(1, 2).bool(), TypeError, "engine: token ids must be integers, got bool"),
         (torch.tensor([3, 4]), ValueError, r"must be \[batch, length\], got shape \[2\]"),
         ([[3, 4.0]], TypeError, "integer"),
         (["ab"], TypeError, "integer"),

@@ -154,7 +154,7 @@ def test_an_unknown_transport_is_an_error():
 
 
 def test_only_float32_is_reduced():
-    with pytest.raises(TypeError, match="all_reduce_sum: the tensor must be float32, got Double"):
+    with pytest.raises(TypeError, match="all_reduce_sum: the tensor must be float32, got float64"):
         _C.single_process().all_reduce_sum(torch.zeros(4, dtype=torch.float64))
 
 

@@ -302,6 +302,81 @@ def test_qkv_linear_without_a_cache_returns_all_three(gpu):
     torch.testing.assert_close(output.cpu().double(), expected, rtol=1e-3, atol=1e-3)
 
 
+# Arguments of append_kv that are refused: a change of the right ones, and what is said.
+APPEND_KV_REFUSALS = {
+    "qkv dtype": (
+        {"qkv": lambda t: t.double()},
+        TypeError,
+        "append_kv: qkv must be float32, float16 or bfloat16, got float64",
+    ),
+    "qkv strides": (
+        {"qkv": lambda t: t.t().contiguous().t()},
+        ValueError,
+        r"append_kv: qkv must be contiguous, got strides \[1, 3\]",
+    ),
+    "heads": (
+        {"num_heads": lambda n: 5},
+        ValueError,
+        r"append_kv: qkv must have the columns of 9 heads",
+    ),
+    "rows dtype": (
+        {"cache_rows": lambda t: t.long()},
+        TypeError,
+        "append_kv: cache_rows must be int32, got int64",
+    ),
+    "rows shape": (
+        {"cache_rows": lambda t: t[:2]},
+        ValueError,
+        r"append_kv: cache_rows must be \[3\], got \[2\]",
+    ),
+    "rows device": (
+        {"cache_rows": lambda t: torch.zeros(3, dtype=torch.int32)},
+        ValueError,
+        "append_kv: cache_rows must be on .*, got cpu",
+    ),
+    "pages dtype": (
+        {"key_pages": lambda t: t.float()},
+        TypeError,
+        "append_kv: key_pages must be int8 or as the activations float16, got float32",
+    ),
+    "pages shape": (
+        {"value_pages": lambda t: t[:, :, :32].contiguous()},
+        ValueError,
+        r"append_kv: value_pages must be \[.*\], got",
+    ),
+    "norm": (
+        {"query_norm": lambda t: t[:16]},
+        ValueError,
+        r"append_kv: query_norm must be \[32\], got \[16\]",
+    ),
+    "key norm": (
+        {"key_norm": lambda t: t.half()},
+        TypeError,
+        "append_kv: key_norm must be float32, got float16",
+    ),
+    "positions": (
+        {"positions": lambda t: t.long()},
+        TypeError,
+        "append_kv: positions must be int32, got int64",
+    ),
+    "cos": (
+        {"cos": lambda t: torch.cat([t, t], 1)},
+        ValueError,
+        r"append_kv: cos must be \[positions, rotary_dim / 2\] with .* <= 32, got \[9, 32\]",
+    ),
+    "sin": (
+        {"sin": lambda t: t[:5]},
+        ValueError,
+        r"append_kv: sin must be \[9, 16\], got \[5, 16\]",
+    ),
+    "some of a rotation": (
+        {"sin": lambda t: None},
+        ValueError,
+        "append_kv: positions, cos and sin must come together",
+    ),
+}
+
+
 class TestRefusals:
     def test_attention(self, place):
         qkv, sequences = random_input(4, 3 * 32, place), packed_sequences([4], place[0])
@@ -373,6 +448,30 @@ class TestRefusals:
         with pytest.raises(ValueError, match="page_table must be on cuda:0 .*, got cpu"):
             attend(page_table=cache.table.cpu())
 
+    @pytest.mark.parametrize("where", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("case", APPEND_KV_REFUSALS)
+    def test_append_kv(self, case, where, request):
+        if where == "cuda":
+            request.getfixturevalue("gpu")
+        half, single = ({"device": where, "dtype": t} for t in (torch.float16, torch.float32))
+        right = {
+            "qkv": torch.zeros(3, 8 * 32, **half),
+            "key_pages": torch.zeros(1, 2, PAGE, 32, **half),
+            "value_pages": torch.zeros(1, 2, PAGE, 32, **half),
+            "cache_rows": torch.zeros(3, device=where, dtype=torch.int32),
+            "num_heads": 4,
+            "query_norm": torch.ones(32, **single),
+            "key_norm": torch.ones(32, **single),
+            "positions": torch.zeros(3, device=where, dtype=torch.int32),
+            "cos": torch.ones(9, 16, **single),
+            "sin": torch.zeros(9, 16, **single),
+        }
+        ops.append_kv(**right)
+        changes, error, message = APPEND_KV_REFUSALS[case]
+        wrong = {name: change(right[name]) for name, change in changes.items()}
+        with pytest.raises(error, match=message):
+            ops.append_kv(**right | wrong)
+
     def test_qkv_linear(self, gpu):
         codes, scales, _ = random_codes(10 * 32, 64, 1, 8)
         packed = ops.pack_linear(codes.to(gpu), scales.to(gpu))
@@ -387,5 +486,20 @@ class TestRefusals:
         pages = torch.zeros(1, 2, PAGE, 32, dtype=torch.float16, device=gpu)
         with pytest.raises(ValueError, match="key_pages and value_pages must come together"):
             ops.qkv_linear(x, packed, **options, key_pages=pages)
+        options |= {"key_pages": pages, "value_pages": pages.clone()}
         with pytest.raises(ValueError, match="cache_rows must come with key_pages"):
-            ops.qkv_linear(x, packed, **options, key_pages=pages, value_pages=pages.clone())
+            ops.qkv_linear(x, packed, **options)
+        rows = torch.zeros(3, dtype=torch.int32, device=gpu)
+        with pytest.raises(TypeError, match="qkv_linear: cache_rows must be int32, got int64"):
+            ops.qkv_linear(x, packed, **options, cache_rows=rows.long())
+        with pytest.raises(ValueError, match=r"cache_rows must be \[3\], got \[1\]"):
+            ops.qkv_linear(x, packed, **options, cache_rows=rows[:1])
+        with pytest.raises(ValueError, match="cache_rows must be on cuda:0 .*, got cpu"):
+            ops.qkv_linear(x, packed, **options, cache_rows=rows.cpu())
+        options["cache_rows"] = rows
+        rotation = {"cos": torch.ones(4, 16, device=gpu), "sin": torch.zeros(4, 16, device=gpu)}
+        with pytest.raises(TypeError, match="qkv_linear: positions must be int32, got int64"):
+            ops.qkv_linear(x, packed, **options, **rotation, positions=rows.long())
+        rotation["sin"] = rotation["sin"].half()
+        with pytest.raises(TypeError, match="qkv_linear: sin must be float32, got float16"):
+            ops.qkv_linear(x, packed, **options, **rotation, positions=rows)

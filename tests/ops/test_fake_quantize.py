@@ -249,10 +249,10 @@ WEIGHT = torch.zeros(3, 4)
 FOREACH_ERRORS = [
     (dict(out=[]), ValueError, "out must have one tensor a weight, got 0 for 1"),
     (dict(out=[torch.zeros(4, 3).t()]), ValueError, "out must have its weight's shape and strides"),
-    (dict(out=[WEIGHT.int()]), TypeError, "out must be float32, .* got Int"),
-    (dict(num_bits=torch.tensor([8])), TypeError, "num_bits must be int32, got Long"),
+    (dict(out=[WEIGHT.int()]), TypeError, "out must be float32, .* got int32"),
+    (dict(num_bits=torch.tensor([8])), TypeError, "num_bits must be int32, got int64"),
     (dict(num_bits=torch.zeros(2).int()), ValueError, r"num_bits must have shape \[1\], got \[2\]"),
-    (dict(step=torch.zeros(1)), TypeError, "step must be int64, got Float"),
+    (dict(step=torch.zeros(1)), TypeError, "step must be int64, got float32"),
     (dict(step=torch.zeros(2).long()), ValueError, r"step must have one element, got \[2\]"),
     (dict(name_hashes=[1, 2]), ValueError, "name_hashes must have one hash a weight, got 2 for 1"),
     (dict(weights=[WEIGHT[0]], out=[WEIGHT[0]]), ValueError, "weight must be a matrix"),
@@ -316,7 +316,7 @@ ERRORS = [
     ),
     (dict(blend_ratio=1.5), ValueError, r"blend_ratio must be in \[0, 1\], got 1.5"),
     (dict(name_hash=1 << 32), ValueError, "name_hash must be a 32-bit hash"),
-    (dict(scale_dtype=torch.float64), TypeError, "scale_dtype must be float32, .* got Double"),
+    (dict(scale_dtype=torch.float64), TypeError, "scale_dtype must be float32, .* got float64"),
 ]
 
 
@@ -336,5 +336,5 @@ def test_refuses_what_is_no_matrix():
 
 
 def test_refuses_integers():
-    with pytest.raises(TypeError, match="weight must be float32, float16 or bfloat16, got Int"):
+    with pytest.raises(TypeError, match="weight must be float32, float16 or bfloat16, got int32"):
         fake_quantize(torch.zeros(2, 3, dtype=torch.int32), 8)

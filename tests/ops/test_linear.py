@@ -65,15 +65,15 @@ def test_the_input_is_multiplied_as_it_is(place, format, asymmetric, m, n, k, gr
 @pytest.mark.parametrize("weight_asymmetric", [False, True])
 @pytest.mark.parametrize(("m", "groups"), [(3, 1), (1, 3), (29, 5), (200, 1)])
 def test_dynamic_int8_input_is_multiplied_as_its_codes(
-    device, format, asymmetric, weight_asymmetric, m, groups
+    place, format, asymmetric, weight_asymmetric, m, groups
 ):
     codes, scales, zero_points = random_codes(37, 105, groups, BITS[format])
     zero_points = zero_points if weight_asymmetric else None
-    x = random_input(m, 105) + 0.5
-    on_device = [None if t is None else t.to(device) for t in (codes, scales, zero_points)]
+    x = random_input(m, 105, place) + 0.5
+    on_device = [None if t is None else t.to(place[0]) for t in (codes, scales, zero_points)]
     packed = pack_linear(*on_device, format=format)
     output = linear(
-        x.to(device),
+        x,
         packed,
         37,
         format=format,
@@ -82,7 +82,7 @@ def test_dynamic_int8_input_is_multiplied_as_its_codes(
         input_mode="dynamic_asymmetric_int8" if asymmetric else "dynamic_int8",
     )
     weight = dequantized(codes, scales, zero_points)
-    assert_is_product(output, dynamic_int8(x, asymmetric), weight)
+    assert_is_product(output, dynamic_int8(x.float().cpu(), asymmetric), weight)
 
 
 @pytest.mark.parametrize("format", BITS)

@@ -84,7 +84,7 @@ def test_dequantize_says_that_it_has_no_gradient():
 
 CODES = torch.zeros(4, 6, dtype=torch.int8)
 DEQUANTIZE_ERRORS = [
-    ((CODES.float(), torch.ones(1)), TypeError, "codes must be int8 or int16, got Float"),
+    ((CODES.float(), torch.ones(1)), TypeError, "codes must be int8 or int16, got float32"),
     ((CODES[0], torch.ones(1)), ValueError, "codes must be a matrix"),
     ((CODES, torch.ones(4, 4)), ValueError, r"scales must be \[1\], .* or .* got \[4, 4\]"),
     ((CODES, torch.ones(3, 1)), ValueError, r"scales must be \[1\], .* or .* got \[3, 1\]"),
@@ -92,7 +92,7 @@ DEQUANTIZE_ERRORS = [
     (
         (CODES, torch.ones(4, 1), torch.zeros(4, 1)),
         TypeError,
-        "zero_points must be int32, got Float",
+        "zero_points must be int32, got float32",
     ),
     (
         (CODES, torch.ones(4, 1), torch.zeros(1, dtype=torch.int32)),
@@ -247,10 +247,10 @@ def test_activations_are_twice_differentiable(grid):
 
 INT32 = torch.zeros(1, dtype=torch.int32)
 ACTIVATION_ERRORS = [
-    ((torch.zeros(2, 3, dtype=torch.int8),), TypeError, "input must be float32, .* got Char"),
+    ((torch.zeros(2, 3, dtype=torch.int8),), TypeError, "input must be float32, .* got int8"),
     ((torch.tensor(1.0),), ValueError, "input must be .* got a scalar"),
     ((torch.zeros(2, 3), torch.ones(2)), ValueError, r"scale must have shape \[1\], got \[2\]"),
-    ((torch.zeros(2, 3), torch.ones(1).half()), TypeError, "scale must be float32, got Half"),
+    ((torch.zeros(2, 3), torch.ones(1).half()), TypeError, "scale must be float32, got float16"),
     ((torch.zeros(2, 3), torch.ones(1), INT32), ValueError, "zero_point must come with .* got one"),
     ((torch.zeros(2, 3), None, INT32), ValueError, "zero_point must come with .* got one"),
 ]

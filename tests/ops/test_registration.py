@@ -152,6 +152,11 @@ ROTATION = {
 ROWS = torch.tensor([70, -1], dtype=torch.int32)
 SEQUENCES = torch.tensor([[0, 2, 0, 0]], dtype=torch.int32)
 
+
+def int8_pages():
+    return (torch.zeros(PAGES, dtype=torch.int8) for _ in range(2))
+
+
 # The operators of inference; "weight" is packed on the device.
 INFERENCE = {
     "pack_linear": lambda: (ops.pack_linear, codes_of_weight(4), dict()),
@@ -208,8 +213,8 @@ INFERENCE = {
         dict(top_k=5, seed=1, repetition_penalty=1.5),
     ),
 }
-# Those that only a GPU has.
-PAGED = {
+# Those that only a GPU has, or has in 16 bits.
+ON_GPUS = {
     "qkv_linear": lambda: (
         ops.qkv_linear,
         (torch.randn(2, 64), "weight"),
@@ -244,6 +249,37 @@ PAGED = {
         ),
         dict(max_tokens=2),
     ),
+    "append_kv_int8": lambda: (
+        ops.append_kv,
+        (heads(2, 6).flatten(1), *int8_pages(), ROWS),
+        dict(num_heads=4, key_scales=torch.ones(PAGES[:3]), value_scales=torch.ones(PAGES[:3])),
+    ),
+    "paged_attention_int8": lambda: (
+        ops.paged_attention,
+        (heads(2, 4), *int8_pages(), torch.tensor([[2, 1]], dtype=torch.int32), SEQUENCES),
+        dict(max_tokens=2, key_scales=torch.ones(PAGES[:3]), value_scales=torch.ones(PAGES[:3])),
+    ),
+    "linear_half": lambda: (ops.linear, (torch.randn(3, 64).half(), "weight", 40), dict()),
+    "norm_linear_half": lambda: (
+        ops.norm_linear,
+        (torch.randn(3, 64).half(), torch.ones(64), None, "weight", 40),
+        dict(norm="rms_norm"),
+    ),
+    "attention_half": lambda: (
+        ops.attention,
+        (heads(2, 4).flatten(1).half(), SEQUENCES),
+        dict(num_heads=2, num_kv_heads=1, max_tokens=2),
+    ),
+    "append_kv_half": lambda: (
+        ops.append_kv,
+        (heads(2, 6).flatten(1).half(), torch.zeros(PAGES).half(), torch.zeros(PAGES).half(), ROWS),
+        dict(num_heads=4),
+    ),
+    "read_once": lambda: (
+        ops.read_once,
+        (torch.randn(1024), torch.zeros(1, dtype=torch.int64)),
+        dict(prefetch=False),
+    ),
 }
 
 
@@ -266,9 +302,9 @@ def test_opcheck(sample, device):
     check_registration((SAMPLES | INFERENCE)[sample], device)
 
 
-@pytest.mark.parametrize("sample", PAGED)
-def test_opcheck_of_pages(sample, gpu):
-    check_registration(PAGED[sample], gpu)
+@pytest.mark.parametrize("sample", ON_GPUS)
+def test_opcheck_on_gpus(sample, gpu):
+    check_registration(ON_GPUS[sample], gpu)
 
 
 def test_every_operator_has_a_sample():
@@ -277,9 +313,9 @@ def test_every_operator_has_a_sample():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moq::")
     }
-    # Measurements: their results are no tensors, and nothing compiles them.
-    registered -= {"moq::read_bandwidth", "moq::read_once"}
-    sampled = {sample()[0]._qualified_op_name for sample in (SAMPLES | INFERENCE | PAGED).values()}
+    registered -= {"moq::read_bandwidth"}  # its result is no tensor, and nothing compiles it
+    samples = SAMPLES | INFERENCE | ON_GPUS
+    sampled = {sample()[0]._qualified_op_name for sample in samples.values()}
     assert sampled == registered
 
 
