@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import models
 import pytest
 import torch
 from launch import WORKERS, one_thread_environment, torchrun_command
+from transformers import GPT2Config, GPT2LMHeadModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +43,7 @@ HALF = [
     ({"dtype": "fp16"}, VARIANTS[0], 2e-2),
     ({"dtype": "bf16"}, VARIANTS[0], 1.6e-1),
     ({"dtype": "int8", "compute_dtype": "fp16"}, VARIANTS[1], 2e-2),
+    ({"dtype": "fp16", "kv_cache_dtype": "int8"}, VARIANTS[0], 8e-2),
 ]
 
 
@@ -73,9 +76,11 @@ def results(directory):
     return {key: (one[key], two[key]) for key in one}
 
 
-def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory):
+def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory, tmp_path):
+    config = GPT2Config(n_embd=1024, n_head=16, n_layer=2, n_positions=96, vocab_size=100)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
     result = subprocess.run(
-        torchrun_command(2, WORKERS / "gpu_rank_out_of_memory.py", directory / "llama"),
+        torchrun_command(2, WORKERS / "gpu_rank_out_of_memory.py", directory / "llama", tmp_path),
         env=one_thread_environment(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1"),
         capture_output=True,
         text=True,
@@ -85,6 +90,15 @@ def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rank 0: engine: the KV cache must be made on all ranks") == 2
     assert result.stdout.count("rank 1: engine: the KV cache must fit into the memory") == 2
+    assert "rank 0: engine: the weights must be made on all ranks" in result.stdout
+    assert "rank 1: engine: the weights must fit into the memory of cuda:1" in result.stdout
+    what_fits = (
+        r"the model takes about 97\.\d+ MiB, on 2 GPUs together, and (.*) MiB of this one were "
+        r'free at first; dtype="int8" would fit, with about 24\.\d+ MiB; (\d+) GPUs with as much free'
+    )
+    free, gpus = map(float, re.search(what_fits, result.stdout).groups())
+    on_each = [96.4 / ranks + 0.8 for ranks in (gpus - 1, gpus)]  # MiB, the tables whole
+    assert on_each[0] > 15 / 16 * free > on_each[1]
     assert result.stdout.count("went on") == 2
 
 

@@ -50,24 +50,34 @@ std::int64_t usable_bytes(std::int64_t free) {
   return free - std::min(kPieces, free / 16);
 }
 
+FitHint would_fit(const char* what, std::int64_t count, std::int64_t unit_bytes) {
+  return [=](std::int64_t usable) {
+    return "about " + std::to_string(usable / unit_bytes) + " " + what + " would fit, got " +
+           std::to_string(count);
+  };
+}
+
 at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what,
-                    const std::string& hint) {
+                    const FitHint& hint) {
   const auto device = c10::cuda::current_device();
   try {
     return at::empty(sizes, at::TensorOptions(type).device(at::kCUDA, device));
   } catch (const c10::OutOfMemoryError&) {
     const auto elements = c10::multiply_integers(sizes);
     const auto bytes = elements * static_cast<std::int64_t>(c10::elementSize(type));
+    const std::int64_t free = free_bytes();
     std::ostringstream message;
     message << "engine: " << what
             << " must fit into the memory of cuda:" << static_cast<int>(device) << ", got "
-            << in_units(bytes) << " to allocate with " << in_units(free_bytes()) << " free"
-            << (hint.empty() ? "" : ": ") << hint;
+            << in_units(bytes) << " to allocate with " << in_units(free) << " free";
+    if (hint) {
+      message << ": " << hint(usable_bytes(free));
+    }
     throw OutOfMemory(message.str());
   }
 }
 
-at::Tensor allocate(std::int64_t bytes, const char* what, const std::string& hint) {
+at::Tensor allocate(std::int64_t bytes, const char* what, const FitHint& hint) {
   return allocate({bytes}, at::kByte, what, hint);
 }
 
@@ -79,8 +89,8 @@ void copy_to_device(std::span<const std::byte> bytes, void* to) {
   }
 }
 
-at::Tensor upload(std::span<const std::byte> bytes, const char* what) {
-  at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what);
+at::Tensor upload(std::span<const std::byte> bytes, const char* what, const FitHint& hint) {
+  at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what, hint);
   copy_to_device(bytes, copy.mutable_data_ptr());
   return copy;
 }

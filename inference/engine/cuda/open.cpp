@@ -2,6 +2,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -148,18 +149,21 @@ std::unique_ptr<Transformer> open_cuda_transformer(
                           parameters, load);
   load.pack = cuda::pack_for_cuda;
   load.pair_rows = true;
-  const int ranks = communicator->size();
   const std::int64_t free = cuda::free_bytes();
+  std::unique_ptr<cuda::CudaTransformer> transformer;
   try {
-    Weights weights = load_weights(parameters, files, load);
-    return std::make_unique<cuda::CudaTransformer>(
-        parameters.spec(), std::move(weights), communicator,
-        ranks > 1 ? cuda::open_device_group(options.group_name) : nullptr, device, dtype,
-        cache_dtype);
+    on_all_ranks(*communicator, "the weights", [&] {
+      Weights weights = load_weights(parameters, files, load);
+      transformer = std::make_unique<cuda::CudaTransformer>(
+          parameters.spec(), std::move(weights), communicator,
+          communicator->size() > 1 ? cuda::open_device_group(options.group_name) : nullptr, device,
+          dtype, cache_dtype);
+    });
   } catch (const cuda::OutOfMemory& error) {
     moq::detail::fail(error.what(), ": ",
                       describe_what_fits(parameters, *files, load, options, free));
   }
+  return transformer;
 }
 
 }  // namespace moq::inference

@@ -40,17 +40,21 @@ PagedKvCache::PagedKvCache(std::int64_t num_layers, std::int64_t num_kv_heads,
   MOQ_CHECK(num_pages_ <= std::numeric_limits<std::int32_t>::max() / kPageTokens,
             "kv cache: slots * capacity, in whole pages, must be below 2^31, got ", num_slots,
             " and ", capacity);
-  const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
-  const std::int64_t fitting = usable_bytes(free_bytes()) / a_page;
-  const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
-  std::string hint = in_units(a_page * pages_per_slot_) + " for each of " +
-                     std::to_string(num_slots) + " sequences of " + std::to_string(capacity) +
-                     " tokens; " + std::to_string(fitting / pages_per_slot_) +
-                     " such sequences would fit";
-  if (fitting_tokens > 0) {
-    hint +=
-        ", or " + std::to_string(num_slots) + " of " + std::to_string(fitting_tokens) + " tokens";
-  }
+  const auto hint = [&](std::int64_t usable) {
+    const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
+    const std::int64_t held = data_.defined() ? data_.numel() : 0;
+    const std::int64_t fitting = (usable + held) / a_page;
+    const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
+    std::string words = in_units(a_page * pages_per_slot_) + " for each of " +
+                        std::to_string(num_slots) + " sequences of " + std::to_string(capacity) +
+                        " tokens; " + std::to_string(fitting / pages_per_slot_) +
+                        " such sequences would fit";
+    if (fitting_tokens > 0) {
+      words +=
+          ", or " + std::to_string(num_slots) + " of " + std::to_string(fitting_tokens) + " tokens";
+    }
+    return words;
+  };
   data_ = cuda::allocate(num_layers * 2 * num_pages_ * page_bytes(), "the KV cache", hint);
   scales_ = cuda::allocate(num_layers * 2 * num_pages_ * page_scale_bytes(), "the KV cache", hint);
   device_table_ = cuda::allocate({num_slots, pages_per_slot_}, at::kInt, "the KV cache", hint);

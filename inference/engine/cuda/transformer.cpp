@@ -97,8 +97,9 @@ KvCache& CudaTransformer::keep_cache(std::int64_t num_slots, std::int64_t capaci
   on_all_ranks(*communicator_, "the KV cache", [&] {
     cache = new_cache(num_slots, capacity);
     // Twice as many rows: those that fill up a batch have one of their own each.
-    seen = allocate({2 * bucket_of(num_slots), divide_up(spec_.vocab_size, kHistoryWordBits)},
-                    at::kInt, "the KV cache");
+    const std::int64_t words = divide_up(spec_.vocab_size, kHistoryWordBits);
+    seen = allocate({2 * bucket_of(num_slots), words}, at::kInt, "the KV cache",
+                    would_fit("sequences at once", num_slots, 2 * words * 4));
   });
   generation_cache_ = std::move(cache);
   seen_ = std::move(seen);
@@ -137,7 +138,9 @@ KvCache& CudaTransformer::generation_cache(std::int64_t num_slots, std::int64_t 
 
 at::Tensor CudaTransformer::new_result(at::IntArrayRef sizes) const {
   const c10::cuda::CUDAGuard guard(device_);
-  return allocate(sizes, at::kFloat, "the result", "fewer tokens at once take less");
+  const std::int64_t row_bytes = sizes[1] * static_cast<std::int64_t>(sizeof(float));
+  return allocate(sizes, at::kFloat, "the result",
+                  would_fit("tokens or sequences at once", sizes[0], row_bytes));
 }
 
 void CudaTransformer::reserve(std::int64_t num_tokens) {
@@ -167,15 +170,22 @@ void CudaTransformer::reserve_rows(std::int64_t num_rows) {
   num_rows = std::max(num_rows, kFewestRows);
   drop_graphs();
   max_rows_ = 0;
-  const auto room = [](at::IntArrayRef sizes, at::ScalarType type) {
-    return allocate(sizes, type, "the workspace", "fewer sequences at once take less");
+  head_in_ = tokens_ = logits_ = all_logits_ = joined_ = at::Tensor();  // their memory first
+  const std::int64_t widest = spec_.has_head ? std::ranges::max(weights_.vocab_widths) : 0;
+  const std::int64_t logits_of_a_row =
+      group_ ? (1 + communicator_->size()) * widest + spec_.vocab_size : widest;
+  const std::int64_t row_bytes =
+      2 * spec_.hidden_size * static_cast<std::int64_t>(size_of(dtype_)) +
+      static_cast<std::int64_t>(sizeof(float)) * logits_of_a_row;
+  const auto room = [&](at::IntArrayRef sizes, at::ScalarType type) {
+    return allocate(sizes, type, "the workspace",
+                    would_fit("tokens' logits, or sequences, at once", num_rows, row_bytes));
   };
   on_all_ranks(*communicator_, "room for logits", [&] {
     head_in_ = room({2, num_rows, spec_.hidden_size}, scalar_type(dtype_));
     tokens_ = room({num_rows}, at::kInt);
     pinned_tokens_ = at::empty({num_rows}, at::TensorOptions(at::kInt).pinned_memory(true));
     if (spec_.has_head) {
-      const std::int64_t widest = std::ranges::max(weights_.vocab_widths);
       logits_ = room({num_rows, widest}, at::kFloat);
       if (group_) {
         all_logits_ = room({communicator_->size(), num_rows, widest}, at::kFloat);
@@ -197,8 +207,9 @@ void CudaTransformer::reserve_positions(std::int64_t num_positions) {
   drop_graphs();
   num_positions_ = 0;
   on_all_ranks(*communicator_, "the table of rotations", [&] {
-    cos_ = upload(std::as_bytes(std::span(table.cos(), size)), "the workspace");
-    sin_ = upload(std::as_bytes(std::span(table.sin(), size)), "the workspace");
+    const FitHint hint = would_fit("positions", table.num_positions(), spec_.rotary_dim() * 4);
+    cos_ = upload(std::as_bytes(std::span(table.cos(), size)), "the workspace", hint);
+    sin_ = upload(std::as_bytes(std::span(table.sin(), size)), "the workspace", hint);
   });
   num_positions_ = table.num_positions();
 }

@@ -51,10 +51,8 @@ struct Workspace {
                                    place(sizes.qkv * element),    place(sizes.query * element),
                                    place(sizes.inner * element),  place(widest * element),
                                    place(3 * sizeof(float))};
-    const std::int64_t fitting = free_bytes() / std::max<std::int64_t>(end / num_tokens, 1);
     memory = allocate(end, "the workspace",
-                      "about " + std::to_string(fitting) + " tokens at once would fit, got " +
-                          std::to_string(num_tokens));
+                      would_fit("tokens at once", num_tokens, (end + num_tokens - 1) / num_tokens));
     max_tokens = num_tokens;
     auto* const base = static_cast<char*>(memory.mutable_data_ptr());
     void** const parts[] = {&x, &normed, &qkv, &attended, &inner, &codes};
