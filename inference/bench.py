@@ -59,7 +59,9 @@ def _profile(engine: Engine, args: argparse.Namespace) -> int:
             **describe(engine),
         }
         for kernel in kernels:
-            print(json.dumps(asdict(kernel) | shared))
+            rate = kernel.terabytes_per_second
+            rates = {"terabytes_per_second": rate, "share_of_read": rate / bandwidth}
+            print(json.dumps(asdict(kernel) | rates | shared))
     elif is_first_rank():
         print(table(kernels, step_time, bandwidth))
     return 0
