@@ -187,6 +187,12 @@ torch.cuda.synchronize()
 if sys.argv[2] == "meanwhile":  # the error comes when the engine's step has been launched
     torch.cuda._sleep(int(1e9))
     zeros[:1][behind]
+elif sys.argv[2] == "launched as a graph":  # for which nobody waits even where launches block
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda._sleep(int(1e9))
+        zeros[:1][behind]
+    graph.replay()
 else:
     try:
         zeros[:1][behind]
@@ -203,9 +209,9 @@ os._exit(0)
 """
 
 
-def errors_of_a_broken_gpu(directory, when):
+def errors_of_a_broken_gpu(directory, when, **environment):
     """What two calls of an engine say after an error of the GPU."""
-    result = run_script(BREAK_THE_GPU, str(directory), when)
+    result = run_script(BREAK_THE_GPU, str(directory), when, **environment)
     errors = [line for line in result.stdout.splitlines() if line.startswith("Error")]
     assert len(errors) == 2, result.stderr
     return errors
@@ -221,6 +227,17 @@ def test_an_error_of_the_gpu_during_a_step_is_told_with_its_remedy(model_directo
     first, second = errors_of_a_broken_gpu(model_directory("llama"), "meanwhile")
     assert re.match(r"Error engine: .* of 2 tokens must succeed on cuda:0, got \"", first)
     assert "MOQ_GPU_GRAPHS=0 CUDA_LAUNCH_BLOCKING=1 tells which" in first
+    assert "must be made anew, in a new process, after an error of the GPU" in second
+
+
+def test_an_error_names_kernel_shape_and_device_where_launches_block(model_directory, gpu):
+    first, second = errors_of_a_broken_gpu(
+        model_directory("llama"),
+        "launched as a graph",
+        MOQ_GPU_GRAPHS="0",
+        CUDA_LAUNCH_BLOCKING="1",
+    )
+    assert re.match(r"Error engine: \w.* of 2 x \d+ on cuda:0: CUDA: kernel \w+.* must run", first)
     assert "must be made anew, in a new process, after an error of the GPU" in second
 
 

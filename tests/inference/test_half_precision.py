@@ -161,6 +161,58 @@ def test_either_way_of_a_decode_step_errs_and_decides_as_its_dtype(
     assert lost.max() <= 4 * naive_error
 
 
+@torch.no_grad()
+def logits_with_int8_cache(model, rows):
+    """transformers' logits in float32, with keys and values rounded as in the engine's cache."""
+    model = with_parameters_in(torch.float32, model)
+    logits = [model(torch.tensor([row]), past_key_values=models.Int8Cache()).logits for row in rows]
+    return torch.cat([values[0] for values in logits]).double()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 9, 33])
+@pytest.mark.parametrize(
+    ("weights", "kv_cache_dtype"),
+    [("fp16", None), ("bf16", None), ("int8", None), ("fp16", "int8"), ("int8", "int8")],
+)
+@pytest.mark.parametrize("name", ["gpt2_wide_heads", "llama_wide"])
+def test_batches_draw_what_their_errors_allow(
+    name, weights, kv_cache_dtype, rows, model_directory, gpu
+):
+    """By captured steps of rows that fill them, and of rows that do not."""
+    directory = model_directory(name)
+    engine = Engine.from_pretrained(
+        directory,
+        device=gpu,
+        dtype=weights,
+        kv_cache_dtype=kv_cache_dtype,
+        policy=models.policy_in(directory),
+    )
+    prompts = sequences(*[1 + 5 * i % 40 for i in range(rows)])
+
+    def draw():
+        generations = engine.generate(prompts, 24, max_batch=rows, stop_token_ids=[])
+        return [generation.token_ids for generation in generations]
+
+    drawn = draw()
+    assert draw() == drawn
+    model = models.build(name)
+    if weights == "int8":
+        model = models.simulate_int8(model)
+    half = with_parameters_in(DTYPES.get(weights, torch.float16), model)
+    model = model if weights == "int8" else half
+    whole = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, drawn, strict=True)]
+    exact = logits_of(with_parameters_in(torch.float64, model), whole, "cpu")
+    error = max((naive - exact).abs().max().item() for naive in naive_logits(half, whole))
+    if kv_cache_dtype is not None:
+        error += (logits_with_int8_cache(model, whole) - exact).abs().max().item()
+    of_rows = exact.split([len(row) for row in whole])
+    steps = torch.cat([logits[-24:] for logits in of_rows])
+    best = steps.amax(dim=-1)
+    lost = best - steps.gather(-1, torch.tensor(drawn).flatten()[:, None])[:, 0]
+    assert lost.max() <= 4 * error
+    assert 4 * error < (best - steps.mean(dim=-1)).median() / 2  # tokens drawn at random lose more
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "name", ["bert", "roberta", "distilbert", "bert_masked_lm", *WIDE_ENCODERS]
@@ -230,6 +282,40 @@ def test_static_activations_err_as_their_dtype(kind, name, dtype, tmp_path, gpu,
     for logits, rows in whole_and_in_steps(engine):
         decided = check_against_naive(logits, [n[rows] for n in naive], exact[rows].double())
         enough_decided(decided, FEWEST_DECIDED_STATIC[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gpt2_wide_heads", "llama_wide", "llama"])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic_asymmetric"])
+def test_dynamic_activations_add_no_more_error_than_in_float32(
+    kind, name, dtype, model_directory, gpu
+):
+    """Errors of the dtype and of the activations' codes add up at most, twice over."""
+    directory = model_directory(name)
+
+    def logits_with(compute_dtype, activations):
+        engine = Engine.from_pretrained(
+            directory,
+            device=gpu,
+            dtype="int8",
+            compute_dtype=compute_dtype,
+            activations=activations,
+            policy=models.policy_in(directory),
+        )
+        return [logits for logits, _ in whole_and_in_steps(engine)]
+
+    exact, codes_in_fp32, without, found = (
+        logits_with(compute_dtype, activations)
+        for compute_dtype in ("fp32", dtype)
+        for activations in (None, kind)
+    )
+    for i in range(2):
+        error, of_dtype, of_codes = (
+            relative_error(logits[i], exact[i]) for logits in (found, without, codes_in_fp32)
+        )
+        print(f"{name} {dtype} {kind}: {error:.2e}, dtype {of_dtype:.2e}, codes {of_codes:.2e}")
+        assert relative_error(found[i], without[i]) > 1e-4
+        assert error <= 2 * (of_dtype + of_codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
