@@ -213,6 +213,7 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
     print(f"== {step.key}", flush=True)
     start = time.monotonic()
     lines: list[str] = []
+    missed: dict[str, None] = {}
     logs = tempfile.TemporaryDirectory()
     command = in_shards(step, Path(logs.name)) if step.every else step.command
     process = subprocess.Popen(
@@ -233,6 +234,8 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
                 if line.startswith("{") and not step.is_test:
                     row = {"part": step.part, "step": step.name} | json.loads(line) | facts
                     file.write(json.dumps(row) + "\n")
+                    if not row.get("met", True):
+                        missed[f"{row['case']}: {'; '.join(row['targets'])}"] = None
             status = process.wait()
         except BaseException:  # KeyboardInterrupt too: the GPU is left free
             process.terminate()
@@ -249,9 +252,12 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
             "status": outcome.get(status, f"failed with exit status {status}"),
             "seconds": round(time.monotonic() - start, 1),
             **found,
+            **({"missed": list(missed)} if missed else {}),
             **facts,
         }
         file.write(json.dumps(summary) + "\n")
+    for target in missed:
+        print(f"-- {target}")
     print(f"-- {step.key}: {summary['status']}, {summary['seconds']} s", flush=True)
     return status == 0
 

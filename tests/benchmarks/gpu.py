@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from report import machine
+from report import Target, machine
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,11 @@ def facts() -> dict[str, str]:
         "versions": ", ".join(versions),
         "date": date.today().isoformat(),
     }
+
+
+def targets(*wanted: Target) -> Sequence[Target]:
+    """Those of an H200, for which they were set; none elsewhere."""
+    return wanted if "H200" in torch.cuda.get_device_name() else ()
 
 
 def facts_on(device: str) -> dict[str, str]:

@@ -22,18 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gpu
 import gpu_models
 import torch
 from gpu_peers import Compiled, CompiledStep, Decoder, capture
-from report import Row, print_rows
+from report import Row, Target, print_rows
 from torch import Tensor
 
 from moq.inference import Engine
 
+CONTEXT = 512  # tokens of a row
 PROMPT = 4096  # tokens of the prefill row
 MODELS: dict[str, Callable[[], gpu_models.Shape]] = {
     "gpt2-xl": lambda: gpu_models.gpt2(1600, 48, 25, positions=1024),
@@ -41,6 +42,15 @@ MODELS: dict[str, Callable[[], gpu_models.Shape]] = {
     "llama-3.1-8b": lambda: gpu_models.llama(4096, 32, 32, 8, 14336, 128256),
 }
 DTYPES = {"int8": "INT8", "fp16": "FP16"}
+# Of one row: at most so many milliseconds a token, at least so many tokens a second.
+MOST_MILLISECONDS = {
+    ("gpt2-xl", "int8"): 0.95,
+    ("gpt2-xl", "fp16"): 1.5,
+    ("17b-x12", "int8"): 1.15,
+    ("17b-x12", "fp16"): 1.75,
+}
+LEAST_RATE = {("llama-3.1-8b", "int8"): 360}
+LEAST_RATIO_OF_PROMPT = 1.0
 SHORT = 2  # new tokens of the run that wall clock subtracts
 Seconds = Callable[[], float]
 
@@ -203,6 +213,16 @@ def row(
     return Row(case, *steps, "ms/token", f"({rates[0]:.0f} tokens/s, {what})")
 
 
+def targets_of(name: str, dtype: str, seconds: float) -> Sequence[Target]:
+    """What a step of one row is to reach."""
+    wanted, key = [], (name, dtype)
+    if key in MOST_MILLISECONDS:
+        wanted.append(Target("ms/token", 1e3 * seconds, MOST_MILLISECONDS[key], at_most=True))
+    if key in LEAST_RATE:
+        wanted.append(Target("tokens/s", 1 / seconds, LEAST_RATE[key], at_most=False))
+    return gpu.targets(*wanted)
+
+
 def decode_rows(
     bench: Bench,
     batch: int,
@@ -241,6 +261,8 @@ def decode_rows(
             in_rate = batch > 1 or bench.name.startswith("llama")
             times = (moq.median, other.median)
             found = row(bench.name, batch, DTYPES[dtype], times, what, in_rate)
+            if batch == 1 and args.context == CONTEXT:
+                found = replace(found, targets=targets_of(bench.name, dtype, moq.median))
             rows.setdefault(peer, []).append(found)
     return rows
 
@@ -268,7 +290,8 @@ def prefill_rows(
         times = [1e3 * statistics.median(found[1:]) for found in (seconds, peer)]
         note = f"({describe(engine)})"
         case = f"{bench.name}, prompt of {PROMPT} tokens, {DTYPES[dtype]}"
-        rows.append(Row(case, *times, "ms", note))
+        least = Target("ratio", times[1] / times[0], LEAST_RATIO_OF_PROMPT, at_most=False)
+        rows.append(Row(case, *times, "ms", note, gpu.targets(least)))
     return rows
 
 
@@ -306,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="shapes (all)"
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], help="rows (1 8 32)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of a row (512)")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a row (512)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens drawn (128)")
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="weights (all)"

@@ -19,17 +19,21 @@ that exceed sixteen times the L2 cache; the median of --turns counts, and compet
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import gpu
 import torch
-from report import Row, print_rows
+from report import Row, Target, print_rows
 
 TABLES = ("gemv", "skinny", "cublas", "large")
 # Output and input features: a feed-forward layer of hidden 12288, of the 17B shape, and the one of
 # Llama-3.1-8B that reduces its width.
 SHAPES = {"49152x12288": (49152, 12288), "17024x4256": (17024, 4256), "4096x14336": (4096, 14336)}
 LARGE_SHAPES = ("17024x4256", "4096x14336")
-REQUIRED = {"49152x12288": 88, "17024x4256": 75, "4096x14336": 75}  # percent, of one token
+# Percent of the read bandwidth, of one token; times its time, of more; cuBLAS's speed, of most.
+LEAST_SHARE = {"49152x12288": 88, "17024x4256": 75, "4096x14336": 75}
+MOST_OVER_ONE = {8: 1.25, 16: 1.5}
+LEAST_OF_CUBLAS = {4096: 0.9}
 
 
 class Weights:
@@ -79,12 +83,17 @@ def streaming_rows(
     rows = []
     for m in tokens:
         rate = num_bytes / seconds[m]
-        note = f"{100 * rate / bandwidth:.0f} % of the read bandwidth"
+        share, over_one = 100 * rate / bandwidth, seconds[m] / seconds[1]
+        note, wanted = f"{share:.0f} % of the read bandwidth", []
         if m == 1:
-            note += f" (required: {REQUIRED[name]} %)"
+            wanted.append(Target("percent", share, LEAST_SHARE[name], at_most=False))
         else:
-            note += f", {seconds[m] / seconds[1]:.2f}x the time of one token"
-        rows.append(Row(f"INT8 {name}, M = {m}:", rate / 1e9, bandwidth / 1e9, "GB/s", note))
+            note += f", {over_one:.2f}x the time of one token"
+        if m in MOST_OVER_ONE:
+            figure = "times one token's"
+            wanted.append(Target(figure, over_one, MOST_OVER_ONE[m], at_most=True))
+        case, rates = f"INT8 {name}, M = {m}:", (rate / 1e9, bandwidth / 1e9)
+        rows.append(Row(case, *rates, "GB/s", note, gpu.targets(*wanted)))
     return rows
 
 
@@ -120,7 +129,12 @@ def large_rows(name: str, weights: Weights, turns: int) -> list[Row]:
         note = f"({weights.error(x)})" if m == 128 else ""
         for format, label in (("int8", "INT8"), ("float16", "FP16")):
             case = f"{label} weights {name}, M = {m}"
-            rows.append(Row(case, rate[format], rate["cublas"], "TFLOPS", note))
+            found = Row(case, rate[format], rate["cublas"], "TFLOPS", note)
+            if m in LEAST_OF_CUBLAS:
+                ratio = rate[format] / rate["cublas"]
+                least = Target("ratio", ratio, LEAST_OF_CUBLAS[m], at_most=False)
+                found = replace(found, targets=gpu.targets(least))
+            rows.append(found)
     return rows
 
 

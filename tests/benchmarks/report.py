@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,27 @@ def machine() -> str:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a figure of a row is to reach."""
+
+    figure: str
+    found: float
+    limit: float
+    at_most: bool  # or at least
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure does."""
+        return self.found <= self.limit if self.at_most else self.found >= self.limit
+
+    def __str__(self) -> str:
+        """The figure and its limit, and loudly if it is beyond."""
+        sign = "<=" if self.at_most else ">="
+        missed = "" if self.met else "MISSED: "
+        return f"{missed}{self.figure} {self.found:.3g} {sign} {self.limit:.3g}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One comparison in one unit; lower is better unless the unit is a rate."""
 
@@ -24,6 +46,7 @@ class Row:
     peer: float | None
     unit: str
     note: str = ""
+    targets: Sequence[Target] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -51,12 +74,17 @@ def print_rows(
         for row in rows:
             fields = {"case": row.case, "moq": row.moq, "peer": row.peer, "ratio": row.ratio}
             fields |= {"unit": row.unit, **facts, "peer_name": peer}
-            print(json.dumps(fields | ({"note": row.note} if row.note else {})), flush=True)
+            if row.note:
+                fields["note"] = row.note
+            if row.targets:
+                fields["targets"] = [str(target) for target in row.targets]
+                fields["met"] = all(target.met for target in row.targets)
+            print(json.dumps(fields), flush=True)
         return
     header = ["case", f"moq [{rows[0].unit}]", f"{peer} [{rows[0].unit}]", "ratio"]
     cells = [
         [
-            f"{row.case} {row.note}".strip(),
+            " ".join(filter(None, [row.case, row.note, *(f"[{t}]" for t in row.targets)])),
             f"{row.moq:.3g}" if row.moq < 10 else f"{row.moq:.1f}",
             "" if row.peer is None else f"{row.peer:.3g}" if row.peer < 10 else f"{row.peer:.1f}",
             "" if row.ratio is None else f"{row.ratio:.2f}x",
@@ -84,4 +112,5 @@ def _print_table(title: str, caption: str, header: list[str], cells: list[list[s
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    # Units in brackets are no markup.
+    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)

@@ -94,7 +94,7 @@ def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory, tmp_path
     assert "rank 1: engine: the weights must fit into the memory of cuda:1" in result.stdout
     what_fits = (
         r"the model takes about 97\.\d+ MiB, on 2 GPUs together, and (.*) MiB of this one were "
-        r'free at first; dtype="int8" would fit, with about 24\.\d+ MiB; (\d+) GPUs with as much free'
+        r'free at first; dtype="int8" would fit, with about 24\.\d+ MiB; (\d+) GPUs with as much'
     )
     free, gpus = map(float, re.search(what_fits, result.stdout).groups())
     on_each = [96.4 / ranks + 0.8 for ranks in (gpus - 1, gpus)]  # MiB, the tables whole
