@@ -3,8 +3,9 @@
 #
 #   tests/gpu.sh                         every part that is not done yet, tests first
 #   tests/gpu.sh --build                 build the extension and the C++ tests with CUDA into build/gpu
-#   tests/gpu.sh --part tests            kernels (C++; older GPUs' too, and what others are told), operators and training
-#   tests/gpu.sh --part engine           the engine: its answers, errors, memory and captures; an older GPU's path
+#   tests/gpu.sh --part tests            kernels (C++; older GPUs' too, and what others are told), operators and training,
+#                                        and the engine by an older GPU's path
+#   tests/gpu.sh --part engine           the engine: its answers, errors, memory and captures
 #   tests/gpu.sh --part ranks            training and engine over NCCL, where there are two GPUs, and training steps
 #   tests/gpu.sh --part sanitizer        C++ tests under compute-sanitizer, memcheck over all, initcheck over one in 2,
 #                                        racecheck over one in 10, a different selection with each commit
@@ -56,7 +57,7 @@ package() {
 
 case ${1:-} in
   --build) build ;;
-  -h | --help) sed -n '2,25p' "$0" | cut -c3- ;;
+  -h | --help) awk 'NR > 1 && !/^#/ { exit } NR > 1' "$0" | cut -c3- ;;
   # -P keeps the checkout, which has no build for this interpreter, from being imported instead.
   *) package && exec "$PYTHON" -P tests/gpu_parts.py "$@" ;;
 esac

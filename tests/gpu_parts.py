@@ -92,7 +92,7 @@ def steps() -> list[Step]:
         found.append(Step("ranks", name, pytest(of_ranks, in_parallel=False), gpus=2))
     # The step of all layers in one kernel is the newest GPUs' alone.
     wide = pytest("tests/inference/test_half_precision.py", "-k", "wide and not either_way")
-    found.append(Step("engine", "engine_80", ["env", "MOQ_GPU_ARCH=80", *wide]))
+    found.append(Step("tests", "engine_80", ["env", "MOQ_GPU_ARCH=80", *wide]))
     for parallel, modes in (("ddp", ["eager", "compiled"]), ("fsdp", ["eager"])):
         arguments = ["--device", "cuda", "--parallel", parallel, "--modes", *modes]
         command = benchmark("train_step", *arguments, "--roundings", "nearest", launcher=TORCHRUN)
