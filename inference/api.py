@@ -7,9 +7,11 @@ tensors into token ids and back.
 from __future__ import annotations
 
 import json
+import operator
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -20,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moq import _C
+from moq.caller_warning import warn_caller
+from moq.directory_kind import refuse_run
 from moq.inference.distributed import (
     connect,
     device_group_name,
@@ -29,6 +33,7 @@ from moq.inference.distributed import (
 from moq.inference.results import Encoding, Generation, Timing
 from moq.inference.text_stream import TextStream
 from moq.inference.tokens import (
+    as_mask,
     as_rows,
     is_text,
     load_tokenizer,
@@ -113,6 +118,7 @@ class Engine:
         _check_arguments(device, dtype, compute_dtype, activations, quantize_head, kv_cache_dtype)
         recover(directory)
         directory = Path(directory)
+        refuse_run(directory)
         place = rank_device(device)
         communicator = connect(tp_size, group, transport, place)
         core = _C.Engine.open(
@@ -181,7 +187,7 @@ class Engine:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
         max_batch: int = 16,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Generation | list[Generation]:
@@ -207,20 +213,40 @@ class Engine:
             A Generation for one prompt, a list for several, in their order.
 
         Raises:
-            TypeError: for prompts that are neither text nor token ids.
+            TypeError: for prompts that are neither text nor token ids, and for options of another
+                type.
             ValueError: for text without a tokenizer, or stop strings without one.
             moq.Error: before anything is computed, for an empty or too long prompt, a token
                 outside the vocabulary or an option out of range.
         """
         with self._core.outside_captures():
             ids, single = self._token_ids(prompts)
+        sampling = {
+            "top_k": _integer("top_k", top_k),
+            **{
+                name: _number(name, value)
+                for name, value in {
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "min_p": min_p,
+                    "repetition_penalty": repetition_penalty,
+                }.items()
+            },
+        }
+        _warn_of_greedy(sampling)
         stop = [stop] if isinstance(stop, str) else list(stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise TypeError(f"generate: stop must be a text or texts, got {text!r} among them")
         if (stop or on_text is not None) and self.tokenizer is None:
             raise ValueError(
                 f"{self.directory} must have a tokenizer for stop strings and text streaming, got "
                 "none: put its files there, or use stop_token_ids"
             )
-        stop_tokens = self.stop_token_ids if stop_token_ids is None else list(stop_token_ids)
+        stop_tokens = self.stop_token_ids
+        if stop_token_ids is not None:
+            given = [stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids
+            stop_tokens = [_integer("stop_token_ids", token) for token in given]
         watched = bool(stop) or on_text is not None
 
         @cache
@@ -237,15 +263,11 @@ class Engine:
 
         result = self._core.generate(
             ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=secrets.randbits(63) if seed is None else seed,
+            **sampling,
+            max_new_tokens=_integer("max_new_tokens", max_new_tokens),
+            seed=secrets.randbits(63) if seed is None else _seed(seed),
             stop_tokens=stop_tokens,
-            max_batch=max_batch,
+            max_batch=_integer("max_batch", max_batch),
             on_token=on_token if watched else None,
         )
         self.timing = Timing(
@@ -323,44 +345,69 @@ class Engine:
 
         Returns:
             [batch, length, vocab_size], 0 at padding; for a list one [length, vocab_size] each.
+
+        Raises:
+            TypeError: for what are no token ids.
+            ValueError: for another shape, or a mask with padding between a row's tokens.
         """
         with self._core.outside_captures():
-            rows = unpad(input_ids, attention_mask)
+            mask = as_mask(attention_mask, input_ids)
+            rows = unpad(input_ids, mask)
             types: list[list[int]] | Tensor
-            types = [] if token_type_ids is None else unpad(token_type_ids, attention_mask)
+            types = [] if token_type_ids is None else unpad(token_type_ids, mask)
             logits = self._core.forward(rows, types)
             if not isinstance(input_ids, Tensor):
                 return list(torch.split(logits, [len(row) for row in rows]))
-            if attention_mask is None:
+            if mask is None:
                 return logits.view(*input_ids.shape, -1)
             padded = logits.new_zeros(*input_ids.shape, logits.shape[-1])
-            padded[attention_mask.bool()] = logits
+            padded[mask] = logits
             return padded
 
-    def encode(self, inputs: Sequences, attention_mask: Tensor | None = None) -> Encoding:
+    def encode(
+        self,
+        inputs: Sequences,
+        attention_mask: Tensor | None = None,
+        *,
+        truncation: bool = False,
+    ) -> Encoding:
         """Hidden states, sentence vectors and class logits of sequences.
 
         Args:
             inputs: a text, texts, pairs of texts, a list of token lists, or a [batch, length]
                 tensor.
             attention_mask: of a tensor: 0 at padding on either side.
+            truncation: leaves out what of a text is beyond the model's positions.
 
         Returns:
             The encodings, in the order of the inputs.
 
         Raises:
             TypeError: for inputs that are neither text nor token ids.
+            moq.Error: for an empty or too long one, a token outside the vocabulary.
         """
         with self._core.outside_captures():
             types: list[list[int]] = []
             rows: list[list[int]] | Tensor
             require_sequences("encode", inputs)
             if isinstance(inputs, Tensor) or not is_text(inputs):
-                rows = unpad(as_rows(inputs), attention_mask)
+                rows = unpad(as_rows(inputs), as_mask(attention_mask, inputs))
             else:
                 texts = [inputs] if isinstance(inputs, str) else list(inputs)
-                tokens = self._require_tokenizer()(texts)
+                most = self._core.max_positions
+                tokens = self._require_tokenizer()(
+                    texts,
+                    truncation=truncation,
+                    max_length=most if truncation else None,
+                    verbose=False,
+                )
                 rows = tokens["input_ids"]
+                for text, row in zip(texts, rows, strict=True):
+                    if len(row) > most:
+                        raise _C.Error(
+                            f"encode: a text must have at most {most} tokens, got {len(row)} for "
+                            f"{str(text)[:40]!r}…: shorten it, or give truncation=True"
+                        )
                 if self._core.num_token_types > 1:
                     types = tokens.get("token_type_ids", [])
             encoding = self._core.encode(rows, types)
@@ -377,11 +424,16 @@ class Engine:
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Prompts as lists of token ids, and whether there was just one."""
         if isinstance(prompts, Tensor):
+            if prompts.is_floating_point() or prompts.dim() not in (1, 2):
+                raise TypeError(
+                    "generate: a prompt's tensor must have integers, [length] or [batch, length], "
+                    f"got {prompts.dtype} of shape {list(prompts.shape)}"
+                )
             prompts = prompts.tolist()
         if isinstance(prompts, str):
             return [self._encode_text(prompts)], True
         prompts = list(require_sequences("generate", prompts))
-        if not prompts or isinstance(prompts[0], int):
+        if not prompts or isinstance(prompts[0], Integral):
             return [prompts], True
         for prompt in prompts:
             require_sequences("generate", prompt)
@@ -401,6 +453,40 @@ class Engine:
                 "tokenizer=…, put tokenizer.json there, or give token ids from Python"
             )
         return self.tokenizer
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"generate: {name} must be an integer, got {value!r}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"generate: {name} must be a number, got {value!r}")
+
+
+def _seed(value: Any) -> int:
+    seed = _integer("seed", value)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"generate: seed must be >= 0 and below 2^64, got {seed}")
+    return seed
+
+
+def _warn_of_greedy(sampling: dict[str, Any]) -> None:
+    """Warns of options that choose among tokens where the most likely one is taken."""
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    idle = [name for name, value in everything.items() if sampling[name] != value]
+    if idle and sampling["temperature"] == 0:
+        warn_caller(
+            f"generate: {' and '.join(idle)} change nothing at temperature 0, which takes the most "
+            "likely token: give a temperature above 0"
+        )
 
 
 def _short(dtype: object) -> str:
@@ -443,6 +529,8 @@ def _check_arguments(
             "activations must be None, 'dynamic' or 'dynamic_asymmetric', got "
             f"{activations!r}{suggestion(str(activations), ACTIVATIONS)}"
         )
+    if quantize_head not in (None, True, False):
+        raise TypeError(f"quantize_head must be None, True or False, got {quantize_head!r}")
     if quantize_head and dtype != "int8":
         raise ValueError(f"quantize_head=True needs dtype='int8', got dtype={dtype!r}")
     if kv_cache_dtype not in (None, "int8") or (kind == "cpu" and kv_cache_dtype is not None):

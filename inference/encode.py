@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="mean",
         help="the vector: mean over tokens, or the model's pooled output (default: %(default)s)",
     )
+    parser.add_argument(
+        "--truncation", action="store_true", help="leave out what the model has no positions for"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         console=Console(stderr=True), transient=True, redirect_stdout=False, disable=hidden
     ) as progress:
         for batch in progress.track(batches, description="encode"):
-            encoding = engine.encode(batch)
+            encoding = engine.encode(batch, truncation=args.truncation)
             if args.pooling == "pooled" and encoding.pooled is None:
                 raise ValueError(
                     f"{args.directory} must have a pooler for --pooling pooled, got none: use "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moq.tokenizer_files import has_tokenizer
@@ -68,24 +70,58 @@ def require_sequences(where: str, inputs: Any) -> Any:
 
 def as_rows(inputs: Any) -> Any:
     """A list of token ids alone counts as a list of one sequence."""
-    if not isinstance(inputs, Tensor) and len(inputs) > 0 and isinstance(inputs[0], int):
+    if not isinstance(inputs, Tensor) and len(inputs) > 0 and isinstance(inputs[0], Integral):
         return [list(inputs)]
     return inputs
 
 
-def unpad(values: Any, attention_mask: Tensor | None) -> list[list[int]] | Tensor:
-    """Rows without their padding: a tensor as it is, if it has none."""
+def as_mask(attention_mask: Any, values: Any) -> Tensor | None:
+    """The attention mask of a tensor of token ids, bool.
+
+    Raises:
+        ValueError: for a mask without such a tensor, of another shape, of other numbers than 0 and
+            1, or with padding between tokens, which would get other positions without it.
+    """
+    if attention_mask is None:
+        return None
     if not isinstance(values, Tensor):
-        if attention_mask is not None:
-            raise ValueError("attention_mask must come with a tensor of token ids, got lists")
+        raise ValueError("attention_mask must come with a tensor of token ids, got lists")
+    mask = torch.as_tensor(attention_mask)
+    if mask.shape != values.shape:
+        raise ValueError(
+            f"attention_mask must have the shape {list(values.shape)} of the token ids, got "
+            f"{list(mask.shape)}"
+        )
+    kept = mask.bool()
+    if not torch.equal(mask, kept.to(mask.dtype)):
+        raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other numbers")
+    begins = kept & ~torch.nn.functional.pad(kept, (1, 0))[:, :-1]
+    holes = (begins.sum(dim=1) > 1).nonzero()
+    if len(holes) > 0:
+        raise ValueError(
+            "attention_mask must be 0 on either side of a row's tokens only, got padding between "
+            f"those of row {holes[0].item()}: leave these tokens out"
+        )
+    return kept
+
+
+def unpad(values: Any, mask: Tensor | None) -> list[list[int]] | Tensor:
+    """Rows without their padding: a tensor as it is, if it has none.
+
+    Args:
+        values: a [batch, length] tensor, or lists.
+        mask: of a tensor, by as_mask.
+    """
+    if not isinstance(values, Tensor):
+        for row in values:
+            if not isinstance(row, Iterable) or isinstance(row, str):
+                raise TypeError(
+                    "token ids must be a [batch, length] tensor or a list of token lists, got a "
+                    f"list with a {type(row).__name__}"
+                )
         return [list(row) for row in values]
     if values.dim() != 2:
         raise ValueError(f"token ids must be [batch, length], got shape {list(values.shape)}")
-    if attention_mask is None:
+    if mask is None:
         return values
-    if attention_mask.shape != values.shape:
-        raise ValueError(
-            f"attention_mask must have the shape {list(values.shape)} of the token ids, got "
-            f"{list(attention_mask.shape)}"
-        )
-    return [row[mask.bool()].tolist() for row, mask in zip(values, attention_mask, strict=True)]
+    return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]

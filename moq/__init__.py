@@ -8,7 +8,7 @@ for _distribution in _metadata.distributions(name="moq"):
     raise ImportError(
         "two packages share the import name 'moq': torch-moq (this one) and the PyPI package 'moq' "
         f"{_distribution.version} are installed side by side and overwrite each other's files. "
-        "Remedy: pip uninstall -y moq torch-moq && pip install torch-moq"
+        "Remedy: pip uninstall -y moq torch-moq, then install torch-moq again (README.md)"
     )
 
 _REMEDY = (

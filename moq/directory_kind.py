@@ -45,6 +45,19 @@ def require_checkpoint(path: Path) -> None:
     )
 
 
+def refuse_run(path: Path) -> None:
+    """Refuses a run where a model is served: its weights were not exported.
+
+    Raises:
+        FormatError: for a directory that holds a run and no checkpoint.
+    """
+    if (path / RUN_NAME).is_file() and not (path / MANIFEST_NAME).is_file():
+        raise FormatError(
+            f"{path}: must be a checkpoint or a Hugging Face directory, got a run: moq export "
+            f"{path} -o DIR makes a checkpoint of it"
+        )
+
+
 def _nature(path: Path, missing: str) -> str:
     if path.is_dir():
         return f"a directory without {missing}"

@@ -33,9 +33,13 @@ auto without_gil(const Call& call) {
 std::vector<std::int64_t> read_row(const py::tuple& row) {
   std::vector<std::int64_t> ids(row.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    ids[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i)));
+    PyObject* const id = PyTuple_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i));
+    ids[i] = PyLong_AsLongLong(id);
     if (ids[i] == -1 && PyErr_Occurred() != nullptr) {
-      throw py::error_already_set();
+      py::error_already_set error;
+      TORCH_CHECK_TYPE(!error.matches(PyExc_TypeError), "engine: token ids must be integers, got ",
+                       Py_TYPE(id)->tp_name);
+      throw error;
     }
   }
   return ids;

@@ -94,7 +94,8 @@ def test_encode_prints_while_it_computes(monkeypatch, capsys):
     """An engine that notes how many lines were printed before it got each batch."""
     printed, sizes = [], []
 
-    def compute(texts):
+    def compute(texts, truncation):
+        assert not truncation
         printed.append(capsys.readouterr().out.count("\n"))
         sizes.append(len(texts))
         vectors = torch.zeros(len(texts), 2)
@@ -102,7 +103,7 @@ def test_encode_prints_while_it_computes(monkeypatch, capsys):
 
     engine = SimpleNamespace(encode=compute, labels={})
     monkeypatch.setattr(encode, "open_engine", lambda args: engine)
-    args = argparse.Namespace(directory="none", text=["a"] * 70, pooling="mean")
+    args = argparse.Namespace(directory="none", text=["a"] * 70, pooling="mean", truncation=False)
     assert encode.run(args) == 0
     assert sizes == [32, 32, 6]
     assert printed == [0, 32, 32]

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import warnings
 
 import models
+import numpy as np
 import pytest
 import torch
 from models import sequences
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moq import _C
 from moq.inference import Engine
@@ -269,6 +274,103 @@ def test_token_type_outside_its_table(model_directory, device):
 def test_mask_of_another_shape(engine):
     with pytest.raises(ValueError, match=r"attention_mask must have the shape \[1, 2\]"):
         engine.forward(torch.tensor([[3, 4]]), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 0, 1, 1]], "got padding between those of row 0"),
+        ([[1, 1, 0, 0], [0, 1, 0, 1]], "got padding between those of row 1: leave these tokens"),
+        (torch.tensor([[1.0, 0.5, 0.0, 0.0]]), "1 at tokens and 0 at padding, got other numbers"),
+        ([[1, 1, 2, 0]], "1 at tokens and 0 at padding, got other numbers"),
+    ],
+)
+def test_masks_that_hide_more_than_padding(mask, message, engine):
+    ids = torch.full((len(mask), 4), 5)
+    for call in (engine.forward, engine.encode):
+        with pytest.raises(ValueError, match=f"attention_mask must be .*{message}"):
+            call(ids, mask)
+
+
+def test_a_mask_may_be_a_list(engine):
+    ids = torch.tensor([[3, 4, 5, 1]])
+    logits = engine.forward(ids, [[0, 1, 1, 0]])
+    assert torch.equal(logits, engine.forward(ids, torch.tensor([[0, 1, 1, 0]])))
+    assert not logits[0, 0].any() and logits[0, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperature": "0.7"}, TypeError, "temperature must be a number, got '0.7'"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+        ({"top_k": 5.5}, TypeError, "top_k must be an integer, got 5.5"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an integer, got 2.5"),
+        ({"max_batch": "4"}, TypeError, "max_batch must be an integer, got '4'"),
+        ({"seed": "x"}, TypeError, "seed must be an integer, got 'x'"),
+        ({"seed": -1}, ValueError, r"seed must be >= 0 and below 2\^64, got -1"),
+        ({"stop": [5]}, TypeError, "stop must be a text or texts, got 5 among them"),
+        ({"stop": ""}, TypeError, "stop must be a text or texts, got '' among them"),
+        ({"stop_token_ids": ["a"]}, TypeError, "stop_token_ids must be an integer, got 'a'"),
+    ],
+)
+def test_options_of_another_type_are_named(options, error, message, engine):
+    with pytest.raises(error, match=f"generate: {message}"):
+        engine.generate([3, 4], **{"max_new_tokens": 3} | options)
+
+
+def test_numbers_of_numpy_are_numbers(engine):
+    expected = engine.generate([3, 4], 3, stop_token_ids=96)
+    prompt = np.array([3, 4])
+    options = {"temperature": np.float32(0), "top_k": np.int64(0), "seed": np.uint8(3)}
+    assert (
+        engine.generate(prompt, np.int32(3), stop_token_ids=[np.int64(96)], **options) == expected
+    )
+    assert engine.generate([prompt], 3, stop_token_ids=96) == [expected]
+
+
+def test_options_that_change_nothing_are_told(engine):
+    with pytest.warns(UserWarning, match="top_k and top_p change nothing at temperature 0"):
+        engine.generate([3, 4], 3, top_k=5, top_p=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate([3, 4], 3, top_k=5, temperature=0.5, seed=1)
+        engine.generate([3, 4], 3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "ids", "message"),
+    [
+        ("forward", [1, 2, 3], "a list of token lists, got a list with a int"),
+        ("forward", ["hello"], "a list of token lists, got a list with a str"),
+        ("forward", [[1, 2], [3, "x"]], "token ids must be integers, got str"),
+        ("generate", [[1, 2], [3, 4.5]], "token ids must be integers, got float"),
+        ("generate", torch.rand(1, 3), r"integers, .*, got torch.float32 of shape \[1, 3\]"),
+        ("generate", torch.ones(1, 2, 3).int(), r"got torch.int32 of shape \[1, 2, 3\]"),
+    ],
+)
+def test_what_are_no_token_ids(call, ids, message, engine):
+    with pytest.raises(TypeError, match=message):
+        getattr(engine, call)(ids)
+
+
+def test_a_text_that_is_too_long_is_shown_or_cut(copy, device):
+    tokenizer = Tokenizer(WordLevel({"a": 5, "b": 6, "[UNK]": 7}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(copy)
+    engine = Engine.from_pretrained(copy, device=device)
+    texts = ["a b", "b " * 97]
+    with pytest.raises(_C.Error, match="at most 96 tokens, got 97 for 'b b .*truncation=True"):
+        engine.encode(texts)
+    states = engine.encode(texts, truncation=True).last_hidden_state
+    assert [len(tokens) for tokens in states] == [2, 96]
+
+
+def test_a_run_is_not_served(model_directory, tmp_path):
+    shutil.copytree(model_directory("llama"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="got a run: moq export .* makes a checkpoint of it"):
+        Engine.from_pretrained(tmp_path)
 
 
 def test_full_cache_refuses_a_sequence(engine):
