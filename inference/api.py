@@ -221,23 +221,16 @@ class Engine:
         """
         with self._core.outside_captures():
             ids, single = self._token_ids(prompts)
-        sampling = {
-            "top_k": _integer("top_k", top_k),
-            **{
-                name: _number(name, value)
-                for name, value in {
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "min_p": min_p,
-                    "repetition_penalty": repetition_penalty,
-                }.items()
-            },
-        }
-        _warn_of_greedy(sampling)
+        top_k = _integer("top_k", top_k)
+        temperature, top_p, min_p = (
+            _number(name, value)
+            for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p))
+        )
+        _warn_of_greedy(temperature, top_k, top_p, min_p)
         stop = [stop] if isinstance(stop, str) else list(stop)
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise TypeError(f"generate: stop must be a text or texts, got {text!r} among them")
+        for end in stop:
+            if not isinstance(end, str) or not end:
+                raise TypeError(f"generate: stop must be a text or texts, got {end!r} among them")
         if (stop or on_text is not None) and self.tokenizer is None:
             raise ValueError(
                 f"{self.directory} must have a tokenizer for stop strings and text streaming, got "
@@ -263,8 +256,12 @@ class Engine:
 
         result = self._core.generate(
             ids,
-            **sampling,
             max_new_tokens=_integer("max_new_tokens", max_new_tokens),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=_number("repetition_penalty", repetition_penalty),
             seed=secrets.randbits(63) if seed is None else _seed(seed),
             stop_tokens=stop_tokens,
             max_batch=_integer("max_batch", max_batch),
@@ -478,11 +475,11 @@ def _seed(value: Any) -> int:
     return seed
 
 
-def _warn_of_greedy(sampling: dict[str, Any]) -> None:
+def _warn_of_greedy(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Warns of options that choose among tokens where the most likely one is taken."""
-    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    idle = [name for name, value in everything.items() if sampling[name] != value]
-    if idle and sampling["temperature"] == 0:
+    chosen = {"top_k": top_k != 0, "top_p": top_p != 1, "min_p": min_p != 0}
+    idle = [name for name, is_given in chosen.items() if is_given]
+    if idle and temperature == 0:
         warn_caller(
             f"generate: {' and '.join(idle)} change nothing at temperature 0, which takes the most "
             "likely token: give a temperature above 0"
