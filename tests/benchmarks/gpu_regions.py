@@ -315,11 +315,13 @@ def measure(layer: Layer, name: str, weights: str, read_rate: float, turns: int)
         case = f"region {name}{label}, hidden {layer.hidden}, batch {layer.batch}{stored}"
         wanted = []
         if layer.batch == 1 and weights == "fp16":
-            if layer.hidden <= 1600:  # as far as reading the weights allows
-                ratio, least = seconds["peer"] / seconds["moq"], min(LEAST_RATIO[name], bound)
-                wanted.append(Target("ratio", ratio, least, at_most=False))
-            elif name != "2":  # which has none
-                wanted.append(Target("over reading", over_reading, MOST_OVER_READING, at_most=True))
+            if layer.hidden > 1600:
+                if name != "2":  # which reads no weights
+                    most = Target("over reading", over_reading, MOST_OVER_READING, at_most=True)
+                    wanted.append(most)
+            elif bound > LEAST_RATIO[name]:  # reading the weights leaves time enough
+                ratio = seconds["peer"] / seconds["moq"]
+                wanted.append(Target("ratio", ratio, LEAST_RATIO[name], at_most=False))
         times = (1e6 * seconds["moq"], 1e6 * seconds["peer"])
         rows.append(Row(case, *times, "us", note, gpu.targets(*wanted)))
     return rows

@@ -34,7 +34,7 @@ class Target:
         """The figure and its limit, and loudly if it is beyond."""
         sign = "<=" if self.at_most else ">="
         missed = "" if self.met else "MISSED: "
-        return f"{missed}{self.figure} {self.found:.3g} {sign} {self.limit:.3g}"
+        return f"{missed}{self.figure} {self.found:.4g} {sign} {self.limit:.4g}"
 
 
 @dataclass(frozen=True)

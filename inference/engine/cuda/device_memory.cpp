@@ -17,6 +17,30 @@
 #include "kernels/cuda/cuda_check.h"
 
 namespace moq::inference::cuda {
+namespace {
+
+/// Bytes of the current device's memory.
+struct Room {
+  std::int64_t unreserved;  ///< that torch may still ask for
+  std::int64_t cached;      ///< that it has and that no tensor uses
+};
+
+Room room() {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  MOQ_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  at::globalContext().lazyInitDevice(at::kCUDA);  // else the allocator knows of no device
+  const auto device = c10::cuda::current_device();
+  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
+  const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+  const std::int64_t reserved = stats.reserved_bytes[all].current;
+  const double share = std::min(c10::cuda::CUDACachingAllocator::getMemoryFraction(device), 1.0);
+  const auto most = static_cast<std::int64_t>(share * static_cast<double>(total)) - reserved;
+  return {.unreserved = std::clamp(most, std::int64_t{0}, static_cast<std::int64_t>(free)),
+          .cached = reserved - stats.allocated_bytes[all].current};
+}
+
+}  // namespace
 
 std::string in_units(std::int64_t bytes) {
   constexpr std::array kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
@@ -31,18 +55,8 @@ std::string in_units(std::int64_t bytes) {
 }
 
 std::int64_t free_bytes() {
-  std::size_t free = 0;
-  std::size_t total = 0;
-  MOQ_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-  at::globalContext().lazyInitDevice(at::kCUDA);  // else the allocator knows of no device
-  const auto device = c10::cuda::current_device();
-  const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device);
-  const auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-  const std::int64_t reserved = stats.reserved_bytes[all].current;
-  const double share = std::min(c10::cuda::CUDACachingAllocator::getMemoryFraction(device), 1.0);
-  const auto most = static_cast<std::int64_t>(share * static_cast<double>(total)) - reserved;
-  return std::clamp(most, std::int64_t{0}, static_cast<std::int64_t>(free)) + reserved -
-         stats.allocated_bytes[all].current;
+  const auto [unreserved, cached] = room();
+  return unreserved + cached;
 }
 
 std::int64_t usable_bytes(std::int64_t free) {
@@ -65,7 +79,8 @@ at::Tensor allocate(at::IntArrayRef sizes, at::ScalarType type, const char* what
   } catch (const c10::OutOfMemoryError&) {
     const auto elements = c10::multiply_integers(sizes);
     const auto bytes = elements * static_cast<std::int64_t>(c10::elementSize(type));
-    const std::int64_t free = free_bytes();
+    // Torch has given back what it kept whole: the rest lies in pieces between tensors in use.
+    const std::int64_t free = room().unreserved;
     std::ostringstream message;
     message << "engine: " << what
             << " must fit into the memory of cuda:" << static_cast<int>(device) << ", got "
