@@ -40,8 +40,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activations",
         choices=ACTIVATIONS,
-        help="round activations to INT8 per token, without a zero point or with one (default: exact, "
-        "unless trained for INT8)",
+        help="round activations to INT8 per token, without a zero point or with one (default: "
+        "exact, unless trained for INT8)",
     )
     group.add_argument(
         "--keep-head",
