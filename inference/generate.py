@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     engine = open_engine(args)
     texts = [read_standard_input(engine) if text == "-" else text for text in args.prompt or ["-"]]
     prompts: list[Any] = texts
-    if args.chat or args.system:
+    is_chat = bool(args.chat or args.system)
+    if is_chat:
         prompts = [_chat_prompt(engine, text, args.system) for text in texts]
     show = is_first_rank()
     stream = show and args.stream and not args.json and len(prompts) == 1
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         on_text=(lambda _, piece: print(piece, end="", flush=True)) if stream else None,
     )
     if show:
-        _print(engine, texts, generations, args.json, streamed=stream)
+        _print(engine, texts, generations, args.json, streamed=stream, is_chat=is_chat)
     return 0
 
 
@@ -98,7 +99,13 @@ def _chat_prompt(engine: Engine, text: str, system: str | None) -> list[int]:
 
 
 def _print(
-    engine: Engine, texts: list[str], generations: list[Generation], as_json: bool, streamed: bool
+    engine: Engine,
+    texts: list[str],
+    generations: list[Generation],
+    as_json: bool,
+    *,
+    streamed: bool,
+    is_chat: bool,
 ) -> None:
     timing = engine.timing
     assert timing is not None
@@ -116,7 +123,7 @@ def _print(
             }
             print(json.dumps(result, ensure_ascii=False))
         elif not streamed:
-            print(text + str(generation))
+            print(str(generation) if is_chat else text + str(generation))  # an answer, or all text
     if streamed:
         print()
     if not as_json:

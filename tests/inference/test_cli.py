@@ -54,7 +54,11 @@ def test_stream_prints_the_text_and_the_speed_apart(smollm2, expected):
 def test_chat_puts_the_prompt_into_the_template(smollm2):
     arguments = ["--chat", "--prompt", "What is 2 + 2?", "--max-new-tokens", 4, "--json"]
     result = run("generate", smollm2[0], *arguments)
-    assert json.loads(result.stdout)["prompt_tokens"] > 20  # the template's own tokens
+    record = json.loads(result.stdout)
+    assert record["prompt_tokens"] > 20  # the template's own tokens
+    assert (
+        run("generate", smollm2[0], *arguments[:-1]).stdout == record["text"] + "\n"
+    )  # the answer
 
 
 def test_encode_prints_a_vector_per_text(smollm2):
