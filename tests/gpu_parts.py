@@ -60,11 +60,15 @@ class Step:
 
 
 def pytest(*arguments: str, in_parallel: bool = True) -> list[str]:
-    """A test run that says what it skipped, and why."""
-    options = ["-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu"]
-    if in_parallel and importlib.util.find_spec("xdist"):
-        options += ["-n", str(PROCESSES)]
-    return [sys.executable, "-P", "-m", "pytest", *options, *arguments]
+    """A test run that says what it skipped and why, what took longest and where it stands still."""
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", "--durations=10"]
+    options += ["-o", "faulthandler_timeout=120"]
+    command = [sys.executable, "-P", "-m", "pytest", *options]
+    if not in_parallel or not importlib.util.find_spec("xdist"):
+        return [*command, *arguments]
+    # With as many threads each as there are cores, the processes would only wait for each other.
+    threads = max((os.cpu_count() or 1) // PROCESSES, 1)
+    return ["env", f"OMP_NUM_THREADS={threads}", *command, "-n", str(PROCESSES), *arguments]
 
 
 def benchmark(script: str, *arguments: str, launcher: Sequence[str] = ()) -> list[str]:
@@ -216,8 +220,10 @@ def run(step: Step, limit: float, facts: dict[str, str], results: Path) -> bool:
     missed: dict[str, None] = {}
     logs = tempfile.TemporaryDirectory()
     command = in_shards(step, Path(logs.name)) if step.every else step.command
+    # Interrupted, pytest still says what failed.
+    stop = ["--signal=INT", "--kill-after=30"] if "pytest" in command else ["--kill-after=10"]
     process = subprocess.Popen(
-        ["timeout", "--kill-after=10", f"{max(limit, 1):.0f}", *command],
+        ["timeout", *stop, f"{max(limit, 1):.0f}", *command],
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
