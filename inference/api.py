@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -227,7 +227,7 @@ class Engine:
             for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p))
         )
         _warn_of_greedy(temperature, top_k, top_p, min_p)
-        stop = [stop] if isinstance(stop, str) else list(stop)
+        stop = [stop] if isinstance(stop, str) else _listed("stop", stop, "a text or texts")
         for end in stop:
             if not isinstance(end, str) or not end:
                 raise TypeError(f"generate: stop must be a text or texts, got {end!r} among them")
@@ -238,8 +238,12 @@ class Engine:
             )
         stop_tokens = self.stop_token_ids
         if stop_token_ids is not None:
-            given = [stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids
-            stop_tokens = [_integer("stop_token_ids", token) for token in given]
+            single_token = isinstance(stop_token_ids, Integral)
+            given = [stop_token_ids] if single_token else stop_token_ids
+            stop_tokens = [
+                _integer("each of stop_token_ids", token)
+                for token in _listed("stop_token_ids", given, "an integer or integers")
+            ]
         watched = bool(stop) or on_text is not None
 
         @cache
@@ -330,8 +334,8 @@ class Engine:
     def forward(
         self,
         input_ids: Sequence[Sequence[int]] | Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        token_type_ids: Tensor | Sequence[Sequence[int]] | None = None,
     ) -> Tensor | list[Tensor]:
         """Logits of every token, float32, on the engine's device.
 
@@ -349,9 +353,10 @@ class Engine:
         """
         with self._core.outside_captures():
             mask = as_mask(attention_mask, input_ids)
-            rows = unpad(input_ids, mask)
-            types: list[list[int]] | Tensor
-            types = [] if token_type_ids is None else unpad(token_type_ids, mask)
+            rows = unpad("token ids", require_sequences("forward", input_ids), mask)
+            types: list[list[int]] | Tensor = []
+            if token_type_ids is not None:
+                types = unpad("token types", token_type_ids, mask)
             logits = self._core.forward(rows, types)
             if not isinstance(input_ids, Tensor):
                 return list(torch.split(logits, [len(row) for row in rows]))
@@ -364,7 +369,7 @@ class Engine:
     def encode(
         self,
         inputs: Sequences,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
         *,
         truncation: bool = False,
     ) -> Encoding:
@@ -381,32 +386,24 @@ class Engine:
 
         Raises:
             TypeError: for inputs that are neither text nor token ids.
+            ValueError: for a mask that is not of a tensor, and for truncation of token ids.
             moq.Error: for an empty or too long one, a token outside the vocabulary.
         """
         with self._core.outside_captures():
-            types: list[list[int]] = []
             rows: list[list[int]] | Tensor
+            types: list[list[int]] = []
             require_sequences("encode", inputs)
+            mask = as_mask(attention_mask, inputs)
             if isinstance(inputs, Tensor) or not is_text(inputs):
-                rows = unpad(as_rows(inputs), as_mask(attention_mask, inputs))
+                if truncation:
+                    raise ValueError(
+                        "encode: truncation must be False for token ids, got True: leave out those "
+                        f"beyond {self._core.max_positions}"
+                    )
+                rows = unpad("token ids", as_rows(inputs), mask)
             else:
                 texts = [inputs] if isinstance(inputs, str) else list(inputs)
-                most = self._core.max_positions
-                tokens = self._require_tokenizer()(
-                    texts,
-                    truncation=truncation,
-                    max_length=most if truncation else None,
-                    verbose=False,
-                )
-                rows = tokens["input_ids"]
-                for text, row in zip(texts, rows, strict=True):
-                    if len(row) > most:
-                        raise _C.Error(
-                            f"encode: a text must have at most {most} tokens, got {len(row)} for "
-                            f"{str(text)[:40]!r}…: shorten it, or give truncation=True"
-                        )
-                if self._core.num_token_types > 1:
-                    types = tokens.get("token_type_ids", [])
+                rows, types = self._ids_and_types(texts, truncation)
             encoding = self._core.encode(rows, types)
             states = encoding.last_hidden_state
             lengths = [len(row) for row in rows]
@@ -421,7 +418,8 @@ class Engine:
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Prompts as lists of token ids, and whether there was just one."""
         if isinstance(prompts, Tensor):
-            if prompts.is_floating_point() or prompts.dim() not in (1, 2):
+            is_of_ids = not prompts.is_floating_point() and prompts.dtype != torch.bool
+            if not is_of_ids or prompts.dim() not in (1, 2):
                 raise TypeError(
                     "generate: a prompt's tensor must have integers, [length] or [batch, length], "
                     f"got {prompts.dtype} of shape {list(prompts.shape)}"
@@ -439,6 +437,24 @@ class Engine:
             for prompt in prompts
         ], False
 
+    def _ids_and_types(
+        self, texts: list[Any], truncation: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and, for models with more than one, token types of texts or pairs of texts."""
+        most = self._core.max_positions
+        tokens = self._require_tokenizer()(
+            texts, truncation=truncation, max_length=most if truncation else None, verbose=False
+        )
+        for text, row in zip(texts, tokens["input_ids"], strict=True):
+            if len(row) > most:
+                first = text if isinstance(text, str) else text[0]
+                raise _C.Error(
+                    f"encode: a text must have at most {most} tokens, got {len(row)} for "
+                    f"{first[:40]!r}…: shorten it, or give truncation=True"
+                )
+        has_types = self._core.num_token_types > 1
+        return tokens["input_ids"], tokens.get("token_type_ids", []) if has_types else []
+
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._require_tokenizer()(text)["input_ids"]
         return ids
@@ -452,27 +468,34 @@ class Engine:
         return self.tokenizer
 
 
-def _integer(name: str, value: Any) -> int:
+def _listed(name: str, values: Any, what: str) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"generate: {name} must be {what}, got {values!r}")
+    return list(values)
+
+
+def _integer(name: str, value: Any, least: int = -(1 << 63), most: int = (1 << 63) - 1) -> int:
+    """The value as an int; unless other bounds are given, one that a C++ integer takes."""
     try:
-        return operator.index(value)
+        integer = operator.index(value)
     except TypeError:
         raise TypeError(f"generate: {name} must be an integer, got {value!r}") from None
+    if not least <= integer <= most:
+        raise ValueError(f"generate: {name} must be >= {least} and <= {most}, got {integer}")
+    return integer
 
 
 def _number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, str):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise TypeError(f"generate: {name} must be a number, got {value!r}")
 
 
 def _seed(value: Any) -> int:
-    seed = _integer("seed", value)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"generate: seed must be >= 0 and below 2^64, got {seed}")
-    return seed
+    return _integer("seed", value, least=0, most=(1 << 64) - 1)
 
 
 def _warn_of_greedy(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
@@ -481,8 +504,8 @@ def _warn_of_greedy(temperature: float, top_k: int, top_p: float, min_p: float) 
     idle = [name for name, is_given in chosen.items() if is_given]
     if idle and temperature == 0:
         warn_caller(
-            f"generate: {' and '.join(idle)} change nothing at temperature 0, which takes the most "
-            "likely token: give a temperature above 0"
+            f"generate: {' and '.join(idle)} must be left out at temperature 0, which takes the "
+            "most likely token: give a temperature above 0 to draw among several"
         )
 
 
@@ -526,7 +549,7 @@ def _check_arguments(
             "activations must be None, 'dynamic' or 'dynamic_asymmetric', got "
             f"{activations!r}{suggestion(str(activations), ACTIVATIONS)}"
         )
-    if quantize_head not in (None, True, False):
+    if quantize_head is not None and not isinstance(quantize_head, bool):
         raise TypeError(f"quantize_head must be None, True or False, got {quantize_head!r}")
     if quantize_head and dtype != "int8":
         raise ValueError(f"quantize_head=True needs dtype='int8', got dtype={dtype!r}")

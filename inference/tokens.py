@@ -76,7 +76,7 @@ def as_rows(inputs: Any) -> Any:
 
 
 def as_mask(attention_mask: Any, values: Any) -> Tensor | None:
-    """The attention mask of a tensor of token ids, bool.
+    """The attention mask of a tensor of token ids, bool, on the CPU.
 
     Raises:
         ValueError: for a mask without such a tensor, of another shape, of other numbers than 0 and
@@ -85,8 +85,11 @@ def as_mask(attention_mask: Any, values: Any) -> Tensor | None:
     if attention_mask is None:
         return None
     if not isinstance(values, Tensor):
-        raise ValueError("attention_mask must come with a tensor of token ids, got lists")
-    mask = torch.as_tensor(attention_mask)
+        raise ValueError(
+            f"attention_mask must come with a tensor of token ids, got a {type(values).__name__}"
+        )
+    _require_matrix("token ids", values)
+    mask = torch.as_tensor(attention_mask).cpu()
     if mask.shape != values.shape:
         raise ValueError(
             f"attention_mask must have the shape {list(values.shape)} of the token ids, got "
@@ -105,23 +108,42 @@ def as_mask(attention_mask: Any, values: Any) -> Tensor | None:
     return kept
 
 
-def unpad(values: Any, mask: Tensor | None) -> list[list[int]] | Tensor:
+def unpad(what: str, values: Any, mask: Tensor | None) -> list[list[int]] | Tensor:
     """Rows without their padding: a tensor as it is, if it has none.
 
     Args:
+        what: "token ids" or "token types".
         values: a [batch, length] tensor, or lists.
-        mask: of a tensor, by as_mask.
+        mask: of a tensor of token ids, by as_mask.
+
+    Raises:
+        TypeError: for a list of anything but lists.
+        ValueError: for a tensor of another shape.
     """
     if not isinstance(values, Tensor):
+        if mask is not None:
+            raise ValueError(
+                f"{what} must be a tensor where there is an attention_mask, got a "
+                f"{type(values).__name__}"
+            )
         for row in values:
             if not isinstance(row, Iterable) or isinstance(row, str):
                 raise TypeError(
-                    "token ids must be a [batch, length] tensor or a list of token lists, got a "
-                    f"list with a {type(row).__name__}"
+                    f"{what} must be a [batch, length] tensor or a list of token lists, got a "
+                    f"list of {type(row).__name__}"
                 )
         return [list(row) for row in values]
-    if values.dim() != 2:
-        raise ValueError(f"token ids must be [batch, length], got shape {list(values.shape)}")
+    _require_matrix(what, values)
     if mask is None:
         return values
-    return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
+    if values.shape != mask.shape:
+        raise ValueError(
+            f"{what} must have the shape {list(mask.shape)} of the attention_mask, got "
+            f"{list(values.shape)}"
+        )
+    return [row[kept].tolist() for row, kept in zip(values.cpu(), mask, strict=True)]
+
+
+def _require_matrix(what: str, values: Tensor) -> None:
+    if values.dim() != 2:
+        raise ValueError(f"{what} must be [batch, length], got shape {list(values.shape)}")

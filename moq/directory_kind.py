@@ -7,6 +7,7 @@ from pathlib import Path
 from moq.manifest import MANIFEST_NAME, SUMS_NAME, FormatError
 
 RUN_NAME = "run.json"
+MASTERS_NAME = "masters.safetensors"
 
 
 def require_run(path: Path) -> None:
@@ -36,7 +37,7 @@ def require_checkpoint(path: Path) -> None:
     if any((path / name).is_file() for name in (MANIFEST_NAME, SUMS_NAME)):
         return
     if (path / RUN_NAME).is_file():
-        found = f"a run: moq export {path} -o DIR makes a checkpoint of it"
+        found = _a_run(path)
     else:
         found = _nature(path, MANIFEST_NAME)
     raise FormatError(
@@ -51,11 +52,15 @@ def refuse_run(path: Path) -> None:
     Raises:
         FormatError: for a directory that holds a run and no checkpoint.
     """
-    if (path / RUN_NAME).is_file() and not (path / MANIFEST_NAME).is_file():
+    is_run = all((path / name).is_file() for name in (RUN_NAME, MASTERS_NAME))
+    if is_run and not (path / MANIFEST_NAME).is_file():
         raise FormatError(
-            f"{path}: must be a checkpoint or a Hugging Face directory, got a run: moq export "
-            f"{path} -o DIR makes a checkpoint of it"
+            f"{path}: must be a checkpoint or a Hugging Face directory, got {_a_run(path)}"
         )
+
+
+def _a_run(path: Path) -> str:
+    return f"a run: moq export {path} -o DIR makes a checkpoint of it"
 
 
 def _nature(path: Path, missing: str) -> str:

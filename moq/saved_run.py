@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from moq import _C
-from moq.directory_kind import RUN_NAME, require_run
+from moq.directory_kind import MASTERS_NAME, RUN_NAME, require_run
 from moq.export import save_generation_config, save_tokenizer
 from moq.exported_model import ExportedModel, refuse_nonfinite
 from moq.manifest import CONFIG_NAME, FormatError, read_json, write_json
@@ -28,7 +28,6 @@ from moq.quantized_parameter import QuantizedParameter
 from moq.staging import files_below, recover, replaced_directory, replaced_file
 from moq.strict import Strict
 
-MASTERS_NAME = "masters.safetensors"
 SCALARS_NAME = "scalars.csv"
 RUN_VERSION = 1
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "csrc/bindings/bindings.h"
+#include "csrc/ops/checks.h"
 #include "inference/parallel/communicator.h"
 #include "kernels/common/check.h"
 
@@ -36,10 +37,11 @@ std::vector<std::int64_t> read_row(const py::tuple& row) {
     PyObject* const id = PyTuple_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i));
     ids[i] = PyLong_AsLongLong(id);
     if (ids[i] == -1 && PyErr_Occurred() != nullptr) {
-      py::error_already_set error;
-      TORCH_CHECK_TYPE(!error.matches(PyExc_TypeError), "engine: token ids must be integers, got ",
-                       Py_TYPE(id)->tp_name);
-      throw error;
+      if (PyErr_ExceptionMatches(PyExc_TypeError) != 0) {
+        PyErr_Clear();
+        TORCH_CHECK_TYPE(false, "engine: token ids must be integers, got ", Py_TYPE(id)->tp_name);
+      }
+      throw py::error_already_set();
     }
   }
   return ids;
@@ -51,8 +53,7 @@ Ids read_ids(const py::object& rows) {
   if (THPVariable_Check(rows.ptr())) {
     const at::Tensor given = THPVariable_Unpack(rows.ptr());
     TORCH_CHECK_TYPE(at::isIntegralType(given.scalar_type(), /*includeBool=*/false),
-                     "engine: token ids must be integers, got ",
-                     c10::getDtypeNames(given.scalar_type()).first);
+                     "engine: token ids must be integers, got ", ops::name_of(given.scalar_type()));
     TORCH_CHECK_VALUE(given.dim() == 2, "engine: token ids must be [batch, length], got shape ",
                       given.sizes());
     const bool lies_ready =

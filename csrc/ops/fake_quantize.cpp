@@ -63,15 +63,15 @@ void check_foreach(at::TensorList weights, const Tensor& num_bits,
   TORCH_CHECK_VALUE(name_hashes.empty() || name_hashes.size() == weights.size(), kForeachName,
                     ": name_hashes must have one hash a weight, got ", name_hashes.size(), " for ",
                     weights.size());
-  TORCH_CHECK_TYPE(num_bits.scalar_type() == at::kInt, kForeachName,
-                   ": num_bits must be int32, got ", name_of(num_bits.scalar_type()));
+  check_type(kForeachName, "num_bits", num_bits, at::kInt);
   TORCH_CHECK_VALUE(num_bits.dim() == 1 && num_bits.sym_size(0) == weights.size(), kForeachName,
                     ": num_bits must have shape [", weights.size(), "], got ",
                     num_bits.sym_sizes());
-  TORCH_CHECK_TYPE(!step.has_value() || step->scalar_type() == at::kLong, kForeachName,
-                   ": step must be int64, got ", name_of(step->scalar_type()));
-  TORCH_CHECK_VALUE(!step.has_value() || step->sym_numel() == 1, kForeachName,
-                    ": step must have one element, got ", step->sym_sizes());
+  if (step.has_value()) {
+    check_type(kForeachName, "step", *step, at::kLong);
+    TORCH_CHECK_VALUE(step->sym_numel() == 1, kForeachName, ": step must have one element, got ",
+                      step->sym_sizes());
+  }
   for (std::size_t i = 0; i < weights.size(); ++i) {
     quantizer.name_hash = name_hashes.empty() ? 0 : name_hashes[i];
     check_quantizer(kForeachName, weights[i], quantizer);

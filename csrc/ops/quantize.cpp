@@ -92,9 +92,7 @@ void check_dequantize(const Tensor& codes, const Tensor& scales,
   TORCH_CHECK_VALUE(scales.device() == codes.device(), "dequantize: scales must be on ",
                     codes.device(), " as the codes are, got ", scales.device());
   if (zero_points.has_value()) {
-    TORCH_CHECK_TYPE(zero_points->scalar_type() == at::kInt,
-                     "dequantize: zero_points must be int32, got ",
-                     name_of(zero_points->scalar_type()));
+    check_type("dequantize", "zero_points", *zero_points, at::kInt);
     TORCH_CHECK_VALUE(zero_points->sym_sizes() == scales.sym_sizes(),
                       "dequantize: zero_points must have the scales' shape ", scales.sym_sizes(),
                       ", got ", zero_points->sym_sizes());

@@ -26,9 +26,7 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
 void check_given(const char* where, const char* what, const Tensor& given, at::ScalarType type,
                  const Tensor& input) {
-  TORCH_CHECK_TYPE(given.scalar_type() == type, where, ": ", what, " must be ",
-                   type == at::kFloat ? "float32" : "int32", ", got ",
-                   name_of(given.scalar_type()));
+  check_type(where, what, given, type);
   TORCH_CHECK_VALUE(given.dim() == 1 && given.sym_size(0) == 1, where, ": ", what,
                     " must have shape [1], got ", given.sym_sizes());
   TORCH_CHECK_VALUE(given.device() == input.device(), where, ": ", what, " must be on ",

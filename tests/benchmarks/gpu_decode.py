@@ -290,8 +290,9 @@ def prefill_rows(
         times = [1e3 * statistics.median(found[1:]) for found in (seconds, peer)]
         note = f"({describe(engine)})"
         case = f"{bench.name}, prompt of {PROMPT} tokens, {DTYPES[dtype]}"
-        least = Target("ratio", times[1] / times[0], LEAST_RATIO_OF_PROMPT, at_most=False)
-        rows.append(Row(case, *times, "ms", note, gpu.targets(least)))
+        found = Row(case, *times, "ms", note)
+        least = Target("ratio", found.ratio, LEAST_RATIO_OF_PROMPT, at_most=False)
+        rows.append(replace(found, targets=gpu.targets(least)))
     return rows
 
 

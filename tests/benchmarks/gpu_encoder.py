@@ -147,7 +147,7 @@ class Bench:
                 times = (1e3 * seconds[dtype], 1e3 * seconds[name])
                 found = Row(case, *times, "ms", note)
                 if dtype == "int8" and batch in LEAST_RATIO:
-                    least = Target("ratio", times[1] / times[0], LEAST_RATIO[batch], at_most=False)
+                    least = Target("ratio", found.ratio, LEAST_RATIO[batch], at_most=False)
                     found = replace(found, targets=gpu.targets(least))
                 rows.setdefault(name, []).append(found)
         return rows

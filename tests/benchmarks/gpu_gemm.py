@@ -131,8 +131,7 @@ def large_rows(name: str, weights: Weights, turns: int) -> list[Row]:
             case = f"{label} weights {name}, M = {m}"
             found = Row(case, rate[format], rate["cublas"], "TFLOPS", note)
             if m in LEAST_OF_CUBLAS:
-                ratio = rate[format] / rate["cublas"]
-                least = Target("ratio", ratio, LEAST_OF_CUBLAS[m], at_most=False)
+                least = Target("ratio", found.ratio, LEAST_OF_CUBLAS[m], at_most=False)
                 found = replace(found, targets=gpu.targets(least))
             rows.append(found)
     return rows

@@ -96,10 +96,10 @@ def test_encode_prints_every_line_of_standard_input_beside_a_progress_bar(smollm
 
 def test_encode_prints_while_it_computes(monkeypatch, capsys):
     """An engine that notes how many lines were printed before it got each batch."""
-    printed, sizes = [], []
+    printed, sizes, cut = [], [], []
 
     def compute(texts, truncation):
-        assert not truncation
+        cut.append(truncation)
         printed.append(capsys.readouterr().out.count("\n"))
         sizes.append(len(texts))
         vectors = torch.zeros(len(texts), 2)
@@ -107,10 +107,13 @@ def test_encode_prints_while_it_computes(monkeypatch, capsys):
 
     engine = SimpleNamespace(encode=compute, labels={})
     monkeypatch.setattr(encode, "open_engine", lambda args: engine)
-    args = argparse.Namespace(directory="none", text=["a"] * 70, pooling="mean", truncation=False)
-    assert encode.run(args) == 0
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    assert encode.run(parser.parse_args(["none", *["--text", "a"] * 70])) == 0
     assert sizes == [32, 32, 6]
     assert printed == [0, 32, 32]
+    assert encode.run(parser.parse_args(["none", "--text", "a", "--truncation"])) == 0
+    assert cut == [False, False, False, True]
 
 
 @pytest.mark.parametrize("option", ["context", "new-tokens", "batch", "repeats"])

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import moq
 from moq import _C
 from moq.inference import Engine
 
@@ -292,6 +293,42 @@ def test_masks_that_hide_more_than_padding(mask, message, engine):
             call(ids, mask)
 
 
+@pytest.mark.parametrize(
+    ("ids", "mask", "types", "message"),
+    [
+        ([3, 4], [1, 1], None, r"token ids must be \[batch, length\], got shape \[2\]"),
+        ([[[3]]], [[[1]]], None, r"token ids must be \[batch, length\], got shape \[1, 1, 1\]"),
+        ([[3, 4]], [[1, 0]], [[0, 0, 0]], r"types must have the shape \[1, 2\] .*got \[1, 3\]"),
+        ([[3, 4]], [[1, 0]], [[0, 0], [0, 0]], r"types must have the shape .*, got \[2, 2\]"),
+        ([[3, 4]], None, [0, 0], r"token types must be \[batch, length\], got shape \[2\]"),
+    ],
+)
+def test_masks_and_types_of_other_shapes(ids, mask, types, message, model_directory, device):
+    engine = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device)
+    types = None if types is None else torch.tensor(types)
+    with pytest.raises(ValueError, match=message):
+        engine.forward(torch.tensor(ids), mask, types)
+
+
+def test_a_mask_needs_tensors(model_directory, device):
+    engine = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device)
+    ids, mask = torch.tensor([[3, 4]]), torch.tensor([[1, 0]])
+    for call in (engine.forward, engine.encode):
+        with pytest.raises(ValueError, match="must come with a tensor of token ids, got a list"):
+            call([[3, 4]], mask)
+    with pytest.raises(ValueError, match="must come with a tensor of token ids, got a str"):
+        engine.encode("a text", mask)
+    with pytest.raises(ValueError, match="token types must be a tensor where .*, got a list"):
+        engine.forward(ids, mask, [[0, 1]])
+
+
+def test_a_mask_cuts_token_types_too(model_directory, device):
+    engine = Engine.from_pretrained(model_directory("bert_masked_lm"), device=device)
+    ids, types = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 0, 1]])
+    cut = engine.forward(ids, torch.tensor([[0, 1, 1]], device=device), types)
+    assert torch.equal(cut[:, 1:], engine.forward(ids[:, 1:], None, types[:, 1:]))
+
+
 def test_a_mask_may_be_a_list(engine):
     ids = torch.tensor([[3, 4, 5, 1]])
     logits = engine.forward(ids, [[0, 1, 1, 0]])
@@ -308,10 +345,20 @@ def test_a_mask_may_be_a_list(engine):
         ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an integer, got 2.5"),
         ({"max_batch": "4"}, TypeError, "max_batch must be an integer, got '4'"),
         ({"seed": "x"}, TypeError, "seed must be an integer, got 'x'"),
-        ({"seed": -1}, ValueError, r"seed must be >= 0 and below 2\^64, got -1"),
+        ({"seed": -1}, ValueError, "seed must be >= 0 and <= 18446744073709551615, got -1"),
         ({"stop": [5]}, TypeError, "stop must be a text or texts, got 5 among them"),
         ({"stop": ""}, TypeError, "stop must be a text or texts, got '' among them"),
-        ({"stop_token_ids": ["a"]}, TypeError, "stop_token_ids must be an integer, got 'a'"),
+        ({"stop": 5}, TypeError, "stop must be a text or texts, got 5"),
+        (
+            {"stop_token_ids": ["a"]},
+            TypeError,
+            "each of stop_token_ids must be an integer, got 'a'",
+        ),
+        ({"stop_token_ids": "ab"}, TypeError, "stop_token_ids must be an integer or integers, got"),
+        ({"stop_token_ids": 5.0}, TypeError, "stop_token_ids must be an integer or .*, got 5.0"),
+        ({"stop_token_ids": [2**63]}, ValueError, r"each of stop_token_ids must be >= .*, got 9"),
+        ({"top_k": 2**63}, ValueError, "top_k must be >= -9223372036854775808 and <= 922.*, got"),
+        ({"temperature": 10**400}, TypeError, "temperature must be a number, got 1000"),
     ],
 )
 def test_options_of_another_type_are_named(options, error, message, engine):
@@ -326,11 +373,11 @@ def test_numbers_of_numpy_are_numbers(engine):
     assert (
         engine.generate(prompt, np.int32(3), stop_token_ids=[np.int64(96)], **options) == expected
     )
-    assert engine.generate([prompt], 3, stop_token_ids=96) == [expected]
+    assert engine.generate([prompt], 3, stop_token_ids=np.int64(96)) == [expected]
 
 
 def test_options_that_change_nothing_are_told(engine):
-    with pytest.warns(UserWarning, match="top_k and top_p change nothing at temperature 0"):
+    with pytest.warns(UserWarning, match="top_k and top_p must be left out at temperature 0"):
         engine.generate([3, 4], 3, top_k=5, top_p=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -341,9 +388,12 @@ def test_options_that_change_nothing_are_told(engine):
 @pytest.mark.parametrize(
     ("call", "ids", "message"),
     [
-        ("forward", [1, 2, 3], "a list of token lists, got a list with a int"),
-        ("forward", ["hello"], "a list of token lists, got a list with a str"),
+        ("forward", [1, 2, 3], "a list of token lists, got a list of int"),
+        ("forward", ["hello"], "a list of token lists, got a list of str"),
         ("forward", [[1, 2], [3, "x"]], "token ids must be integers, got str"),
+        ("forward", 5, "forward: a prompt must be a text or token ids, .*, got int"),
+        ("forward", {"input_ids": [[3]]}, "forward: .*, got dict: give its 'input_ids'"),
+        ("generate", torch.ones(1, 3).bool(), r"integers, .*, got torch.bool of shape \[1, 3\]"),
         ("generate", [[1, 2], [3, 4.5]], "token ids must be integers, got float"),
         ("generate", torch.rand(1, 3), r"integers, .*, got torch.float32 of shape \[1, 3\]"),
         ("generate", torch.ones(1, 2, 3).int(), r"got torch.int32 of shape \[1, 2, 3\]"),
@@ -364,13 +414,23 @@ def test_a_text_that_is_too_long_is_shown_or_cut(copy, device):
         engine.encode(texts)
     states = engine.encode(texts, truncation=True).last_hidden_state
     assert [len(tokens) for tokens in states] == [2, 96]
+    with pytest.raises(ValueError, match="truncation must be False for token ids, got True"):
+        engine.encode([[5] * 97], truncation=True)
 
 
-def test_a_run_is_not_served(model_directory, tmp_path):
-    shutil.copytree(model_directory("llama"), tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run.json").write_text("{}")
+def test_a_run_is_not_served(tmp_path):
+    model = models.build("llama").train()
+    optimizer = moq.MoQOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, total_steps=9, verbose=False
+    )
+    optimizer.save(tmp_path / "run")
     with pytest.raises(ValueError, match="got a run: moq export .* makes a checkpoint of it"):
-        Engine.from_pretrained(tmp_path)
+        Engine.from_pretrained(tmp_path / "run")
+
+
+def test_a_model_beside_a_file_that_is_called_as_a_run_is_served(copy):
+    (copy / "run.json").write_text("[]")
+    assert Engine.from_pretrained(copy).core.vocab_size == 97
 
 
 def test_full_cache_refuses_a_sequence(engine):

@@ -177,7 +177,7 @@ def test_bad_requests_leave_the_engine_usable(pair):
 
 
 BREAK_THE_GPU = """
-import contextlib, os, sys, threading, time, torch
+import os, sys, threading, time, torch
 from moq.inference import Engine
 engine = Engine.from_pretrained(sys.argv[1], device="cuda")
 engine.generate([3, 4], 3)
@@ -188,9 +188,11 @@ zeros[behind]  # loads the kernel, for which CUDA may wait
 torch.cuda.synchronize()
 def fail(seconds):
     time.sleep(seconds)
-    with contextlib.suppress(Exception):
+    try:
         zeros[:1][behind]
         torch.cuda.synchronize()
+    except Exception as error:
+        print(error, file=sys.stderr, flush=True)
 if sys.argv[2] == "before":
     fail(0)
 elif sys.argv[2] == "behind a step":  # the error comes when it has been launched
@@ -200,7 +202,7 @@ else:  # amid the launches of a step
     threading.Thread(target=fail, args=(0.5,)).start()
 for _ in range(2):
     try:
-        while True:
+        for _ in range(1000):
             engine.generate([3, 4], 90, stop_token_ids=[])
     except Exception as error:
         print(type(error).__name__, error)
@@ -231,7 +233,8 @@ def test_an_error_of_the_gpu_during_a_step_is_told_with_its_remedy(model_directo
 
 
 def test_an_error_names_kernel_shape_and_device_where_launches_block(model_directory, gpu):
-    for _ in range(10):  # for it may come between the last kernel of a step and the next step
+    """Of whatever kernel an error is met at, here another thread's."""
+    for _ in range(4):  # for it may come between the last kernel of a step and the next step
         first, second = errors_of_a_broken_gpu(
             model_directory("llama"), "amid", MOQ_GPU_GRAPHS="0", CUDA_LAUNCH_BLOCKING="1"
         )
@@ -239,7 +242,7 @@ def test_an_error_names_kernel_shape_and_device_where_launches_block(model_direc
         if "CUDA: kernel" in first:
             break
     assert re.match(
-        r"Error engine: \w.* of \d+ x \d+ on cuda:0: CUDA: kernel \w+.* must run", first
+        r"Error engine: \w.* of \d+ x \d+ on cuda:0: CUDA: kernel \w+_kernel\b.* must run", first
     )
 
 

@@ -61,7 +61,12 @@ std::int64_t free_bytes() {
 
 std::int64_t usable_bytes(std::int64_t free) {
   constexpr std::int64_t kPieces = 64 << 20;
-  return free - std::min(kPieces, free / 16);
+  // Torch's allocator takes memory in units, and for what is between small and large 20 MiB.
+  constexpr std::int64_t kUnit = 2 << 20;
+  constexpr std::int64_t kSmall = 1 << 20;
+  constexpr std::int64_t kLarge = 10 << 20;
+  const std::int64_t usable = (free - std::min(kPieces, free / 16)) / kUnit * kUnit;
+  return usable > kLarge ? usable : std::min(usable, kSmall);
 }
 
 FitHint would_fit(const char* what, std::int64_t count, std::int64_t unit_bytes) {
@@ -104,8 +109,8 @@ void copy_to_device(std::span<const std::byte> bytes, void* to) {
   }
 }
 
-at::Tensor upload(std::span<const std::byte> bytes, const char* what, const FitHint& hint) {
-  at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what, hint);
+at::Tensor upload(std::span<const std::byte> bytes, const char* what) {
+  at::Tensor copy = allocate(static_cast<std::int64_t>(bytes.size()), what);
   copy_to_device(bytes, copy.mutable_data_ptr());
   return copy;
 }

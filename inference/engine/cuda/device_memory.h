@@ -48,7 +48,7 @@ std::string in_units(std::int64_t bytes);
 void copy_to_device(std::span<const std::byte> bytes, void* to);
 
 /// A copy of host memory on the current device.
-at::Tensor upload(std::span<const std::byte> bytes, const char* what, const FitHint& hint = {});
+at::Tensor upload(std::span<const std::byte> bytes, const char* what);
 
 template <typename T>
 at::Tensor upload(const std::vector<T>& values, const char* what) {

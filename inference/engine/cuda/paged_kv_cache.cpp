@@ -42,7 +42,8 @@ PagedKvCache::PagedKvCache(std::int64_t num_layers, std::int64_t num_kv_heads,
             " and ", capacity);
   const auto hint = [&](std::int64_t usable) {
     const std::int64_t a_page = num_layers * 2 * (page_bytes() + page_scale_bytes());
-    const std::int64_t held = data_.defined() ? data_.numel() : 0;
+    const std::int64_t held =
+        (data_.defined() ? data_.numel() : 0) + (scales_.defined() ? scales_.numel() : 0);
     const std::int64_t fitting = (usable + held) / a_page;
     const std::int64_t fitting_tokens = fitting / num_slots * kPageTokens;
     std::string words = in_units(a_page * pages_per_slot_) + " for each of " +

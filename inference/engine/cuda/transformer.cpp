@@ -12,16 +12,13 @@
 #include "inference/engine/cuda/outside_captures.h"
 #include "inference/engine/positions.h"
 #include "kernels/common/check.h"
+#include "kernels/common/integer_math.h"
 
 namespace moq::inference::cuda {
 namespace {
 
 constexpr std::int64_t kFewestRows = 16;     // whose logits there is room for
 constexpr std::int64_t kCapacityStep = 256;  // tokens; capacities of kept caches are multiples
-
-std::int64_t divide_up(std::int64_t value, std::int64_t unit) {
-  return (value + unit - 1) / unit;
-}
 
 }  // namespace
 
@@ -95,11 +92,12 @@ KvCache& CudaTransformer::keep_cache(std::int64_t num_slots, std::int64_t capaci
   std::unique_ptr<PagedKvCache> cache;
   at::Tensor seen;
   on_all_ranks(*communicator_, "the KV cache", [&] {
-    cache = new_cache(num_slots, capacity);
-    // Twice as many rows: those that fill up a batch have one of their own each.
+    // Twice as many rows: those that fill up a batch have one of their own each. Before the cache,
+    // which then counts what is left.
     const std::int64_t words = divide_up(spec_.vocab_size, kHistoryWordBits);
     seen = allocate({2 * bucket_of(num_slots), words}, at::kInt, "the KV cache",
                     would_fit("sequences at once", num_slots, 2 * words * 4));
+    cache = new_cache(num_slots, capacity);
   });
   generation_cache_ = std::move(cache);
   seen_ = std::move(seen);
@@ -115,7 +113,7 @@ KvCache& CudaTransformer::generation_cache(std::int64_t num_slots, std::int64_t 
   MOQ_CHECK(spec_.vocab_size <= kMostWords, "generate: vocab_size must be <= ", kMostWords,
             " on a GPU, got ", spec_.vocab_size, ": device=\"cpu\" has no such limit");
   const OnDevice on_device(*this);
-  capacity = std::min(divide_up(capacity, kCapacityStep) * kCapacityStep, spec_.max_positions);
+  capacity = std::min(round_up(capacity, kCapacityStep), spec_.max_positions);
   const std::int64_t held_slots = generation_cache_ ? generation_cache_->num_slots() : 0;
   const std::int64_t held_capacity = generation_cache_ ? generation_cache_->capacity() : 0;
   drop_graphs();
@@ -173,13 +171,17 @@ void CudaTransformer::reserve_rows(std::int64_t num_rows) {
   head_in_ = tokens_ = logits_ = all_logits_ = joined_ = at::Tensor();  // their memory first
   const std::int64_t widest = spec_.has_head ? std::ranges::max(weights_.vocab_widths) : 0;
   const std::int64_t logits_of_a_row =
-      group_ ? (1 + communicator_->size()) * widest + spec_.vocab_size : widest;
+      spec_.has_head && group_ ? (1 + communicator_->size()) * widest + spec_.vocab_size : widest;
   const std::int64_t row_bytes =
       2 * spec_.hidden_size * static_cast<std::int64_t>(size_of(dtype_)) +
       static_cast<std::int64_t>(sizeof(float)) * logits_of_a_row;
+  std::int64_t held = 0;  // by the parts that have been allocated
   const auto room = [&](at::IntArrayRef sizes, at::ScalarType type) {
-    return allocate(sizes, type, "the workspace",
-                    would_fit("tokens' logits, or sequences, at once", num_rows, row_bytes));
+    at::Tensor part = allocate(sizes, type, "the workspace", [&](std::int64_t usable) {
+      return would_fit("tokens' logits, or sequences, at once", num_rows, row_bytes)(usable + held);
+    });
+    held += static_cast<std::int64_t>(part.nbytes());
+    return part;
   };
   on_all_ranks(*communicator_, "room for logits", [&] {
     head_in_ = room({2, num_rows, spec_.hidden_size}, scalar_type(dtype_));
@@ -203,13 +205,21 @@ void CudaTransformer::reserve_positions(std::int64_t num_positions) {
   RotationTable table;
   const std::int64_t last = num_positions - 1;
   table.reserve(spec_, {&last, 1});
-  const auto size = static_cast<std::size_t>(table.num_positions() * spec_.rotary_dim() / 2);
+  const std::int64_t size = table.num_positions() * spec_.rotary_dim() / 2;
   drop_graphs();
   num_positions_ = 0;
+  cos_ = sin_ = at::Tensor();  // their memory first
   on_all_ranks(*communicator_, "the table of rotations", [&] {
-    const FitHint hint = would_fit("positions", table.num_positions(), spec_.rotary_dim() * 4);
-    cos_ = upload(std::as_bytes(std::span(table.cos(), size)), "the workspace", hint);
-    sin_ = upload(std::as_bytes(std::span(table.sin(), size)), "the workspace", hint);
+    // The table has room for more positions than were asked for.
+    const std::int64_t position_bytes =
+        divide_up(2 * size * static_cast<std::int64_t>(sizeof(float)), num_positions);
+    const at::Tensor both = allocate({2, size}, at::kFloat, "the workspace",
+                                     would_fit("positions", num_positions, position_bytes));
+    cos_ = both[0];
+    sin_ = both[1];
+    const auto count = static_cast<std::size_t>(size);
+    copy_to_device(std::as_bytes(std::span(table.cos(), count)), cos_.mutable_data_ptr());
+    copy_to_device(std::as_bytes(std::span(table.sin(), count)), sin_.mutable_data_ptr());
   });
   num_positions_ = table.num_positions();
 }

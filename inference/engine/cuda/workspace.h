@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
-#include <string>
 
 #include "inference/engine/cuda/device_memory.h"
+#include "kernels/common/integer_math.h"
 
 namespace moq::inference::cuda {
 
@@ -42,7 +42,7 @@ struct Workspace {
     std::int64_t end = 0;
     const auto place = [&](std::int64_t row_bytes) {
       const std::int64_t begin = end;
-      end += (num_tokens * row_bytes + kAlignment - 1) / kAlignment * kAlignment;
+      end += round_up(num_tokens * row_bytes, kAlignment);
       return begin;
     };
     const std::int64_t element = sizes.element_bytes;
@@ -52,7 +52,7 @@ struct Workspace {
                                    place(sizes.inner * element),  place(widest * element),
                                    place(3 * sizeof(float))};
     memory = allocate(end, "the workspace",
-                      would_fit("tokens at once", num_tokens, (end + num_tokens - 1) / num_tokens));
+                      would_fit("tokens at once", num_tokens, divide_up(end, num_tokens)));
     max_tokens = num_tokens;
     auto* const base = static_cast<char*>(memory.mutable_data_ptr());
     void** const parts[] = {&x, &normed, &qkv, &attended, &inner, &codes};
