@@ -62,10 +62,10 @@ def connect(
         )
     if tp_size == 1 or num_ranks == 1:
         return _C.single_process()
+    gpu = device if device is not None and device.type == "cuda" else None
+    if gpu is not None:
+        _check_gpu(gpu)
     if not dist.is_initialized():
-        gpu = device if device is not None and device.type == "cuda" else None
-        if gpu is not None:
-            _check_gpu(gpu)
         _end_with_the_launcher()
         if gpu is not None:
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu)
@@ -122,10 +122,17 @@ def broadcast_text(communicator: _C.Communicator, text: str) -> str:
 def _group_for(
     device: torch.device, group: dist.ProcessGroup | None, backend: str
 ) -> dist.ProcessGroup:
-    """The group itself if it carries the device's tensors, otherwise another of the same ranks."""
+    """The group itself if it serves the device, otherwise another of the same ranks.
+
+    One of the CPU may have any backend. That of GPUs must be NCCL's: what others do with GPU
+    tensors, as gloo, passes through the host and can't be captured in a CUDA graph.
+    """
     group = group or dist.group.WORLD
     assert group is not None
-    if torch.device(device.type) in group._device_types:
+    place = torch.device(device.type)
+    if place in group._device_types and (
+        place.type == "cpu" or group._get_backend(place).name() == backend
+    ):
         return group
     ranks = dist.get_process_group_ranks(group)
     other = dist.new_group(ranks, backend=backend, use_local_synchronization=True)

@@ -1,7 +1,9 @@
 // What a forward pass on the CPU gives: hidden states, logits, pooled outputs, the next tokens.
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "inference/engine/cpu_transformer.h"
@@ -13,8 +15,14 @@ void CpuTransformer::hidden_state(const at::Tensor& out) {
   out.copy_(at::from_blob(x_.data(), {num_tokens_, spec_.hidden_size}, at::kFloat));
 }
 
-void CpuTransformer::logits(std::span<const std::int64_t> rows, const at::Tensor& out) {
-  out.copy_(run_head(rows));
+void CpuTransformer::logits(const at::Tensor& out) {
+  constexpr std::int64_t kRowsAtOnce = 64;
+  std::vector<std::int64_t> rows;
+  for (std::int64_t begin = 0; begin < num_tokens_; begin += kRowsAtOnce) {
+    rows.resize(static_cast<std::size_t>(std::min(kRowsAtOnce, num_tokens_ - begin)));
+    std::iota(rows.begin(), rows.end(), begin);
+    out.narrow(0, begin, static_cast<std::int64_t>(rows.size())).copy_(run_head(rows));
+  }
 }
 
 /// Logits of the given rows, valid until the next call.

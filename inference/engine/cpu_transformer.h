@@ -30,7 +30,7 @@ class CpuTransformer final : public Transformer {
   void reserve(std::int64_t num_tokens) override;
   void forward(const TokenBatch& batch, KvCache* any_cache) override;
   void hidden_state(const at::Tensor& out) override;
-  void logits(std::span<const std::int64_t> rows, const at::Tensor& out) override;
+  void logits(const at::Tensor& out) override;
   void pooled(const TokenBatch& batch, const at::Tensor& out) override;
   void classify(const at::Tensor& pooled, const at::Tensor& out) override;
   std::span<const std::int64_t> next_tokens(

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
-#include <numeric>
 #include <utility>
 
 #include "inference/checkpoint/checkpoint.h"
@@ -34,7 +33,6 @@ using checkpoint::Json;
 // fewer of a GPU's multiprocessors idle behind the last tiles of a product.
 constexpr std::int64_t kTokensAtOnce = 2048;
 constexpr std::int64_t kTokensAtOnceOnGpu = 4096;
-constexpr std::int64_t kLogitRowsAtOnce = 64;
 
 Json read_json(const std::filesystem::path& path) {
   return Json::parse(checkpoint::read_text_file(path), path.filename().string());
@@ -326,18 +324,20 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
   MOQ_CHECK(spec().has_head, "engine: forward needs a model with a language-model head, got ",
             spec().architecture, ": use encode");
   const Call call(*in_use_, *model_);
-  at::Tensor logits = new_result({total_tokens(sequences), spec().vocab_size});
+  at::Tensor logits;
+  const auto make_room = [&] { logits = new_result({total_tokens(sequences), spec().vocab_size}); };
   std::int64_t done = 0;
-  std::vector<std::int64_t> rows;
   run(sequences, cache, slots, [&] {
-    for (std::int64_t begin = 0; begin < batch_.num_tokens(); begin += kLogitRowsAtOnce) {
-      const std::int64_t count = std::min(kLogitRowsAtOnce, batch_.num_tokens() - begin);
-      rows.resize(static_cast<std::size_t>(count));
-      std::iota(rows.begin(), rows.end(), begin);
-      model_->logits(rows, logits.narrow(0, done, count));
-      done += count;
+    if (done == 0) {
+      make_room();  // when all else has its memory; a GPU computes meanwhile
     }
+    const std::int64_t count = batch_.num_tokens();
+    model_->logits(logits.narrow(0, done, count));
+    done += count;
   });
+  if (sequences.empty()) {
+    make_room();
+  }
   return logits;
 }
 

@@ -109,8 +109,8 @@ class Transformer {
   /// The last layer's output after the final norm: [num_tokens, hidden_size].
   virtual void hidden_state(const at::Tensor& out) = 0;
 
-  /// Logits of the given rows of the last forward: [rows.size(), vocab_size].
-  virtual void logits(std::span<const std::int64_t> rows, const at::Tensor& out) = 0;
+  /// Logits of the last forward's tokens: [num_tokens, vocab_size].
+  virtual void logits(const at::Tensor& out) = 0;
 
   /// activation(dense(first token)) of each sequence of the last forward's batch:
   /// [num_sequences, hidden_size].

@@ -12,7 +12,7 @@
 ///
 /// They cross shared memory as float32, so that a lane gets four neighbouring rows of a token, the
 /// same rows of every token that it writes. Where these rows do not lie as they must to be accessed
-/// at once, and for float32 results, linear_epilogue.h writes them two by two.
+/// at once, linear_epilogue.h writes them two by two; float32 results are then written one by one.
 namespace moq::kernels::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -108,6 +108,10 @@ class WgmmaWriter {
       return;
     }
     activate_all(args_.activation, odd);
+    if (args_.float32_output) {
+      write_floats<kCount>(first, even, odd);
+      return;
+    }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       if (exists(first, u)) {
@@ -136,13 +140,41 @@ class WgmmaWriter {
     const auto aligned = [](const void* pointer, unsigned bytes) {
       return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
     };
+    if (args_.float32_output) {
+      return !args_.gated && aligned(args_.bias, 8);
+    }
     const int output_quad = args_.gated ? kQuad / 2 : kQuad;
     const DeviceQkvOutput& qkv = args_.qkv;
-    return !args_.float32_output && aligned(args_.bias, 8) && aligned(args_.residual, 8) &&
+    return aligned(args_.bias, 8) && aligned(args_.residual, 8) &&
            args_.residual_stride % kQuad == 0 && aligned(args_.output, 2 * output_quad) &&
            args_.output_stride % output_quad == 0 && qkv.head_dim % kQuad == 0 &&
            qkv.rotary.rotary_dim % kQuad == 0 && aligned(qkv.rotary.cos, 8) &&
            aligned(qkv.rotary.sin, 8) && aligned(qkv.pages.keys, 8) && aligned(qkv.pages.values, 8);
+  }
+
+  /// Four rows of each token.
+  template <int kCount>
+  __device__ __forceinline__ void write_floats(int first, const float (&even)[2 * kCount],
+                                               const float (&odd)[2 * kCount]) const {
+    auto* const output = static_cast<float*>(args_.output);
+    const bool at_once = reinterpret_cast<std::uintptr_t>(output) % sizeof(float4) == 0 &&
+                         args_.output_stride % kQuad == 0;
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      if (!exists(first, u)) {
+        continue;
+      }
+      float* const to = output + token_at(first, u) * args_.output_stride + row_;
+      const float4 four = {even[2 * u], odd[2 * u], even[2 * u + 1], odd[2 * u + 1]};
+      if (at_once) {
+        *reinterpret_cast<float4*>(to) = four;
+      } else {
+        to[0] = four.x;
+        to[1] = four.y;
+        to[2] = four.z;
+        to[3] = four.w;
+      }
+    }
   }
 
   template <int kCount>

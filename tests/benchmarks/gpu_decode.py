@@ -10,10 +10,11 @@ INT8 and with FP16 weights. Peers, in the same process and in turn with it:
                                  head included. Replayed back to back: nothing is read by the host.
   transformers                   its generate, eager, FP16 (left out where it is not installed)
 
-and, for the 17B shape, reading a prompt of 4096 tokens. The median of --turns counts. Notes: tokens
-a second, or milliseconds a step; "wall", the step by wall clock of generate, long minus short; the
-largest error of a decode step's logits, relative to the largest logit of a float32 computation,
-moq's and the peer's. "exact" is weight-only arithmetic, what generate uses by default.
+and, for the 17B shape, reading a prompt of 4096 tokens, and the logits of all of them (whose peer
+leaves them in FP16; moq's are float32). The median of --turns counts. Notes: tokens a second, or
+milliseconds a step; "wall", the step by wall clock of generate, long minus short; the largest error
+of a decode step's logits, relative to the largest logit of a float32 computation, moq's and the
+peer's. "exact" is weight-only arithmetic, what generate uses by default.
 """
 
 import argparse
@@ -24,11 +25,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import gpu
 import gpu_models
 import torch
-from gpu_peers import Compiled, CompiledStep, Decoder, capture
+from gpu_peers import Compiled, CompiledStep, Decoder, capture, compile_for_speed
 from report import Row, Target, print_rows
 from torch import Tensor
 
@@ -267,9 +269,21 @@ def decode_rows(
     return rows
 
 
+def prompt_seconds(engine: Engine, prompt: list[int], all_logits: bool) -> float:
+    """Seconds until a prompt's next token, or the logits of all its tokens, are there."""
+    if not all_logits:
+        engine.generate(prompt, 1, stop_token_ids=[])
+        return engine.timing.prefill_seconds
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine.forward([prompt])
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 @torch.no_grad()
 def prefill_rows(
-    bench: Bench, turns: int, engines: dict[str, Engine], decoder: Decoder
+    bench: Bench, turns: int, engines: dict[str, Engine], decoder: Decoder, all_logits: bool
 ) -> list[Row]:
     """A prompt of 4096 tokens, against the compiled peer in a CUDA graph."""
     cache = decoder.make_cache(1)
@@ -277,20 +291,28 @@ def prefill_rows(
     tokens = torch.tensor([prompt], device="cuda")
     positions = torch.arange(PROMPT, device="cuda")
     compiled = Compiled.of(decoder)
+
+    def score(*inputs: Any) -> tuple[Tensor, Tensor]:
+        logits = decoder.score(*inputs)
+        return logits, logits  # in place of tokens: nothing is drawn
+
+    if all_logits:
+        compiled = replace(compiled, predict=compile_for_speed(score))
     graph, _ = capture(
-        lambda: decoder.forward(tokens, positions, cache, from_start=True, compiled=compiled)
+        lambda: decoder.forward(
+            tokens, positions, cache, last_only=not all_logits, from_start=True, compiled=compiled
+        )
     )
     rows = []
     for dtype, engine in engines.items():
         seconds, peer = [], []
         for _ in range(turns + 1):
-            engine.generate(prompt, 1, stop_token_ids=[])
-            seconds.append(engine.timing.prefill_seconds)
+            seconds.append(prompt_seconds(engine, prompt, all_logits))
             peer.append(gpu.replay_seconds(graph))
         times = [1e3 * statistics.median(found[1:]) for found in (seconds, peer)]
-        note = f"({describe(engine)})"
-        case = f"{bench.name}, prompt of {PROMPT} tokens, {DTYPES[dtype]}"
-        found = Row(case, *times, "ms", note)
+        what = "logits of" if all_logits else "prompt of"
+        note = f"({describe(engine)}{', logits float32, the peer FP16' if all_logits else ''})"
+        found = Row(f"{bench.name}, {what} {PROMPT} tokens, {DTYPES[dtype]}", *times, "ms", note)
         least = Target("ratio", found.ratio, LEAST_RATIO_OF_PROMPT, at_most=False)
         rows.append(replace(found, targets=gpu.targets(least)))
     return rows
@@ -312,8 +334,9 @@ def run(name: str, folder: Path, args: argparse.Namespace, facts: dict[str, str]
     engines = {dtype: bench.engine(dtype) for dtype in args.dtypes}
     gpu.progress(f"{name}: moq's weights loaded")
     if reader is not None:
-        rows = prefill_rows(bench, args.turns, engines, reader)
-        print_rows(f"{name}, prefill", "compiled FP16", rows, args.json, facts)
+        for all_logits in (False, True):
+            rows = prefill_rows(bench, args.turns, engines, reader, all_logits)
+            print_rows(f"{name}, prefill", "compiled FP16", rows, args.json, facts)
         reader = None
         gpu.progress(f"{name}: prompts read")
     for batch in args.batch:

@@ -265,12 +265,16 @@ class Decoder:
             x = x + self.position_embedding[positions].to(dtype)
         return x, step
 
-    def predict(self, x: Tensor, branch: Tensor, last_only: bool) -> tuple[Tensor, Tensor]:
-        """Logits and the most likely token, from what comes out of the last layer."""
+    def score(self, x: Tensor, branch: Tensor, last_only: bool) -> Tensor:
+        """Logits, from what comes out of the last layer."""
         x = x + branch
         x = x[:, -1:] if last_only else x
         norm = self.final_norm
-        logits = self.head(_rms_norm(x, norm) if self.is_llama else _layer_norm(x, norm, 1e-5))
+        return self.head(_rms_norm(x, norm) if self.is_llama else _layer_norm(x, norm, 1e-5))
+
+    def predict(self, x: Tensor, branch: Tensor, last_only: bool) -> tuple[Tensor, Tensor]:
+        """The same, and the most likely token."""
+        logits = self.score(x, branch, last_only)
         return logits, logits.argmax(-1)
 
     def forward(

@@ -1,5 +1,6 @@
 """Starts the ranks of a job as real processes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import models
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -18,6 +22,30 @@ def torchrun_command(num_ranks: int, *command: str | os.PathLike) -> list[str]:
 
 def one_thread_environment(**variables: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | variables
+
+
+def run_gpu_ranks(
+    worker: Path, num_ranks: int, directory: Path, variants: list[dict[str, str]], **variables: str
+) -> dict[str, Any]:
+    """Runs gpu_rank.py, or what calls it, as so many ranks; returns what rank 0 printed."""
+    prompts = json.dumps(models.sequences(3, 20, 41))
+    command = [worker, directory, prompts, json.dumps(variants)]
+    launcher = torchrun_command(num_ranks, *command)
+    if num_ranks == 1:
+        launcher = [sys.executable, *map(str, command)]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(
+        launcher,
+        env=one_thread_environment(**paths, **variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["tp_size"] == num_ranks
+    return answer["results"]
 
 
 def start_ranks(num_ranks: int, command: Sequence[str | os.PathLike]) -> list[subprocess.Popen]:

@@ -76,13 +76,18 @@ def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
 
 def test_a_result_that_does_not_fit_says_what_would(smollm2, gpu):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
-    engine.forward([[5] * 2000])  # all else has its memory
     with memory_limit(200 << 20):
         with pytest.raises(_C.Error, match="the result must fit .* free: about") as error:
             engine.forward([[5] * 2000])
         few = number_in(error, r"about (\d+) tokens or sequences at once would fit, got 2000")
         assert few > 500
         assert len(engine.forward([[5] * few])[0]) == few
+
+
+def test_logits_take_no_memory_beside_the_result(smollm2, gpu):
+    engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
+    (logits,) = engine.forward([[5] * 64])
+    assert engine.memory_report()["workspace"] < logits.nbytes / 2
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path, gpu):

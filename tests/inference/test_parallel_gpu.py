@@ -1,6 +1,5 @@
 """Tensor parallelism on GPUs, over NCCL: two ranks draw the tokens of one, and encode as one."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import models
 import pytest
 import torch
-from launch import WORKERS, one_thread_environment, torchrun_command
+from launch import WORKERS, one_thread_environment, run_gpu_ranks, torchrun_command
 from transformers import GPT2Config, GPT2LMHeadModel
 
 pytestmark = [
@@ -48,24 +47,8 @@ HALF = [
 
 
 def results_of(directory, num_ranks):
-    prompts = models.sequences(3, 20, 41)
-    variants = json.dumps([*VARIANTS, *(options for options, *_ in HALF)])
-    command = [WORKERS / "gpu_rank.py", directory, json.dumps(prompts), variants]
-    launcher = torchrun_command(num_ranks, *command)
-    if num_ranks == 1:
-        launcher = [sys.executable, *map(str, command)]
-    result = subprocess.run(
-        launcher,
-        env=one_thread_environment(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout.splitlines()[-1])
-    assert answer["tp_size"] == num_ranks
-    return answer["results"]
+    variants = [*VARIANTS, *(options for options, *_ in HALF)]
+    return run_gpu_ranks(WORKERS / "gpu_rank.py", num_ranks, directory, variants)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +83,14 @@ def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory, tmp_path
     on_each = [96.4 / ranks + 0.8 for ranks in (gpus - 1, gpus)]  # MiB, the tables whole
     assert on_each[0] > 15 / 16 * free > on_each[1]
     assert result.stdout.count("went on") == 2
+
+
+def test_a_group_of_the_callers_that_is_not_nccls_leaves_the_gpus_to_nccl(directory, results):
+    (tmp := directory.parent / "one model").mkdir()
+    (tmp / "llama").symlink_to(directory / "llama")
+    found = run_gpu_ranks(WORKERS / "gpu_rank.py", 2, tmp, VARIANTS[:1], MOQ_TEST_BACKEND="gloo")
+    (key,) = found
+    assert found[key]["tokens"] == results[key][0]["tokens"]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

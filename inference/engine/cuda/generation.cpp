@@ -76,8 +76,8 @@ void CudaTransformer::run_step(const Step& step, const std::int32_t* rows, std::
   if (count == 0) {
     return;
   }
-  run_head(workspace_.x, rows, count);
-  const at::Tensor drawn_from = joined_logits(count);
+  const at::Tensor drawn_from = logits_.narrow(0, 0, count);
+  run_head(workspace_.x, rows, drawn_from);
   launch("sampling", count, spec_.vocab_size, count * spec_.vocab_size * 4, [&] {
     kernels::cuda::sample(
         {.logits = drawn_from.const_data_ptr<float>(),

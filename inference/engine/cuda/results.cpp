@@ -8,6 +8,13 @@
 #include "inference/engine/cuda/transformer.h"
 
 namespace moq::inference::cuda {
+namespace {
+
+// Tokens whose logits are computed at once.
+constexpr std::int64_t kHeadRows = 4096;
+constexpr std::int64_t kHeadRowsWithRoom = 64;  // where that takes room of its own
+
+}  // namespace
 
 void CudaTransformer::hidden_state(const at::Tensor& out) {
   const OnDevice on_device(*this);
@@ -15,9 +22,11 @@ void CudaTransformer::hidden_state(const at::Tensor& out) {
             /*rows=*/nullptr, /*float32_output=*/true);
 }
 
-/// logits_ (with several ranks joined_) of `count` rows of `input`, a part of x: of those that the
-/// device memory at `rows` names, or of the first ones if it is null.
-void CudaTransformer::run_head(const void* input, const std::int32_t* rows, std::int64_t count) {
+/// Logits of rows of `input`, a part of x: of those that the device memory at `rows` names, or of
+/// the first ones if it is null. One rank alone without a head transform needs no room for them.
+/// @param out  [count, vocab_size]
+void CudaTransformer::run_head(const void* input, const std::int32_t* rows, const at::Tensor& out) {
+  const std::int64_t count = out.size(0);
   kernels::DeviceNorm norm = device_weights_.final_norm;
   if (rows != nullptr) {
     normalize(input, norm, head_in_.mutable_data_ptr(), count, rows);
@@ -34,20 +43,22 @@ void CudaTransformer::run_head(const void* input, const std::int32_t* rows, std:
     input = transformed;
     norm = device_weights_.head_norm;
   }
+  const at::Tensor& own = group_ ? own_logits_ : out;
   linear("head", input, norm, device_weights_.head,
          {.m = count,
-          .output = logits_.mutable_data_ptr(),
-          .output_stride = logits_.size(1),
+          .output = own.mutable_data_ptr(),
+          .output_stride = own.size(1),
           .float32_output = true});
   if (group_) {
-    join_logits(count);
+    join_logits(out);
   }
 }
 
 /// Gathers every rank's share of the vocabulary, which may differ in width.
-void CudaTransformer::join_logits(std::int64_t count) {
-  const std::int64_t widest = logits_.size(1);
-  at::Tensor own = logits_.narrow(0, 0, count);
+void CudaTransformer::join_logits(const at::Tensor& out) {
+  const std::int64_t count = out.size(0);
+  const std::int64_t widest = own_logits_.size(1);
+  at::Tensor own = own_logits_.narrow(0, 0, count);
   at::Tensor all = at::from_blob(all_logits_.mutable_data_ptr(),
                                  {communicator_->size(), count, widest}, all_logits_.options());
   at::Tensor parts = all.view({communicator_->size() * count, widest});
@@ -55,31 +66,22 @@ void CudaTransformer::join_logits(std::int64_t count) {
   std::int64_t column = 0;
   for (int rank = 0; rank < communicator_->size(); ++rank) {
     const std::int64_t width = weights_.vocab_widths[static_cast<std::size_t>(rank)];
-    joined_.narrow(0, 0, count).narrow(1, column, width).copy_(all[rank].narrow(1, 0, width));
+    out.narrow(1, column, width).copy_(all[rank].narrow(1, 0, width));
     column += width;
   }
 }
 
-at::Tensor CudaTransformer::joined_logits(std::int64_t count) const {
-  return (group_ ? joined_ : logits_).narrow(0, 0, count).narrow(1, 0, spec_.vocab_size);
-}
-
-void CudaTransformer::logits(std::span<const std::int64_t> rows, const at::Tensor& out) {
-  const auto count = static_cast<std::int64_t>(rows.size());
-  for (const std::int64_t row : rows) {
-    check_row(row, num_tokens_);
-  }
+void CudaTransformer::logits(const at::Tensor& out) {
+  const bool needs_room = group_ != nullptr || spec_.head_transform;
+  const std::int64_t at_once = needs_room ? kHeadRowsWithRoom : kHeadRows;
   const OnDevice on_device(*this);
-  reserve_rows(count);
-  const bool in_a_row = std::adjacent_find(rows.begin(), rows.end(), [](auto row, auto next) {
-                          return next != row + 1;
-                        }) == rows.end();
-  if (in_a_row && count > 0) {
-    run_head(x_[rows.front()].const_data_ptr(), nullptr, count);
-  } else {
-    run_head(workspace_.x, upload_rows(rows), count);
+  if (needs_room) {
+    reserve_rows(std::min(at_once, num_tokens_));
   }
-  out.copy_(joined_logits(count));
+  for (std::int64_t begin = 0; begin < num_tokens_; begin += at_once) {
+    const std::int64_t count = std::min(at_once, num_tokens_ - begin);
+    run_head(x_[begin].const_data_ptr(), /*rows=*/nullptr, out.narrow(0, begin, count));
+  }
 }
 
 void CudaTransformer::pooled(const TokenBatch& batch, const at::Tensor& out) {
@@ -104,13 +106,6 @@ void CudaTransformer::classify(const at::Tensor& pooled, const at::Tensor& out) 
           .output = out.mutable_data_ptr(),
           .output_stride = spec_.num_labels,
           .float32_output = true});
-}
-
-/// Row numbers on the device, until the next call.
-const std::int32_t* CudaTransformer::upload_rows(std::span<const std::int64_t> rows) {
-  const std::vector<std::int32_t> narrow(rows.begin(), rows.end());
-  uploaded_rows_ = upload(narrow, "the workspace");
-  return static_cast<const std::int32_t*>(uploaded_rows_.const_data_ptr());
 }
 
 }  // namespace moq::inference::cuda

@@ -62,8 +62,8 @@ MemoryReport CudaTransformer::memory() const {
   MemoryReport report{.weights = weight_bytes(weights_) + device_weights_.bytes(),
                       .kv_cache = generation_cache_ ? generation_cache_->bytes() : 0,
                       .workspace = workspace_.bytes()};
-  for (const at::Tensor* tensor : {&decode_state_, &cos_, &sin_, &head_in_, &logits_, &all_logits_,
-                                   &joined_, &tokens_, &seen_, &uploaded_rows_}) {
+  for (const at::Tensor* tensor : {&decode_state_, &cos_, &sin_, &head_in_, &logits_, &own_logits_,
+                                   &all_logits_, &tokens_, &seen_}) {
     report.workspace += tensor->defined() ? static_cast<std::int64_t>(tensor->nbytes()) : 0;
   }
   report.workspace += eager_inputs_ ? eager_inputs_->bytes() : 0;
@@ -168,10 +168,10 @@ void CudaTransformer::reserve_rows(std::int64_t num_rows) {
   num_rows = std::max(num_rows, kFewestRows);
   drop_graphs();
   max_rows_ = 0;
-  head_in_ = tokens_ = logits_ = all_logits_ = joined_ = at::Tensor();  // their memory first
+  head_in_ = tokens_ = logits_ = own_logits_ = all_logits_ = at::Tensor();  // their memory first
   const std::int64_t widest = spec_.has_head ? std::ranges::max(weights_.vocab_widths) : 0;
   const std::int64_t logits_of_a_row =
-      spec_.has_head && group_ ? (1 + communicator_->size()) * widest + spec_.vocab_size : widest;
+      (spec_.has_head ? spec_.vocab_size : 0) + (group_ ? (1 + communicator_->size()) * widest : 0);
   const std::int64_t row_bytes =
       2 * spec_.hidden_size * static_cast<std::int64_t>(size_of(dtype_)) +
       static_cast<std::int64_t>(sizeof(float)) * logits_of_a_row;
@@ -188,10 +188,10 @@ void CudaTransformer::reserve_rows(std::int64_t num_rows) {
     tokens_ = room({num_rows}, at::kInt);
     pinned_tokens_ = at::empty({num_rows}, at::TensorOptions(at::kInt).pinned_memory(true));
     if (spec_.has_head) {
-      logits_ = room({num_rows, widest}, at::kFloat);
+      logits_ = room({num_rows, spec_.vocab_size}, at::kFloat);
       if (group_) {
+        own_logits_ = room({num_rows, widest}, at::kFloat);
         all_logits_ = room({communicator_->size(), num_rows, widest}, at::kFloat);
-        joined_ = room({num_rows, spec_.vocab_size}, at::kFloat);
       }
     }
   });

@@ -75,7 +75,7 @@ class CudaTransformer final : public Transformer {
   void reserve(std::int64_t num_tokens) override;
   void forward(const TokenBatch& batch, KvCache* cache) override;
   void hidden_state(const at::Tensor& out) override;
-  void logits(std::span<const std::int64_t> rows, const at::Tensor& out) override;
+  void logits(const at::Tensor& out) override;
   void pooled(const TokenBatch& batch, const at::Tensor& out) override;
   void classify(const at::Tensor& pooled, const at::Tensor& out) override;
   std::span<const std::int64_t> next_tokens(
@@ -135,11 +135,9 @@ class CudaTransformer final : public Transformer {
   bool is_decode_step(const Step& step) const;
   void run_decode_step(const Step& step);
 
-  void run_head(const void* input, const std::int32_t* rows, std::int64_t count);
+  void run_head(const void* input, const std::int32_t* rows, const at::Tensor& out);
   at::Tensor rows_of_x(std::int64_t count) const;
-  void join_logits(std::int64_t count);
-  at::Tensor joined_logits(std::int64_t count) const;
-  const std::int32_t* upload_rows(std::span<const std::int64_t> rows);
+  void join_logits(const at::Tensor& out);
 
   void run_step(const Step& step, const std::int32_t* rows, std::int64_t count, bool all_greedy);
   void decode(const TokenBatch& batch, PagedKvCache& cache, std::int64_t bucket,
@@ -183,12 +181,11 @@ class CudaTransformer final : public Transformer {
   std::int64_t num_tokens_ = 0;
   std::int64_t max_rows_ = 0;  ///< whose logits there is room for:
   at::Tensor head_in_;         ///< [2, rows, hidden_size]
-  at::Tensor logits_;          ///< [rows, widest share of the vocabulary] float32
+  at::Tensor logits_;          ///< [rows, vocab_size] float32
+  at::Tensor own_logits_;      ///< [rows, widest share of the vocabulary] float32; several ranks
   at::Tensor all_logits_;      ///< [ranks, rows, widest share] float32; several ranks
-  at::Tensor joined_;          ///< [rows, vocab_size] float32; several ranks
   at::Tensor tokens_;          ///< [rows] int32, drawn
   at::Tensor pinned_tokens_;   ///< the same, in host memory
-  at::Tensor uploaded_rows_;
   std::shared_ptr<StepInputs> eager_inputs_;
   /// Of the last step, kept until the stream is known to have read them.
   std::shared_ptr<const StepInputs> last_inputs_;

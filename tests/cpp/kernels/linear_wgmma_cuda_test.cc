@@ -160,7 +160,14 @@ TEST_P(LinearWgmmaCudaRegions, MultiplyGateAndUp) {
 }
 
 TEST_P(LinearWgmmaCudaRegions, WriteFloat32) {
-  expect_close_in_every_tile(problem(66, 101, 96), {.dtype = dtype(), .float32_output = true});
+  // Rows of odd lengths, of several times 16 bytes, and with the two behind each other.
+  for (const auto& [n, padding] : {std::pair<int, int>{101, 0}, {104, 0}, {104, 1}, {79, 1}}) {
+    expect_close_in_every_tile(problem(66, n, 96), {.dtype = dtype(),
+                                                    .activation = Activation::kGelu,
+                                                    .padding = padding,
+                                                    .row_scales = true,
+                                                    .float32_output = true});
+  }
 }
 
 TEST_P(LinearWgmmaCudaRegions, RotateQueriesAndKeysAndFillTheCache) {

@@ -1,16 +1,19 @@
 """One rank on a GPU: runs every model of a folder; rank 0 prints what it got, as JSON.
 
 Arguments: the folder of models, the prompts, and a list of options of Engine.from_pretrained, both
-as JSON. The engine of the last model is alive when the process ends.
+as JSON. The engine of the last model is alive when the process ends. With MOQ_TEST_BACKEND the
+script makes a process group of that backend itself, and ends it.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from models import cached_logits, in_pieces
 from torch.profiler import ProfilerActivity, profile
 
@@ -58,15 +61,28 @@ def run_encoder(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     return {"runs": runs, "graphs": [graphs]}
 
 
-directory, prompts, variants = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-results = {}
-for path in sorted(directory.iterdir()):
-    policy = path / "policy.json"
-    for options in variants:
-        engine = Engine.from_pretrained(
-            path, device="cuda", policy=policy if policy.exists() else None, **options
-        )
-        run = run_decoder if engine.core.causal else run_encoder
-        results[f"{path.name} {options}"] = run(engine, prompts)
-if engine.core.rank == 0:
-    print(json.dumps({"tp_size": engine.core.tp_size, "results": results}))
+def run_all(device: str) -> Engine:
+    """Does what the arguments say on a device; returns the last engine."""
+    directory, prompts, variants = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4])
+    results = {}
+    for path in sorted(directory.iterdir()):
+        policy = path / "policy.json"
+        for options in variants:
+            engine = Engine.from_pretrained(
+                path, device=device, policy=policy if policy.exists() else None, **options
+            )
+            run = run_decoder if engine.core.causal else run_encoder
+            results[f"{path.name} {options}"] = run(engine, prompts)
+    if engine.core.rank == 0:
+        print(json.dumps({"tp_size": engine.core.tp_size, "results": results}))
+    return engine
+
+
+if __name__ == "__main__":
+    backend = os.environ.get("MOQ_TEST_BACKEND")
+    if backend:
+        dist.init_process_group(backend)
+    last_engine = run_all("cuda")
+    if backend:
+        del last_engine
+        dist.destroy_process_group()
