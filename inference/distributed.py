@@ -20,6 +20,9 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1
 
 _engines: weakref.WeakSet[_C.Engine] = weakref.WeakSet()
+# Groups that were made beside callers' ones, by these and by backend.
+_made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]]
+_made = weakref.WeakKeyDictionary()
 
 
 def connect(
@@ -90,6 +93,9 @@ def device_group_name(
     """The name, as c10d knows it, of the ranks' process group that carries GPU tensors; or ""."""
     if communicator.size == 1 or device.type != "cuda":
         return ""
+    # Before whatever ends the process group then.
+    atexit.unregister(_release_graphs)
+    atexit.register(_release_graphs)
     return _group_for(device, group, "nccl").group_name
 
 
@@ -134,10 +140,13 @@ def _group_for(
         place.type == "cpu" or group._get_backend(place).name() == backend
     ):
         return group
-    ranks = dist.get_process_group_ranks(group)
-    other = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
-    assert isinstance(other, dist.ProcessGroup)
-    return other
+    made = _made.setdefault(group, {})
+    if backend not in made:
+        ranks = dist.get_process_group_ranks(group)
+        other = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        assert isinstance(other, dist.ProcessGroup)
+        made[backend] = other
+    return made[backend]
 
 
 def release_before_the_group(engine: _C.Engine) -> None:
@@ -148,10 +157,13 @@ def release_before_the_group(engine: _C.Engine) -> None:
     _engines.add(engine)
 
 
-def _destroy_process_group() -> None:
+def _release_graphs() -> None:
     for engine in _engines:
         with contextlib.suppress(_C.Error):  # a broken GPU: the process ends anyway
             engine.release_graphs()
+
+
+def _destroy_process_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

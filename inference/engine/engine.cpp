@@ -28,9 +28,9 @@ namespace {
 using checkpoint::Checkpoint;
 using checkpoint::Json;
 
-// Tokens computed at once by forward() and encode(), and of these tokens the logits: bounds of the
-// workspace beside the result. A longer sequence is computed alone. Twice as many tokens leave
-// fewer of a GPU's multiprocessors idle behind the last tiles of a product.
+// Tokens computed at once by forward() and encode(): a bound of the workspace beside the result. A
+// longer sequence is computed alone. Twice as many tokens leave fewer of a GPU's multiprocessors
+// idle behind the last tiles of a product.
 constexpr std::int64_t kTokensAtOnce = 2048;
 constexpr std::int64_t kTokensAtOnceOnGpu = 4096;
 
@@ -242,11 +242,11 @@ at::Tensor Engine::new_result(at::IntArrayRef sizes) const {
 }
 
 /// Runs the model on all sequences, piece by piece, each of whole sequences; calls on_piece() after
-/// each. A sequence's result does not depend on the piece it is in. After an error the cache holds
-/// what it held before.
+/// each, which may ask for logits if with_logits is set. A sequence's result does not depend on the
+/// piece it is in. After an error the cache holds what it held before.
 template <typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
-                 std::span<const std::int64_t> slots, const OnPiece& on_piece) {
+                 std::span<const std::int64_t> slots, bool with_logits, const OnPiece& on_piece) {
   // First of all: a rank that throws alone leaves the others waiting for it.
   if (model_->communicator().size() > 1) {
     std::vector<std::int64_t> request;
@@ -292,6 +292,9 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
   ends.push_back(sequences.size());
   const std::unique_ptr<DeviceScope> in_one_go = model_->in_one_go();
   model_->reserve(largest);
+  if (with_logits) {
+    model_->reserve_logits(largest);
+  }
   std::size_t next = 0;
   try {
     for (const std::size_t end : ends) {
@@ -327,7 +330,7 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
   at::Tensor logits;
   const auto make_room = [&] { logits = new_result({total_tokens(sequences), spec().vocab_size}); };
   std::int64_t done = 0;
-  run(sequences, cache, slots, [&] {
+  run(sequences, cache, slots, /*with_logits=*/true, [&] {
     if (done == 0) {
       make_room();  // when all else has its memory; a GPU computes meanwhile
     }
@@ -361,7 +364,7 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   };
   std::int64_t token = 0;
   std::int64_t sequence = 0;
-  run(sequences, nullptr, {}, [&] {
+  run(sequences, nullptr, {}, /*with_logits=*/false, [&] {
     if (token == 0) {
       make_room();  // a GPU computes meanwhile
     }

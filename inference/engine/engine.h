@@ -108,7 +108,7 @@ class Engine {
   at::Tensor new_result(at::IntArrayRef sizes) const;
   template <typename OnPiece>
   void run(std::span<const TokenSequence> sequences, KvCache* cache,
-           std::span<const std::int64_t> slots, const OnPiece& on_piece);
+           std::span<const std::int64_t> slots, bool with_logits, const OnPiece& on_piece);
 
   std::unique_ptr<Use> in_use_ = std::make_unique<Use>();
   std::unique_ptr<Transformer> model_;

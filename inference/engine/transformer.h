@@ -98,6 +98,8 @@ class Transformer {
 
   /// Makes the workspace hold batches of `num_tokens` tokens; it never shrinks.
   virtual void reserve(std::int64_t num_tokens) = 0;
+  /// Makes the room that logits() of such batches takes beside its result, if any.
+  virtual void reserve_logits(std::int64_t /*num_tokens*/) {}
 
   /// Runs the layers on a batch; hidden_state(), logits() and pooled() then write its results to
   /// contiguous float32 memory on the model's device.

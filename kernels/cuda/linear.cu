@@ -38,7 +38,7 @@ struct alignas(kLaneBytes) LaneElements {
 /// A warp multiplies 16 rows of the weight by kTokens tokens, in float32 throughout.
 template <typename Weight, typename Element>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
-    plain_linear(DeviceLinearArgs args, DeviceLayout layout) {
+    plain_linear_kernel(DeviceLinearArgs args, DeviceLayout layout) {
   using Lane = LaneElements<Weight>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t row_block =
@@ -139,7 +139,7 @@ void launch_plain(const DeviceLinearArgs& args, const DeviceLayout& layout, cuda
   const dim3 grid(static_cast<unsigned>((layout.row_blocks + kWarps - 1) / kWarps),
                   static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY));
   visit_float(args.dtype, [&]<typename Element>(Element) {
-    launch(plain_linear<Weight, Element>, grid, dim3(kWarps * kWarpSize), 0, stream, args, layout);
+    launch(plain_linear_kernel<Weight, Element>, grid, dim3(kWarps * kWarpSize), 0, stream, args, layout);
   });
 }
 

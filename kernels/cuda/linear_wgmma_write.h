@@ -12,7 +12,8 @@
 ///
 /// They cross shared memory as float32, so that a lane gets four neighbouring rows of a token, the
 /// same rows of every token that it writes. Where these rows do not lie as they must to be accessed
-/// at once, linear_epilogue.h writes them two by two; float32 results are then written one by one.
+/// at once, linear_epilogue.h writes them two by two. A float32 output may lie anywhere: it is then
+/// written one by one.
 namespace moq::kernels::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -135,7 +136,8 @@ class WgmmaWriter {
     return token_at(first, u) < args_.m;
   }
 
-  /// Whether four rows of all that is read and written can be accessed at once.
+  /// Whether four rows of all that is read, and written other than as float32, can be accessed at
+  /// once.
   __device__ bool takes_quads() const {
     const auto aligned = [](const void* pointer, unsigned bytes) {
       return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
@@ -152,7 +154,7 @@ class WgmmaWriter {
            aligned(qkv.rotary.sin, 8) && aligned(qkv.pages.keys, 8) && aligned(qkv.pages.values, 8);
   }
 
-  /// Four rows of each token.
+  /// Four rows of each token, at once where the output allows it.
   template <int kCount>
   __device__ __forceinline__ void write_floats(int first, const float (&even)[2 * kCount],
                                                const float (&odd)[2 * kCount]) const {

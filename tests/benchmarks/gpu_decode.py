@@ -285,18 +285,18 @@ def prompt_seconds(engine: Engine, prompt: list[int], all_logits: bool) -> float
 def prefill_rows(
     bench: Bench, turns: int, engines: dict[str, Engine], decoder: Decoder, all_logits: bool
 ) -> list[Row]:
-    """A prompt of 4096 tokens, against the compiled peer in a CUDA graph."""
+    """A prompt of 4096 tokens, or logits of all of them, against the compiled peer in a graph."""
     cache = decoder.make_cache(1)
     (prompt,) = bench.prompts(1, PROMPT)
     tokens = torch.tensor([prompt], device="cuda")
     positions = torch.arange(PROMPT, device="cuda")
     compiled = Compiled.of(decoder)
-
-    def score(*inputs: Any) -> tuple[Tensor, Tensor]:
-        logits = decoder.score(*inputs)
-        return logits, logits  # in place of tokens: nothing is drawn
-
     if all_logits:
+
+        def score(*inputs: Any) -> tuple[Tensor, Tensor]:
+            logits = decoder.score(*inputs)
+            return logits, logits  # in place of tokens: nothing is drawn
+
         compiled = replace(compiled, predict=compile_for_speed(score))
     graph, _ = capture(
         lambda: decoder.forward(

@@ -28,7 +28,7 @@ def run_gpu_ranks(
     worker: Path, num_ranks: int, directory: Path, variants: list[dict[str, str]], **variables: str
 ) -> dict[str, Any]:
     """Runs gpu_rank.py, or what calls it, as so many ranks; returns what rank 0 printed."""
-    prompts = json.dumps(models.sequences(3, 20, 41))
+    prompts = json.dumps(models.sequences(3, 20, 44))
     command = [worker, directory, prompts, json.dumps(variants)]
     launcher = torchrun_command(num_ranks, *command)
     if num_ranks == 1:

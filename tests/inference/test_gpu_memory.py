@@ -84,6 +84,18 @@ def test_a_result_that_does_not_fit_says_what_would(smollm2, gpu):
         assert len(engine.forward([[5] * few])[0]) == few
 
 
+def test_a_cache_forgets_the_tokens_whose_result_did_not_fit(smollm2, gpu):
+    core = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16").core
+    cache = core.make_cache(1, 2000)
+    slot = cache.allocate()
+    core.forward([[7, 8]], [], cache, [slot])
+    with memory_limit(200 << 20), pytest.raises(_C.Error, match="the result must fit"):
+        core.forward([[5] * 1900], [], cache, [slot])
+    assert cache.length(slot) == 2
+    logits = core.forward([[9]], [], cache, [slot])
+    assert relative_error(logits[-1], core.forward([[7, 8, 9]])[-1]) < 0.02
+
+
 def test_logits_take_no_memory_beside_the_result(smollm2, gpu):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     (logits,) = engine.forward([[5] * 64])

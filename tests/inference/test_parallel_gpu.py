@@ -18,7 +18,8 @@ pytestmark = [
 
 # Unequal shares of heads, columns and vocabulary; one head for two ranks is refused elsewhere.
 DECODERS = ["llama", "nine_heads", "gpt2", "bloom", "qwen3", "gpt_neox"]
-ENCODERS = ["bert", "bert_wide_heads"]  # the latter's projection and attention are one kernel
+# Projection and attention of wide heads are one kernel; a masked language model has logits.
+ENCODERS = ["bert", "bert_wide_heads", "bert_masked_lm"]
 NAMES = [*DECODERS, *ENCODERS]
 
 
@@ -85,10 +86,13 @@ def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory, tmp_path
     assert result.stdout.count("went on") == 2
 
 
-def test_a_group_of_the_callers_that_is_not_nccls_leaves_the_gpus_to_nccl(directory, results):
-    (tmp := directory.parent / "one model").mkdir()
-    (tmp / "llama").symlink_to(directory / "llama")
-    found = run_gpu_ranks(WORKERS / "gpu_rank.py", 2, tmp, VARIANTS[:1], MOQ_TEST_BACKEND="gloo")
+@pytest.mark.parametrize("ends_it", ["0", "1"])
+def test_a_group_of_the_callers_that_is_not_nccls_leaves_the_gpus_to_nccl(
+    ends_it, directory, results, tmp_path
+):
+    (tmp_path / "llama").symlink_to(directory / "llama")
+    environment = {"MOQ_TEST_BACKEND": "gloo", "MOQ_TEST_ENDS_GROUP": ends_it}
+    found = run_gpu_ranks(WORKERS / "gpu_rank.py", 2, tmp_path, VARIANTS[:1], **environment)
     (key,) = found
     assert found[key]["tokens"] == results[key][0]["tokens"]
 

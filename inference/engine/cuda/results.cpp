@@ -3,18 +3,10 @@
 
 #include <algorithm>
 
-#include "inference/engine/cuda/device_memory.h"
 #include "inference/engine/cuda/on_device.h"
 #include "inference/engine/cuda/transformer.h"
 
 namespace moq::inference::cuda {
-namespace {
-
-// Tokens whose logits are computed at once.
-constexpr std::int64_t kHeadRows = 4096;
-constexpr std::int64_t kHeadRowsWithRoom = 64;  // where that takes room of its own
-
-}  // namespace
 
 void CudaTransformer::hidden_state(const at::Tensor& out) {
   const OnDevice on_device(*this);
@@ -23,7 +15,7 @@ void CudaTransformer::hidden_state(const at::Tensor& out) {
 }
 
 /// Logits of rows of `input`, a part of x: of those that the device memory at `rows` names, or of
-/// the first ones if it is null. One rank alone without a head transform needs no room for them.
+/// the first ones if it is null.
 /// @param out  [count, vocab_size]
 void CudaTransformer::run_head(const void* input, const std::int32_t* rows, const at::Tensor& out) {
   const std::int64_t count = out.size(0);
@@ -71,13 +63,22 @@ void CudaTransformer::join_logits(const at::Tensor& out) {
   }
 }
 
-void CudaTransformer::logits(const at::Tensor& out) {
-  const bool needs_room = group_ != nullptr || spec_.head_transform;
-  const std::int64_t at_once = needs_room ? kHeadRowsWithRoom : kHeadRows;
-  const OnDevice on_device(*this);
-  if (needs_room) {
-    reserve_rows(std::min(at_once, num_tokens_));
+/// Of so many tokens in a row: all, or a few where run_head() needs room of its own for them.
+std::int64_t CudaTransformer::logit_rows_at_once(std::int64_t num_tokens) const {
+  constexpr std::int64_t kFew = 64;
+  return group_ || spec_.head_transform ? std::min(kFew, num_tokens) : num_tokens;
+}
+
+void CudaTransformer::reserve_logits(std::int64_t num_tokens) {
+  if (group_ || spec_.head_transform) {
+    const OnDevice on_device(*this);
+    reserve_rows(logit_rows_at_once(num_tokens));
   }
+}
+
+void CudaTransformer::logits(const at::Tensor& out) {
+  const std::int64_t at_once = logit_rows_at_once(num_tokens_);
+  const OnDevice on_device(*this);
   for (std::int64_t begin = 0; begin < num_tokens_; begin += at_once) {
     const std::int64_t count = std::min(at_once, num_tokens_ - begin);
     run_head(x_[begin].const_data_ptr(), /*rows=*/nullptr, out.narrow(0, begin, count));

@@ -73,6 +73,7 @@ class CudaTransformer final : public Transformer {
   KvCache& generation_cache(std::int64_t num_slots, std::int64_t capacity) override;
   at::Tensor new_result(at::IntArrayRef sizes) const override;
   void reserve(std::int64_t num_tokens) override;
+  void reserve_logits(std::int64_t num_tokens) override;
   void forward(const TokenBatch& batch, KvCache* cache) override;
   void hidden_state(const at::Tensor& out) override;
   void logits(const at::Tensor& out) override;
@@ -135,6 +136,7 @@ class CudaTransformer final : public Transformer {
   bool is_decode_step(const Step& step) const;
   void run_decode_step(const Step& step);
 
+  std::int64_t logit_rows_at_once(std::int64_t num_tokens) const;
   void run_head(const void* input, const std::int32_t* rows, const at::Tensor& out);
   at::Tensor rows_of_x(std::int64_t count) const;
   void join_logits(const at::Tensor& out);

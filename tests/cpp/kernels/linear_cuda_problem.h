@@ -26,8 +26,9 @@ struct Call {
   Activation activation = Activation::kNone;
   bool bias = true;
   bool residual = false;
-  std::int64_t padding = 0;  ///< elements between rows of input, residual and output
-  std::int64_t offset = 0;   ///< elements before the input's first row
+  std::int64_t padding = 0;         ///< elements between rows of input, residual and output
+  std::int64_t output_padding = 0;  ///< more of them between rows of the output
+  std::int64_t offset = 0;          ///< elements before the input's first row
   bool weight_is_ready = false;
   bool spread = false;
   bool in_chain = false;
@@ -134,11 +135,12 @@ class LinearCudaProblem {
     const OnDevice<float> sines(Device::kCuda, sin_);
     const DType output_dtype = call_.float32_output ? DType::kFloat32 : call_.dtype;
     constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-    const std::int64_t stride = output_cols() + call_.padding;
+    const std::int64_t padding = call_.padding + call_.output_padding;
+    const std::int64_t stride = output_cols() + padding;
     const OnDevice<std::byte> output(
         Device::kCuda,
         to_bytes(spread(std::vector<float>(static_cast<std::size_t>(m_ * output_cols()), kNan), m_,
-                        output_cols(), call_.padding, 0),
+                        output_cols(), padding, 0),
                  output_dtype));
     const std::vector<float> empty(static_cast<std::size_t>(cache_size()), -7.0F);
     const auto keys = on_device(empty);

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/linear_choice.h"
@@ -160,11 +161,11 @@ TEST_P(LinearWgmmaCudaRegions, MultiplyGateAndUp) {
 }
 
 TEST_P(LinearWgmmaCudaRegions, WriteFloat32) {
-  // Rows of odd lengths, of several times 16 bytes, and with the two behind each other.
+  // Rows that begin at any float, or each 16 bytes on, with and without a rest of n.
   for (const auto& [n, padding] : {std::pair<int, int>{101, 0}, {104, 0}, {104, 1}, {79, 1}}) {
     expect_close_in_every_tile(problem(66, n, 96), {.dtype = dtype(),
                                                     .activation = Activation::kGelu,
-                                                    .padding = padding,
+                                                    .output_padding = padding,
                                                     .row_scales = true,
                                                     .float32_output = true});
   }

@@ -2,7 +2,7 @@
 
 Arguments: the folder of models, the prompts, and a list of options of Engine.from_pretrained, both
 as JSON. The engine of the last model is alive when the process ends. With MOQ_TEST_BACKEND the
-script makes a process group of that backend itself, and ends it.
+script makes a process group of that backend itself, which MOQ_TEST_ENDS_GROUP=1 lets it end.
 """
 
 import json
@@ -47,15 +47,18 @@ def run_decoder(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def run_encoder(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
-    """What the model has of encodings, thrice: the third time the step is a captured graph."""
+    """What the model has of encodings, thrice: the third time the step is a captured graph; and a
+    masked language model's logits."""
     encodings = [engine.encode(prompts) for _ in range(2)]
     third, graphs = counting_graphs(lambda: engine.encode(prompts))
+    token_logits = torch.cat(engine.forward(prompts)) if engine.core.has_head else None
     runs = []
     for encoding in (*encodings, third):
         results = {
             "states": torch.cat(encoding.last_hidden_state),
             "pooled": encoding.pooled,
             "logits": encoding.logits,
+            "token logits": token_logits,
         }
         runs.append({kind: found.tolist() for kind, found in results.items() if found is not None})
     return {"runs": runs, "graphs": [graphs]}
@@ -83,6 +86,6 @@ if __name__ == "__main__":
     if backend:
         dist.init_process_group(backend)
     last_engine = run_all("cuda")
-    if backend:
+    if os.environ.get("MOQ_TEST_ENDS_GROUP") == "1":
         del last_engine
         dist.destroy_process_group()
