@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import WORKERS, run_ranks, start_ranks
 from workers.collectives import SIZES, contribution
 
 from moq import _C
-from moq.inference.distributed import broadcast_text, connect
+from moq.inference.distributed import _group_for, broadcast_text, connect
 
 TRANSPORTS = ["shared_memory", "c10d"]
 
@@ -141,6 +142,18 @@ def test_a_degree_other_than_the_number_of_ranks_is_refused():
     message = r"tp_size must be 1 or the number of ranks, got 2 with 1 ranks: .*--nproc-per-node 2"
     with pytest.raises(ValueError, match=message):
         connect(tp_size=2)
+
+
+def test_a_group_beside_the_callers_is_made_once_and_ends_with_it():
+    cpu = torch.device("cpu")
+    for _ in range(2):
+        dist.init_process_group("cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            group = _group_for(cpu, None, "gloo")
+            assert group is _group_for(cpu, None, "gloo") is not dist.group.WORLD
+            dist.all_reduce(torch.ones(3), group=group)
+        finally:
+            dist.destroy_process_group()
 
 
 def test_a_group_that_nobody_made_is_an_error():
