@@ -139,7 +139,8 @@ void launch_plain(const DeviceLinearArgs& args, const DeviceLayout& layout, cuda
   const dim3 grid(static_cast<unsigned>((layout.row_blocks + kWarps - 1) / kWarps),
                   static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY));
   visit_float(args.dtype, [&]<typename Element>(Element) {
-    launch(plain_linear_kernel<Weight, Element>, grid, dim3(kWarps * kWarpSize), 0, stream, args, layout);
+    launch(plain_linear_kernel<Weight, Element>, grid, dim3(kWarps * kWarpSize), 0, stream, args,
+           layout);
   });
 }
 
