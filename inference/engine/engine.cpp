@@ -242,11 +242,13 @@ at::Tensor Engine::new_result(at::IntArrayRef sizes) const {
 }
 
 /// Runs the model on all sequences, piece by piece, each of whole sequences; calls on_piece() after
-/// each, which may ask for logits if with_logits is set. A sequence's result does not depend on the
-/// piece it is in. After an error the cache holds what it held before.
-template <typename OnPiece>
+/// each, which may ask for logits if with_logits is set, and before the first of them make_room(),
+/// also if there is none. A sequence's result does not depend on the piece it is in. After an error
+/// the cache holds what it held before.
+template <typename MakeRoom, typename OnPiece>
 void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
-                 std::span<const std::int64_t> slots, bool with_logits, const OnPiece& on_piece) {
+                 std::span<const std::int64_t> slots, bool with_logits, const MakeRoom& make_room,
+                 const OnPiece& on_piece) {
   // First of all: a rank that throws alone leaves the others waiting for it.
   if (model_->communicator().size() > 1) {
     std::vector<std::int64_t> request;
@@ -307,8 +309,14 @@ void Engine::run(std::span<const TokenSequence> sequences, KvCache* cache,
           batch_.append(token_ids, places[next].slot, places[next].past_length, token_types);
         }
       }
-      if (batch_.num_tokens() > 0) {
+      const bool is_empty = batch_.num_tokens() == 0;
+      if (!is_empty) {
         model_->forward(batch_, cache);
+      }
+      if (end == ends.front()) {
+        make_room();  // when all else has its memory; a GPU computes meanwhile
+      }
+      if (!is_empty) {
         on_piece();
       }
     }
@@ -330,17 +338,11 @@ at::Tensor Engine::forward(std::span<const TokenSequence> sequences, KvCache* ca
   at::Tensor logits;
   const auto make_room = [&] { logits = new_result({total_tokens(sequences), spec().vocab_size}); };
   std::int64_t done = 0;
-  run(sequences, cache, slots, /*with_logits=*/true, [&] {
-    if (done == 0) {
-      make_room();  // when all else has its memory; a GPU computes meanwhile
-    }
+  run(sequences, cache, slots, /*with_logits=*/true, make_room, [&] {
     const std::int64_t count = batch_.num_tokens();
     model_->logits(logits.narrow(0, done, count));
     done += count;
   });
-  if (sequences.empty()) {
-    make_room();
-  }
   return logits;
 }
 
@@ -364,10 +366,7 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
   };
   std::int64_t token = 0;
   std::int64_t sequence = 0;
-  run(sequences, nullptr, {}, /*with_logits=*/false, [&] {
-    if (token == 0) {
-      make_room();  // a GPU computes meanwhile
-    }
+  run(sequences, nullptr, {}, /*with_logits=*/false, make_room, [&] {
     const std::int64_t num_tokens = batch_.num_tokens();
     const auto count = static_cast<std::int64_t>(batch_.sequences().size());
     model_->hidden_state(encoding.last_hidden_state.narrow(0, token, num_tokens));
@@ -381,9 +380,6 @@ Encoding Engine::encode(std::span<const TokenSequence> sequences) {
     token += num_tokens;
     sequence += count;
   });
-  if (sequences.empty()) {
-    make_room();
-  }
   return encoding;
 }
 

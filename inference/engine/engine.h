@@ -106,9 +106,10 @@ class Engine {
         policy_name_(std::move(policy_name)),
         communicator_(std::move(communicator)) {}
   at::Tensor new_result(at::IntArrayRef sizes) const;
-  template <typename OnPiece>
+  template <typename MakeRoom, typename OnPiece>
   void run(std::span<const TokenSequence> sequences, KvCache* cache,
-           std::span<const std::int64_t> slots, bool with_logits, const OnPiece& on_piece);
+           std::span<const std::int64_t> slots, bool with_logits, const MakeRoom& make_room,
+           const OnPiece& on_piece);
 
   std::unique_ptr<Use> in_use_ = std::make_unique<Use>();
   std::unique_ptr<Transformer> model_;

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from scripts import same_modules
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -33,10 +34,9 @@ def run_gpu_ranks(
     launcher = torchrun_command(num_ranks, *command)
     if num_ranks == 1:
         launcher = [sys.executable, *map(str, command)]
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
     result = subprocess.run(
         launcher,
-        env=one_thread_environment(**paths, **variables),
+        env=one_thread_environment(**same_modules(), **variables),
         capture_output=True,
         text=True,
         timeout=300,

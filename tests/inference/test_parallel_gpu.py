@@ -1,14 +1,13 @@
 """Tensor parallelism on GPUs, over NCCL: two ranks draw the tokens of one, and encode as one."""
 
-import os
 import re
 import subprocess
-import sys
 
 import models
 import pytest
 import torch
 from launch import WORKERS, one_thread_environment, run_gpu_ranks, torchrun_command
+from scripts import same_modules
 from transformers import GPT2Config, GPT2LMHeadModel
 
 pytestmark = [
@@ -65,7 +64,7 @@ def test_a_rank_out_of_memory_tells_the_other_and_both_go_on(directory, tmp_path
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     result = subprocess.run(
         torchrun_command(2, WORKERS / "gpu_rank_out_of_memory.py", directory / "llama", tmp_path),
-        env=one_thread_environment(PYTHONPATH=os.pathsep.join(sys.path), PYTHONSAFEPATH="1"),
+        env=one_thread_environment(**same_modules()),
         capture_output=True,
         text=True,
         timeout=120,

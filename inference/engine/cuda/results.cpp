@@ -63,14 +63,14 @@ void CudaTransformer::join_logits(const at::Tensor& out) {
   }
 }
 
-/// Of so many tokens in a row: all, or a few where run_head() needs room of its own for them.
+/// Of so many tokens in a row.
 std::int64_t CudaTransformer::logit_rows_at_once(std::int64_t num_tokens) const {
   constexpr std::int64_t kFew = 64;
-  return group_ || spec_.head_transform ? std::min(kFew, num_tokens) : num_tokens;
+  return head_needs_room() ? std::min(kFew, num_tokens) : num_tokens;
 }
 
 void CudaTransformer::reserve_logits(std::int64_t num_tokens) {
-  if (group_ || spec_.head_transform) {
+  if (head_needs_room()) {
     const OnDevice on_device(*this);
     reserve_rows(logit_rows_at_once(num_tokens));
   }

@@ -136,6 +136,8 @@ class CudaTransformer final : public Transformer {
   bool is_decode_step(const Step& step) const;
   void run_decode_step(const Step& step);
 
+  /// Whether run_head() needs room of its own for tokens in a row.
+  bool head_needs_room() const { return group_ != nullptr || spec_.head_transform; }
   std::int64_t logit_rows_at_once(std::int64_t num_tokens) const;
   void run_head(const void* input, const std::int32_t* rows, const at::Tensor& out);
   at::Tensor rows_of_x(std::int64_t count) const;
