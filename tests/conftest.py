@@ -20,7 +20,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def gpu() -> str:
-    """The GPU of tests that have no CPU half; their modules carry the marker gpu."""
+    """The GPU of tests that have no CPU half; their modules carry the marker gpu.
+
+    Named before what takes long to make, which is not made then where there is no GPU.
+    """
     require_gpu()
     return "cuda"
 

@@ -325,7 +325,7 @@ newest_gpus = pytest.mark.skipif(
 
 @newest_gpus
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_an_older_gpus_path_decides_as_the_newest(dtype, smollm2, gpu):
+def test_an_older_gpus_path_decides_as_the_newest(dtype, gpu, smollm2):
     newest, older = (switched(smollm2[0], dtype, **e) for e in ({}, {"MOQ_GPU_ARCH": "80"}))
     assert any("stream_kernel" in name for name in newest["kernels"])
     assert not any("stream_kernel" in name for name in older["kernels"])
@@ -346,20 +346,20 @@ def test_few_tokens_are_projected_and_attended_to_by_one_kernel(
 
 
 @newest_gpus
-def test_kernels_that_may_not_overlap_give_the_same_tokens(smollm2, gpu):
+def test_kernels_that_may_not_overlap_give_the_same_tokens(gpu, smollm2):
     free, bound = (switched(smollm2[0], "fp16", **e) for e in ({}, {"MOQ_GPU_OVERLAP": "0"}))
     assert free["early"] > 0.1 > bound["early"]
     assert free["tokens"] == bound["tokens"]
 
 
-def test_steps_without_graphs_give_the_same_tokens(smollm2, gpu):
+def test_steps_without_graphs_give_the_same_tokens(gpu, smollm2):
     captured, single = (switched(smollm2[0], "fp16", **e) for e in ({}, {"MOQ_GPU_GRAPHS": "0"}))
     assert captured["graphs"] >= 29 and single["graphs"] == 0
     assert captured["tokens"] == single["tokens"]
 
 
 @pytest.mark.parametrize("graphs", ["0", "1"])
-def test_the_host_waits_once_a_step_for_its_token(graphs, smollm2, gpu):
+def test_the_host_waits_once_a_step_for_its_token(graphs, gpu, smollm2):
     run = switched(smollm2[0], "int8", MOQ_GPU_GRAPHS=graphs)
     # One step a token. The profiler itself waits when it begins and ends.
     assert 30 <= run["waits"] <= 34

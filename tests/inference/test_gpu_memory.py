@@ -23,7 +23,7 @@ def number_in(error, pattern):
     return int(match[1])
 
 
-def test_memory_report_says_what_is_allocated(smollm2, gpu):
+def test_memory_report_says_what_is_allocated(gpu, smollm2):
     gc.collect()
     before = torch.cuda.memory_allocated()
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
@@ -34,7 +34,7 @@ def test_memory_report_says_what_is_allocated(smollm2, gpu):
     assert abs(allocated - report["total"]) < 0.02 * report["total"]
 
 
-def test_int8_weights_take_a_byte_each(smollm2, gpu):
+def test_int8_weights_take_a_byte_each(gpu, smollm2):
     before = torch.cuda.memory_allocated()
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="int8")
     model = smollm2[1]
@@ -44,7 +44,7 @@ def test_int8_weights_take_a_byte_each(smollm2, gpu):
     assert torch.cuda.memory_allocated() - before < 1.04 * (projections + table)
 
 
-def test_a_cache_that_does_not_fit_says_what_would(smollm2, gpu):
+def test_a_cache_that_does_not_fit_says_what_would(gpu, smollm2):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     with memory_limit(1 << 30):
         with pytest.raises(_C.Error, match=r"the KV cache must fit .* got .* free: ") as error:
@@ -74,7 +74,7 @@ def test_an_engine_that_ran_out_of_memory_goes_on(model_directory, gpu):
     assert len(engine.generate(many, 20, max_batch=64)) == 64
 
 
-def test_a_result_that_does_not_fit_says_what_would(smollm2, gpu):
+def test_a_result_that_does_not_fit_says_what_would(gpu, smollm2):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     with memory_limit(200 << 20):
         with pytest.raises(_C.Error, match="the result must fit .* free: about") as error:
@@ -84,7 +84,7 @@ def test_a_result_that_does_not_fit_says_what_would(smollm2, gpu):
         assert len(engine.forward([[5] * few])[0]) == few
 
 
-def test_a_cache_forgets_the_tokens_whose_result_did_not_fit(smollm2, gpu):
+def test_a_cache_forgets_the_tokens_whose_result_did_not_fit(gpu, smollm2):
     core = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16").core
     cache = core.make_cache(1, 2000)
     slot = cache.allocate()
@@ -96,13 +96,13 @@ def test_a_cache_forgets_the_tokens_whose_result_did_not_fit(smollm2, gpu):
     assert relative_error(logits[-1], core.forward([[7, 8, 9]])[-1]) < 0.02
 
 
-def test_logits_take_no_memory_beside_the_result(smollm2, gpu):
+def test_logits_take_no_memory_beside_the_result(gpu, smollm2):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     (logits,) = engine.forward([[5] * 64])
     assert engine.memory_report()["workspace"] < logits.nbytes / 2
 
 
-def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path, gpu):
+def test_a_model_that_does_not_fit_is_refused_with_what_would(gpu, smollm2, tmp_path):
     copy.deepcopy(smollm2[1]).half().save_pretrained(tmp_path)
     model = smollm2[1]
     table = 4 * model.get_input_embeddings().weight.numel() / 2**20
@@ -121,7 +121,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(smollm2, tmp_path,
         assert len(engine.generate([1, 2, 3], 2, stop_token_ids=[]).token_ids) == 2
 
 
-def test_integers_that_are_expanded_count_as_the_floats_they_become(smollm2, tmp_path, gpu):
+def test_integers_that_are_expanded_count_as_the_floats_they_become(gpu, smollm2, tmp_path):
     model = copy.deepcopy(smollm2[1])
     rounded_models.export(model, tmp_path / "out", "4 bits per group")
     linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -133,7 +133,7 @@ def test_integers_that_are_expanded_count_as_the_floats_they_become(smollm2, tmp
         assert abs(taken - 2 * elements / 2**20) < 2
 
 
-def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(smollm2, gpu):
+def test_the_kept_cache_does_not_grow_to_the_most_and_the_longest(gpu, smollm2):
     engine = Engine.from_pretrained(smollm2[0], device=gpu, dtype="fp16")
     engine.generate(sequences(4000), 2)
     long = engine.memory_report()["kv_cache"]

@@ -388,7 +388,7 @@ def test_an_int8_cache_adds_no_more_error_than_in_float32(name, dtype, sizes, mo
 
 
 @pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
-def test_decisions_of_a_real_model_are_those_of_float64(weights, smollm2, gpu, enough_decided):
+def test_decisions_of_a_real_model_are_those_of_float64(weights, gpu, smollm2, enough_decided):
     directory, model, tokenizer = smollm2
     row = tokenizer(LICENSE.read_text())["input_ids"][:256]
     engine = Engine.from_pretrained(directory, device=gpu, dtype=weights)

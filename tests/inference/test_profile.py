@@ -41,7 +41,7 @@ def test_two_steps_are_the_fewest(model_directory, gpu):
 
 
 @pytest.mark.gpu
-def test_the_command_counts_the_bytes_of_the_weights(smollm2, gpu, capsys):
+def test_the_command_counts_the_bytes_of_the_weights(gpu, smollm2, capsys):
     directory, model, _ = smollm2
     arguments = ["--device", "cuda", "--dtype", "int8", "--context", "64", "--profile"]
     assert main(["bench", str(directory), *arguments, "--json"]) == 0
