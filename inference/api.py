@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -112,9 +113,11 @@ class Engine:
             transport: how ranks reach each other: "auto", "shared_memory" or "c10d".
 
         Raises:
+            TypeError: for a directory that is no path.
             ValueError: for an unsuitable argument.
             moq.Error: for an unsuitable directory; the message names file and key.
         """
+        _check_directory(directory)
         _check_arguments(device, dtype, compute_dtype, activations, quantize_head, kv_cache_dtype)
         recover(directory)
         directory = Path(directory)
@@ -514,6 +517,15 @@ def _short(dtype: object) -> str:
     name = str(dtype).removeprefix("torch.").lower()
     ours = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}.get(name)
     return suggestion(name, DTYPES) if ours is None else f" (did you mean {ours!r}?)"
+
+
+def _check_directory(directory: Any) -> None:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory must be the path of a model's directory, got {directory!r}")
+    if not os.fspath(directory):
+        raise ValueError(
+            "directory must be the path of a model's directory, got '': '.' is the current one"
+        )
 
 
 def _check_arguments(

@@ -50,12 +50,13 @@ def require_sequences(where: str, inputs: Any) -> Any:
     """Returns `inputs` if they can be text or token ids.
 
     Raises:
-        TypeError: for what cannot be gone through, and for mappings: of a tokenizer's output or a
-            chat message Python would go through the keys, and these are texts.
+        TypeError: for what cannot be gone through, for bytes, which would count as token ids, and
+            for mappings: of a tokenizer's output or a chat message Python would go through the
+            keys, and these are texts.
     """
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping):
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Mapping | bytes | bytearray):
         return inputs
-    remedy = ""
+    remedy = ": make a text of it with decode()" if isinstance(inputs, bytes | bytearray) else ""
     if isinstance(inputs, Mapping):
         remedy = (
             ": give its 'input_ids'"
@@ -127,7 +128,7 @@ def unpad(what: str, values: Any, mask: Tensor | None) -> list[list[int]] | Tens
                 f"{type(values).__name__}"
             )
         for row in values:
-            if not isinstance(row, Iterable) or isinstance(row, str):
+            if not isinstance(row, Iterable) or isinstance(row, str | bytes):
                 raise TypeError(
                     f"{what} must be a [batch, length] tensor or a list of token lists, got a "
                     f"list of {type(row).__name__}"

@@ -51,7 +51,12 @@ def _cuda_finding(info: dict[str, str | None]) -> Finding:
             "install nvcc (the CUDA version of torch.version.cuda), then MOQ_CUDA=on make build",
         )
     if not torch.cuda.is_available():
-        return Finding("CUDA kernels", f"built for {architectures}, no GPU is visible here", True)
+        return Finding(
+            "CUDA kernels",
+            f"built for {architectures}, no GPU is visible here: models run on the CPU (for a GPU, "
+            f"nvidia-smi must show it, with a driver for CUDA {torch.version.cuda})",
+            True,
+        )
     devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     oldest = min(int(name.rstrip("af")) for name in architectures.split(","))
     suitable = all(major * 10 + minor >= oldest for major, minor in devices)

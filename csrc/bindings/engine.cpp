@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <string>
+
 #include "csrc/bindings/bindings.h"
 #include "csrc/ops/checks.h"
 #include "inference/parallel/communicator.h"
@@ -36,11 +38,17 @@ std::vector<std::int64_t> read_row(const py::tuple& row) {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     PyObject* const id = PyTuple_GET_ITEM(row.ptr(), static_cast<Py_ssize_t>(i));
     ids[i] = PyLong_AsLongLong(id);
-    if (ids[i] == -1 && PyErr_Occurred() != nullptr) {
-      if (PyErr_ExceptionMatches(PyExc_TypeError) != 0) {
-        PyErr_Clear();
-        TORCH_CHECK_TYPE(false, "engine: token ids must be integers, got ", Py_TYPE(id)->tp_name);
-      }
+    const bool failed = ids[i] == -1 && PyErr_Occurred() != nullptr;
+    if (PyBool_Check(id) != 0 || (failed && PyErr_ExceptionMatches(PyExc_TypeError) != 0)) {
+      PyErr_Clear();
+      TORCH_CHECK_TYPE(false, "engine: token ids must be integers, got ", Py_TYPE(id)->tp_name);
+    }
+    if (failed && PyErr_ExceptionMatches(PyExc_OverflowError) != 0) {
+      PyErr_Clear();
+      MOQ_CHECK(false, "engine: a token must lie in the vocabulary, got ",
+                py::repr(id).cast<std::string>());
+    }
+    if (failed) {
       throw py::error_already_set();
     }
   }

@@ -45,11 +45,13 @@ void check(const ModelSpec& spec, Prompts prompts, const GenerationOptions& opti
     MOQ_CHECK(length >= 1, "generate: a prompt must have at least one token, got none in prompt ",
               i);
     const std::int64_t room = spec.max_positions - length;
+    const std::int64_t longest = spec.max_positions - options.max_new_tokens;  // a prompt
     MOQ_CHECK(options.max_new_tokens <= room, "generate: prompt ", i, " of ", length,
               " tokens must fit into the model's ", spec.max_positions,
               " positions with max_new_tokens behind it, got ", options.max_new_tokens,
               room >= 1 ? ": at most " + std::to_string(room) + " would fit"
-                        : std::string(": shorten the prompt"));
+                        : ": shorten the prompt" +
+                              (longest >= 1 ? " to at most " + std::to_string(longest) : ""));
     for (const std::int64_t token : prompts[i]) {
       MOQ_CHECK(token >= 0 && token < spec.vocab_size, "generate: a token must lie in [0, ",
                 spec.vocab_size, "), got ", token, " in prompt ", i);

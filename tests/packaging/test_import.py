@@ -41,6 +41,16 @@ def test_import_without_torch_says_how_to_get_an_environment(tmp_path: Path) -> 
     assert "make build" in result.stderr
 
 
+def test_a_clone_that_hides_the_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "moq").mkdir()
+    (tmp_path / "moq" / "inference").symlink_to(ROOT / "inference")
+
+    result = run_python("-S", "-P", "-c", "import moq.inference", path=tmp_path)
+
+    assert result.returncode != 0
+    assert f"got the folder {tmp_path / 'moq'}: start Python in another directory" in result.stderr
+
+
 def test_what_is_loaded_at_its_first_use_is_listed_and_the_command_says_its_version() -> None:
     listed = run_python("-c", "import moq; print(set(moq.__all__) - set(dir(moq)))")
     assert listed.stdout.strip() == "set()", listed.stderr

@@ -115,7 +115,7 @@ std::string describe_what_fits(const ParameterMap& parameters, const checkpoint:
 
 at::Device check_device(at::Device device) {
   MOQ_CHECK(c10::cuda::device_count() > 0, "engine: device cuda needs a GPU and its driver, got ",
-            "none: `moq doctor` says what was found");
+            "none: leave the device out to compute on the CPU (`moq doctor` says what was found)");
   const c10::DeviceIndex index = device.has_index() ? device.index() : c10::cuda::current_device();
   const at::Device found(at::kCUDA, index);
   MOQ_CHECK(index < c10::cuda::device_count(), "engine: device must be one of the ",
